@@ -1,0 +1,1 @@
+"""The data: tokenizers, token files and the order in which samples are read."""

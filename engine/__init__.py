@@ -1,0 +1,1 @@
+"""The engine: configuration, DeepSpeed, SparseClip, the training loop, checkpoints."""

@@ -1,0 +1,1 @@
+"""The models: blocks, routers and experts as plain torch modules."""
