@@ -1,0 +1,217 @@
+"""SparseClip: one gradient norm in which experts count less, one coefficient for all gradients.
+
+TorchScale, arXiv 2211.13184, eq. 1-4. With g_d the gradients of all dense parameters (routers
+included), g_s those of all experts (each expert counted once over the whole job), E experts and
+the threshold xi (`gradient_clipping` of the JSON):
+
+    ||g||        = sqrt(||g_d||^2 + kappa^2 ||g_s||^2),   kappa = 1 / sqrt(E)
+    every g     *= xi / max(xi, ||g||)
+
+Only the norm is re-weighted; experts and dense parameters are scaled by the same coefficient.
+DeepSpeed computes its clipping norm in a different place in each mode, and wrongly in one
+(fp32 without ZeRO averages the norms of the ranks). `SparseClip.install` takes the place of all
+of them, so the norm and the arithmetic are the same in every mode.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
+from torch import Tensor
+
+from data.errors import UserError
+
+KNOWN_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam"}
+
+
+@dataclass(frozen=True)
+class GradientGroup:
+    """Gradients that count alike: the dense ones, or those of layers with E experts.
+
+    Attributes:
+        gradients: tensors of any shape and float dtype; this rank's share.
+        num_experts: E of the layers they belong to; None for dense parameters.
+        group_name: DeepSpeed's name of the expert-parallel group; None for dense parameters.
+    """
+
+    gradients: Sequence[Tensor]
+    num_experts: int | None = None
+    group_name: str | None = None
+
+
+def squared_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of all elements, () float32: one fused pass over each tensor."""
+    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+
+
+def clip_coefficient(norm: Tensor, threshold: float) -> Tensor:
+    """xi / max(xi, ||g||), () float32 (eq. 4). An infinite threshold never clips."""
+    if math.isinf(threshold):
+        return torch.ones_like(norm)
+    return threshold / norm.clamp_min(threshold)
+
+
+class SparseClip:
+    """The clipping of one DeepSpeed engine, and what it measured in the last step.
+
+    Attributes (tensors stay on the device; reading one is a synchronisation):
+        dense_norm, expert_norm: () float32, ||g_d|| and ||g_s|| of the last step.
+        norm: () float32, the ||g|| that is compared with the threshold.
+        coefficient: () float32, what the gradients were multiplied by.
+        num_clipped: () int64, steps so far in which the coefficient was below 1.
+    """
+
+    def __init__(self, threshold: float, enabled: bool, device: torch.device) -> None:
+        """Prepare the clipping.
+
+        Args:
+            threshold: xi; 0 means no clipping (norms are still measured).
+            enabled: False gives vanilla clipping, kappa = 1, for comparison.
+            device: where the gradients are.
+        """
+        self.threshold = threshold or math.inf
+        self.enabled = enabled
+        self.device = device
+        self.dense_norm = self.expert_norm = self.norm = torch.zeros((), device=device)
+        self.coefficient = torch.ones((), device=device)
+        self.num_clipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def measure(
+        self, gradient_groups: Sequence[GradientGroup], partitioned: bool, scale: float = 1.0
+    ) -> None:
+        """Compute norms and coefficient from every rank's gradients.
+
+        Args:
+            gradient_groups: this rank's gradients, already averaged over the data.
+            partitioned: True if every element of every gradient lies on exactly one rank of the
+                job (ZeRO 1 and 2); False if ranks hold whole gradients, an expert's on each rank
+                that holds the expert.
+            scale: loss scale that the gradients still carry.
+        """
+        squares = torch.stack([squared_sum(g.gradients, self.device) for g in gradient_groups])
+        if partitioned:
+            dist.all_reduce(squares)
+        else:
+            for index, group in enumerate(gradient_groups):
+                if group.group_name is not None:
+                    ep_group = groups._get_expert_parallel_group(group.group_name)
+                    square = squares[index].clone()
+                    dist.all_reduce(square, group=ep_group)
+                    squares[index] = square
+        squares = squares / scale**2
+        kappa_squared = torch.tensor(
+            [1.0 / g.num_experts if g.num_experts and self.enabled else 1.0 for g in gradient_groups],
+            device=self.device,
+        )
+        is_expert = torch.tensor(
+            [g.num_experts is not None for g in gradient_groups], device=self.device
+        )
+        self.dense_norm = squares[~is_expert].sum().sqrt()
+        self.expert_norm = squares[is_expert].sum().sqrt()
+        self.norm = (squares * kappa_squared).sum().sqrt()
+        self.coefficient = clip_coefficient(self.norm, self.threshold)
+        self.num_clipped = self.num_clipped + (self.coefficient < 1)
+
+    def install(self, engine: Any) -> None:
+        """Put this clipping in the place of DeepSpeed's in an engine.
+
+        Raises:
+            UserError: for an optimizer whose step SparseClip does not know.
+        """
+        optimizer = engine.optimizer
+        basic = type(engine.basic_optimizer).__name__
+        if basic not in KNOWN_OPTIMIZERS:
+            raise UserError(
+                f"optimizer.type: DeepSpeed made a {basic}, which SparseClip does not know, so "
+                f"its gradients would not be clipped: use Adam or AdamW"
+            )
+        if type(optimizer) is DeepSpeedZeroOptimizer:
+            self._install_zero(optimizer)
+        elif type(optimizer) is BF16_Optimizer:
+            self._install_bf16(optimizer)
+        elif optimizer is engine.basic_optimizer:
+            self._install_fp32(engine)
+        else:
+            raise UserError(
+                f"DeepSpeed wrapped the optimizer in a {type(optimizer).__name__}, which "
+                "SparseClip does not know, so its gradients would not be clipped: use "
+                "zero_optimization.stage 1 or 2 with bf16 or fp16, stage 0, 1 or 2 with fp32"
+            )
+
+    def _install_zero(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        """ZeRO 1 and 2: gradients are partitioned, flat, and still carry the loss scale."""
+
+        def scaled_global_norm(norm_type: int = 2) -> Tensor:
+            gradient_groups = [
+                _gradient_group(param_group, optimizer.averaged_gradients[index])
+                for index, param_group in enumerate(optimizer.optimizer.param_groups)
+            ]
+            self.measure(gradient_groups, partitioned=True, scale=float(optimizer.loss_scale))
+            # A norm that is not finite tells fp16's dynamic loss scale of an overflow.
+            return self.norm * optimizer.loss_scale
+
+        def unscale_and_clip_grads(flat_gradients: Sequence[Tensor], total_norm: Tensor) -> None:
+            factor = self.coefficient / optimizer.loss_scale
+            for gradient in flat_gradients:
+                gradient.data.mul_(factor)
+
+        optimizer.scaled_global_norm = scaled_global_norm
+        optimizer.unscale_and_clip_grads = unscale_and_clip_grads
+
+    def _install_bf16(self, optimizer: BF16_Optimizer) -> None:
+        """bf16 with float32 accumulation, ZeRO 1: every rank holds whole float32 gradients."""
+        deepspeed_step = optimizer.step
+        optimizer.clip_grad = 0.0
+
+        def step(closure: None = None) -> None:
+            gradient_groups = [
+                _gradient_group(param_group, _present(gradients, has_gradient))
+                for param_group, gradients, has_gradient in zip(
+                    optimizer.optimizer.param_groups,
+                    optimizer.fp32_groups_gradients,
+                    optimizer.fp32_groups_has_gradients,
+                    strict=True,
+                )
+            ]
+            self.measure(gradient_groups, partitioned=False)
+            _scale(gradient_groups, self.coefficient)
+            deepspeed_step(closure)
+            optimizer._global_grad_norm = self.norm
+
+        optimizer.step = step
+
+    def _install_fp32(self, engine: Any) -> None:
+        """fp32 without ZeRO: every rank holds whole gradients in `.grad`."""
+
+        def clip_fp32_gradients() -> None:
+            gradient_groups = [
+                _gradient_group(group, [p.grad for p in group["params"] if p.grad is not None])
+                for group in engine.basic_optimizer.param_groups
+            ]
+            self.measure(gradient_groups, partitioned=False)
+            _scale(gradient_groups, self.coefficient)
+            engine._global_grad_norm = self.norm
+
+        engine.clip_fp32_gradients = clip_fp32_gradients
+
+
+def _gradient_group(param_group: dict, gradients: Sequence[Tensor]) -> GradientGroup:
+    if not param_group.get("moe", False):
+        return GradientGroup(gradients)
+    return GradientGroup(gradients, param_group["num_experts"], param_group["name"])
+
+
+def _present(gradients: Sequence[Tensor], has_gradient: Sequence[bool]) -> list[Tensor]:
+    return [gradient for gradient, present in zip(gradients, has_gradient, strict=True) if present]
+
+
+def _scale(gradient_groups: Sequence[GradientGroup], coefficient: Tensor) -> None:
+    for group in gradient_groups:
+        torch._foreach_mul_(list(group.gradients), coefficient)

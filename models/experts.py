@@ -1,0 +1,127 @@
+"""The experts of one rank: stacked tensors behind grouped matmuls.
+
+Letters: L local experts, D d_model, F d_ff, R rows (tokens sent to this rank's experts).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.feed_forward import ACTIVATIONS
+from models.init import RandomSource
+
+PARAMETERS = ("w1", "b1", "norm_weight", "norm_bias", "w2", "b2")
+
+
+class _ExpandRows(torch.autograd.Function):
+    """rows[r] = table[segment of r], with a backward that sums each segment in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, segment_ids: Tensor, counts: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(segment_ids, counts)
+        return table.index_select(0, segment_ids)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+        segment_ids, counts = ctx.saved_tensors
+        if grad.is_cuda:
+            # index_add_ would add with atomics there: another order, other bits, every run.
+            sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, initial=0.0)
+            return sums.to(grad.dtype), None, None
+        sums = grad.new_zeros(counts.numel(), grad.size(1))
+        return sums.index_add_(0, segment_ids, grad), None, None
+
+
+class Experts(nn.Module):
+    """L feed-forward networks w2(LN(activation(w1 x + b1))) + b2, computed together.
+
+    Parameters: w1 (L, D, F), b1 (L, F), w2 (L, F, D), b2 (L, D) and, with Sub-LN's inner
+    LayerNorm, norm_weight (L, F), norm_bias (L, F).
+
+    A state dict holds one entry per expert, `deepspeed_experts.<i>.<parameter>`: the names
+    under which DeepSpeed writes one file per expert.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: str,
+        inner_norm: bool,
+        gain: float,
+    ) -> None:
+        """Build the experts; `gain` is the initial gain of both matrices."""
+        super().__init__()
+        self.num_local_experts = num_local_experts
+        self.gain = gain
+        self.activation = ACTIVATIONS[activation]
+        self.d_ff = d_ff
+        self.inner_norm = inner_norm
+        self.w1 = nn.Parameter(torch.empty(num_local_experts, d_model, d_ff))
+        self.b1 = nn.Parameter(torch.empty(num_local_experts, d_ff))
+        if inner_norm:
+            self.norm_weight = nn.Parameter(torch.empty(num_local_experts, d_ff))
+            self.norm_bias = nn.Parameter(torch.empty(num_local_experts, d_ff))
+        self.w2 = nn.Parameter(torch.empty(num_local_experts, d_ff, d_model))
+        self.b2 = nn.Parameter(torch.empty(num_local_experts, d_model))
+        self._register_state_dict_hook(_split_experts)
+        self.register_load_state_dict_pre_hook(_stack_experts)
+
+    def init_weights(self, source: RandomSource, first_expert: int) -> None:
+        """Xavier-normal with `gain`, drawn by global expert index; biases 0, norms 1 and 0."""
+        for local in range(self.num_local_experts):
+            for name, weight in (("w1", self.w1), ("w2", self.w2)):
+                source.xavier_normal_(
+                    weight.data[local], name, self.gain, expert=first_expert + local
+                )
+        nn.init.zeros_(self.b1)
+        nn.init.zeros_(self.b2)
+        if self.inner_norm:
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Apply each expert to its own rows.
+
+        Args:
+            rows: (R, D), sorted by expert.
+            counts: (L,) int64, rows of each expert; sums to R.
+
+        Returns:
+            (R, D).
+        """
+        offsets = counts.cumsum(0).to(torch.int32)
+        segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
+        h = torch._grouped_mm(rows, self.w1, offs=offsets)  # (R, F)
+        h = self.activation(h + _ExpandRows.apply(self.b1, segment_ids, counts))
+        w2, b2 = self.w2, self.b2
+        if self.inner_norm:
+            # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part
+            # into the weights touches L*F*D numbers in place of R*F.
+            h = F.layer_norm(h, (self.d_ff,))
+            b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)
+            w2 = self.norm_weight.unsqueeze(-1) * w2
+        out = torch._grouped_mm(h, w2, offs=offsets)  # (R, D)
+        return out + _ExpandRows.apply(b2, segment_ids, counts)
+
+
+def _split_experts(module: nn.Module, state: dict, prefix: str, _metadata: object) -> None:
+    """State-dict hook: (L, ...) tensors -> one entry per expert (views, nothing is copied)."""
+    for name in PARAMETERS:
+        stacked = state.pop(prefix + name, None)
+        if stacked is not None:
+            for expert, tensor in enumerate(stacked):
+                state[f"{prefix}deepspeed_experts.{expert}.{name}"] = tensor
+
+
+def _stack_experts(module: nn.Module, state: dict, prefix: str, *_unused: object) -> None:
+    """Load hook: one entry per expert -> (L, ...) tensors. What is missing stays missing."""
+    assert isinstance(module, Experts)
+    for name in PARAMETERS:
+        keys = [
+            f"{prefix}deepspeed_experts.{expert}.{name}"
+            for expert in range(module.num_local_experts)
+        ]
+        if all(key in state for key in keys):
+            state[prefix + name] = torch.stack([state.pop(key) for key in keys])

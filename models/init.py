@@ -1,0 +1,63 @@
+"""Initial weights that depend on the seed and on what a tensor is, never on where it lies.
+
+Every tensor is drawn from a generator of its own, keyed by (seed, parameter name) and, for an
+expert, by its global index. So the same model starts the same on any number of ranks.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Generators for the tensors of one module, keyed by the seed and the module's name."""
+
+    seed: int
+    module_name: str
+
+    def generator(
+        self, parameter: str, device: torch.device, expert: int | None = None
+    ) -> torch.Generator:
+        """A fresh generator for one parameter (of one expert, by its global index)."""
+        key = f"{self.seed}/{self.module_name}/{parameter}/{expert}"
+        digest = hashlib.sha256(key.encode()).digest()
+        # 63 bits: torch refuses seeds above the signed range on some devices.
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def xavier_normal_(
+        self,
+        tensor: Tensor,
+        parameter: str,
+        gain: float = 1.0,
+        expert: int | None = None,
+        part: int = 0,
+    ) -> None:
+        """Fill a matrix in place from N(0, gain^2 * 2 / (fan_in + fan_out)).
+
+        Args:
+            tensor: (rows, columns); which of them is fan_in does not matter to Xavier.
+            parameter: name of the parameter inside its module.
+            gain: gamma (Sub-LN) or beta (DeepNorm) where the paper scales, else 1.
+            expert: global index of the expert that owns the matrix.
+            part: index of the matrix inside a parameter that packs several.
+        """
+        fan_out, fan_in = tensor.shape
+        std = gain * math.sqrt(2.0 / (fan_in + fan_out))
+        self.normal_(tensor, f"{parameter}.{part}", std, expert)
+
+    def normal_(
+        self, tensor: Tensor, parameter: str, std: float, expert: int | None = None
+    ) -> None:
+        """Fill a tensor in place from N(0, std^2)."""
+        generator = self.generator(parameter, tensor.device, expert)
+        with torch.no_grad():
+            tensor.normal_(0.0, std, generator=generator)
+
+    def orthogonal_(self, tensor: Tensor, parameter: str, gain: float = 1.0) -> None:
+        """Fill a matrix in place with orthogonal rows (or columns) of norm `gain`."""
+        generator = self.generator(parameter, tensor.device)
+        torch.nn.init.orthogonal_(tensor, gain, generator=generator)
