@@ -1,0 +1,266 @@
+"""The run's JSON: read, checked and resolved before any process group exists."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from data.errors import UserError
+from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN, BatchSizes, batch_problems, filled
+from engine.config_problems import Problem, check_keys, key_paths, missing_key
+from engine.config_rules import broken_rules
+from engine.config_text import apply_overrides, read_json_object, shown
+from engine.deepspeed_keys import DeepSpeedKeys
+from models.config import ModelConfig, StrictModel
+
+_POLYNOMIAL_ONLY = ("total_steps", "power", "end_lr")
+
+
+class DataConfig(StrictModel):
+    """What is read."""
+
+    path: str = Field(min_length=1, description="Folder written by launchers.prepare_data.")
+    seq_len: int = Field(ge=1, description="Tokens in a training sequence; at most max_seq_len.")
+
+
+class LRSchedule(StrictModel):
+    """The learning rate over the steps: a linear warm-up to `optimizer.params.lr`, then this."""
+
+    type: Literal["polynomial", "inverse_sqrt", "constant"] = Field(
+        description="`polynomial`: down to end_lr at total_steps. `inverse_sqrt`: "
+        "lr * sqrt(warmup_steps / step). `constant`: stays."
+    )
+    warmup_steps: int = Field(ge=0, description="Steps of the linear rise from 0.")
+    total_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Step at which end_lr is reached. null: training.num_steps. Only with type "
+        "`polynomial`.",
+    )
+    power: float = Field(
+        default=1.0, gt=0, description="1: a straight line. Only with type `polynomial`."
+    )
+    end_lr: float = Field(
+        default=0.0, ge=0, description="The last learning rate. Only with type `polynomial`."
+    )
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "LRSchedule":
+        lines = []
+        if self.type != "polynomial":
+            lines = [
+                f"{name}={shown(getattr(self, name))} belongs to type 'polynomial', but type is "
+                f"{self.type!r}: remove it, or use type 'polynomial'"
+                for name in _POLYNOMIAL_ONLY
+                if name in self.model_fields_set
+            ]
+        if self.type == "inverse_sqrt" and self.warmup_steps < 1:
+            lines.append(
+                "warmup_steps=0 leaves type 'inverse_sqrt' without a starting point: use "
+                "warmup_steps 1 or more, or type 'constant'"
+            )
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_keys_of_the_type(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        if self.type != "polynomial":
+            fields = {name: v for name, v in fields.items() if name not in _POLYNOMIAL_ONLY}
+        return fields
+
+
+class TrainingConfig(StrictModel):
+    """The loop: how long, how often, where to."""
+
+    run_dir: str = Field(min_length=1, description="Folder of the run's output.")
+    seed: int = Field(default=1, ge=0, description="Seed of weights, data order and dropout.")
+    num_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
+    lr_schedule: LRSchedule = Field(description="The learning rate over the steps.")
+    log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="Steps between two evaluations. null: none."
+    )
+    eval_sequences: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sequences of the validation split that count, from its start. null: all.",
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="Steps between two checkpoints. null: none on the way."
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="Checkpoints kept; older ones are removed."
+    )
+    resume: Literal["auto", "never"] = Field(
+        default="auto",
+        description="`auto`: go on from the newest checkpoint in run_dir, if there is one. "
+        "`never`: start anew.",
+    )
+    sample_tokens: int = Field(
+        default=60, ge=0, description="Tokens of the continuations shown at the end. 0: none."
+    )
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "TrainingConfig":
+        schedule = self.lr_schedule
+        if schedule.type != "polynomial":
+            return self
+        total = schedule.total_steps or self.num_steps
+        name = "lr_schedule.total_steps" if schedule.total_steps else "num_steps"
+        if schedule.warmup_steps > total:
+            raise ValueError(
+                f"lr_schedule.warmup_steps={schedule.warmup_steps} must not exceed {name}={total}: "
+                f"use at most {total}, or more steps"
+            )
+        return self
+
+
+class SparseClipConfig(StrictModel):
+    """SparseClip (arXiv 2211.13184): clipping by a norm in which experts count 1/sqrt(E)."""
+
+    enabled: bool = Field(
+        default=True,
+        description="true: gradient_clipping is SparseClip's threshold. false: it clips by the "
+        "plain norm, in which every expert counts in full.",
+    )
+
+
+class MagnetarConfig(StrictModel):
+    """The key `magnetar`: everything that DeepSpeed's own keys do not say."""
+
+    model: ModelConfig = Field(description="The model.")
+    data: DataConfig = Field(description="What is read.")
+    training: TrainingConfig = Field(description="The loop.")
+    sparse_clip: SparseClipConfig = Field(default=SparseClipConfig(), description="SparseClip.")
+
+
+class ConfigFile(DeepSpeedKeys):
+    """A whole file: DeepSpeed's keys and `magnetar`."""
+
+    magnetar: MagnetarConfig = Field(description="Model, data, training and SparseClip.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked run: DeepSpeed's sections with defaults filled in, and Magnetar's."""
+
+    deepspeed: dict[str, Any]
+    magnetar: MagnetarConfig
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's section."""
+        return self.magnetar.model
+
+    @property
+    def data(self) -> DataConfig:
+        """The data's section."""
+        return self.magnetar.data
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The loop's section."""
+        return self.magnetar.training
+
+    @property
+    def sparse_clip(self) -> SparseClipConfig:
+        """SparseClip's section."""
+        return self.magnetar.sparse_clip
+
+    @property
+    def dtype(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The type of weights and activations."""
+        if self.deepspeed.get("bf16", {}).get("enabled"):
+            return "bf16"
+        return "fp16" if self.deepspeed.get("fp16", {}).get("enabled") else "fp32"
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage."""
+        return self.deepspeed["zero_optimization"]["stage"]
+
+    @property
+    def gradient_clipping(self) -> float:
+        """The threshold of the gradient norm; 0 means no clipping."""
+        return self.deepspeed["gradient_clipping"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole resolved JSON; loading it again gives an equal RunConfig."""
+        magnetar = self.magnetar.model_dump(mode="json")
+        return {**copy.deepcopy(self.deepspeed), "magnetar": magnetar}
+
+
+def _resolved(
+    values: dict[str, Any], magnetar: MagnetarConfig, world_size: int | None
+) -> dict[str, Any]:
+    """DeepSpeed's sections as DeepSpeed will get them."""
+    keys = DeepSpeedKeys.model_construct(**values)
+    out = keys.model_dump(mode="json", exclude_none=True)
+    if world_size is not None:
+        sizes = filled(BatchSizes(values[TRAIN], values[MICRO], values[ACCUMULATION]), world_size)
+        out |= {TRAIN: sizes.train, MICRO: sizes.micro, ACCUMULATION: sizes.accumulation}
+    zero = out["zero_optimization"]
+    if magnetar.model.moe is not None and zero["stage"] > 0:
+        zero.setdefault("parameter_alignment", True)
+    return out
+
+
+def load_config(
+    path: Path, overrides: Sequence[str] = (), world_size: int | None = None
+) -> RunConfig:
+    """The run that a JSON file and `--set` overrides describe; UserError lists all that is wrong.
+
+    With a world size the batch sizes are filled in and what depends on the ranks is checked.
+    """
+    raw, repeated = read_json_object(Path(path))
+    set_paths, complaints = apply_overrides(raw, overrides)
+    lines = repeated + complaints
+    config, problems = check_config(raw, world_size)
+    lines += [text + _set_note(where, set_paths, overrides) for where, text in problems]
+    if lines or config is None:
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise UserError("\n  ".join([f"{path} has {count}:", *lines]))
+    return config
+
+
+def _set_note(where: str, set_paths: Sequence[str], overrides: Sequence[str]) -> str:
+    """Says which `--set` a problem came from."""
+    for path, text in zip(set_paths, overrides, strict=True):
+        if where == path or where.startswith((f"{path}.", f"{path}[")):
+            return f" (from --set {text})"
+    return ""
+
+
+def check_config(
+    raw: dict[str, Any], world_size: int | None = None
+) -> tuple[RunConfig | None, list[Problem]]:
+    """The run that a dict describes, or all that is wrong with it."""
+    assert world_size is None or world_size >= 1
+    raw = {key: value for key, value in raw.items() if key != "$schema"}
+    elsewhere = key_paths(ConfigFile)
+    own = raw.pop("magnetar", None)
+    values, problems = check_keys(DeepSpeedKeys, raw, "", elsewhere)
+    if isinstance(own, dict):
+        sections, more = check_keys(MagnetarConfig, own, "magnetar", elsewhere)
+    elif own is None:
+        sections, more = {}, [missing_key("magnetar", ConfigFile.model_fields["magnetar"])]
+    else:
+        sections, more = {}, [Problem("magnetar", f"magnetar={shown(own)} must be an object")]
+    problems += more
+    known = {**values, **sections}
+    if world_size is not None:
+        known["world_size"] = world_size
+    problems += broken_rules(known)
+    if all(name in values for name in (TRAIN, MICRO, ACCUMULATION)):
+        sizes = BatchSizes(values[TRAIN], values[MICRO], values[ACCUMULATION])
+        problems += batch_problems(sizes, world_size)
+    if problems:
+        return None, problems
+    magnetar = MagnetarConfig.model_validate_json(json.dumps(own))
+    return RunConfig(_resolved(values, magnetar, world_size), magnetar), []

@@ -1,0 +1,186 @@
+"""What is wrong with a section, in words: key path, value, rule, way out."""
+
+import difflib
+import functools
+import json
+import types
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from engine.config_text import shown
+from engine.deepspeed_keys import REFUSED
+
+
+class Problem(NamedTuple):
+    """One line for the user, and the key path it is about (for the `--set` it came from)."""
+
+    path: str
+    text: str
+
+
+def joined(path: str, key: str) -> str:
+    """`path.key`, or the key alone at the top level."""
+    return f"{path}.{key}" if path else key
+
+
+def without_none(annotation: Any) -> Any:
+    """X of `X | None`; other annotations as they are."""
+    if get_origin(annotation) in (types.UnionType, Union):
+        kept = [a for a in get_args(annotation) if a is not type(None)]
+        return kept[0]
+    return annotation
+
+
+def section_model(annotation: Any) -> type[BaseModel] | None:
+    """The model of a key that holds an object."""
+    kind = without_none(annotation)
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def expected(field: FieldInfo) -> str:
+    """The values that a key takes: `a whole number, at least 1`."""
+    annotation = without_none(field.annotation)
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if annotation in words:
+        text = words[annotation]
+    elif get_origin(annotation) is Literal:
+        text = "one of " + ", ".join(shown(v) for v in get_args(annotation))
+    elif get_origin(annotation) is tuple:
+        text = f"a list of {len(get_args(annotation))} numbers, each at least 0 and less than 1"
+    elif get_origin(annotation) is list:
+        text = "a list of texts"
+    else:
+        text = "an object, { ... }"
+    for limit in field.metadata:
+        for kind, attribute, phrase in (
+            (Ge, "ge", "at least"),
+            (Gt, "gt", "more than"),
+            (Le, "le", "at most"),
+            (Lt, "lt", "less than"),
+        ):
+            if isinstance(limit, kind):
+                text += f", {phrase} {getattr(limit, attribute)}"
+    return text + (" (or null)" if annotation is not field.annotation else "")
+
+
+def key_paths(model: type[BaseModel], path: str = "") -> list[str]:
+    """The path of every key below a model, sections included."""
+    paths = []
+    for name, field in model.model_fields.items():
+        paths.append(joined(path, name))
+        if below := section_model(field.annotation):
+            paths += key_paths(below, joined(path, name))
+    return paths
+
+
+def unknown_key(path: str, value: Any, names: list[str], elsewhere: list[str]) -> Problem:
+    """Refuses a key, with the reason where DeepSpeed knows it, else with the nearest name."""
+    parent, _, name = path.rpartition(".")
+    if path in REFUSED:
+        return Problem(path, f"{path}={shown(value)} is refused: {REFUSED[path]}")
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    moved = [p for p in elsewhere if p.rpartition(".")[2] == name]
+    if near:
+        hint = f"did you mean {joined(parent, near[0])}?"
+    elif moved:
+        hint = f"did you mean {moved[0]}?"
+    else:
+        hint = f"the keys there are {', '.join(names)}"
+    return Problem(path, f"{path}={shown(value)} is not a known key: {hint}")
+
+
+def _field_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, FieldInfo | None]:
+    """The dotted path below the model, and the field that it ends in."""
+    path, field = "", None
+    here: type[BaseModel] | None = model
+    for step in loc:
+        if isinstance(step, int):
+            path += f"[{step}]"
+            continue
+        path = joined(path, step)
+        field = here.model_fields.get(step) if here else None
+        here = section_model(field.annotation) if field else None
+    return path, field
+
+
+def wrong_value(path: str, value: Any, field: FieldInfo) -> Problem:
+    """Says what a key takes, and the nearest name where it takes names."""
+    hint = ""
+    annotation = without_none(field.annotation)
+    if get_origin(annotation) is Literal and isinstance(value, str):
+        names = {str(v).lower(): v for v in get_args(annotation)}
+        if near := difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.6):
+            hint = f"did you mean {shown(names[near[0]])}? "
+    about = field.description or ""
+    return Problem(path, f"{path}={shown(value)} must be {expected(field)}: {hint}{about}")
+
+
+def missing_key(path: str, field: FieldInfo) -> Problem:
+    """Says that a required key is absent, and what to write."""
+    return Problem(path, f"{path} is missing: add {expected(field)}. {field.description}")
+
+
+def _from_error(
+    model: type[BaseModel], path: str, error: Any, elsewhere: list[str]
+) -> list[Problem]:
+    """The problems that one pydantic error stands for."""
+    below, field = _field_at(model, error["loc"])
+    full = joined(path, below) if below else path
+    if error["type"] == "extra_forbidden":
+        parent: type[BaseModel] | None = model
+        for step in error["loc"][:-1]:
+            found = parent.model_fields.get(str(step)) if parent else None
+            parent = section_model(found.annotation) if found else None
+        names = list(parent.model_fields) if parent else []
+        return [unknown_key(full, error["input"], names, elsewhere)]
+    if error["type"] == "missing" and field is not None:
+        return [missing_key(full, field)]
+    if error["type"] == "value_error":
+        return [
+            Problem(full, joined(full, line)) for line in str(error["ctx"]["error"]).split("\n")
+        ]
+    if field is None:
+        return [Problem(full, f"{full}={shown(error['input'])} must be an object, {{ ... }}")]
+    return [wrong_value(full, error["input"], field)]
+
+
+@functools.cache
+def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
+    """The check of one key of a model."""
+    field = model.model_fields[name]
+    return TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+
+
+def check_keys(
+    model: type[BaseModel], raw: dict[str, Any], path: str, elsewhere: list[str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Each key by itself: the values that are right, defaults included, and what is wrong."""
+    right: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key in raw:
+        if key not in model.model_fields:
+            names = list(model.model_fields)
+            problems.append(unknown_key(joined(path, key), raw[key], names, elsewhere))
+    for key, field in model.model_fields.items():
+        if key not in raw:
+            if field.is_required():
+                problems.append(missing_key(joined(path, key), field))
+            else:
+                right[key] = field.get_default(call_default_factory=True)
+            continue
+        try:
+            right[key] = _adapter(model, key).validate_json(json.dumps(raw[key]))
+        except ValidationError as error:
+            below = section_model(field.annotation)
+            for each in error.errors(include_url=False):
+                if below is None or (not each["loc"] and each["type"] != "value_error"):
+                    suffix = "".join(f"[{i}]" for i in each["loc"])
+                    problems.append(wrong_value(joined(path, key) + suffix, each["input"], field))
+                else:
+                    problems += _from_error(below, joined(path, key), each, elsewhere)
+    return right, problems

@@ -1,0 +1,182 @@
+"""The rules that tie keys of different sections together."""
+
+from collections.abc import Callable
+from typing import Any
+
+from engine.config_problems import Problem
+from engine.config_text import shown
+from engine.deepspeed_keys import (
+    Bf16Config,
+    DataTypesConfig,
+    Fp16Config,
+    OptimizerConfig,
+    ZeroConfig,
+)
+from models.config import ModelConfig
+
+
+def _on(precision: Bf16Config | Fp16Config | None) -> bool:
+    return precision is not None and precision.enabled
+
+
+def adam_w_is_decoupled(optimizer: OptimizerConfig) -> list[Problem]:
+    """AdamW with L2 penalty is a contradiction that DeepSpeed resolves silently."""
+    if optimizer.type == "Adam" or optimizer.params.adam_w_mode:
+        return []
+    path = "optimizer.params.adam_w_mode"
+    return [
+        Problem(
+            path,
+            f'{path}=false contradicts optimizer.type="AdamW": remove it for decoupled weight '
+            'decay, or use type "Adam" for an L2 penalty',
+        )
+    ]
+
+
+def clipping_has_a_threshold(gradient_clipping: float, sparse_clip: Any) -> list[Problem]:
+    """SparseClip needs a threshold."""
+    if gradient_clipping > 0 or not sparse_clip.enabled:
+        return []
+    return [
+        Problem(
+            "gradient_clipping",
+            "gradient_clipping is 0 or absent while magnetar.sparse_clip.enabled=true: SparseClip "
+            "has no threshold: set gradient_clipping (1.0, say), or "
+            "magnetar.sparse_clip.enabled=false",
+        )
+    ]
+
+
+def one_precision(
+    bf16: Bf16Config | None, fp16: Fp16Config | None, zero_optimization: ZeroConfig
+) -> list[Problem]:
+    """Bf16 and fp16 exclude each other, and both need ZeRO 1 or 2."""
+    problems = []
+    if _on(bf16) and _on(fp16):
+        problems.append(
+            Problem(
+                "fp16.enabled",
+                "bf16.enabled=true and fp16.enabled=true contradict each other: keep one of them",
+            )
+        )
+    way_out = "set zero_optimization.stage=1 (on one rank it takes the same memory)"
+    if _on(bf16) and zero_optimization.stage == 0:
+        problems.append(
+            Problem(
+                "zero_optimization.stage",
+                "zero_optimization.stage=0 does not go with bf16.enabled=true: DeepSpeed 0.19.8 "
+                "takes a dummy optimizer step first there, which leaves Adam's counter one ahead "
+                f"and decays the weights: {way_out}",
+            )
+        )
+    if _on(fp16) and zero_optimization.stage == 0:
+        problems.append(
+            Problem(
+                "zero_optimization.stage",
+                "zero_optimization.stage=0 does not go with fp16.enabled=true: DeepSpeed 0.19.8 "
+                "never scales the loss there, while its step divides by the scale: "
+                f"{way_out}, or use bf16",
+            )
+        )
+    return problems
+
+
+def gradients_accumulate_in_a_fitting_type(
+    data_types: DataTypesConfig | None,
+    bf16: Bf16Config | None,
+    fp16: Fp16Config | None,
+    zero_optimization: ZeroConfig,
+) -> list[Problem]:
+    """Gradients accumulate in the weights' type or, under ZeRO, in float32."""
+    given = data_types.grad_accum_dtype if data_types else None
+    weights = "bf16" if _on(bf16) else "fp16" if _on(fp16) else "fp32"
+    if given is None or given == weights or given == "fp32":
+        return []
+    path = "data_types.grad_accum_dtype"
+    choices = '"fp32" or leave it out' if weights == "fp32" else f'"{weights}" or "fp32"'
+    return [
+        Problem(
+            path,
+            f"{path}={shown(given)} does not go with weights in {weights}: use {choices}",
+        )
+    ]
+
+
+def norm_is_computed(zero_optimization: ZeroConfig) -> list[Problem]:
+    """The gradient norm is needed for clipping and for the logs."""
+    if zero_optimization.compute_grad_norm:
+        return []
+    path = "zero_optimization.compute_grad_norm"
+    return [Problem(path, f"{path}=false leaves SparseClip and the logs without a norm: remove it")]
+
+
+def experts_are_aligned(zero_optimization: ZeroConfig, model: ModelConfig) -> list[Problem]:
+    """Grouped matrix products need weights that start at multiples of 16 bytes."""
+    if model.moe is None or zero_optimization.parameter_alignment is not False:
+        return []
+    if zero_optimization.stage == 0:
+        return []
+    path = "zero_optimization.parameter_alignment"
+    return [
+        Problem(
+            path,
+            f"{path}=false misaligns the experts' weights under ZeRO "
+            f"{zero_optimization.stage}, where grouped matrix products need multiples of 16 "
+            "bytes: set it to true, or remove it",
+        )
+    ]
+
+
+def sequences_fit(data: Any, model: ModelConfig) -> list[Problem]:
+    """The data's windows are no longer than the model's positions."""
+    if data.seq_len <= model.max_seq_len:
+        return []
+    return [
+        Problem(
+            "magnetar.data.seq_len",
+            f"magnetar.data.seq_len={data.seq_len} must not exceed "
+            f"magnetar.model.max_seq_len={model.max_seq_len}: use seq_len {model.max_seq_len}, "
+            f"or max_seq_len {data.seq_len}",
+        )
+    ]
+
+
+def ranks_hold_experts(model: ModelConfig, world_size: int) -> list[Problem]:
+    """ep_size divides the number of ranks."""
+    if model.moe is None or world_size % model.moe.ep_size == 0:
+        return []
+    ep_size, experts = model.moe.ep_size, model.moe.num_experts
+    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0 and experts % n == 0]
+    below = world_size // ep_size * ep_size
+    ranks = f"{below} or {below + ep_size}" if below else f"{ep_size}"
+    return [
+        Problem(
+            "magnetar.model.moe.ep_size",
+            f"magnetar.model.moe.ep_size={ep_size} must divide the {world_size} ranks: use one "
+            f"of the ep_size {sizes}, or {ranks} ranks",
+        )
+    ]
+
+
+RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
+    (adam_w_is_decoupled, ("optimizer",)),
+    (clipping_has_a_threshold, ("gradient_clipping", "sparse_clip")),
+    (one_precision, ("bf16", "fp16", "zero_optimization")),
+    (
+        gradients_accumulate_in_a_fitting_type,
+        ("data_types", "bf16", "fp16", "zero_optimization"),
+    ),
+    (norm_is_computed, ("zero_optimization",)),
+    (experts_are_aligned, ("zero_optimization", "model")),
+    (sequences_fit, ("data", "model")),
+    (ranks_hold_experts, ("model", "world_size")),
+)
+
+
+def broken_rules(values: dict[str, Any]) -> list[Problem]:
+    """The problems of every rule whose sections are all there."""
+    problems: list[Problem] = []
+    for rule, needs in RULES:
+        if all(name in values for name in needs):
+            problems += rule(*(values[name] for name in needs))
+    return problems

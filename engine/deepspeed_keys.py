@@ -1,0 +1,407 @@
+"""The keys of DeepSpeed's own JSON: those Magnetar supports, and those it refuses and why.
+
+The supported keys are models of ours, so that types are strict and each key has a description.
+The tests hold them against the installed DeepSpeed: same names, same defaults, and no key that
+DeepSpeed reads is missing from both lists.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from models.config import StrictModel
+
+
+def _whole(value: Any) -> Any:
+    """5e8 is how people write sizes; JSON makes a float of it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Size = Annotated[int, BeforeValidator(_whole)]
+
+
+class AdamParams(StrictModel):
+    """What `optimizer.params` may hold."""
+
+    lr: float = Field(
+        gt=0,
+        description="Learning rate at the top of the schedule (`magnetar.training.lr_schedule`).",
+    )
+    betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)],
+        Annotated[float, Field(ge=0, lt=1)],
+    ] = Field(default=(0.9, 0.999), description="Decay of the running mean and square.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay.")
+    adam_w_mode: bool = Field(
+        default=True,
+        description="true: decoupled weight decay. false: L2 penalty in the gradient, only with "
+        "type `Adam`.",
+    )
+    torch_adam: bool = Field(
+        default=False,
+        description="true: PyTorch's Adam. false: DeepSpeed's fused kernel, which is compiled at "
+        "its first use.",
+    )
+
+
+class OptimizerConfig(StrictModel):
+    """The optimizer."""
+
+    type: Literal["Adam", "AdamW"] = Field(
+        description="Both decouple the weight decay unless `params.adam_w_mode` is false."
+    )
+    params: AdamParams = Field(description="The optimizer's numbers.")
+
+
+class ZeroConfig(StrictModel):
+    """ZeRO: what is divided among the data-parallel ranks."""
+
+    stage: Literal[0, 1, 2] = Field(
+        default=0,
+        description="0: nothing is divided. 1: the optimizer's states. 2: gradients too.",
+    )
+    contiguous_gradients: bool = Field(
+        default=True, description="Copy gradients into one buffer as they appear."
+    )
+    reduce_scatter: bool = Field(
+        default=True, description="Average gradients by reduce-scatter instead of all-reduce."
+    )
+    reduce_bucket_size: Size = Field(
+        default=500_000_000, gt=0, description="Elements reduced at a time."
+    )
+    use_multi_rank_bucket_allreduce: bool = Field(
+        default=True, description="One all-reduce for the buckets of several ranks."
+    )
+    allgather_partitions: bool = Field(
+        default=True, description="Collect updated weights by all-gather, not by broadcasts."
+    )
+    allgather_bucket_size: Size = Field(
+        default=500_000_000, gt=0, description="Elements gathered at a time."
+    )
+    overlap_comm: bool | None = Field(
+        default=None, description="Reduce gradients during the backward pass. null: false."
+    )
+    compute_grad_norm: bool = Field(
+        default=True, description="Must stay true: clipping and the logs read this norm."
+    )
+    ignore_unused_parameters: bool = Field(
+        default=True, description="false: stop when a parameter has no gradient."
+    )
+    load_from_fp32_weights: bool = Field(
+        default=True, description="On resuming, take master weights from their float32 copies."
+    )
+    parameter_alignment: bool | None = Field(
+        default=None,
+        description="Let every parameter start at a multiple of 16 bytes. null: true for a MoE "
+        "model under stage 1 or 2, else false.",
+    )
+
+
+class Bf16Config(StrictModel):
+    """Weights and activations in bfloat16, master weights in float32."""
+
+    enabled: bool = Field(default=False, description="Needs ZeRO stage 1 or 2.")
+    check_grad_overflow: bool = Field(
+        default=True, description="Skip a step whose gradients are not finite."
+    )
+
+
+class Fp16Config(StrictModel):
+    """Weights and activations in float16, with a scaled loss."""
+
+    enabled: bool = Field(default=False, description="Needs ZeRO stage 1 or 2.")
+    loss_scale: float = Field(default=0.0, ge=0, description="0: found while training.")
+    initial_scale_power: int = Field(
+        default=16, ge=0, description="The first loss scale is 2 to this power."
+    )
+    loss_scale_window: int = Field(
+        default=1000, ge=1, description="Steps without overflow before the scale doubles."
+    )
+    hysteresis: int = Field(default=2, ge=1, description="Overflows before the scale halves.")
+    consecutive_hysteresis: bool = Field(
+        default=False, description="Count only overflows in a row."
+    )
+    min_loss_scale: int = Field(default=1, ge=1, description="The scale goes no lower.")
+
+
+class DataTypesConfig(StrictModel):
+    """Data types beyond bf16 and fp16."""
+
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None,
+        description="Type in which gradients accumulate. null: the type of the weights.",
+    )
+
+
+class TensorBoardConfig(StrictModel):
+    """TensorBoard."""
+
+    enabled: bool = Field(default=False, description="Write event files.")
+    output_path: str = Field(default="", description="Empty: a folder in the run's folder.")
+    job_name: str = Field(default="DeepSpeedJobName", description="Subfolder of output_path.")
+
+
+class CsvConfig(StrictModel):
+    """CSV files, one for each metric."""
+
+    enabled: bool = Field(default=False, description="Write CSV files.")
+    output_path: str = Field(default="", description="Empty: a folder in the run's folder.")
+    job_name: str = Field(default="DeepSpeedJobName", description="Subfolder of output_path.")
+
+
+class WandbConfig(StrictModel):
+    """Weights & Biases (its package must be installed)."""
+
+    enabled: bool = Field(default=False, description="Send metrics.")
+    group: str | None = Field(default=None, description="Group of runs.")
+    team: str | None = Field(default=None, description="Team.")
+    project: str = Field(default="deepspeed", description="Project.")
+
+
+class CometConfig(StrictModel):
+    """Comet (its package must be installed)."""
+
+    enabled: bool = Field(default=False, description="Send metrics.")
+    samples_log_interval: int = Field(
+        default=100, ge=1, description="Samples between two submissions."
+    )
+    project: str | None = Field(default=None, description="Project.")
+    workspace: str | None = Field(default=None, description="Workspace.")
+    experiment_name: str | None = Field(default=None, description="Name of the experiment.")
+    experiment_key: str | None = Field(default=None, description="Key of the experiment.")
+    online: bool | None = Field(default=None, description="false: keep the data on disk.")
+    mode: Literal["get", "create", "get_or_create"] | None = Field(
+        default=None, description="How the experiment is opened."
+    )
+
+
+class CommsLoggerConfig(StrictModel):
+    """Times of the collective operations."""
+
+    enabled: bool = Field(default=False, description="Record them.")
+    prof_all: bool = Field(default=True, description="Every operation, not only prof_ops.")
+    prof_ops: list[str] = Field(default=[], description="Names of the operations to record.")
+    verbose: bool = Field(default=False, description="Print each one.")
+    debug: bool = Field(default=False, description="Name the calling function too.")
+
+
+class FlopsProfilerConfig(StrictModel):
+    """DeepSpeed's profile of one training step."""
+
+    enabled: bool = Field(default=False, description="Profile a step.")
+    recompute_fwd_factor: float = Field(
+        default=0.0, ge=0, description="Share of the forward pass that is computed again."
+    )
+    profile_step: int = Field(default=1, ge=1, description="Which step.")
+    module_depth: int = Field(default=-1, ge=-1, description="Depth shown. -1: all.")
+    top_modules: int = Field(default=1, ge=1, description="Modules shown at each depth.")
+    detailed: bool = Field(default=True, description="Print the whole tree.")
+    output_file: str | None = Field(default=None, description="null: standard output.")
+
+
+class ThroughputTimerConfig(StrictModel):
+    """DeepSpeed's throughput timer."""
+
+    enabled: bool = Field(default=True, description="Measure.")
+    synchronized: bool = Field(
+        default=True, description="Wait for the device first: exact, and a little slower."
+    )
+
+
+class TimersConfig(StrictModel):
+    """Timers."""
+
+    throughput: ThroughputTimerConfig = Field(
+        default=ThroughputTimerConfig(), description="The throughput timer."
+    )
+
+
+class CheckpointConfig(StrictModel):
+    """Checkpoints."""
+
+    tag_validation: Literal["Ignore", "Warn", "Fail"] = Field(
+        default="Warn", description="What happens when ranks disagree on a checkpoint's name."
+    )
+
+
+class DeepSpeedKeys(StrictModel):
+    """DeepSpeed's top-level keys."""
+
+    train_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sequences in one optimizer step, over all ranks. It equals "
+        "train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks; leave out "
+        "whichever should follow from the others.",
+    )
+    train_micro_batch_size_per_gpu: int | None = Field(
+        default=None, ge=1, description="Sequences in one forward pass of one rank."
+    )
+    gradient_accumulation_steps: int | None = Field(
+        default=None, ge=1, description="Forward passes of a rank in one optimizer step."
+    )
+    optimizer: OptimizerConfig = Field(description="The optimizer.")
+    gradient_clipping: float = Field(
+        default=0.0,
+        ge=0,
+        description="Threshold of the gradient norm, SparseClip's xi. 0: no clipping "
+        "(DeepSpeed alone would clip at 1.0 when the key is absent).",
+    )
+    zero_optimization: ZeroConfig = Field(default=ZeroConfig(), description="ZeRO.")
+    bf16: Bf16Config | None = Field(default=None, description="Training in bfloat16.")
+    fp16: Fp16Config | None = Field(default=None, description="Training in float16.")
+    data_types: DataTypesConfig | None = Field(default=None, description="Other data types.")
+    tensorboard: TensorBoardConfig | None = Field(default=None, description="TensorBoard.")
+    csv_monitor: CsvConfig | None = Field(default=None, description="CSV files.")
+    wandb: WandbConfig | None = Field(default=None, description="Weights & Biases.")
+    comet: CometConfig | None = Field(default=None, description="Comet.")
+    steps_per_print: int | None = Field(
+        default=None, ge=1, description="Steps between DeepSpeed's own lines. null: none."
+    )
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = Field(
+        default=None, description="DeepSpeed's log level."
+    )
+    wall_clock_breakdown: bool = Field(
+        default=False, description="Print the time of forward, backward and step."
+    )
+    memory_breakdown: bool = Field(default=False, description="Print memory use at start-up.")
+    dump_state: bool = Field(default=False, description="Print the engine's state at start-up.")
+    disable_python_gc: bool = Field(
+        default=False, description="Turn Python's garbage collector off while training."
+    )
+    flops_profiler: FlopsProfilerConfig | None = Field(default=None, description="A profile.")
+    comms_logger: CommsLoggerConfig | None = Field(
+        default=None, description="Times of collective operations."
+    )
+    timers: TimersConfig | None = Field(default=None, description="Timers.")
+    checkpoint: CheckpointConfig | None = Field(default=None, description="Checkpoints.")
+
+
+_GONE = "this version of DeepSpeed no longer has it: remove it"
+_PRECISION = (
+    "only bf16 and fp16 are proven to keep the numbers: use `bf16.enabled` with ZeRO 1 or 2"
+)
+_REDUCTION = (
+    "it changes how gradients are averaged, so that SparseClip's norm would be wrong: remove it"
+)
+_LOADER = "Magnetar reads its data itself (`magnetar.data`): remove it"
+_STAGE_3 = "it only acts in ZeRO stage 3, which Magnetar does not support: remove it"
+_OFFLOAD = (
+    "offloading takes another path through the gradient norm, which is not proven: remove it, "
+    "and use ZeRO stage 2 or more ranks to save memory"
+)
+_QUANTISED = "quantised communication changes the numbers: remove it"
+_PARALLEL = (
+    "Magnetar has data and expert parallelism: remove it, and set `magnetar.model.moe.ep_size`"
+)
+_LOW_STATES = "master weights and optimizer states stay in float32: remove it"
+
+REFUSED: dict[str, str] = {
+    "scheduler": "the schedule has one key, `magnetar.training.lr_schedule`: move it there",
+    "amp": _PRECISION,
+    "torch_autocast": _PRECISION,
+    "bfloat16": "it is the old name of `bf16`: use `bf16`",
+    "communication_data_type": _REDUCTION,
+    "seq_parallel_communication_data_type": _REDUCTION,
+    "prescale_gradients": _REDUCTION,
+    "gradient_predivide_factor": _REDUCTION,
+    "gradient_allreduce_op": _REDUCTION,
+    "sparse_gradients": _GONE,
+    "managed_gradient_accumulation": "Magnetar relies on DeepSpeed's own counting: remove it",
+    "disable_allgather": "weights would differ between ranks: remove it",
+    "allgather_size": "it is an old name: use `zero_optimization.allgather_bucket_size`",
+    "data_efficiency": _LOADER,
+    "data_sampling": _LOADER,
+    "data_routing": _LOADER,
+    "curriculum_learning": _LOADER,
+    "random_ltd": _LOADER,
+    "dataloader_drop_last": _LOADER,
+    "vocabulary_size": "use `magnetar.model.vocab_size`",
+    "progressive_layer_drop": _GONE,
+    "eigenvalue": _GONE,
+    "quantize_training": _GONE,
+    "compression_training": _GONE,
+    "elasticity": _GONE,
+    "nebula": _GONE,
+    "sparse_attention": _GONE,
+    "graph_harvesting": _GONE,
+    "autotuning": "the values of a run are those of its file: remove it, and use --set to try others",
+    "hybrid_engine": "it is meant for reinforcement learning: remove it",
+    "weight_quantization": "it is meant for inference: remove it",
+    "pipeline": _PARALLEL,
+    "tensor_parallel": _PARALLEL,
+    "sequence_parallel_size": _PARALLEL,
+    "data_parallel_size": "it follows from the number of ranks: remove it",
+    "expert_parallel": "experts have one section, `magnetar.model.moe`: use its `ep_size`",
+    "use_data_before_expert_parallelism": _PARALLEL,
+    "zenflow": _OFFLOAD,
+    "zero_force_ds_cpu_optimizer": _OFFLOAD,
+    "zero_allow_untested_optimizer": "only Adam and AdamW are supported: remove it",
+    "aio": _OFFLOAD,
+    "activation_checkpointing": "Magnetar's model does not read it: remove it",
+    "compile": "compiled models are not proven: remove it",
+    "datastates_ckpt": "checkpoints are written by DeepSpeed's usual writer: remove it",
+    "monitor_config": "DeepSpeed silently ignores it: put `tensorboard`, `csv_monitor`, `wandb` or "
+    "`comet` at the top level",
+    "optimizer.legacy_fusion": "it only acts under fp16 without ZeRO, which is refused: remove it",
+    "optimizer.params.max_grad_norm": "clipping has one key, `gradient_clipping`: use that",
+    "optimizer.params.amsgrad": "DeepSpeed's fused Adam does not have it: remove it",
+    "optimizer.params.fused": "PyTorch's and DeepSpeed's kernels are chosen by `torch_adam`: use that",
+    "optimizer.params.foreach": "PyTorch chooses the fastest form by itself: remove it",
+    "optimizer.params.bias_correction": "Adam here always corrects its bias: remove it",
+    "optimizer.params.fp32_optimizer_states": _OFFLOAD,
+    "data_types.param_dtype": "the type of the weights follows from `bf16` and `fp16`: remove it",
+    "data_types.buffer_dtype": "buffers keep the type that the model gave them: remove it",
+    "data_types.keep_in_fp32_modules": "which buffers stay in float32 is the model's choice: remove it",
+    "bf16.immediate_grad_update": "it changes the order of the gradient updates: remove it",
+    "bf16.bf16_master_weights_and_grads": _LOW_STATES,
+    "bf16.bf16_optimizer_states": _LOW_STATES,
+    "fp16.fp16_master_weights_and_grads": _LOW_STATES,
+    "fp16.auto_cast": "Magnetar's inputs are token numbers: remove it",
+    "comet.api_key": "a key does not belong in a file that is saved with each checkpoint: set the "
+    "environment variable COMET_API_KEY",
+    "checkpoint.load_universal": "universal checkpoints do not hold experts: remove it",
+    "checkpoint.use_node_local_storage": "a checkpoint is one folder that all nodes see: remove it",
+    "checkpoint.parallel_write": "it belongs to pipelines: remove it",
+    "checkpoint.checkpoint_serialization": "only the usual format can be resumed: remove it",
+    "checkpoint.writer": "only the usual writer is proven: remove it",
+    "zero_optimization.offload_optimizer": _OFFLOAD,
+    "zero_optimization.offload_param": _OFFLOAD,
+    "zero_optimization.cpu_offload": _OFFLOAD,
+    "zero_optimization.cpu_offload_param": _OFFLOAD,
+    "zero_optimization.cpu_offload_use_pin_memory": _OFFLOAD,
+    "zero_optimization.zenflow": _OFFLOAD,
+    "zero_optimization.round_robin_gradients": "it reorders gradients for offloading, which is "
+    "refused: remove it",
+    "zero_optimization.zero_quantized_weights": _QUANTISED,
+    "zero_optimization.zero_quantized_nontrainable_weights": _QUANTISED,
+    "zero_optimization.zero_quantized_gradients": _QUANTISED,
+    "zero_optimization.zeropp_loco_param": _GONE,
+    "zero_optimization.mics_shard_size": _GONE,
+    "zero_optimization.mics_hierarchical_params_gather": _GONE,
+    "zero_optimization.zero_hpz_partition_size": _STAGE_3,
+    "zero_optimization.elastic_checkpoint": "resuming needs the plain format: remove it",
+    "zero_optimization.legacy_stage1": "the old stage 1 has another gradient norm: remove it",
+    "zero_optimization.enable_sanity_checks": _STAGE_3,
+    "zero_optimization.sub_group_size": _STAGE_3,
+    "zero_optimization.memory_efficient_linear": _STAGE_3,
+    "zero_optimization.pipeline_loading_checkpoint": _STAGE_3,
+    "zero_optimization.override_module_apply": _STAGE_3,
+    "zero_optimization.log_trace_cache_warnings": _STAGE_3,
+    "zero_optimization.save_muon_momentum_buffer_in_memory": _STAGE_3,
+    "zero_optimization.leaf_module": _STAGE_3,
+}
+for _name in (
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "gather_16bit_weights_on_model_save",
+    "gather_fp16_weights_on_model_save",
+    "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params",
+    "allgather_sequential",
+):
+    REFUSED[f"zero_optimization.stage3_{_name}"] = _STAGE_3
