@@ -58,16 +58,26 @@ def batch_problems(sizes: BatchSizes, world_size: int | None) -> list[Problem]:
     given = [f"{TRAIN}={train}"]
     given += [f"{MICRO}={micro}"] if micro else []
     given += [f"{ACCUMULATION}={accumulation}"] if accumulation else []
-    ranks = f"{world_size} rank{'' if world_size == 1 else 's'}" if world_size else "any ranks"
-    all_three = micro is not None and accumulation is not None
-    near = f"{unit}" if all_three and world_size else _multiples_near(train, unit)
-    rule = "must equal the product of the others" if all_three else "must be divided evenly"
-    way_out = f"use {TRAIN} {near}"
-    if all_three:
-        way_out += f", or leave out {ACCUMULATION}"
-    elif micro and world_size and train % world_size == 0:
+    where = "" if world_size is None else f" on {world_size} rank{'s' * (world_size > 1)}"
+    way_out = _way_out(train, sizes, unit, world_size)
+    return [
+        Problem(
+            TRAIN,
+            f"{', '.join(given)}{where} do not fit {TRAIN} = {MICRO} * {ACCUMULATION} * ranks: "
+            f"use {way_out}",
+        )
+    ]
+
+
+def _way_out(train: int, sizes: BatchSizes, unit: int, world_size: int | None) -> str:
+    """Sizes that do fit."""
+    if None not in sizes and world_size is not None:
+        assert sizes.micro is not None
+        even = train % (sizes.micro * world_size) == 0
+        return f"{TRAIN} {unit}, or leave out {ACCUMULATION if even else TRAIN}"
+    way_out = f"{TRAIN} {_multiples_near(train, unit)}"
+    if sizes.micro and sizes.accumulation is None and world_size and train % world_size == 0:
         share = train // world_size
-        fitting = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        fitting = max(n for n in range(1, min(sizes.micro, share) + 1) if share % n == 0)
         way_out += f", or {MICRO} {fitting}"
-    text = f"{', '.join(given)} on {ranks}: {TRAIN} {rule} ({MICRO} * {ACCUMULATION} * ranks)"
-    return [Problem(TRAIN, f"{text}: {way_out}")]
+    return way_out

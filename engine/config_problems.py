@@ -6,12 +6,12 @@ import json
 import types
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.config_text import shown
-from engine.deepspeed_keys import REFUSED
+from engine.deepspeed_keys import REFUSED, VALUE_REASONS
 
 
 class Problem(NamedTuple):
@@ -65,6 +65,8 @@ def expected(field: FieldInfo) -> str:
         ):
             if isinstance(limit, kind):
                 text += f", {phrase} {getattr(limit, attribute)}"
+        if isinstance(limit, MinLen):
+            text += ", not empty"
     return text + (" (or null)" if annotation is not field.annotation else "")
 
 
@@ -116,7 +118,7 @@ def wrong_value(path: str, value: Any, field: FieldInfo) -> Problem:
         names = {str(v).lower(): v for v in get_args(annotation)}
         if near := difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.6):
             hint = f"did you mean {shown(names[near[0]])}? "
-    about = field.description or ""
+    about = VALUE_REASONS.get(path) or field.description or ""
     return Problem(path, f"{path}={shown(value)} must be {expected(field)}: {hint}{about}")
 
 
@@ -141,9 +143,8 @@ def _from_error(
     if error["type"] == "missing" and field is not None:
         return [missing_key(full, field)]
     if error["type"] == "value_error":
-        return [
-            Problem(full, joined(full, line)) for line in str(error["ctx"]["error"]).split("\n")
-        ]
+        lines = [joined(full, line) for line in str(error["ctx"]["error"]).split("\n")]
+        return [Problem(line.partition("=")[0], line) for line in lines]
     if field is None:
         return [Problem(full, f"{full}={shown(error['input'])} must be an object, {{ ... }}")]
     return [wrong_value(full, error["input"], field)]
@@ -153,7 +154,8 @@ def _from_error(
 def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
     """The check of one key of a model."""
     field = model.model_fields[name]
-    return TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+    strict = None if section_model(field.annotation) else ConfigDict(**model.model_config)
+    return TypeAdapter(Annotated[field.annotation, field], config=strict)  # type: ignore[arg-type]
 
 
 def check_keys(

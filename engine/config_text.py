@@ -76,6 +76,8 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} does not exist: {hint}")
     try:
         return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}: check its permissions") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
@@ -118,7 +120,7 @@ def _parse_override(text: str) -> tuple[str, Any, list[str]]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sets each `path=value` in `raw`; returns the paths set, and a line for each that cannot be."""
+    """Sets each `path=value` in `raw`; returns their paths, and a line for each that is wrong."""
     paths: list[str] = []
     complaints: list[str] = []
     for text in overrides:

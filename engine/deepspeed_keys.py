@@ -297,6 +297,19 @@ _PARALLEL = (
 )
 _LOW_STATES = "master weights and optimizer states stay in float32: remove it"
 
+_STAGE_3_KEYS = (
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "gather_16bit_weights_on_model_save",
+    "gather_fp16_weights_on_model_save",
+    "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params",
+    "allgather_sequential",
+)
+
 REFUSED: dict[str, str] = {
     "scheduler": "the schedule has one key, `magnetar.training.lr_schedule`: move it there",
     "amp": _PRECISION,
@@ -326,7 +339,7 @@ REFUSED: dict[str, str] = {
     "nebula": _GONE,
     "sparse_attention": _GONE,
     "graph_harvesting": _GONE,
-    "autotuning": "the values of a run are those of its file: remove it, and use --set to try others",
+    "autotuning": "a run's values are those of its file: remove it, and try others with --set",
     "hybrid_engine": "it is meant for reinforcement learning: remove it",
     "weight_quantization": "it is meant for inference: remove it",
     "pipeline": _PARALLEL,
@@ -347,13 +360,13 @@ REFUSED: dict[str, str] = {
     "optimizer.legacy_fusion": "it only acts under fp16 without ZeRO, which is refused: remove it",
     "optimizer.params.max_grad_norm": "clipping has one key, `gradient_clipping`: use that",
     "optimizer.params.amsgrad": "DeepSpeed's fused Adam does not have it: remove it",
-    "optimizer.params.fused": "PyTorch's and DeepSpeed's kernels are chosen by `torch_adam`: use that",
+    "optimizer.params.fused": "the kernel is chosen by `torch_adam`: use that",
     "optimizer.params.foreach": "PyTorch chooses the fastest form by itself: remove it",
     "optimizer.params.bias_correction": "Adam here always corrects its bias: remove it",
     "optimizer.params.fp32_optimizer_states": _OFFLOAD,
     "data_types.param_dtype": "the type of the weights follows from `bf16` and `fp16`: remove it",
     "data_types.buffer_dtype": "buffers keep the type that the model gave them: remove it",
-    "data_types.keep_in_fp32_modules": "which buffers stay in float32 is the model's choice: remove it",
+    "data_types.keep_in_fp32_modules": "the model chooses which buffers stay in float32: remove it",
     "bf16.immediate_grad_update": "it changes the order of the gradient updates: remove it",
     "bf16.bf16_master_weights_and_grads": _LOW_STATES,
     "bf16.bf16_optimizer_states": _LOW_STATES,
@@ -391,17 +404,12 @@ REFUSED: dict[str, str] = {
     "zero_optimization.log_trace_cache_warnings": _STAGE_3,
     "zero_optimization.save_muon_momentum_buffer_in_memory": _STAGE_3,
     "zero_optimization.leaf_module": _STAGE_3,
+    **{f"zero_optimization.{name}": _STAGE_3 for name in _STAGE_3_KEYS},
+    **{f"zero_optimization.stage3_{name}": _STAGE_3 for name in _STAGE_3_KEYS},
 }
-for _name in (
-    "prefetch_bucket_size",
-    "param_persistence_threshold",
-    "model_persistence_threshold",
-    "max_live_parameters",
-    "max_reuse_distance",
-    "gather_16bit_weights_on_model_save",
-    "gather_fp16_weights_on_model_save",
-    "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params",
-    "allgather_sequential",
-):
-    REFUSED[f"zero_optimization.stage3_{_name}"] = _STAGE_3
+
+VALUE_REASONS: dict[str, str] = {
+    "optimizer.type": "SparseClip is proven with Adam's update only: use one of these",
+    "zero_optimization.stage": "under ZeRO 3 DeepSpeed refuses its own MoE layers, and gradient "
+    "clipping is not proven for dense models: use stage 1 or 2",
+}

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class StrictModel(BaseModel):
     """Base of every section: immutable, no unknown keys, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class MoEConfig(StrictModel):
@@ -60,29 +60,32 @@ class MoEConfig(StrictModel):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "MoEConfig":
+        wrong = []
         if self.num_experts % self.ep_size:
             sizes = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
             near = -(-self.num_experts // self.ep_size) * self.ep_size
-            raise ValueError(
+            wrong.append(
                 f"num_experts={self.num_experts} must be a multiple of ep_size={self.ep_size}: "
                 f"use {near} experts, or one of the ep_size {sizes}"
             )
         if self.top_k > self.num_experts:
-            raise ValueError(
+            wrong.append(
                 f"top_k={self.top_k} must not exceed num_experts={self.num_experts}: "
                 f"use top_k {self.num_experts}, or more experts"
             )
         if (self.dispatch == "capacity") != (self.capacity_factor is not None):
-            raise ValueError(
-                f"capacity_factor={self.capacity_factor} does not fit "
+            wrong.append(
+                f"capacity_factor={self.capacity_factor or 'null'} does not fit "
                 f"dispatch={self.dispatch!r}: set capacity_factor (1.0, say) with dispatch "
                 "'capacity', and leave it out with 'dropless'"
             )
         if self.router == "linear" and self.d_router is not None:
-            raise ValueError(
+            wrong.append(
                 f"d_router={self.d_router} belongs to router 'xmoe': leave it out, or use "
                 "router 'xmoe'"
             )
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     @property
@@ -129,19 +132,22 @@ class ModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
+        wrong = []
         if self.d_model % self.num_heads:
             heads = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
             nearest = min(heads, key=lambda n: abs(n - self.num_heads))
-            raise ValueError(
+            wrong.append(
                 f"d_model={self.d_model} must be a multiple of num_heads={self.num_heads}: "
                 f"use {nearest} heads, or d_model "
                 f"{-(-self.d_model // self.num_heads) * self.num_heads}"
             )
         if self.moe is not None and self.moe.every > self.num_layers:
-            raise ValueError(
+            wrong.append(
                 f"moe.every={self.moe.every} exceeds num_layers={self.num_layers}, so no layer "
                 f"would be a MoE layer: use at most {self.num_layers}, or moe null"
             )
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     def is_moe_layer(self, index: int) -> bool:
