@@ -107,7 +107,10 @@ class SparseClip:
                     squares[index] = square
         squares = squares / scale**2
         kappa_squared = torch.tensor(
-            [1.0 / g.num_experts if g.num_experts and self.enabled else 1.0 for g in gradient_groups],
+            [
+                1.0 / g.num_experts if g.num_experts and self.enabled else 1.0
+                for g in gradient_groups
+            ],
             device=self.device,
         )
         is_expert = torch.tensor(
@@ -117,7 +120,8 @@ class SparseClip:
         self.expert_norm = squares[is_expert].sum().sqrt()
         self.norm = (squares * kappa_squared).sum().sqrt()
         self.coefficient = clip_coefficient(self.norm, self.threshold)
-        self.num_clipped = self.num_clipped + (self.coefficient < 1)
+        clipped = (self.coefficient < 1) & self.norm.isfinite()  # an overflowed step is skipped
+        self.num_clipped = self.num_clipped + clipped
 
     def install(self, engine: Any) -> None:
         """Put this clipping in the place of DeepSpeed's in an engine.

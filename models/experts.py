@@ -17,12 +17,12 @@ class _ExpandRows(torch.autograd.Function):
     """rows[r] = table[segment of r], with a backward that sums each segment in a fixed order."""
 
     @staticmethod
-    def forward(ctx, table: Tensor, segment_ids: Tensor, counts: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, table: Tensor, segment_ids: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(segment_ids, counts)
         return table.index_select(0, segment_ids)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         segment_ids, counts = ctx.saved_tensors
         if grad.is_cuda:
             # index_add_ would add with atomics there: another order, other bits, every run.

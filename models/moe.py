@@ -86,8 +86,8 @@ class _AllToAll(torch.autograd.Function):
     """Rows to other ranks, uneven splits; the gradient travels back the same way."""
 
     @staticmethod
-    def forward(  # noqa: D102
-        ctx,  # noqa: ANN001
+    def forward(
+        ctx,
         group: dist.ProcessGroup,
         rows: Tensor,
         receive_splits: list[int],
@@ -101,7 +101,7 @@ class _AllToAll(torch.autograd.Function):
         return received
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:  # noqa: ANN001, D102
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
         returned = _AllToAll.apply(ctx.group, grad, ctx.send_splits, ctx.receive_splits)
         return None, returned, None, None
 

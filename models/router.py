@@ -111,9 +111,7 @@ class XMoERouter(nn.Module):
     def cosine_scores(self, h: Tensor) -> Tensor:
         """(N, D) of any float dtype -> (N, E) float32 in [-1, 1] (eq. 6)."""
         projected = F.linear(h.float(), self.projection.weight.float())  # (N, d_router)
-        return F.linear(
-            F.normalize(projected, dim=-1), F.normalize(self.centroids.float(), dim=-1)
-        )
+        return F.linear(F.normalize(projected, dim=-1), F.normalize(self.centroids.float(), dim=-1))
 
     def forward(self, h: Tensor) -> Routing:
         """(N, D) of any float dtype -> Routing."""

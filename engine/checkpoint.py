@@ -1,0 +1,234 @@
+"""Checkpoints of a run: written whole or not at all, found again, read without DeepSpeed.
+
+    runs/NAME/checkpoints/step_00000400/
+        manifest.json                 step, layout, resolved config, size of every file
+        mp_rank_00_model_states.pt    dense parameters and the trainer's state
+        layer_<L>_expert_<G>_mp_rank_00_model_states.pt      expert G of MoE layer L
+        *_optim_states.pt             optimizer states, as DeepSpeed lays them out
+
+A checkpoint is written under another name and renamed when every rank has written its part, so
+a folder named step_* with a manifest is complete.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from engine.config import RunConfig
+from models.config import ModelConfig
+from models.transformer import Decoder, build_model
+
+MANIFEST = "manifest.json"
+_TAG = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: its folder.
+        manifest: `step`, `world_size`, `config` (the resolved JSON) and `files` (name -> bytes).
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest["step"]
+
+
+def save_checkpoint(engine: Any, step: int, config: RunConfig, state: dict) -> Path:
+    """Write a checkpoint on every rank; only the newest `training.keep_checkpoints` remain.
+
+    Args:
+        engine: the DeepSpeed engine.
+        step: optimizer steps done.
+        config: the resolved config, kept in the manifest.
+        state: what the trainer needs to go on; plain numbers.
+
+    Raises:
+        UserError: on every rank alike if any of them could not write (a full disk, say). Older
+            checkpoints are untouched then.
+    """
+    run_dir = Path(config.training.run_dir)
+    folder = run_dir / "checkpoints"
+    partial, final = folder / f"partial_{step:08d}", folder / f"step_{step:08d}"
+    problem = ""
+    if dist.get_rank() == 0:
+        for leftover in folder.glob("partial_*"):
+            shutil.rmtree(leftover)
+        problem = _attempt(lambda: partial.mkdir(parents=True))
+    _raise_on_every_rank(problem, partial)
+
+    writes = _GuardedWrites(engine.checkpoint_engine)
+    with writes:
+        engine.save_checkpoint(
+            str(folder), tag=partial.name, client_state={"trainer": state}, save_latest=False
+        )
+    try:
+        _raise_on_every_rank(writes.problem, partial)
+        if dist.get_rank() == 0:
+            problem = _attempt(lambda: _commit(partial, final, step, config))
+        _raise_on_every_rank(problem, partial)
+    except UserError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if dist.get_rank() == 0:
+        for old in complete_checkpoints(run_dir)[: -config.training.keep_checkpoints]:
+            shutil.rmtree(old.path)
+    dist.barrier()
+    return final
+
+
+class _GuardedWrites:
+    """Lets DeepSpeed's saver go on when a file cannot be written, and remembers why.
+
+    An exception on one rank would leave the others waiting in DeepSpeed's barriers.
+    """
+
+    def __init__(self, checkpoint_engine: Any) -> None:
+        self.checkpoint_engine, self.problem = checkpoint_engine, ""
+
+    def __enter__(self) -> None:
+        self.write = self.checkpoint_engine.save
+
+        def save(state_dict: dict, path: str) -> None:
+            self.problem = self.problem or _attempt(lambda: self.write(state_dict, path))
+
+        self.checkpoint_engine.save = save
+
+    def __exit__(self, *_exception: object) -> None:
+        del self.checkpoint_engine.save  # the class's own method again
+
+
+def _attempt(write: Any) -> str:
+    """Run a write; return what went wrong, or nothing."""
+    try:
+        write()
+    # torch.save turns an OSError of a full disk into a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        return str(error).splitlines()[0] or type(error).__name__
+    return ""
+
+
+def _raise_on_every_rank(problem: str, path: Path) -> None:
+    problems: list[str] = [""] * dist.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found:
+            disk = next(p for p in (path, *path.parents) if p.exists())
+            free = shutil.disk_usage(disk).free / 2**20
+            raise UserError(
+                f"{path.parent}: rank {rank} could not write the checkpoint ({found}; "
+                f"{free:.0f} MiB free): older checkpoints are intact; free some space, or lower "
+                "training.keep_checkpoints, and start the same command again"
+            )
+
+
+def _commit(partial: Path, final: Path, step: int, config: RunConfig) -> None:
+    """Make sure that the files are on the disk, write the manifest, give the folder its name."""
+    files = sorted(path for path in partial.iterdir())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    manifest = {
+        "step": step,
+        "world_size": dist.get_world_size(),
+        "config": config.to_dict(),
+        "files": {path.name: path.stat().st_size for path in files},
+    }
+    with (partial / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():  # the same step, saved again after a resume
+        shutil.rmtree(final)
+    partial.rename(final)
+
+
+def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """The run's complete checkpoints, oldest first, without those of damaged files."""
+    found = []
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        if _TAG.fullmatch(path.name) and (path / MANIFEST).is_file():
+            checkpoint = Checkpoint(path, json.loads((path / MANIFEST).read_text()))
+            if not damaged_files(checkpoint):
+                found.append(checkpoint)
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def damaged_files(checkpoint: Checkpoint) -> list[str]:
+    """Names of the files that are missing or of another size than the manifest says."""
+    return [
+        name
+        for name, size in checkpoint.manifest["files"].items()
+        if not (checkpoint.path / name).is_file() or (checkpoint.path / name).stat().st_size != size
+    ]
+
+
+def newest_checkpoint(run_dir: Path) -> Checkpoint:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        UserError: if the run has none.
+    """
+    found = complete_checkpoints(run_dir)
+    if not found:
+        raise UserError(
+            f"{run_dir}: holds no complete checkpoint (looked for checkpoints/step_*/"
+            f"{MANIFEST}): name a run folder that training has saved to"
+        )
+    return found[-1]
+
+
+def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> dict:
+    """Load weights, optimizer states and schedule into the engine; return the trainer's state."""
+    path, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    assert path is not None, f"DeepSpeed did not load {checkpoint.path}"
+    return state
+
+
+def load_model(checkpoint: Checkpoint) -> Decoder:
+    """The model of a checkpoint with its weights, every expert in this one process.
+
+    Raises:
+        UserError: if a file cannot be read, or is not what the manifest says.
+    """
+    damaged = damaged_files(checkpoint)
+    if damaged:
+        raise UserError(
+            f"{checkpoint.path / damaged[0]}: missing or not of the size that the manifest "
+            "says: use another checkpoint"
+        )
+    config = ModelConfig.model_validate(checkpoint.manifest["config"]["magnetar"]["model"])
+    if config.moe is not None:
+        config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+    model = build_model(config, seed=0)
+    model.load_state_dict(_read_weights(checkpoint.path))
+    return model
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Dense parameters and every expert, under their global names."""
+
+    def read(file: Path) -> dict:
+        # DeepSpeed pickles plain Python objects beside the tensors; the file is the user's own.
+        return torch.load(file, map_location="cpu", weights_only=False)
+
+    weights = dict(read(path / "mp_rank_00_model_states.pt")["module"])
+    for file in path.glob("layer_*_expert_*_model_states.pt"):
+        weights |= read(file)
+    return weights

@@ -1,0 +1,192 @@
+"""A DeepSpeed engine for a Magnetar model, and one training step of it."""
+
+import copy
+import hashlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from engine.config import LRSchedule, RunConfig
+from engine.sparse_clip import SparseClip
+from models.moe import RoutingStats
+from models.transformer import build_model, token_losses
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did, over this rank's samples.
+
+    Attributes:
+        loss: () float32, mean cross entropy a token, in nats.
+        aux_loss: () float32, balance loss averaged over MoE layers, before its weight.
+        routing: one RoutingStats a MoE layer, of the last micro-batch.
+    """
+
+    loss: Tensor
+    aux_loss: Tensor
+    routing: list[RoutingStats]
+
+
+def start_distributed() -> torch.device:
+    """Join the launcher's process group (or make one of a single rank); return this rank's device.
+
+    Raises:
+        RuntimeError: if the other ranks cannot be reached.
+    """
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("MAGNETAR_LOG_LEVEL", "WARNING"))
+    # DeepSpeed would compile a C++ op here that serves inference alone: 48 seconds, and a process
+    # killed meanwhile leaves a lock file on which every later job hangs. The module must be
+    # reached through sys.modules: `deepspeed.comm.torch` as an attribute is torch itself.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() == "cpu":
+        local_world_size = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    else:
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: matrices decay, vectors do not; experts apart, by their count E.
+
+    A temperature that decays towards zero, or a LayerNorm gain that does, is a change of the
+    function and no regularisation, so only tensors of matrix shape decay. The groups of experts
+    carry DeepSpeed's marks (`moe`, and its group's name) and E for SparseClip.
+    """
+    found: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        group_name = getattr(parameter, "group_name", "dense")
+        # An expert's tensors are stacked: one dimension more than the thing itself.
+        is_matrix = parameter.dim() - (group_name != "dense") >= 2
+        key = (group_name, getattr(parameter, "num_experts", 0), is_matrix)
+        found.setdefault(key, []).append(parameter)
+    param_groups = []
+    for (group_name, num_experts, is_matrix), parameters in sorted(
+        found.items(), key=lambda item: item[0]
+    ):
+        group = {
+            "params": parameters,
+            "name": group_name,
+            "weight_decay": weight_decay if is_matrix else 0.0,
+        }
+        if num_experts:
+            group |= {"moe": True, "num_experts": num_experts}
+        param_groups.append(group)
+    return param_groups
+
+
+def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[[int], float]:
+    """Multiplier of the learning rate at an optimizer step (from 0).
+
+    Warm-up is linear and reaches the full rate at step `warmup_steps - 1`. Then
+    polynomial: end_lr + (lr - end_lr) * (1 - t)^power, t the share of total_steps after warm-up;
+    inverse_sqrt: lr * sqrt(warmup_steps / (step + 1)); constant: lr.
+    """
+    total_steps = schedule.total_steps or num_steps
+    warmup_steps = max(1, schedule.warmup_steps)
+
+    def factor(step: int) -> float:
+        if step + 1 < warmup_steps:
+            return (step + 1) / warmup_steps
+        if schedule.type == "inverse_sqrt":
+            return math.sqrt(warmup_steps / (step + 1))
+        if schedule.type == "constant":
+            return 1.0
+        progress = (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+        end = (schedule.end_lr or 0.0) / base_lr
+        return end + (1 - end) * max(0.0, 1 - progress) ** (schedule.power or 1.0)
+
+    return factor
+
+
+def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseClip]:
+    """The DeepSpeed engine of a resolved config, with SparseClip in place of its clipping.
+
+    Args:
+        config: resolved for this world size, its vocab_size known.
+        device: from `start_distributed`.
+
+    Returns:
+        The engine, whose module is a models.transformer.Decoder, and its SparseClip.
+    """
+    with torch.device(device):
+        model = build_model(config.model, config.training.seed)
+    optimizer_params = config.deepspeed["optimizer"]["params"]
+    factor = lr_factor(
+        config.training.lr_schedule, optimizer_params["lr"], config.training.num_steps
+    )
+    deepspeed_config = copy.deepcopy(config.deepspeed)  # DeepSpeed takes keys out of it
+    # SparseClip applies the threshold. DeepSpeed only needs one above 0 to call it in every mode.
+    deepspeed_config["gradient_clipping"] = config.gradient_clipping or 1.0
+    # The trainer reports; DeepSpeed's own lines would tear the progress display.
+    deepspeed_config.setdefault("steps_per_print", 2**62)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        config=deepspeed_config,
+        model_parameters=parameter_groups(model, optimizer_params.get("weight_decay", 0.0)),
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
+        dist_init_required=False,
+    )
+    sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)
+    sparse_clip.install(engine)
+    return engine, sparse_clip
+
+
+def seed_noise(seed: int, step: int) -> None:
+    """Seed dropout for one optimizer step on this rank.
+
+    The noise is a function of (seed, step, rank): a resumed run draws what an uninterrupted one
+    would have drawn, and no generator's state needs saving.
+    """
+    key = f"{seed}/{step}/{dist.get_rank()}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+
+
+def train_step(
+    engine: Any, micro_batches: Iterable[tuple[Tensor, Tensor]], aux_loss_weight: float
+) -> StepResult:
+    """One optimizer step: forward and backward of each micro-batch, then clip and update.
+
+    Args:
+        engine: from `build_engine`.
+        micro_batches: gradient_accumulation_steps pairs of inputs and targets, (B, T) int64 on
+            the engine's device, without padding.
+        aux_loss_weight: weight of the balance loss.
+    """
+    losses, aux_losses = [], []
+    routing: list[RoutingStats] = []
+    for inputs, targets in micro_batches:
+        logits, routing = engine(inputs)
+        loss_sum, num_tokens = token_losses(logits, targets)
+        loss = loss_sum / num_tokens
+        aux_loss = mean_aux_loss(routing, loss)
+        engine.backward(loss + aux_loss_weight * aux_loss)
+        engine.step()  # updates at the last micro-batch
+        losses.append(loss.detach())
+        aux_losses.append(aux_loss.detach())
+    return StepResult(torch.stack(losses).mean(), torch.stack(aux_losses).mean(), routing)
+
+
+def mean_aux_loss(routing: list[RoutingStats], like: Tensor) -> Tensor:
+    """The balance loss averaged over the MoE layers; 0 for a dense model."""
+    if not routing:
+        return torch.zeros_like(like)
+    return torch.stack([stats.aux_loss for stats in routing]).mean()

@@ -1,0 +1,194 @@
+"""What a run reports: one flat record a logged step, to metrics.jsonl and DeepSpeed's monitor."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor
+
+from engine.config import RunConfig
+from engine.engine import StepResult
+from engine.sparse_clip import SparseClip
+from models.moe import RoutingStats
+from models.transformer import flops_per_token
+
+# Dense bf16 / fp16 peak of one card, FLOP/s, from the vendors' datasheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Datasheet FLOP/s of this rank's card; None where it is not known (a CPU, another card)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def reduce_over_ranks(result: StepResult) -> tuple[float, float, list[RoutingStats]]:
+    """Loss, balance loss and routing of the whole batch, in one all-reduce and one read.
+
+    Returns:
+        Loss and balance loss, and one RoutingStats of the whole micro-batch for each MoE layer.
+    """
+    scalars = [result.loss, result.aux_loss]
+    for stats in result.routing:
+        scalars += [stats.aux_loss.detach(), stats.entropy, stats.temperature, stats.dropped]
+    loads = [stats.load for stats in result.routing]
+    packed = torch.cat([torch.stack(scalars), *loads]).double()
+    dist.all_reduce(packed)
+    packed = packed.cpu()
+    world_size = dist.get_world_size()
+    loss, aux_loss = (packed[:2] / world_size).tolist()
+    routing, start = [], 2 + 4 * len(result.routing)
+    for index, stats in enumerate(result.routing):
+        aux, entropy, temperature, dropped = packed[2 + 4 * index : 6 + 4 * index]
+        load = packed[start : start + stats.load.numel()]
+        start += stats.load.numel()
+        routing.append(
+            RoutingStats(
+                aux / world_size, entropy / world_size, load, dropped, temperature / world_size
+            )
+        )
+    return loss, aux_loss, routing
+
+
+def routing_record(layer: int, stats: RoutingStats) -> dict[str, float]:
+    """The metrics of one MoE layer (counted from 1), from statistics of the whole batch.
+
+    `load_max` and `load_min` are the busiest and the idlest expert's load in even shares (1 is
+    even); `dropped` is the share of assignments dropped.
+    """
+    total = stats.load.sum()
+    even = total / stats.load.numel()
+    return {
+        f"layer_{layer}/routing_entropy": float(stats.entropy),
+        f"layer_{layer}/load_max": float(stats.load.max() / even),
+        f"layer_{layer}/load_min": float(stats.load.min() / even),
+        f"layer_{layer}/dropped": float(stats.dropped / total),
+        f"layer_{layer}/balance_loss": float(stats.aux_loss),
+        f"layer_{layer}/temperature": float(stats.temperature),
+    }
+
+
+class Metrics:
+    """Builds and writes the records of one run.
+
+    The file is metrics.jsonl: a record with `loss` for each logged step, one with `valid_loss`
+    for each evaluation. A resumed run first removes what lies beyond its checkpoint.
+    """
+
+    def __init__(self, engine: Any, config: RunConfig, sparse_clip: SparseClip, path: Path) -> None:
+        """Open the file; only rank 0 writes."""
+        self.engine, self.config, self.sparse_clip, self.path = engine, config, sparse_clip, path
+        self.peak_flops = peak_flops(engine.device)
+        self.batch_tokens = engine.train_batch_size() * config.data.seq_len
+        self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
+        self.moe_layers = [
+            index + 1
+            for index in range(config.model.num_layers)
+            if config.model.is_moe_layer(index)
+        ]
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count the time of training steps from now."""
+        self.last_time, self.last_step = time.perf_counter(), self.engine.global_steps
+        self.started = self.last_time
+
+    @contextmanager
+    def paused_clock(self) -> Iterator[None]:
+        """Leave what happens inside (an evaluation, a save) out of times and tokens/s."""
+        begin = time.perf_counter()
+        yield
+        paused = time.perf_counter() - begin
+        self.last_time += paused
+        self.started += paused
+
+    def lap(self) -> float:
+        """Seconds of training since the last lap."""
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        return seconds
+
+    def training_record(self, step: int, result: StepResult) -> dict[str, float]:
+        """The record of a step; every rank takes part. Times cover the steps since the last."""
+        loss, aux_loss, routing = reduce_over_ranks(result)
+        now = time.perf_counter()
+        tokens_per_second = (step - self.last_step) * self.batch_tokens / (now - self.last_time)
+        self.last_time, self.last_step = now, step
+        clip = self.sparse_clip
+        norms: list[Tensor] = [clip.norm, clip.dense_norm, clip.expert_norm, clip.coefficient]
+        norm, dense_norm, expert_norm, coefficient = torch.stack(norms).tolist()
+        record: dict[str, float] = {
+            "step": step,
+            "tokens": step * self.batch_tokens,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "lr": self.engine.get_lr()[0],
+            "grad_norm": norm,
+            "dense_grad_norm": dense_norm,
+            "expert_grad_norm": expert_norm,
+            "clip_coefficient": coefficient,
+            "clipped_steps": int(clip.num_clipped),
+            "tokens_per_second": tokens_per_second,
+        }
+        if self.moe_layers:
+            record["balance_loss"] = aux_loss
+            entropies = [float(stats.entropy) for stats in routing]
+            record["routing_entropy"] = sum(entropies) / len(entropies)
+        if self.config.dtype == "fp16":
+            record["loss_scale"] = float(self.engine.optimizer.loss_scale)
+            record["skipped_steps"] = self.engine.skipped_steps
+        if self.peak_flops is not None:
+            flops = tokens_per_second * self.flops_per_token / dist.get_world_size()
+            record["mfu"] = flops / self.peak_flops
+        record["memory_gib"] = self._memory_gib()
+        for layer, stats in zip(self.moe_layers, routing, strict=True):
+            record |= routing_record(layer, stats)
+        return record
+
+    def _memory_gib(self) -> float:
+        """Peak memory of this rank: the card's where there is one, else the process's."""
+        if self.engine.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        status = Path("/proc/self/status").read_text()
+        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 2**20
+
+    def write(self, record: dict[str, float], prefix: str) -> None:
+        """Append a record to metrics.jsonl and send it to DeepSpeed's monitor, on rank 0."""
+        if dist.get_rank() != 0:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        step = int(record["step"])
+        self.engine.monitor.write_events(
+            [(f"{prefix}/{name}", value, step) for name, value in record.items() if name != "step"]
+        )
+
+
+def keep_records_up_to(path: Path, step: int) -> None:
+    """Remove the records after a step from metrics.jsonl: they will be written again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        # A killed run can leave half a line at the end.
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)

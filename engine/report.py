@@ -1,0 +1,159 @@
+"""What a person reads around a run: the opening lines, the closing table, summary.json."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+
+from data.token_files import Prepared
+from engine.config import RunConfig
+from engine.progress import ProgressLine, duration, table
+from models.generation import sample
+from models.transformer import num_parameters
+
+NUM_SAMPLES = 3
+PROMPT_TOKENS = 16
+
+
+def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
+    """Two or three lines: the model, the layout, the data."""
+    model, training = config.model, config.training
+    total, active = num_parameters(model)
+    kind = f"{model.num_layers} layers, d_model {model.d_model}, {model.norm}"
+    if model.moe is not None:
+        moe = model.moe
+        kind += (
+            f", {moe.num_experts} experts every {moe.every} layers "
+            f"({moe.router} router, top-{moe.top_k}, {moe.dispatch})"
+        )
+    world_size = dist.get_world_size()
+    ep_size = model.moe.ep_size if model.moe else 1
+    begin = f"resuming after step {first_step}" if first_step else "starting"
+    return (
+        f"{model.architecture}: {kind}; {total:,} parameters, {active:,} a token\n"
+        f"{world_size} rank{'s' * (world_size > 1)}, ep_size {ep_size}, ZeRO {config.zero_stage}, "
+        f"{config.dtype}; data {prepared.path} ({prepared.train.num_tokens:,} tokens, "
+        f"vocabulary {prepared.vocab_size:,})\n"
+        f"{begin}: {training.num_steps} steps of {config.deepspeed['train_batch_size']} x "
+        f"{config.data.seq_len} tokens, output in {training.run_dir}"
+    )
+
+
+def finish(
+    engine: Any, config: RunConfig, prepared: Prepared, state: dict, progress: ProgressLine
+) -> None:
+    """Write summary.json and print the closing table, sampled continuations and where things lie.
+
+    Every rank takes part: sampling exchanges tokens between the experts' ranks.
+    """
+    continuations = sample_continuations(engine, config, prepared)
+    if dist.get_rank() != 0:
+        return
+    run_dir = Path(config.training.run_dir)
+    unigram = prepared.valid.unigram_perplexity()
+    summary = make_summary(engine, config, state, unigram)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    before, after = state["before"], state["after"]
+    print_table(progress, before, after, unigram)
+    for prompt, continuation in continuations:
+        progress.console.print(f"[dim]{prompt}[/dim][bold]{continuation}[/bold]\n", markup=True)
+    progress.note(
+        f"trained {duration(summary['seconds'])} at {summary['tokens_per_second']:,.0f} tokens/s\n"
+        f"checkpoint   {run_dir}/checkpoints/step_{engine.global_steps:08d}\n"
+        f"metrics      {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
+        f"TensorBoard  tensorboard --logdir {run_dir}/tensorboard\n"
+        f'next         python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
+    )
+
+
+def print_table(
+    progress: ProgressLine, before: dict[str, float], after: dict[str, float], unigram: float
+) -> None:
+    """Validation before and after training, beside the unigram perplexity of the same tokens."""
+    rows = [
+        [
+            name,
+            f"{values['loss']:.4f}",
+            f"{values['perplexity']:,.2f}",
+            f"{values['perplexity'] / unigram:.3f}",
+            f"{values['bits_per_byte']:.3f}",
+        ]
+        for name, values in (("before training", before), ("after training", after))
+    ]
+    rows.insert(1, ["unigram model", "", f"{unigram:,.2f}", "1.000", ""])
+    title = f"Validation, {after['num_tokens']:,} tokens"
+    columns = ["", "loss (nats)", "perplexity", "of unigram", "bits per byte"]
+    progress.console.print()
+    progress.console.print(table(title, columns, rows))
+
+
+def sample_continuations(
+    engine: Any, config: RunConfig, prepared: Prepared
+) -> list[tuple[str, str]]:
+    """Continue the beginnings of a few validation documents: (prompt, continuation) as text."""
+    num_tokens = config.training.sample_tokens
+    if not num_tokens:
+        return []
+    split, tokenizer = prepared.valid, prepared.tokenizer
+    long_enough = (
+        index for index in range(split.num_documents) if len(split.document(index)) > PROMPT_TOKENS
+    )
+    documents = [index for index, _ in zip(long_enough, range(NUM_SAMPLES), strict=False)]
+    if not documents:
+        return []
+    prompts = torch.stack([torch.from_numpy(split.document(i)[:PROMPT_TOKENS]) for i in documents])
+    tokens = sample(engine.module, prompts.to(engine.device), num_tokens)
+    return [decode_continuation(tokenizer, row, PROMPT_TOKENS) for row in tokens.tolist()]
+
+
+def decode_continuation(tokenizer: Any, tokens: list[int], prompt_length: int) -> tuple[str, str]:
+    """Prompt and continuation as text; the continuation ends where its document does."""
+    if tokenizer.eos_id in tokens[prompt_length:]:
+        tokens = tokens[: tokens.index(tokenizer.eos_id, prompt_length)]
+    prompt = tokenizer.decode(tokens[:prompt_length])
+    # Decoded together: a token's text can depend on the one before it.
+    return prompt, tokenizer.decode(tokens)[len(prompt) :]
+
+
+def make_summary(engine: Any, config: RunConfig, state: dict, unigram: float) -> dict[str, Any]:
+    """The content of summary.json."""
+    steps, seconds = engine.global_steps, state["seconds"]
+    num_tokens = steps * engine.train_batch_size() * config.data.seq_len
+    total, active = num_parameters(config.model)
+    return {
+        "steps": steps,
+        "tokens": num_tokens,
+        "seconds": seconds,
+        "tokens_per_second": num_tokens / seconds if seconds else 0.0,
+        "parameters": total,
+        "active_parameters": active,
+        "clipped_steps": state["num_clipped"],
+        "validation_before": state["before"],
+        "validation_after": state["after"],
+        "unigram_perplexity": unigram,
+        "perplexity_of_unigram": state["after"]["perplexity"] / unigram,
+        "world_size": dist.get_world_size(),
+        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "deepspeed", "numpy", "sentencepiece")
+        }
+        | {"python": platform.python_version()},
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the sources, with "-dirty" if they differ from it; None outside a clone."""
+    source = Path(__file__).parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,92 @@
+"""The folder of one run, and whether a config may go on in it.
+
+runs/NAME/
+    config.json      the resolved config
+    metrics.jsonl    one object a logged step
+    tensorboard/     the same for TensorBoard
+    checkpoints/     see engine.checkpoint
+    summary.json     written at the end
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from engine.config import RunConfig
+
+# What may change when a run goes on: how long it is, how often it reports, where it runs.
+_FREE_KEYS = {
+    "magnetar.training.num_steps",
+    "magnetar.training.run_dir",
+    "magnetar.training.log_every",
+    "magnetar.training.eval_every",
+    "magnetar.training.eval_sequences",
+    "magnetar.training.save_every",
+    "magnetar.training.keep_checkpoints",
+    "magnetar.training.sample_tokens",
+    "magnetar.training.resume",
+}
+_TRAINED_SECTIONS = (
+    "train_batch_size",
+    "gradient_clipping",
+    "optimizer",
+    "bf16",
+    "fp16",
+    "data_types",
+    "magnetar",
+)
+
+
+def flat_keys(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf of a JSON object."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat_keys(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse a run folder that another config has begun.
+
+    Raises:
+        UserError: naming each key that differs, its value there and here; or, with `resume`
+            "never", if the folder holds a run at all.
+    """
+    run_dir = Path(config.training.run_dir)
+    file = run_dir / "config.json"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"training.run_dir={run_dir} is a file: name a folder")
+    if not file.is_file():
+        return
+    if config.training.resume == "never":
+        raise UserError(
+            f"training.run_dir={run_dir} already holds a run, and training.resume is 'never': "
+            "name another folder, delete this one, or use resume 'auto' to go on with it"
+        )
+    try:
+        begun = dict(flat_keys(_trained_part(json.loads(file.read_text()))))
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be read as JSON ({error}): delete {run_dir}, or name another "
+            "training.run_dir"
+        ) from error
+    now = dict(flat_keys(_trained_part(config.to_dict())))
+    different = [
+        f"{key}: {begun.get(key, 'absent')} there, {now.get(key, 'absent')} here"
+        for key in sorted(begun.keys() | now.keys())
+        if key not in _FREE_KEYS and begun.get(key) != now.get(key)
+    ]
+    if different:
+        listed = "\n  ".join(different)
+        raise UserError(
+            f"training.run_dir={run_dir} belongs to another config:\n  {listed}\n"
+            f"use that config, name another folder (--set magnetar.training.run_dir=...), or "
+            f"delete {run_dir}"
+        )
+
+
+def _trained_part(config: dict) -> dict:
+    return {key: config[key] for key in _TRAINED_SECTIONS if key in config}

@@ -1,0 +1,44 @@
+"""Train a model.
+
+deepspeed [--hostfile H] --module launchers.train --deepspeed_config ds_configs/lm_xmoe.json
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from launchers.user_errors import user_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; the deepspeed launcher adds --local_rank."""
+    parser = argparse.ArgumentParser(prog="launchers.train", description=__doc__)
+    parser.add_argument(
+        "--deepspeed_config", type=Path, required=True, metavar="JSON", help="the run's JSON"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override any key, magnetar.model.num_layers=4 say; may be repeated",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+@user_errors
+def main() -> None:
+    """Check everything, then join the other ranks and train."""
+    arguments = parse_arguments()
+    from engine.config import load_config
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_config(arguments.deepspeed_config, arguments.set, world_size)
+    from engine.trainer import prepare_run, train
+
+    train(*prepare_run(config, world_size))
+
+
+if __name__ == "__main__":
+    main()
