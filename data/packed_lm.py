@@ -1,0 +1,171 @@
+"""Language-model batches from a token file, as pure functions of the global sample index.
+
+Letters: B batch_size, T seq_len, n windows in the split.
+
+Documents follow one another, each closed by the end-of-document token, and are cut into windows
+of T + 1 tokens that share their border token. The g-th sample that training ever reads is a
+function of (seed, g) alone, so the order of the data depends neither on the number of ranks nor
+on gradient accumulation, and resuming needs one number: the samples consumed so far.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import UserError
+from data.token_files import TokenSplit
+
+IGNORE_INDEX = -100  # targets that do not count, as in torch.nn.functional.cross_entropy
+NUM_FEISTEL_ROUNDS = 6
+
+IntArray = npt.NDArray[np.int64]
+WordArray = npt.NDArray[np.uint64]
+
+
+class PackedLM:
+    """The windows of T + 1 tokens of one split.
+
+    Raises:
+        UserError: the split is shorter than one window.
+    """
+
+    def __init__(self, split: TokenSplit, seq_len: int):
+        if seq_len < 1:
+            raise UserError(f"seq_len={seq_len} must be at least 1 token")
+        if split.num_tokens < seq_len + 1:
+            raise UserError(
+                f"{split.path} has {split.num_tokens} tokens, but one sequence of "
+                f"seq_len={seq_len} needs {seq_len + 1}: prepare more text, or use "
+                f"a seq_len of at most {split.num_tokens - 1}"
+            )
+        self.split = split
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return (self.split.num_tokens - 1) // self.seq_len
+
+    def sample(self, i: int) -> IntArray:
+        """Window i in the order of the file: (T + 1,) int64; inputs are [:-1], targets [1:].
+
+        Raises:
+            UserError: the window holds an id beyond the vocabulary.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        return self.split.read(i * self.seq_len, (i + 1) * self.seq_len + 1)
+
+
+def sample_order(index: npt.ArrayLike, num_samples: int, seed: int) -> IntArray:
+    """Which window each global sample reads: epoch after epoch, each in an order of its own.
+
+    A keyed permutation (a Feistel network over the smallest power of four that holds n, walked
+    until it lands below n), so memory is O(1) in n.
+
+    Args:
+        index: (...) global sample indices g, at least 0; g // n is the epoch.
+        num_samples: n, windows in the split.
+        seed: any integer.
+
+    Returns:
+        (...) int64 windows in [0, n).
+    """
+    flat = np.asarray(index, dtype=np.int64).reshape(-1)
+    assert num_samples >= 1
+    assert flat.size == 0 or flat.min() >= 0
+    epoch, position = np.divmod(flat, num_samples)
+    key = _mixed(epoch.astype(np.uint64) + _mixed(np.array([seed % 2**64], dtype=np.uint64)))
+    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    word = position.astype(np.uint64)
+    pending = np.ones(flat.shape, dtype=bool)
+    while pending.any():
+        word[pending] = _feistel(word[pending], key[pending], half_bits)
+        pending = word >= num_samples
+    return word.astype(np.int64).reshape(np.shape(index))
+
+
+def _feistel(word: WordArray, key: WordArray, half_bits: int) -> WordArray:
+    """A bijection of the words of 2 * half_bits bits, another one for each key; all are (M,)."""
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = word >> shift, word & mask
+    for round_index in range(NUM_FEISTEL_ROUNDS):
+        round_key = _mixed(key + np.uint64(round_index))
+        left, right = right, left ^ (_mixed(right + round_key) & mask)
+    return (left << shift) | right
+
+
+def _mixed(x: WordArray) -> WordArray:
+    """The finaliser of SplitMix64 (Steele et al., 2014): every input bit moves every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def train_micro_batch(
+    dataset: PackedLM,
+    first_sample: int,
+    micro_step: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+) -> tuple[IntArray, IntArray]:
+    """One rank's part of one micro-step.
+
+    Args:
+        dataset: the training windows.
+        first_sample: global index of the first sample of this optimizer step: samples consumed.
+        micro_step: which gradient accumulation step of this optimizer step, from 0.
+        micro_batch_size: B, samples per rank.
+        rank: this rank among the `world_size` ranks that read different data.
+        world_size: number of such ranks.
+        seed: of the order of the data.
+
+    Returns:
+        Inputs and targets, each (B, T) int64.
+    """
+    start = first_sample + (micro_step * world_size + rank) * micro_batch_size
+    windows = sample_order(np.arange(start, start + micro_batch_size), len(dataset), seed)
+    batch = np.stack([dataset.sample(int(i)) for i in windows])  # (B, T + 1)
+    return batch[:, :-1].copy(), batch[:, 1:].copy()
+
+
+def valid_batches(
+    dataset: PackedLM,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    max_sequences: int | None = None,
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """One rank's batches of a validation pass; over all ranks each token counts exactly once.
+
+    Every rank gets the same number of batches, because ranks that share experts must step
+    together. What fills the last window and the last rows has the target IGNORE_INDEX.
+
+    Args:
+        dataset: the validation windows.
+        batch_size: B, samples per rank.
+        rank: this rank among the `world_size` ranks that read different data.
+        world_size: number of such ranks.
+        max_sequences: only so many windows, the first ones; None: the whole split.
+
+    Yields:
+        Inputs and targets, each (B, T) int64. Every token but the split's first is a target.
+    """
+    seq_len, num_tokens = dataset.seq_len, dataset.split.num_tokens
+    num_windows = -(-(num_tokens - 1) // seq_len)
+    if max_sequences is not None:
+        num_windows = min(num_windows, max_sequences)
+    for first in range(0, num_windows, batch_size * world_size):
+        inputs = np.zeros((batch_size, seq_len), dtype=np.int64)
+        targets = np.full((batch_size, seq_len), IGNORE_INDEX, dtype=np.int64)
+        for row in range(batch_size):
+            window = first + rank * batch_size + row
+            if window >= num_windows:
+                break
+            start = window * seq_len
+            tokens = dataset.split.read(start, min(start + seq_len + 1, num_tokens))
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, : len(tokens) - 1] = tokens[1:]
+        yield inputs, targets
