@@ -132,7 +132,7 @@ class SparseClipConfig(StrictModel):
 
 
 class MagnetarConfig(StrictModel):
-    """The key `magnetar`: everything that DeepSpeed's own keys do not say."""
+    """Everything that DeepSpeed's own keys do not say."""
 
     model: ModelConfig = Field(description="The model.")
     data: DataConfig = Field(description="What is read.")

@@ -49,7 +49,8 @@ def expected(field: FieldInfo) -> str:
     if annotation in words:
         text = words[annotation]
     elif get_origin(annotation) is Literal:
-        text = "one of " + ", ".join(shown(v) for v in get_args(annotation))
+        choices = get_args(annotation)
+        text = "one of " * (len(choices) > 1) + ", ".join(shown(v) for v in choices)
     elif get_origin(annotation) is tuple:
         text = f"a list of {len(get_args(annotation))} numbers, each at least 0 and less than 1"
     elif get_origin(annotation) is list:
@@ -87,10 +88,10 @@ def unknown_key(path: str, value: Any, names: list[str], elsewhere: list[str]) -
         return Problem(path, f"{path}={shown(value)} is refused: {REFUSED[path]}")
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     moved = [p for p in elsewhere if p.rpartition(".")[2] == name]
-    if near:
-        hint = f"did you mean {joined(parent, near[0])}?"
-    elif moved:
+    if len(moved) == 1:
         hint = f"did you mean {moved[0]}?"
+    elif near:
+        hint = f"did you mean {joined(parent, near[0])}?"
     else:
         hint = f"the keys there are {', '.join(names)}"
     return Problem(path, f"{path}={shown(value)} is not a known key: {hint}")

@@ -69,8 +69,9 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is a folder: name one of the JSON files in it")
     if not path.is_file():
         names = sorted(p.name for p in path.parent.glob("*.json"))
-        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
+        stems = [name.removesuffix(".json") for name in names]
+        near = difflib.get_close_matches(path.name.removesuffix(".json"), stems, n=1, cutoff=0.5)
+        hint = f"did you mean {path.parent / near[0]}.json?" if near else "check the path"
         if names and not near:
             hint = f"{path.parent} holds {', '.join(names[:8])}"
         raise UserError(f"{path} does not exist: {hint}")

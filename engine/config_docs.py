@@ -1,0 +1,199 @@
+"""The page and the JSON Schema that describe a config, written from the models themselves."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from engine.config import ConfigFile, MagnetarConfig
+from engine.config_problems import expected, joined, section_model
+from engine.config_text import shown
+from engine.deepspeed_keys import REFUSED, DeepSpeedKeys
+
+SHIPPED = {
+    "quickstart.json": "Two layers and eight experts on a small corpus, for two CPU ranks.",
+    "lm_dense.json": "The TorchScale paper's language model without experts: 12 layers.",
+    "lm_dense_24.json": "The same with 24 layers.",
+    "lm_dense_48.json": "The same with 48 layers.",
+    "lm_dense_96.json": "The same with 96 layers.",
+    "lm_xmoe.json": "The paper's sparse model: every second of 12 layers has 64 experts.",
+    "lm_xmoe_16.json": "The same with 16 experts.",
+    "lm_xmoe_256.json": "The same with 256 experts, 13 billion parameters.",
+}
+
+_INTRODUCTION = """\
+# Configs
+
+*Written by `python -m launchers.config docs` from the models in `engine/` and `models/`; change
+those, not this page.*
+
+A run is one JSON file. It is a DeepSpeed config, so all that you know about DeepSpeed's keys holds,
+plus one top-level key, `magnetar`, which says what the model is, what it reads and how long it
+trains. The file is read once, before any process starts to talk to another, and every key is
+checked: an unknown key, a key given twice, a value of the wrong type or two keys that contradict
+each other end the run with a list of all that is wrong and a way out for each.
+
+```bash
+python -m launchers.config check ds_configs/quickstart.json --world-size 2
+```
+
+prints the resolved file, with every default filled in, or the list.
+
+## A minimal config
+
+```json
+{example}
+```
+
+`"$schema"` is for your editor: with it, VS Code and others complete and explain the keys. Magnetar
+ignores it.
+
+## Changing a value for one run
+
+Every launcher that reads a config takes `--set path=value`, as often as you like:
+
+```bash
+python -m launchers.config check ds_configs/quickstart.json \\
+    --set magnetar.model.num_layers=4 --set zero_optimization.stage=2 --set magnetar.model.moe=null
+```
+
+The path is the keys joined by dots, for DeepSpeed's keys as well. The value is read as JSON; what
+is not JSON is taken as text, so `--set magnetar.training.run_dir=runs/wide` needs no quotes.
+Objects on the way are created. A list is set as a whole:
+`--set 'optimizer.params.betas=[0.9,0.95]'`.
+
+## Batch sizes
+
+`train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks`. Give
+`train_batch_size` and, when memory is short, `train_micro_batch_size_per_gpu`: the file then works
+on any number of ranks that divides, and trains the same model on each.
+
+## The configs here
+
+{shipped}
+
+The `lm_` configs follow the appendix of the TorchScale paper (arXiv 2211.13184): 2048 sequences of
+128 tokens a step, 50,000 steps, Adam with betas 0.9 and 0.98, learning rate 5e-4 with 750 steps of
+warm-up and linear decay, dropout 0.1, weight decay 0.01, GPT-2's vocabulary (50,257 tokens, padded
+to 50,304 for speed). The sparse ones have `capacity` dispatch with factor 1.0, which gives each
+expert room for 2 * tokens / experts tokens, as in the paper's code, and `ep_size` 8: they need a
+multiple of 8 ranks, or another `ep_size`. The paper does not give its threshold for clipping;
+1.0 is ours.
+"""
+
+_REFUSED_INTRODUCTION = """\
+## DeepSpeed's keys that are refused
+
+DeepSpeed knows these too. They would change the numbers, or do nothing, or they have not been shown
+to work together with experts and SparseClip; a file that has one does not start.
+
+"""
+
+_EXAMPLE = {
+    "$schema": "./schema.json",
+    "train_batch_size": 16,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "torch_adam": True}},
+    "magnetar": {
+        "model": {
+            "num_layers": 2,
+            "d_model": 128,
+            "d_ff": 512,
+            "num_heads": 4,
+            "max_seq_len": 128,
+            "moe": {"num_experts": 8},
+        },
+        "data": {"path": "prepared/sotu", "seq_len": 128},
+        "training": {
+            "run_dir": "runs/first",
+            "num_steps": 400,
+            "lr_schedule": {"type": "polynomial", "warmup_steps": 40},
+        },
+    },
+}
+
+
+def example_config() -> dict[str, Any]:
+    """The page's minimal config."""
+    return _EXAMPLE
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    """What an absent key means."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "all its defaults"
+    return f"`{shown(list(value) if isinstance(value, tuple) else value)}`"
+
+
+def _section(model: type[BaseModel], path: str) -> str:
+    """The table of a section and of those below it."""
+    rows = []
+    below = []
+    for name, field in model.model_fields.items():
+        if inner := section_model(field.annotation):
+            below.append((joined(path, name), inner))
+        kind = expected(field).removeprefix("a ").replace("an object, { ... }", "section")
+        rows.append((f"`{name}`", kind, _default(field), field.description or ""))
+    title = f"### `{path}`\n\n{model.__doc__}\n\n" if path else ""
+    parts = [title + _table(("key", "type", "default", "meaning"), rows)]
+    return "\n\n".join(parts + [_section(inner, inner_path) for inner_path, inner in below])
+
+
+def _refused_rows() -> list[tuple[str, str]]:
+    """The refused keys that share a reason, and the reason."""
+    keys: dict[str, list[str]] = {}
+    for key, reason in REFUSED.items():
+        keys.setdefault(reason, []).append(f"`{key}`")
+    return [(", ".join(names), reason) for reason, names in keys.items()]
+
+
+def readme() -> str:
+    """The page of every key, in Markdown."""
+    introduction = _INTRODUCTION.replace("{example}", json.dumps(_EXAMPLE, indent=2)).replace(
+        "{shipped}",
+        _table(("file", "what it trains"), [(f"[{k}]({k})", v) for k, v in SHIPPED.items()]),
+    )
+    parts = [
+        introduction,
+        "## Magnetar's keys\n\n" + _section(MagnetarConfig, "magnetar"),
+        "## DeepSpeed's keys\n\n" + _section(DeepSpeedKeys, ""),
+        _REFUSED_INTRODUCTION + _table(("keys", "why, and what to do"), _refused_rows()),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _without_titles(node: Any, in_properties: bool = False) -> Any:
+    """The schema without the titles that pydantic makes up from the names."""
+    if isinstance(node, dict):
+        return {
+            key: _without_titles(value, key == "properties" and not in_properties)
+            for key, value in node.items()
+            if key != "title" or in_properties
+        }
+    return [_without_titles(value) for value in node] if isinstance(node, list) else node
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a whole file."""
+    found = _without_titles(ConfigFile.model_json_schema())
+    found["properties"] = {
+        "$schema": {"type": "string", "description": "For editors; ignored."},
+        **found["properties"],
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+def generated_files() -> dict[str, str]:
+    """The text of each generated file of ds_configs/, by name."""
+    return {"README.md": readme(), "schema.json": json.dumps(schema(), indent=2) + "\n"}

@@ -1,0 +1,83 @@
+"""Checks a config, and writes the pages that describe configs.
+
+python -m launchers.config check ds_configs/quickstart.json [--set path=value ...] [--world-size N]
+python -m launchers.config docs [--check]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.config import load_config
+from engine.config_docs import generated_files
+from launchers.user_errors import user_errors
+
+CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+def _ranks(text: str) -> int:
+    """A number of ranks."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks: use 1 or more")
+    return int(text)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command and its options."""
+    parser = argparse.ArgumentParser(prog="python -m launchers.config", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="print the resolved config, or all that is wrong")
+    check.add_argument("config", type=Path, help="a JSON file, such as ds_configs/quickstart.json")
+    check.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="replace one value, such as magnetar.model.num_layers=4 (may be repeated)",
+    )
+    check.add_argument(
+        "--world-size", type=_ranks, help="ranks: fills in the batch sizes, checks ep_size"
+    )
+    docs = commands.add_parser("docs", help="write ds_configs/README.md and ds_configs/schema.json")
+    docs.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
+    docs.add_argument("--folder", type=Path, default=CONFIGS, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def write_docs(folder: Path, only_check: bool) -> int:
+    """Writes the generated files, or says which are out of date; returns the exit status."""
+    stale = []
+    for name, text in generated_files().items():
+        path = folder / name
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not only_check:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path}")
+    if only_check and stale:
+        print(
+            f"{folder}: {' and '.join(stale)} out of date: run `python -m launchers.config docs`",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+@user_errors()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    options = parse_arguments(arguments)
+    if options.command == "docs":
+        return write_docs(options.folder, options.check)
+    config = load_config(options.config, options.overrides, options.world_size)
+    print(json.dumps(config.to_dict(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

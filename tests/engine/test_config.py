@@ -1,0 +1,398 @@
+"""Every message of the config names key path, value and way out; what is right resolves once."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import UserError
+from engine.batch_sizes import BatchSizes, batch_problems, filled
+from engine.config import ConfigFile, RunConfig, check_config, load_config
+from engine.config_docs import SHIPPED, example_config
+from engine.config_problems import expected, key_paths, section_model
+from engine.deepspeed_keys import REFUSED
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+QUICKSTART = CONFIGS / "quickstart.json"
+
+
+def set_path(raw: dict, path: str, value: object) -> dict:
+    """A copy of `raw` with one value replaced."""
+    raw = copy.deepcopy(raw)
+    *parents, last = path.split(".")
+    here = raw
+    for key in parents:
+        if not isinstance(here.get(key), dict):
+            here[key] = {}
+        here = here[key]
+    here[last] = value
+    return raw
+
+
+def messages(raw: dict, world_size: int | None = 2) -> list[str]:
+    """The lines of what is wrong."""
+    return [problem.text for problem in check_config(raw, world_size)[1]]
+
+
+def quickstart(**values: object) -> dict:
+    """The quickstart with values replaced; `__` in a name stands for a dot."""
+    raw = json.loads(QUICKSTART.read_text())
+    for path, value in values.items():
+        raw = set_path(raw, path.replace("__", "."), value)
+    return raw
+
+
+def user_error(path: Path, *overrides: str, world_size: int | None = None) -> str:
+    """What a user reads."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides, world_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_every_shipped_config_loads(name: str) -> None:
+    worlds = {"quickstart.json": (2, 4)}.get(name, (8, 16, 64))
+    for world_size in (None, *worlds):
+        config = load_config(CONFIGS / name, world_size=world_size)
+        assert isinstance(config, RunConfig)
+    sizes = config.deepspeed
+    assert sizes["train_batch_size"] == (
+        sizes["train_micro_batch_size_per_gpu"] * sizes["gradient_accumulation_steps"] * worlds[-1]
+    )
+
+
+def test_every_config_in_the_folder_is_listed() -> None:
+    assert {p.name for p in CONFIGS.glob("*.json")} - {"schema.json"} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+@pytest.mark.parametrize("world_size", [None, 8])
+def test_the_resolved_config_loads_again_as_itself(
+    name: str, world_size: int | None, tmp_path: Path
+) -> None:
+    config = load_config(CONFIGS / name, world_size=world_size)
+    saved = tmp_path / "resolved.json"
+    saved.write_text(json.dumps(config.to_dict()))
+    assert load_config(saved, world_size=world_size) == config
+
+
+@pytest.mark.parametrize("kind", ["polynomial", "inverse_sqrt", "constant"])
+def test_every_schedule_round_trips(kind: str) -> None:
+    schedule = {"type": kind, "warmup_steps": 5}
+    config, problems = check_config(quickstart(magnetar__training__lr_schedule=schedule), 2)
+    assert config is not None, problems
+    assert check_config(config.to_dict(), 2)[0] == config
+
+
+def test_the_resolved_config_is_a_copy() -> None:
+    config = load_config(QUICKSTART)
+    config.to_dict()["optimizer"]["params"]["lr"] = 7.0
+    assert config.deepspeed["optimizer"]["params"]["lr"] == 3e-3
+
+
+def test_the_minimal_example_is_valid() -> None:
+    config, problems = check_config(example_config(), 2)
+    assert config is not None, problems
+
+
+def test_properties_read_the_sections() -> None:
+    config, _ = check_config(quickstart(bf16__enabled=True), 2)
+    assert config is not None
+    assert (config.dtype, config.zero_stage, config.gradient_clipping) == ("bf16", 1, 1.0)
+    assert config.model.moe is not None
+    assert config.data.seq_len == 128
+    assert config.training.num_steps == 400
+    assert config.sparse_clip.enabled
+    half, _ = check_config(quickstart(fp16__enabled=True), 2)
+    single, _ = check_config(quickstart(bf16__enabled=False), 2)
+    assert half is not None
+    assert single is not None
+    assert (half.dtype, single.dtype) == ("fp16", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("stage", "moe", "aligned"),
+    [(1, True, True), (2, True, True), (0, True, None), (1, False, None)],
+)
+def test_experts_under_zero_are_aligned(stage: int, moe: bool, aligned: bool | None) -> None:
+    raw = quickstart(zero_optimization__stage=stage)
+    if not moe:
+        raw = set_path(raw, "magnetar.model.moe", None)
+    config, problems = check_config(raw, 2)
+    assert config is not None, problems
+    assert config.deepspeed["zero_optimization"].get("parameter_alignment") is aligned
+
+
+def test_whole_numbers_pass_for_numbers_and_5e8_for_a_size() -> None:
+    raw = quickstart(gradient_clipping=1, zero_optimization__reduce_bucket_size=5e8)
+    config, problems = check_config(raw, 2)
+    assert config is not None, problems
+    assert config.gradient_clipping == 1.0
+    assert config.deepspeed["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+
+
+def test_no_clipping_is_allowed_without_sparse_clip() -> None:
+    raw = quickstart(magnetar__sparse_clip__enabled=False)
+    del raw["gradient_clipping"]
+    config, problems = check_config(raw, 2)
+    assert config is not None, problems
+    assert config.deepspeed["gradient_clipping"] == 0.0
+
+
+WRONG = [
+    # path, value, what the message must hold besides path and value
+    ("magnetar.model.num_layers", "4", ["a whole number, at least 1"]),
+    ("magnetar.model.num_layers", 0, ["at least 1"]),
+    ("magnetar.model.num_layers", 2.5, ["a whole number"]),
+    ("magnetar.model.num_layers", True, ["a whole number"]),
+    ("magnetar.model.num_layers", None, ["a whole number"]),
+    ("magnetar.model.dropout", 1.0, ["at least 0, less than 1"]),
+    ("magnetar.model.tie_embeddings", 1, ["true or false"]),
+    ("magnetar.model.norm", "sublm", ['"subln", "pre"', 'did you mean "subln"?']),
+    ("magnetar.model.num_layer", 4, ["did you mean magnetar.model.num_layers?"]),
+    ("magnetar.model.num_experts", 4, ["did you mean magnetar.model.moe.num_experts?"]),
+    ("magnetar.model.frobnicate", 4, ["the keys there are architecture, vocab_size"]),
+    ("magnetar.model.moe", 8, ["an object, { ... } (or null)"]),
+    ("magnetar.modle", {}, ["did you mean magnetar.model?"]),
+    ("magnetar.model.moe.ep_size", 3, ["num_experts=8 must be a multiple", "use 9 experts"]),
+    ("magnetar.model.moe.capacity_factor", 1.5, ["dispatch 'capacity'", "leave it out"]),
+    ("magnetar.data.path", "", ["a text, not empty"]),
+    ("magnetar.data.seq_len", 256, ["max_seq_len=128", "use seq_len 128, or max_seq_len 256"]),
+    ("magnetar.training.log_every", 0, ["at least 1"]),
+    ("magnetar.training.resume", "yes", ['"auto", "never"']),
+    ("magnetar.training.lr_schedule.warmup_steps", 401, ["num_steps=400", "use at most 400"]),
+    ("magnetar.training.lr_schedule.total_steps", 30, ["warmup_steps=40", "use at most 30"]),
+    ("magnetar.training.lr_schedule.type", "cosine", ['"polynomial", "inverse_sqrt", "constant"']),
+    ("magnetar.sparse_clip", True, ["an object"]),
+    ("magnetar", 3, ["an object"]),
+    ("train_batch_size", "16", ["a whole number, at least 1"]),
+    ("train_batch_size", 17, ["2 ranks", "use train_batch_size 16 or 18"]),
+    ("train_batch_szie", 16, ["did you mean train_batch_size?"]),
+    ("num_layers", 16, ["did you mean magnetar.model.num_layers?"]),
+    ("gradient_clipping", -1, ["at least 0"]),
+    ("gradient_clipping", float("inf"), ["a number, at least 0"]),
+    ("optimizer", None, ["an object"]),
+    ("optimizer.type", "Lamb", ['"Adam", "AdamW"', "SparseClip"]),
+    ("optimizer.type", "adamw", ['did you mean "AdamW"?']),
+    ("optimizer.params.lr", 0, ["more than 0"]),
+    ("optimizer.params.betas", [0.9, 1.2], ["a list of 2 numbers"]),
+    ("optimizer.params.betas", [0.9], ["a list of 2 numbers"]),
+    ("optimizer.params.max_grad_norm", 1.0, ["`gradient_clipping`"]),
+    ("optimizer.params.beta", [0.9, 0.9], ["did you mean optimizer.params.betas?"]),
+    ("optimizer.params.adam_w_mode", False, ['type="AdamW"', 'use type "Adam"']),
+    ("zero_optimization", True, ["an object"]),
+    ("zero_optimization.stage", 3, ["ZeRO 3", "refuses its own MoE layers", "use stage 1 or 2"]),
+    ("zero_optimization.parameter_alignment", False, ["16 bytes", "set it to true"]),
+    ("zero_optimization.compute_grad_norm", False, ["without a norm", "remove it"]),
+    ("zero_optimization.overlap_com", True, ["did you mean zero_optimization.overlap_comm?"]),
+    ("data_types.grad_accum_dtype", "bf16", ["weights in fp32", "leave it out"]),
+    ("data_types.grad_accum_dtype", "int8", ['"fp32", "bf16", "fp16"']),
+    ("tensorboard.output", "x", ["did you mean tensorboard.output_path?"]),
+    ("timers.throughput.enable", True, ["did you mean timers.throughput.enabled?"]),
+    ("fp16.min_loss_scale", 0, ["at least 1"]),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "parts"), WRONG)
+def test_a_wrong_value_is_named_with_a_way_out(path: str, value: object, parts: list[str]) -> None:
+    lines = messages(set_path(quickstart(), path, value))
+    found = "\n".join(lines)
+    name = path.rpartition(".")[2]
+    given_value = json.dumps(value)
+    if name not in ("betas", "ep_size"):
+        assert f"{name}={given_value}" in found
+    assert path.rpartition(".")[0] in found
+    for part in parts:
+        assert part in found
+    assert len(lines) == 1, lines
+
+
+@pytest.mark.parametrize("path", sorted(REFUSED))
+def test_a_refused_key_says_why(path: str) -> None:
+    found = messages(set_path(quickstart(), path, 1))
+    assert found == [f"{path}=1 is refused: {REFUSED[path]}"]
+    assert ": " in REFUSED[path] or REFUSED[path].startswith(("use", "master"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "magnetar",
+        "optimizer",
+        "optimizer.params",
+        "magnetar.data",
+        "optimizer.params.lr",
+        "magnetar.training.num_steps",
+    ],
+)
+def test_a_missing_key_is_named(path: str) -> None:
+    raw = quickstart()
+    *parents, last = path.split(".")
+    here = raw
+    for key in parents:
+        here = here[key]
+    del here[last]
+    found = messages(raw)
+    assert len(found) == 1
+    assert found[0].startswith(f"{path} is missing: add ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "part"),
+    [
+        ("constant", {"power": 1.0}, "lr_schedule.power=1.0 belongs to type 'polynomial'"),
+        ("constant", {"total_steps": 9}, "lr_schedule.total_steps=9 belongs"),
+        ("inverse_sqrt", {"end_lr": 1e-5}, "lr_schedule.end_lr=1e-05 belongs"),
+        ("inverse_sqrt", {"warmup_steps": 0}, "use warmup_steps 1 or more, or type 'constant'"),
+    ],
+)
+def test_a_schedule_does_not_contradict_itself(kind: str, extra: dict, part: str) -> None:
+    schedule = {"type": kind, "warmup_steps": 5, **extra}
+    found = messages(quickstart(magnetar__training__lr_schedule=schedule))
+    assert len(found) == 1
+    assert part in found[0]
+    assert found[0].startswith("magnetar.training.lr_schedule.")
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_sparse_clip_needs_a_threshold(absent: bool) -> None:
+    raw = quickstart(gradient_clipping=0)
+    if absent:
+        del raw["gradient_clipping"]
+    (found,) = messages(raw)
+    assert "SparseClip has no threshold" in found
+    assert "set gradient_clipping (1.0, say), or magnetar.sparse_clip.enabled=false" in found
+
+
+def test_two_precisions_contradict() -> None:
+    (found,) = messages(quickstart(bf16__enabled=True, fp16__enabled=True))
+    assert found.startswith("bf16.enabled=true and fp16.enabled=true")
+    assert "keep one" in found
+
+
+@pytest.mark.parametrize(
+    ("precision", "reason"), [("bf16", "Adam's counter"), ("fp16", "never scales the loss")]
+)
+@pytest.mark.parametrize("section", [{"stage": 0}, {}])
+def test_low_precision_needs_zero(precision: str, reason: str, section: dict) -> None:
+    raw = quickstart(zero_optimization=section)
+    raw[precision] = {"enabled": True}
+    (found,) = messages(raw)
+    assert found.startswith("zero_optimization.stage=0")
+    assert f"{precision}.enabled=true" in found
+    assert reason in found
+    assert "set zero_optimization.stage=1" in found
+
+
+@pytest.mark.parametrize("accumulate", ["fp32", "bf16", None])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_accumulates_in_float32_or_bf16(accumulate: str | None, stage: int) -> None:
+    raw = quickstart(bf16__enabled=True, zero_optimization__stage=stage)
+    assert messages(set_path(raw, "data_types.grad_accum_dtype", accumulate)) == []
+
+
+def test_bf16_does_not_accumulate_in_fp16() -> None:
+    raw = quickstart(bf16__enabled=True, data_types__grad_accum_dtype="fp16")
+    (found,) = messages(raw)
+    assert found == (
+        'data_types.grad_accum_dtype="fp16" does not go with weights in bf16: use "bf16" or "fp32"'
+    )
+
+
+def test_ep_size_divides_the_ranks() -> None:
+    (found,) = messages(quickstart(magnetar__model__moe__ep_size=4, train_batch_size=12), 6)
+    assert found.startswith("magnetar.model.moe.ep_size=4 must divide the 6 ranks")
+    assert "ep_size [1, 2], or 4 or 8 ranks" in found
+    assert messages(quickstart(magnetar__model__moe__ep_size=4), None) == []
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    found = user_error(
+        QUICKSTART,
+        "magnetar.model.num_layers=0",
+        "magnetar.model.moe.top_k=3",
+        "magnetar.data.seq_len=-1",
+        "optimizer.params.lr=-1",
+        "gradient_clipping=0",
+        "scheduler={}",
+        world_size=2,
+    )
+    assert found.startswith(f"{QUICKSTART} has 6 problems:\n  ")
+    assert found.count("\n") == 6
+
+
+def test_all_contradictions_of_the_experts_are_listed_at_once() -> None:
+    moe = {
+        "num_experts": 1,
+        "ep_size": 2,
+        "dispatch": "capacity",
+        "router": "linear",
+        "d_router": 4,
+    }
+    found = messages(quickstart(magnetar__model__moe=moe))
+    assert len(found) == 4
+    assert all(line.startswith("magnetar.model.moe.") for line in found)
+
+
+def test_no_message_speaks_pydantic() -> None:
+    for path, value, _ in WRONG:
+        found = "\n".join(messages(set_path(quickstart(), path, value)))
+        assert not any(
+            word in found
+            for word in ("pydantic", "http", "Input should", "type=int", "validation error")
+        )
+
+
+SIZES = st.none() | st.integers(1, 96)
+
+
+@settings(max_examples=300, deadline=None)
+@given(train=SIZES, micro=SIZES, accumulation=SIZES, world_size=st.integers(1, 16))
+def test_a_refused_batch_proposes_sizes_that_fit(
+    train: int | None, micro: int | None, accumulation: int | None, world_size: int
+) -> None:
+    sizes = BatchSizes(train, micro, accumulation)
+    problems = batch_problems(sizes, world_size)
+    if train is None and micro is None:
+        assert "both missing" in problems[0].text
+        return
+    if not problems:
+        full = filled(sizes, world_size)
+        assert full.train == full.micro * full.accumulation * world_size  # type: ignore[operator]
+        return
+    proposal = problems[0].text.split("use train_batch_size ")[1].split(", or")[0]
+    for number in proposal.split(" or "):
+        assert batch_problems(sizes._replace(train=int(number)), world_size) == []
+    if "leave out train_batch_size" in problems[0].text:
+        assert batch_problems(sizes._replace(train=None), world_size) == []
+    if "leave out gradient_accumulation_steps" in problems[0].text:
+        assert batch_problems(sizes._replace(accumulation=None), world_size) == []
+    if "or train_micro_batch_size_per_gpu " in problems[0].text:
+        other = int(problems[0].text.rpartition(" ")[2])
+        assert batch_problems(sizes._replace(micro=other), world_size) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_value_at_any_path_ends_in_a_traceback(data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(key_paths(ConfigFile)))
+    leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    value = data.draw(
+        leaf | st.lists(leaf, max_size=3) | st.dictionaries(st.text(max_size=5), leaf)
+    )
+    config, problems = check_config(set_path(quickstart(), path, value), 2)
+    assert (config is None) == bool(problems)
+
+
+def test_every_key_has_a_description_and_a_kind() -> None:
+    def walk(model: type) -> None:
+        for name, field in model.model_fields.items():  # type: ignore[attr-defined]
+            assert field.description, name
+            assert expected(field)
+            if below := section_model(field.annotation):
+                walk(below)
+
+    walk(ConfigFile)
