@@ -52,7 +52,7 @@ ignores it.
 
 ## Changing a value for one run
 
-Every launcher that reads a config takes `--set path=value`, as often as you like:
+`--set path=value` replaces a value, and may be given as often as you like:
 
 ```bash
 python -m launchers.config check ds_configs/quickstart.json \\

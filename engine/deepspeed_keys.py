@@ -86,7 +86,7 @@ class ZeroConfig(StrictModel):
         default=True, description="Must stay true: clipping and the logs read this norm."
     )
     ignore_unused_parameters: bool = Field(
-        default=True, description="false: stop when a parameter has no gradient."
+        default=True, description="false: under stage 2, stop when a parameter has no gradient."
     )
     load_from_fp32_weights: bool = Field(
         default=True, description="On resuming, take master weights from their float32 copies."
@@ -245,8 +245,9 @@ class DeepSpeedKeys(StrictModel):
     gradient_clipping: float = Field(
         default=0.0,
         ge=0,
-        description="Threshold of the gradient norm, SparseClip's xi. 0: no clipping "
-        "(DeepSpeed alone would clip at 1.0 when the key is absent).",
+        description="Threshold of the gradient norm, SparseClip's xi; needed unless "
+        "`magnetar.sparse_clip.enabled` is false. 0: no clipping (DeepSpeed alone would "
+        "clip at 1.0 when the key is absent).",
     )
     zero_optimization: ZeroConfig = Field(default=ZeroConfig(), description="ZeRO.")
     bf16: Bf16Config | None = Field(default=None, description="Training in bfloat16.")
@@ -282,9 +283,7 @@ _GONE = "this version of DeepSpeed no longer has it: remove it"
 _PRECISION = (
     "only bf16 and fp16 are proven to keep the numbers: use `bf16.enabled` with ZeRO 1 or 2"
 )
-_REDUCTION = (
-    "it changes how gradients are averaged, so that SparseClip's norm would be wrong: remove it"
-)
+_REDUCTION = "it changes how gradients are averaged, on which SparseClip's norm depends: remove it"
 _LOADER = "Magnetar reads its data itself (`magnetar.data`): remove it"
 _STAGE_3 = "it only acts in ZeRO stage 3, which Magnetar does not support: remove it"
 _OFFLOAD = (
@@ -316,13 +315,13 @@ REFUSED: dict[str, str] = {
     "torch_autocast": _PRECISION,
     "bfloat16": "it is the old name of `bf16`: use `bf16`",
     "communication_data_type": _REDUCTION,
-    "seq_parallel_communication_data_type": _REDUCTION,
+    "seq_parallel_communication_data_type": _PARALLEL,
     "prescale_gradients": _REDUCTION,
     "gradient_predivide_factor": _REDUCTION,
     "gradient_allreduce_op": _REDUCTION,
     "sparse_gradients": _GONE,
     "managed_gradient_accumulation": "Magnetar relies on DeepSpeed's own counting: remove it",
-    "disable_allgather": "weights would differ between ranks: remove it",
+    "disable_allgather": "this version of DeepSpeed does nothing with it: remove it",
     "allgather_size": "it is an old name: use `zero_optimization.allgather_bucket_size`",
     "data_efficiency": _LOADER,
     "data_sampling": _LOADER,
@@ -367,7 +366,7 @@ REFUSED: dict[str, str] = {
     "data_types.param_dtype": "the type of the weights follows from `bf16` and `fp16`: remove it",
     "data_types.buffer_dtype": "buffers keep the type that the model gave them: remove it",
     "data_types.keep_in_fp32_modules": "the model chooses which buffers stay in float32: remove it",
-    "bf16.immediate_grad_update": "it changes the order of the gradient updates: remove it",
+    "bf16.immediate_grad_update": "this order of gradient updates is not proven: remove it",
     "bf16.bf16_master_weights_and_grads": _LOW_STATES,
     "bf16.bf16_optimizer_states": _LOW_STATES,
     "fp16.fp16_master_weights_and_grads": _LOW_STATES,
@@ -395,7 +394,7 @@ REFUSED: dict[str, str] = {
     "zero_optimization.mics_hierarchical_params_gather": _GONE,
     "zero_optimization.zero_hpz_partition_size": _STAGE_3,
     "zero_optimization.elastic_checkpoint": "resuming needs the plain format: remove it",
-    "zero_optimization.legacy_stage1": "the old stage 1 has another gradient norm: remove it",
+    "zero_optimization.legacy_stage1": _GONE,
     "zero_optimization.enable_sanity_checks": _STAGE_3,
     "zero_optimization.sub_group_size": _STAGE_3,
     "zero_optimization.memory_efficient_linear": _STAGE_3,

@@ -91,9 +91,9 @@ def test_deepspeed_clips_at_one_when_the_key_is_absent() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     assert DeepSpeedConfig({"train_batch_size": 1}).gradient_clipping == 1.0
-    assert "would clip at 1.0" in str(
-        ours.DeepSpeedKeys.model_fields["gradient_clipping"].description
-    )
+    about = ours.DeepSpeedKeys.model_fields["gradient_clipping"].description
+    assert about is not None
+    assert "would clip at 1.0" in about
 
 
 def test_torch_adam_takes_our_parameters() -> None:

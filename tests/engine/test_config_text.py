@@ -1,5 +1,7 @@
 """Reading a file and applying --set."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,10 @@ def test_overrides_do_not_leak_between_paths() -> None:
     raw: dict = {"a": {"b": 1}}
     assert apply_overrides(raw, ["a.c=2", "d.e.f=x"]) == (["a.c", "d.e.f"], [])
     assert raw == {"a": {"b": 1, "c": 2}, "d": {"e": {"f": "x"}}}
+
+
+def test_checking_a_config_loads_neither_torch_nor_deepspeed() -> None:
+    code = "import sys, engine.config_docs; print({'torch', 'deepspeed'} & set(sys.modules))"
+    root = QUICKSTART.parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
