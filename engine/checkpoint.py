@@ -37,7 +37,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        manifest: `step`, `world_size`, `config` (the resolved JSON) and `files` (name -> bytes).
+        manifest: `step`, `layout`, `config` (the resolved JSON) and `files` (name -> bytes).
     """
 
     path: Path
@@ -72,6 +72,8 @@ def save_checkpoint(engine: Any, step: int, config: RunConfig, state: dict) -> P
         problem = _attempt(lambda: partial.mkdir(parents=True))
     _raise_on_every_rank(problem, partial)
 
+    # DeepSpeed would leave zero_to_fp32.py beside the checkpoints, which refuses MoE models.
+    engine._copy_recovery_script = lambda save_path: None
     writes = _GuardedWrites(engine.checkpoint_engine)
     with writes:
         engine.save_checkpoint(
@@ -146,7 +148,7 @@ def _commit(partial: Path, final: Path, step: int, config: RunConfig) -> None:
             os.fsync(file.fileno())
     manifest = {
         "step": step,
-        "world_size": dist.get_world_size(),
+        "layout": layout(config),
         "config": config.to_dict(),
         "files": {path.name: path.stat().st_size for path in files},
     }
@@ -192,6 +194,32 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
             f"{MANIFEST}): name a run folder that training has saved to"
         )
     return found[-1]
+
+
+def layout(config: RunConfig) -> dict[str, int]:
+    """What DeepSpeed's files of optimizer states depend on."""
+    return {
+        "world_size": dist.get_world_size(),
+        "ep_size": config.model.moe.ep_size if config.model.moe else 1,
+        "zero_stage": config.zero_stage,
+    }
+
+
+def check_layout(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse to go on in another layout than the checkpoint's.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    saved, now = checkpoint.manifest["layout"], layout(config)
+    if saved != now:
+        different = ", ".join(
+            f"{k} {saved[k]} there and {now[k]} here" for k in now if saved[k] != now[k]
+        )
+        raise UserError(
+            f"{checkpoint.path} was saved by another layout: {different}: go on with the layout "
+            "that saved it, or start another training.run_dir"
+        )
 
 
 def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> dict:

@@ -29,11 +29,13 @@ class StepResult(NamedTuple):
         loss: () float32, mean cross entropy a token, in nats.
         aux_loss: () float32, balance loss averaged over MoE layers, before its weight.
         routing: one RoutingStats a MoE layer, of the last micro-batch.
+        lr: the learning rate of the update.
     """
 
     loss: Tensor
     aux_loss: Tensor
     routing: list[RoutingStats]
+    lr: float
 
 
 def start_distributed() -> torch.device:
@@ -172,6 +174,7 @@ def train_step(
         aux_loss_weight: weight of the balance loss.
     """
     losses, aux_losses = [], []
+    lr = engine.get_lr()[0]
     routing: list[RoutingStats] = []
     for inputs, targets in micro_batches:
         logits, routing = engine(inputs)
@@ -182,7 +185,7 @@ def train_step(
         engine.step()  # updates at the last micro-batch
         losses.append(loss.detach())
         aux_losses.append(aux_loss.detach())
-    return StepResult(torch.stack(losses).mean(), torch.stack(aux_losses).mean(), routing)
+    return StepResult(torch.stack(losses).mean(), torch.stack(aux_losses).mean(), routing, lr)
 
 
 def mean_aux_loss(routing: list[RoutingStats], like: Tensor) -> Tensor:

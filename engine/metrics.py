@@ -137,7 +137,7 @@ class Metrics:
             "tokens": step * self.batch_tokens,
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "lr": self.engine.get_lr()[0],
+            "lr": result.lr,
             "grad_norm": norm,
             "dense_grad_norm": dense_norm,
             "expert_grad_norm": expert_norm,
@@ -168,7 +168,11 @@ class Metrics:
         peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) / 2**20
 
-    def write(self, record: dict[str, float], prefix: str) -> None:
+    def write_validation(self, step: int, values: dict[str, float]) -> None:
+        """Write the record of an evaluation after a step (0: of the initial weights)."""
+        self.write({"step": step} | {f"valid_{name}": v for name, v in values.items()})
+
+    def write(self, record: dict[str, float]) -> None:
         """Append a record to metrics.jsonl and send it to DeepSpeed's monitor, on rank 0."""
         if dist.get_rank() != 0:
             return
@@ -176,8 +180,15 @@ class Metrics:
             file.write(json.dumps(record) + "\n")
         step = int(record["step"])
         self.engine.monitor.write_events(
-            [(f"{prefix}/{name}", value, step) for name, value in record.items() if name != "step"]
+            [(monitor_tag(name), value, step) for name, value in record.items() if name != "step"]
         )
+
+
+def monitor_tag(name: str) -> str:
+    """TensorBoard's name of a metric: train/loss, valid/perplexity, layer_2/temperature."""
+    if "/" in name:
+        return name
+    return f"valid/{name.removeprefix('valid_')}" if name.startswith("valid_") else f"train/{name}"
 
 
 def keep_records_up_to(path: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.errors import UserError
 from data.packed_lm import PackedLM, train_micro_batch
 from data.token_files import Prepared, open_prepared
-from engine.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from engine.checkpoint import check_layout, complete_checkpoints, load_checkpoint, save_checkpoint
 from engine.config import RunConfig, check_config
 from engine.engine import build_engine, seed_noise, start_distributed, train_step
 from engine.evaluation import Evaluation, evaluate
@@ -97,7 +97,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
         (run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     engine, sparse_clip = build_engine(config, device)
     aux_loss_weight = config.model.moe.aux_loss_weight if config.model.moe else 0.0
-    state = resume(engine, sparse_clip, run_dir)
+    state = resume(engine, sparse_clip, config)
     first_step = engine.global_steps
     metrics = Metrics(engine, config, sparse_clip, run_dir / "metrics.jsonl")
     progress = ProgressLine(first_step, training.num_steps, shown=is_first_rank)
@@ -109,7 +109,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
 
     if not state.before:
         state.before = asdict(validate())
-        metrics.write({"step": 0} | state.before, "valid")
+        metrics.write_validation(0, state.before)
     metrics.restart_clock()
     with progress:
         for step in range(first_step + 1, training.num_steps + 1):
@@ -120,12 +120,12 @@ def train(config: RunConfig, prepared: Prepared) -> None:
             if due(step, training.log_every, training.num_steps):
                 record = metrics.training_record(step, result)
                 require_finite(record, run_dir)
-                metrics.write(record, "train")
+                metrics.write(record)
                 progress.update(record)
             if due(step, training.eval_every, training.num_steps):
                 with metrics.paused_clock():
                     state.after = asdict(validate())
-                metrics.write({"step": step} | state.after, "valid")
+                metrics.write_validation(step, state.after)
                 progress.note(
                     f"step {step}: validation perplexity {state.after['perplexity']:,.2f}"
                 )
@@ -162,12 +162,14 @@ def micro_batches(
         )
 
 
-def resume(engine: Any, sparse_clip: SparseClip, run_dir: Path) -> TrainerState:
+def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerState:
     """Load the run's newest complete checkpoint, if there is one, on every rank alike.
 
     Raises:
-        UserError: if it was written by another layout (ranks, ep_size, ZeRO stage).
+        UserError: if it was written by another layout: another number of ranks, ep_size or ZeRO
+            stage.
     """
+    run_dir = Path(config.training.run_dir)
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         # One rank looks: another might see a folder that is just being renamed.
@@ -176,6 +178,7 @@ def resume(engine: Any, sparse_clip: SparseClip, run_dir: Path) -> TrainerState:
     torch.distributed.broadcast_object_list(found, src=0)
     if found[0] is None:
         return TrainerState()
+    check_layout(found[0], config)
     state = TrainerState(**load_checkpoint(engine, found[0])["trainer"])
     sparse_clip.num_clipped += state.num_clipped
     return state
