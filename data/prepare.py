@@ -279,8 +279,8 @@ def _vocabulary(
     if not file.exists():
         pieces = _split_pieces(config, sources, "reading for the vocabulary", reporter)
         texts = (piece.text for split, piece in pieces if split == "train")
+        reporter.message(f"training a vocabulary of {config.vocab_size} entries")
         train_sentencepiece(texts, config.vocab_size, file)
-        reporter.message(f"trained a vocabulary of {config.vocab_size} entries")
     return load_tokenizer(file)
 
 
