@@ -37,7 +37,8 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        manifest: `step`, `layout`, `config` (the resolved JSON) and `files` (name -> bytes).
+        manifest: `step`, `layout`, `config` (the resolved JSON), `tokenizer_fingerprint` and
+            `files` (name -> bytes).
     """
 
     path: Path
@@ -49,7 +50,13 @@ class Checkpoint:
         return self.manifest["step"]
 
 
-def save_checkpoint(engine: Any, step: int, config: RunConfig, state: dict) -> Path:
+def save_checkpoint(
+    engine: Any,
+    step: int,
+    config: RunConfig,
+    state: dict,
+    tokenizer_fingerprint: str | None = None,
+) -> Path:
     """Write a checkpoint on every rank; only the newest `training.keep_checkpoints` remain.
 
     Args:
@@ -57,6 +64,8 @@ def save_checkpoint(engine: Any, step: int, config: RunConfig, state: dict) -> P
         step: optimizer steps done.
         config: the resolved config, kept in the manifest.
         state: what the trainer needs to go on; plain numbers.
+        tokenizer_fingerprint: of the vocabulary, kept in the manifest so that data of another one
+            is refused later.
 
     Raises:
         UserError: on every rank alike if any of them could not write (a full disk, say). Older
@@ -79,10 +88,17 @@ def save_checkpoint(engine: Any, step: int, config: RunConfig, state: dict) -> P
         engine.save_checkpoint(
             str(folder), tag=partial.name, client_state={"trainer": state}, save_latest=False
         )
+    manifest: dict[str, Any] = {
+        "step": step,
+        "layout": layout(config),
+        "config": config.to_dict(),
+    }
+    if tokenizer_fingerprint is not None:
+        manifest["tokenizer_fingerprint"] = tokenizer_fingerprint
     try:
         _raise_on_every_rank(writes.problem, partial)
         if dist.get_rank() == 0:
-            problem = _attempt(lambda: _commit(partial, final, step, config))
+            problem = _attempt(lambda: _commit(partial, final, manifest))
         _raise_on_every_rank(problem, partial)
     except UserError:
         if dist.get_rank() == 0:
@@ -140,18 +156,13 @@ def _raise_on_every_rank(problem: str, path: Path) -> None:
             )
 
 
-def _commit(partial: Path, final: Path, step: int, config: RunConfig) -> None:
+def _commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Make sure that the files are on the disk, write the manifest, give the folder its name."""
     files = sorted(path for path in partial.iterdir())
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    manifest = {
-        "step": step,
-        "layout": layout(config),
-        "config": config.to_dict(),
-        "files": {path.name: path.stat().st_size for path in files},
-    }
+    manifest = manifest | {"files": {path.name: path.stat().st_size for path in files}}
     with (partial / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()

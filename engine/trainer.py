@@ -133,7 +133,13 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                 with metrics.paused_clock():
                     state.seconds += metrics.lap()
                     state.num_clipped = int(sparse_clip.num_clipped)
-                    save_checkpoint(engine, step, config, asdict(state))
+                    save_checkpoint(
+                        engine,
+                        step,
+                        config,
+                        asdict(state),
+                        prepared.manifest.tokenizer_fingerprint,
+                    )
     finish(engine, config, prepared, asdict(state), progress)
 
 
