@@ -35,7 +35,7 @@ help:
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: Magnetar needs Python 3.11 or newer, and \`$(PYTHON)\` is" \
-	    "$$($(PYTHON) --version 2>&1 || true): use make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	    "$$($(PYTHON) --version 2>/dev/null || echo missing or broken): use make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "installing the packages of requirements.txt into .venv (some minutes, once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -2,11 +2,14 @@
 
 import copy
 import hashlib
+import io
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -45,6 +48,10 @@ def start_distributed() -> torch.device:
         RuntimeError: if the other ranks cannot be reached.
     """
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("MAGNETAR_LOG_LEVEL", "WARNING"))
+    # DeepSpeed calls this function by its old name; nobody here can do anything about it.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning
+    )
     # DeepSpeed would compile a C++ op here that serves inference alone: 48 seconds, and a process
     # killed meanwhile leaves a lock file on which every later job hangs. The module must be
     # reached through sys.modules: `deepspeed.comm.torch` as an attribute is torch itself.
@@ -140,16 +147,33 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     deepspeed_config["gradient_clipping"] = config.gradient_clipping or 1.0
     # The trainer reports; DeepSpeed's own lines would tear the progress display.
     deepspeed_config.setdefault("steps_per_print", 2**62)
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        config=deepspeed_config,
-        model_parameters=parameter_groups(model, optimizer_params.get("weight_decay", 0.0)),
-        lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
-        dist_init_required=False,
-    )
+    with _without_line("No existing process group found"):
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            config=deepspeed_config,
+            model_parameters=parameter_groups(model, optimizer_params.get("weight_decay", 0.0)),
+            lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
+            dist_init_required=False,
+        )
     sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)
     sparse_clip.install(engine)
     return engine, sparse_clip
+
+
+@contextmanager
+def _without_line(beginning: str) -> Iterator[None]:
+    """Hold back what is printed inside, and leave out lines with this beginning.
+
+    DeepSpeed's MoE layer prints such a line on every rank whenever it makes a process group.
+    """
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        kept = [line for line in printed.getvalue().splitlines() if not line.startswith(beginning)]
+        if kept:
+            print("\n".join(kept), flush=True)
 
 
 def seed_noise(seed: int, step: int) -> None:
