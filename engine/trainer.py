@@ -179,7 +179,7 @@ def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerSt
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         # One rank looks: another might see a folder that is just being renamed.
-        found = [(complete_checkpoints(run_dir) or [None])[-1]]
+        found = [next(reversed(complete_checkpoints(run_dir)), None)]
         keep_records_up_to(run_dir / "metrics.jsonl", found[0].step if found[0] else -1)
     torch.distributed.broadcast_object_list(found, src=0)
     if found[0] is None:

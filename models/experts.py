@@ -3,6 +3,8 @@
 Letters: L local experts, D d_model, F d_ff, R rows (tokens sent to this rank's experts).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,12 +19,12 @@ class _ExpandRows(torch.autograd.Function):
     """rows[r] = table[segment of r], with a backward that sums each segment in a fixed order."""
 
     @staticmethod
-    def forward(ctx, table: Tensor, segment_ids: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, segment_ids: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(segment_ids, counts)
         return table.index_select(0, segment_ids)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         segment_ids, counts = ctx.saved_tensors
         if grad.is_cuda:
             # index_add_ would add with atomics there: another order, other bits, every run.
@@ -95,7 +97,8 @@ class Experts(nn.Module):
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
         h = torch._grouped_mm(rows, self.w1, offs=offsets)  # (R, F)
         h = self.activation(h + _ExpandRows.apply(self.b1, segment_ids, counts))
-        w2, b2 = self.w2, self.b2
+        w2: Tensor = self.w2
+        b2: Tensor = self.b2
         if self.inner_norm:
             # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part
             # into the weights touches L*F*D numbers in place of R*F.

@@ -8,7 +8,7 @@ K top_k, A assignments (token, expert) that are kept, at most N*K, R rows this r
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed.comm as dist
 import torch
@@ -87,7 +87,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         group: dist.ProcessGroup,
         rows: Tensor,
         receive_splits: list[int],
@@ -101,7 +101,7 @@ class _AllToAll(torch.autograd.Function):
         return received
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         returned = _AllToAll.apply(ctx.group, grad, ctx.send_splits, ctx.receive_splits)
         return None, returned, None, None
 
@@ -234,9 +234,10 @@ class MoE(DeepSpeedMoE):
         )
         experts = Experts(self.num_local_experts, d_model, d_ff, activation, inner_norm, gain)
         for parameter in experts.parameters():
-            parameter.allreduce = False
-            parameter.group_name = self.expert_group_name
-            parameter.num_experts = moe.num_experts
+            # DeepSpeed's marks of an expert's parameter, and E for SparseClip.
+            vars(parameter).update(
+                allreduce=False, group_name=self.expert_group_name, num_experts=moe.num_experts
+            )
         gate: nn.Module
         if moe.router == "xmoe":
             gate = XMoERouter(d_model, moe.num_experts, moe.top_k, moe.gate, moe.router_width)
@@ -250,6 +251,6 @@ class MoE(DeepSpeedMoE):
         first_expert = (rank % self.ep_size) * self.num_local_experts
         self.deepspeed_moe.experts.init_weights(source, first_expert)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingStats]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, RoutingStats]:
         """(B, T, D) -> (B, T, D) and this rank's statistics."""
         return self.deepspeed_moe(x)

@@ -1,0 +1,191 @@
+"""What the tests of this folder run on several ranks; see tests.ranks."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+
+BASE: dict[str, Any] = {
+    "train_batch_size": 8,
+    "gradient_clipping": 0.05,
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 3e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "torch_adam": True},
+    },
+    "zero_optimization": {"stage": 0},
+    "magnetar": {
+        "model": {
+            "vocab_size": 97,
+            "num_layers": 2,
+            "d_model": 32,
+            "d_ff": 64,
+            "num_heads": 2,
+            "max_seq_len": 16,
+            "moe": {"num_experts": 4, "every": 2, "top_k": 2, "ep_size": 1},
+        },
+        "data": {"path": "unused", "seq_len": 16},
+        "training": {
+            "run_dir": "unused",
+            "num_steps": 20,
+            "lr_schedule": {"type": "constant", "warmup_steps": 0},
+        },
+    },
+}
+
+
+def with_keys(base: dict, changes: dict[str, Any]) -> dict:
+    """A copy of a JSON object with dotted keys set."""
+    result = copy.deepcopy(base)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        section = result
+        for key in parents:
+            section = section.setdefault(key, {})
+        section[last] = value
+    return result
+
+
+def start(changes: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Engine, SparseClip and resolved config of BASE with dotted keys set."""
+    import deepspeed.comm as dist
+
+    from engine.config import check_config
+    from engine.engine import build_engine, start_distributed
+
+    device = start_distributed()
+    config, problems = check_config(with_keys(BASE, changes), dist.get_world_size())
+    assert config is not None, problems
+    engine, sparse_clip = build_engine(config, device)
+    return engine, sparse_clip, config
+
+
+def batches(engine: Any, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's micro-batches of a global batch that depends on the step alone."""
+    import deepspeed.comm as dist
+
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 97, (engine.train_batch_size(), 17), generator=generator)
+    # Something to learn: every other token follows from the one before it.
+    tokens[:, 1::2] = (tokens[:, 0:-1:2] * 3 + 1) % 97
+    micro, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_world_size()
+    parts = tokens.to(engine.device).view(-1, ranks, micro, 17)[:, dist.get_rank()]
+    return [(part[:, :-1], part[:, 1:]) for part in parts]
+
+
+def losses_and_norms(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, list[float]]]:
+    """Train each case; the whole batch's losses, the clipping norms and the coefficients."""
+    import deepspeed.comm as dist
+
+    from engine.engine import train_step
+
+    results = []
+    for changes in cases:
+        engine, clip, config = start(changes)
+        curve: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
+        for step in range(num_steps):
+            moe = config.model.moe
+            result = train_step(engine, batches(engine, step), moe.aux_loss_weight if moe else 0.0)
+            loss = result.loss.double()
+            dist.all_reduce(loss)
+            curve["loss"].append(float(loss) / dist.get_world_size())
+            curve["norm"].append(float(clip.norm))
+            curve["coefficient"].append(float(clip.coefficient))
+        results.append(curve)
+        engine.destroy()
+    return results
+
+
+def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of one step of each case: what SparseClip says, and what every rank's raw gradients say.
+
+    The brute force takes each rank's own gradients from autograd's hooks, before DeepSpeed has
+    reduced anything, gathers all of them, averages over the ranks and sums squares in float64.
+    `seen_*` are the gradients that the wrapped Adam was handed.
+    """
+    import deepspeed.comm as dist
+
+    from engine.engine import train_step
+
+    results = []
+    for changes in cases:
+        engine, clip, config = start(changes)
+        raw = record_raw_gradients(engine.module)
+        seen = record_gradients_of_adam(engine.basic_optimizer)
+        moe = config.model.moe
+        scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if config.dtype == "fp16" else 1
+        train_step(engine, batches(engine, 0), moe.aux_loss_weight)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(everyone, (raw, seen))
+        raw_dense, raw_expert = brute_force_norms([r for r, _ in everyone], moe.ep_size)
+        replicas = 1 if config.zero_stage else 2  # ZeRO hands Adam a part on each rank
+        results.append(
+            {
+                "optimizer": type(engine.optimizer).__name__,
+                "norm": float(clip.norm),
+                "dense_norm": float(clip.dense_norm),
+                "expert_norm": float(clip.expert_norm),
+                "coefficient": float(clip.coefficient),
+                "raw_dense": raw_dense / scale,
+                "raw_expert": raw_expert / scale,
+                "seen_dense": norm_over_ranks([s for _, s in everyone], "dense", replicas),
+                "seen_expert": norm_over_ranks(
+                    [s for _, s in everyone], "expert", 1 if moe.ep_size == 2 else replicas
+                ),
+            }
+        )
+        engine.destroy()
+    return results
+
+
+def record_raw_gradients(model: torch.nn.Module) -> dict[str, tuple[bool, torch.Tensor]]:
+    """Filled during backward: name -> (is an expert's, float64 sum of this rank's gradients)."""
+    raw: dict[str, tuple[bool, torch.Tensor]] = {}
+
+    def keep(name: str, is_expert: bool) -> Any:
+        def hook(gradient: torch.Tensor) -> None:
+            before = raw[name][1] if name in raw else 0.0
+            raw[name] = (is_expert, before + gradient.detach().double().cpu())
+
+        return hook
+
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(keep(name, hasattr(parameter, "num_experts")))
+    return raw
+
+
+def record_gradients_of_adam(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Filled during the step: squared norms of what Adam sees on this rank."""
+    seen = {"dense": 0.0, "expert": 0.0}
+
+    def before_step(adam: torch.optim.Optimizer, *_arguments: object) -> None:
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    kind = "expert" if group.get("moe") else "dense"
+                    seen[kind] += float(parameter.grad.double().square().sum())
+
+    optimizer.register_step_pre_hook(before_step)
+    return seen
+
+
+def brute_force_norms(
+    raw_of_ranks: list[dict[str, tuple[bool, torch.Tensor]]], ep_size: int
+) -> tuple[float, float]:
+    """Norms of the dense and the expert gradients, averaged over the ranks, each counted once."""
+    dense = expert = 0.0
+    world_size = len(raw_of_ranks)
+    for name, (is_expert, _) in raw_of_ranks[0].items():
+        of_ranks = [raw[name][1] for raw in raw_of_ranks]
+        if not is_expert:
+            dense += float((sum(of_ranks) / world_size).square().sum())
+        else:
+            # Ranks r, r + ep_size, ... hold the same experts.
+            for first in range(ep_size):
+                expert += float((sum(of_ranks[first::ep_size]) / world_size).square().sum())
+    return math.sqrt(dense), math.sqrt(expert)
+
+
+def norm_over_ranks(seen_by_ranks: list[dict[str, float]], kind: str, replicas: int) -> float:
+    """The norm over all ranks, where each gradient lies on `replicas` of them."""
+    return math.sqrt(sum(seen[kind] for seen in seen_by_ranks) / replicas)

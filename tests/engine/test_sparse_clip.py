@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+
+from engine.sparse_clip import clip_coefficient, squared_sum
+from tests.ranks import run_on_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("norm", "threshold", "expected"), [(0.5, 1.0, 1.0), (1.0, 1.0, 1.0), (4.0, 1.0, 0.25)]
+)
+def test_coefficient_is_threshold_over_the_larger_of_both(
+    norm: float, threshold: float, expected: float
+) -> None:
+    assert clip_coefficient(torch.tensor(norm), threshold).item() == expected
+
+
+def test_an_infinite_threshold_never_clips() -> None:
+    assert clip_coefficient(torch.tensor(1e30), math.inf).item() == 1.0
+
+
+def test_squares_are_summed_in_float32_for_bf16_gradients() -> None:
+    gradient = torch.full((1_000_000,), 0.01, dtype=torch.bfloat16)
+    expected = 1_000_000 * float(gradient[0]) ** 2
+    # A sum in bf16 stops growing long before a million terms, and one float32 accumulator, which
+    # is what torch's norm has on a CPU, is 1e-3 off by then.
+    assert squared_sum([gradient], CPU).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_gradients_have_norm_zero() -> None:
+    assert squared_sum([], CPU).item() == 0.0
+
+
+FP32 = [
+    {"magnetar.model.moe.ep_size": ep_size, "zero_optimization.stage": stage}
+    for ep_size in (1, 2)
+    for stage in (0, 1, 2)
+]
+BF16 = [
+    case | {"bf16.enabled": True} | extra
+    for case in FP32
+    for extra in ({}, {"data_types.grad_accum_dtype": "fp32"})
+    if case["zero_optimization.stage"]
+]
+ACCUMULATED = [case | {"train_micro_batch_size_per_gpu": 2} for case in (FP32[3], FP32[4], FP32[5])]
+VANILLA = [FP32[4] | {"magnetar.sparse_clip.enabled": False}]
+UNCLIPPED = [
+    case | {"gradient_clipping": 0.0, "magnetar.sparse_clip.enabled": False} for case in FP32[3:]
+]
+CASES = FP32 + BF16 + ACCUMULATED + VANILLA + UNCLIPPED
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[tuple[dict, dict]]:
+    program = "tests.engine.programs:clipping_against_every_gradient"
+    return list(zip(CASES, run_on_ranks(program, 2, CASES)[0], strict=True))
+
+
+def expected_norm(case: dict, found: dict) -> float:
+    kappa_squared = 1 / 4 if case.get("magnetar.sparse_clip.enabled", True) else 1.0
+    return math.sqrt(found["raw_dense"] ** 2 + kappa_squared * found["raw_expert"] ** 2)
+
+
+def tolerance(case: dict) -> float:
+    """float32 sums in another order; bf16 gradients are rounded when ranks are averaged."""
+    return 1e-2 if case.get("bf16.enabled") else 1e-5
+
+
+@pytest.mark.slow
+def test_the_norm_equals_a_brute_force_over_every_gradient_of_every_rank(measured: list) -> None:
+    for case, found in measured:
+        rel = tolerance(case)
+        assert found["dense_norm"] == pytest.approx(found["raw_dense"], rel=rel), case
+        assert found["expert_norm"] == pytest.approx(found["raw_expert"], rel=rel), case
+        assert found["norm"] == pytest.approx(expected_norm(case, found), rel=rel), case
+
+
+@pytest.mark.slow
+def test_the_coefficient_is_exact_even_for_a_small_threshold(measured: list) -> None:
+    for case, found in measured:
+        threshold = case.get("gradient_clipping", 0.05) or math.inf
+        expected = min(1.0, threshold / expected_norm(case, found))
+        assert found["coefficient"] == pytest.approx(expected, rel=tolerance(case)), case
+
+
+@pytest.mark.slow
+def test_expert_and_dense_gradients_shrink_alike_before_they_reach_adam(measured: list) -> None:
+    for case, found in measured:
+        rel = tolerance(case)
+        for kind in ("dense", "expert"):
+            clipped = found["coefficient"] * found[f"raw_{kind}"]
+            assert found[f"seen_{kind}"] == pytest.approx(clipped, rel=2 * rel), (kind, case)
+        if case.get("gradient_clipping", 0.05):
+            assert found["seen_expert"] < 0.5 * found["raw_expert"], case
+
+
+@pytest.mark.slow
+def test_every_wrapper_of_deepspeed_was_met(measured: list) -> None:
+    assert {found["optimizer"] for _, found in measured} == {
+        "AdamW",
+        "BF16_Optimizer",
+        "DeepSpeedZeroOptimizer",
+    }
