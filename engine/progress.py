@@ -1,15 +1,17 @@
-"""The live line of a training run, and the table at its end; rank 0 alone prints."""
+"""The live lines of a training run, and its tables; rank 0 alone prints."""
 
 import sys
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-# A log file gets a line now and then; a terminal gets one line that changes.
+# A log file gets a line now and then; a terminal gets a bar and a line that change in place.
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -29,14 +31,24 @@ class ProgressLine:
     def __init__(self, first_step: int, num_steps: int, shown: bool) -> None:
         """Prepare for the steps after `first_step`; `shown` is True on rank 0 alone."""
         self.first_step, self.num_steps, self.shown = first_step, num_steps, shown
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stdout, highlight=False)
         self.live: Live | None = None
         self.started, self.printed = time.monotonic(), float("-inf")
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[times]}"),
+            console=self.console,
+            auto_refresh=False,
+        )
+        self.task = self.bar.add_task("", total=num_steps, completed=first_step, times="")
 
     def __enter__(self) -> "ProgressLine":
+        self.started = time.monotonic()
         if self.shown and self.console.is_terminal:
-            self.live = Live(console=self.console, auto_refresh=False)
-            self.live.start()
+            self.live = Live(self.bar, console=self.console, auto_refresh=False)
+            self.live.start(refresh=True)
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -47,38 +59,40 @@ class ProgressLine:
         """Show the record of a logged step."""
         if not self.shown:
             return
-        line = self._line(record)
-        now = time.monotonic()
+        step, now = int(record["step"]), time.monotonic()
+        elapsed = now - self.started
+        left = duration(elapsed / max(1, step - self.first_step) * (self.num_steps - step))
         if self.live is not None:
-            self.live.update(Text(line), refresh=True)
-        elif now - self.printed >= SECONDS_BETWEEN_LINES or record["step"] == self.num_steps:
-            self.console.print(line)
+            times = f"{duration(elapsed)} gone, {left} left"
+            self.bar.update(self.task, completed=step, times=times)
+            line = Text(metrics_line(record), no_wrap=True, overflow="ellipsis")
+            self.live.update(Group(self.bar, line), refresh=True)
+        elif now - self.printed >= SECONDS_BETWEEN_LINES or step == self.num_steps:
+            width = len(str(self.num_steps))
+            self.note(f"step {step:>{width}}/{self.num_steps}  {metrics_line(record)}  {left} left")
             self.printed = now
 
     def note(self, text: str) -> None:
-        """Print a line that stays, above the live one."""
+        """Print lines that stay, above the live ones."""
         if self.shown:
-            self.console.print(text)
+            self.console.print(text, markup=False, soft_wrap=True)
 
-    def _line(self, record: dict[str, float]) -> str:
-        step = int(record["step"])
-        elapsed = time.monotonic() - self.started
-        left = elapsed / max(1, step - self.first_step) * (self.num_steps - step)
-        parts = [
-            f"step {step:>{len(str(self.num_steps))}}/{self.num_steps}",
-            f"loss {record['loss']:.4f}",
-            f"ppl {record['perplexity']:,.1f}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"grad norm {record['grad_norm']:.3f}",
-        ]
-        if "routing_entropy" in record:
-            parts.append(f"routing entropy {record['routing_entropy']:.3f}")
-        return "  ".join([*parts, f"{duration(left)} left"])
+
+def metrics_line(record: dict[str, float]) -> str:
+    """What a person watches of a training record, in about 80 columns."""
+    parts = [
+        f"loss {record['loss']:.4f}",
+        f"ppl {record['perplexity']:,.1f}",
+        f"grad norm {record['grad_norm']:.3f}",
+    ]
+    if "routing_entropy" in record:
+        parts.append(f"routing entropy {record['routing_entropy']:.3f}")
+    return "  ".join([*parts, f"{record['tokens_per_second']:,.0f} tokens/s"])
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table: the first column is left-aligned, numbers right-aligned."""
-    result = Table(title=title, title_justify="left")
+    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         result.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:

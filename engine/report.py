@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
+from rich.table import Table
+from rich.text import Text
 
 from data.token_files import Prepared
 from engine.config import RunConfig
@@ -21,27 +24,34 @@ PROMPT_TOKENS = 16
 
 
 def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
-    """Two or three lines: the model, the layout, the data."""
+    """A few lines: the model, its experts, the layout, the data, the run."""
     model, training = config.model, config.training
     total, active = num_parameters(model)
-    kind = f"{model.num_layers} layers, d_model {model.d_model}, {model.norm}"
+    lines = {
+        "model": f"{model.architecture}, {model.num_layers} layers, d_model {model.d_model}, "
+        f"{model.norm}: {total:,} parameters, {active:,} a token"
+    }
     if model.moe is not None:
         moe = model.moe
-        kind += (
-            f", {moe.num_experts} experts every {moe.every} layers "
-            f"({moe.router} router, top-{moe.top_k}, {moe.dispatch})"
+        layers = "each layer" if moe.every == 1 else f"one of {moe.every} layers"
+        lines["experts"] = (
+            f"{moe.num_experts} in {layers}, {moe.router} router, top-{moe.top_k}, {moe.dispatch}"
         )
     world_size = dist.get_world_size()
     ep_size = model.moe.ep_size if model.moe else 1
-    begin = f"resuming after step {first_step}" if first_step else "starting"
-    return (
-        f"{model.architecture}: {kind}; {total:,} parameters, {active:,} a token\n"
-        f"{world_size} rank{'s' * (world_size > 1)}, ep_size {ep_size}, ZeRO {config.zero_stage}, "
-        f"{config.dtype}; data {prepared.path} ({prepared.train.num_tokens:,} tokens, "
-        f"vocabulary {prepared.vocab_size:,})\n"
-        f"{begin}: {training.num_steps} steps of {config.deepspeed['train_batch_size']} x "
-        f"{config.data.seq_len} tokens, output in {training.run_dir}"
+    lines["layout"] = (
+        f"{world_size} rank{'s' * (world_size > 1)}, ep_size {ep_size}, "
+        f"ZeRO {config.zero_stage}, {config.dtype}"
     )
+    lines["data"] = (
+        f"{prepared.path}: {prepared.train.num_tokens:,} tokens, vocabulary {prepared.vocab_size:,}"
+    )
+    begin = f", resuming after step {first_step}" if first_step else ""
+    lines["run"] = (
+        f"{training.run_dir}: {training.num_steps} steps of "
+        f"{config.deepspeed['train_batch_size']} x {config.data.seq_len} tokens{begin}"
+    )
+    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
 def finish(
@@ -59,23 +69,33 @@ def finish(
     summary = make_summary(engine, config, state, unigram)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     before, after = state["before"], state["after"]
-    print_table(progress, before, after, unigram)
-    for prompt, continuation in continuations:
-        progress.console.print(f"[dim]{prompt}[/dim][bold]{continuation}[/bold]\n", markup=True)
-    progress.note(
-        f"trained {duration(summary['seconds'])} at {summary['tokens_per_second']:,.0f} tokens/s\n"
-        f"checkpoint   {run_dir}/checkpoints/step_{engine.global_steps:08d}\n"
-        f"metrics      {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
-        f"TensorBoard  tensorboard --logdir {run_dir}/tensorboard\n"
-        f'next         python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
+    console = progress.console
+    title = f"Validation, {after['num_tokens']:,} tokens"
+    console.print()
+    console.print(
+        evaluation_table(title, {"before training": before, "after training": after}, unigram)
     )
+    if continuations:
+        console.print("Beginnings of validation documents, continued by the model\n", style="bold")
+    for prompt, continuation in continuations:
+        console.print(continuation_text(prompt, continuation), end="\n\n")
+    checkpoint = run_dir / "checkpoints" / f"step_{engine.global_steps:08d}"
+    lines = {
+        "trained": f"{duration(summary['seconds'])} at "
+        f"{summary['tokens_per_second']:,.0f} tokens/s",
+        "checkpoint": f"{checkpoint}",
+        "metrics": f"{run_dir}/metrics.jsonl, {run_dir}/summary.json",
+    }
+    if config.deepspeed.get("tensorboard", {}).get("enabled"):
+        lines["curves"] = f"tensorboard --logdir {run_dir}/tensorboard"
+    lines["next"] = f'python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
+    progress.note("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
 
-def print_table(
-    progress: ProgressLine, before: dict[str, float], after: dict[str, float], unigram: float
-) -> None:
-    """Validation before and after training, beside the unigram perplexity of the same tokens."""
-    rows = [
+def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float) -> Table:
+    """Evaluations, as dictionaries, below the unigram perplexity of the same data."""
+    cells = [["unigram model", f"{math.log(unigram):.4f}", f"{unigram:,.2f}", "1.000", ""]]
+    cells += [
         [
             name,
             f"{values['loss']:.4f}",
@@ -83,13 +103,14 @@ def print_table(
             f"{values['perplexity'] / unigram:.3f}",
             f"{values['bits_per_byte']:.3f}",
         ]
-        for name, values in (("before training", before), ("after training", after))
+        for name, values in rows.items()
     ]
-    rows.insert(1, ["unigram model", "", f"{unigram:,.2f}", "1.000", ""])
-    title = f"Validation, {after['num_tokens']:,} tokens"
-    columns = ["", "loss (nats)", "perplexity", "of unigram", "bits per byte"]
-    progress.console.print()
-    progress.console.print(table(title, columns, rows))
+    return table(title, ["", "loss (nats)", "perplexity", "of unigram", "bits per byte"], cells)
+
+
+def continuation_text(prompt: str, continuation: str) -> Text:
+    """Prompt and continuation as one text, the prompt dim where there are colours."""
+    return Text.assemble((prompt, "dim"), continuation)
 
 
 def sample_continuations(
@@ -113,6 +134,8 @@ def sample_continuations(
 
 def decode_continuation(tokenizer: Any, tokens: list[int], prompt_length: int) -> tuple[str, str]:
     """Prompt and continuation as text; the continuation ends where its document does."""
+    # A vocabulary padded for speed has ids that mean nothing.
+    tokens = [token for token in tokens if token < tokenizer.vocab_size]
     if tokenizer.eos_id in tokens[prompt_length:]:
         tokens = tokens[: tokens.index(tokenizer.eos_id, prompt_length)]
     prompt = tokenizer.decode(tokens[:prompt_length])

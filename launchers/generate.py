@@ -1,0 +1,120 @@
+"""Text from a trained language model, in one process.
+
+python -m launchers.generate runs/quickstart --prompt "My fellow citizens"
+python -m launchers.generate runs/quickstart < prompts.txt
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from data.errors import UserError
+from launchers.quiet import quiet_deepspeed
+from launchers.user_errors import user_errors
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m launchers.generate", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("run", type=Path, help="the run's folder, such as runs/quickstart")
+    add("--prompt", metavar="TEXT", help="what to continue (default: each line of the input)")
+    add("--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)")
+    add("--data", type=Path, metavar="DIR", help="folder of the tokenizer (default: the run's)")
+    add("--tokens", type=int, default=100, metavar="N", help="tokens to add (%(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0: always the most probable token; 1: the model's own probabilities (%(default)s)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw among the likeliest tokens that make up this probability (%(default)s)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the draw (%(default)s)")
+    add("--num-samples", type=int, default=1, metavar="N", help="texts a prompt (%(default)s)")
+    options = parser.parse_args(arguments)
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.prompt is not None and not options.prompt.strip():
+        raise UserError("--prompt is empty: give the beginning of a text to continue")
+    for name, value in (("tokens", options.tokens), ("num-samples", options.num_samples)):
+        if value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+    if not 0 <= options.temperature < math.inf:
+        raise UserError(
+            f"--temperature {options.temperature:g} must be 0 or more: 0 takes the most probable "
+            "token, 1 follows the model's own probabilities"
+        )
+    if not 0 < options.top_p <= 1:
+        raise UserError(
+            f"--top-p {options.top_p:g} must be more than 0 and at most 1: 1 allows every token"
+        )
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed {options.seed} must be 0 or more and less than 2^63")
+
+
+def prompts_of(prompt: str | None) -> Iterator[str]:
+    """The one prompt, or each line of standard input that is not blank.
+
+    Raises:
+        UserError: the input has none.
+    """
+    if prompt is not None:
+        yield prompt
+        return
+    if sys.stdin.isatty():
+        print("one prompt a line; Ctrl-D ends", file=sys.stderr)
+    num_prompts = 0
+    for line in sys.stdin:
+        if line.strip():
+            num_prompts += 1
+            yield line.rstrip("\r\n")
+    if not num_prompts:
+        raise UserError('no prompt: give --prompt "TEXT", or lines on standard input')
+
+
+@user_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Sample and print."""
+    options = parse_arguments(arguments)
+    quiet_deepspeed()
+    import torch
+
+    from engine.report import continuation_text, decode_continuation
+    from engine.trained_run import open_run
+    from models.generation import sample
+
+    run = open_run(options.run, options.checkpoint, options.data)
+    tokenizer = run.prepared.tokenizer
+    console = Console(highlight=False)
+    for prompt in prompts_of(options.prompt):
+        ids = tokenizer.encode(prompt)
+        tokens = sample(
+            run.model,
+            torch.tensor([ids] * options.num_samples, device=run.device),
+            options.tokens,
+            options.temperature,
+            options.top_p,
+            options.seed,
+        )
+        for row in tokens.tolist():
+            text = continuation_text(*decode_continuation(tokenizer, row, len(ids)))
+            console.print(text, soft_wrap=True, end="\n\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
