@@ -60,38 +60,31 @@ def test_every_core_works_unless_told_otherwise():
     assert config.workers == len(os.sched_getaffinity(0))
 
 
-def test_a_run_that_is_killed_with_its_workers_resumes_to_the_same_bytes(tmp_path):
-    text = tmp_path / "text.txt"
-    lines = (
-        f"ship {i} sails {i * i} miles on sea {i % 7} north {i * 7919}" for i in range(400_000)
-    )
-    text.write_text("\n".join(lines))
-    command = [sys.executable, "-m", "launchers.prepare_data", "--train", str(text)]
-    command += ["--documents=line", "--vocab-size=300", "--workers=2", "--out"]
+@pytest.mark.slow
+def test_a_run_that_is_killed_with_its_workers_resumes_to_the_same_bytes(tmp_path, text_file):
+    long_text = tmp_path / "long.txt"
+    text = text_file.read_text()
+    long_text.write_text("\n".join(f"document {i}\t{text[i : i + 4000]}" for i in range(4000)))
+    program = [sys.executable, "-m", "launchers.prepare_data", "--documents=line", "--workers=2"]
 
-    def tokenizer_of(folder):
-        return ["--tokenizer", str(folder / "tokenizer.model")]
+    def command(out, train, *vocabulary):
+        given = ["--train", train, "--out", tmp_path / out, *vocabulary]
+        return [*program, *map(str, given)]
 
-    small = tmp_path / "small.txt"
-    small.write_text("\n".join(text.read_text().split("\n")[:5000]))
-    vocabulary = [*command[:4], str(small), *command[5:]]
-    subprocess.run([*vocabulary, str(tmp_path / "small")], cwd=ROOT, check=True, timeout=60)
-    command = [part for part in command if not part.startswith("--vocab-size")]
-    command[3:3] = tokenizer_of(tmp_path / "small")
-    out = tmp_path / "out"
-    process = subprocess.Popen([*command, str(out)], cwd=ROOT, start_new_session=True)
+    subprocess.run(command("vocabulary", text_file, "--vocab-size=300"), cwd=ROOT, check=True)
+    vocabulary = ("--tokenizer", tmp_path / "vocabulary" / "tokenizer.model")
+    stopped = command("out", long_text, *vocabulary)
+    process = subprocess.Popen(stopped, cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial/shards/*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not out.exists()
-    resumed = subprocess.run(
-        [*command, str(out)], cwd=ROOT, check=True, timeout=60, capture_output=True, text=True
-    )
+    assert not (tmp_path / "out").exists()
+    resumed = subprocess.run(stopped, cwd=ROOT, check=True, capture_output=True, text=True)
     assert "finished shards" in resumed.stderr
-    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, timeout=60)
-    for file in out.iterdir():
+    subprocess.run(command("whole", long_text, *vocabulary), cwd=ROOT, check=True)
+    for file in (tmp_path / "out").iterdir():
         assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
 
 
