@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from engine.config import RunConfig
+from engine.run_folder import flat_keys
 from models.config import ModelConfig
 from models.transformer import Decoder, build_model
 
@@ -216,21 +217,28 @@ def layout(config: RunConfig) -> dict[str, int]:
     }
 
 
-def check_layout(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Refuse to go on in another layout than the checkpoint's.
+def check_fits(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Refuse to go on from a checkpoint of another model or another layout.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming each key that differs.
     """
-    saved, now = checkpoint.manifest["layout"], layout(config)
-    if saved != now:
-        different = ", ".join(
-            f"{k} {saved[k]} there and {now[k]} here" for k in now if saved[k] != now[k]
-        )
-        raise UserError(
-            f"{checkpoint.path} was saved by another layout: {different}: go on with the layout "
-            "that saved it, or start another training.run_dir"
-        )
+    saved_model = checkpoint.manifest["config"]["magnetar"]["model"]
+    model = config.model.model_dump(mode="json")
+    for kind, saved, now in (
+        ("layout", checkpoint.manifest["layout"], layout(config)),
+        ("model", dict(flat_keys(saved_model)), dict(flat_keys(model))),
+    ):
+        different = [
+            f"{key} {saved.get(key, 'absent')} there and {now.get(key, 'absent')} here"
+            for key in sorted(saved.keys() | now.keys())
+            if saved.get(key) != now.get(key)
+        ]
+        if different:
+            raise UserError(
+                f"{checkpoint.path} was saved by another {kind}: {', '.join(different)}: go on "
+                f"with the {kind} that saved it, or start in another training.run_dir"
+            )
 
 
 def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> dict:

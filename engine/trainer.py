@@ -14,7 +14,7 @@ from torch import Tensor
 from data.errors import UserError
 from data.packed_lm import PackedLM, train_micro_batch
 from data.token_files import Prepared, open_prepared
-from engine.checkpoint import check_layout, complete_checkpoints, load_checkpoint, save_checkpoint
+from engine.checkpoint import check_fits, complete_checkpoints, load_checkpoint, save_checkpoint
 from engine.config import RunConfig, check_config
 from engine.engine import build_engine, seed_noise, start_distributed, train_step
 from engine.evaluation import Evaluation, evaluate
@@ -184,7 +184,7 @@ def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerSt
     torch.distributed.broadcast_object_list(found, src=0)
     if found[0] is None:
         return TrainerState()
-    check_layout(found[0], config)
+    check_fits(found[0], config)
     state = TrainerState(**load_checkpoint(engine, found[0])["trainer"])
     sparse_clip.num_clipped += state.num_clipped
     return state

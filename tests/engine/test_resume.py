@@ -1,0 +1,168 @@
+"""Stopping and starting the same command again changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT
+from tests.runs import environment, launch, launcher_command, make_corpus, records, write_config
+
+pytestmark = pytest.mark.slow
+
+LONG = {
+    "magnetar.training.num_steps": 60,
+    "magnetar.training.eval_every": 20,
+    "magnetar.training.save_every": 10,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = launch(write_config(folder, corpus, changes=LONG))
+    assert done.returncode == 0, done.stdout
+    return folder / "run"
+
+
+def kill_after_step(config: Path, step: int) -> None:
+    """Start the command and SIGKILL all of its processes once it has logged a step."""
+    metrics = config.parent / "run" / "metrics.jsonl"
+    process = subprocess.Popen(
+        launcher_command(config),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(12_000):
+            if metrics.is_file() and f'"step": {step},' in metrics.read_text():
+                break
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.01)
+        else:
+            pytest.fail(f"step {step} was not reached in two minutes")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_killed_run_continues_with_exactly_the_same_metrics(
+    uninterrupted: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, corpus, changes=LONG)
+    kill_after_step(config, 25)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    resumed = launch(config)
+    assert resumed.returncode == 0, resumed.stdout
+    assert "resuming after step" in resumed.stdout
+    assert records(tmp_path / "run") == records(uninterrupted)
+
+
+def test_the_same_command_twice_from_scratch_gives_the_same_digits(
+    uninterrupted: Path, corpus: Path, tmp_path: Path
+) -> None:
+    done = launch(write_config(tmp_path, corpus, changes=LONG))
+    assert done.returncode == 0, done.stdout
+    assert records(tmp_path / "run") == records(uninterrupted)
+
+
+def test_the_loss_falls_and_everything_promised_is_there(uninterrupted: Path) -> None:
+    losses = [record["loss"] for record in records(uninterrupted) if "loss" in record]
+    assert len(losses) == 60
+    assert losses[-1] < losses[0] - 1
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"config.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints"} <= names
+    kept = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert kept == ["step_00000050", "step_00000060"]
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    last = next(r for r in reversed(records(uninterrupted)) if "valid_loss" in r)
+    assert summary["validation_after"]["loss"] == last["valid_loss"]
+    assert summary["tokens"] == 60 * 4 * 32
+
+
+def test_tensorboard_has_what_metrics_jsonl_has(uninterrupted: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (uninterrupted / "tensorboard").glob("**/events*")
+    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    tags = set(accumulator.Tags()["scalars"])
+    assert {
+        "train/loss",
+        "train/perplexity",
+        "train/lr",
+        "train/grad_norm",
+        "train/dense_grad_norm",
+        "train/expert_grad_norm",
+        "train/clip_coefficient",
+        "train/tokens_per_second",
+        "train/memory_gib",
+        "valid/perplexity",
+        "layer_2/routing_entropy",
+        "layer_2/load_max",
+        "layer_2/load_min",
+        "layer_2/dropped",
+        "layer_2/temperature",
+    } <= tags
+    logged = [r["loss"] for r in records(uninterrupted) if "loss" in r]
+    shown = [event.value for event in accumulator.Scalars("train/loss")]
+    assert shown == pytest.approx(logged, rel=1e-6)  # TensorBoard keeps float32
+
+
+def test_a_finished_run_started_again_trains_no_step(uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = launch(uninterrupted.parent / "run.json")
+    assert done.returncode == 0, done.stdout
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    assert "Validation" in done.stdout
+
+
+def test_a_file_that_cannot_be_written_leaves_the_older_checkpoint_usable(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, corpus)
+    assert launch(config).returncode == 0
+    command = launcher_command(config, "--set", "magnetar.training.num_steps=12")
+    # Files may not grow beyond 64 KiB: a disk that is full as soon as weights are written.
+    failed = subprocess.run(
+        ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", *command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    output = failed.stdout + failed.stderr
+    assert failed.returncode == 2, output
+    assert "could not write the checkpoint" in output
+    assert "keep_checkpoints" in output
+    assert "Traceback" not in output
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_00000004", "step_00000008"]
+    resumed = launch(config, "--set", "magnetar.training.num_steps=12")
+    assert resumed.returncode == 0, resumed.stdout
+    assert "resuming after step 8" in resumed.stdout
+
+
+def test_bad_input_ends_every_rank_with_status_2_and_one_message(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, corpus, changes={"magnetar.model.moe.num_experts": 3})
+    failed = launch(config)
+    assert failed.returncode == 2, failed.stdout
+    assert failed.stdout.count("num_experts=3") == 1
+    assert "Traceback" not in failed.stdout
+    assert not (tmp_path / "run").exists()
