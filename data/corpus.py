@@ -42,13 +42,13 @@ def matching_files(patterns: Sequence[str]) -> list[Path]:
     """
     files: set[Path] = set()
     for pattern in patterns:
-        found = [Path(name) for name in glob.glob(pattern, recursive=True)]
-        found = [path for path in found if path.is_file()]
+        names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        found = [Path(name) for name in names if Path(name).is_file()]
         if not found:
-            raise UserError(
-                f"no file matches {pattern!r} (seen from {Path.cwd()}): check the path, and quote "
-                "the pattern"
-            )
+            way_out = "check the path, and quote the pattern"
+            if Path(pattern).is_dir():
+                way_out = f"it is a folder; name the files in it, '{pattern.rstrip('/')}/*.txt' say"
+            raise UserError(f"no file matches {pattern!r} (seen from {Path.cwd()}): {way_out}")
         files.update(found)
     for path in files:
         file_format(path)

@@ -63,6 +63,9 @@ class Reporter(NamedTuple):
     progress: Callable[[str, int, int], None] = lambda stage, done_bytes, all_bytes: None
 
 
+SILENT = Reporter()
+
+
 @dataclass(frozen=True)
 class Sources:
     """The files of a run; `valid` is empty when a fraction of `train` is taken."""
@@ -75,7 +78,7 @@ class Sources:
         return sum(path.stat().st_size for path in self.train + self.valid)
 
 
-def prepare(config: PrepareConfig, reporter: Reporter = Reporter()) -> Manifest:  # noqa: B008
+def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
     """The manifest of the folder `config.out`, made now unless it is already up to date.
 
     Raises:
@@ -87,6 +90,7 @@ def prepare(config: PrepareConfig, reporter: Reporter = Reporter()) -> Manifest:
     settings = _settings(config, sources)
     if config.out.exists():
         _refuse_other(config.out, settings)
+        _remove_scaffolding(config.out)
         reporter.message(f"{config.out} is up to date")
         return open_prepared(config.out).manifest
     partial = config.out.with_name(config.out.name + ".partial")
@@ -112,10 +116,8 @@ def prepare(config: PrepareConfig, reporter: Reporter = Reporter()) -> Manifest:
                 settings=settings,
             )
             write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2))
-            shutil.rmtree(partial / "shards")
-            for name in ("settings.json", "lock"):
-                (partial / name).unlink()
-        partial.rename(config.out)
+            partial.rename(config.out)
+        _remove_scaffolding(config.out)
     except BrokenProcessPool as error:
         raise UserError(
             f"a worker was killed, probably for lack of memory, with workers={config.workers}: run "
@@ -201,7 +203,8 @@ def _digest(files: list[Path]) -> dict[str, Any]:
     for path in files:
         stat = path.stat()
         if stat.st_size <= HASHED_WHOLE_BYTES:
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
         else:
             content = str(stat.st_mtime_ns)
         digest.update(json.dumps([path.name, stat.st_size, content]).encode())
@@ -236,6 +239,13 @@ def _short(value: Any) -> str:
     return repr(value)
 
 
+def _remove_scaffolding(out: Path) -> None:
+    """Removes what only an unfinished folder needs; a kill in here costs nothing but disk."""
+    shutil.rmtree(out / "shards", ignore_errors=True)
+    for name in ("settings.json", "lock"):
+        (out / name).unlink(missing_ok=True)
+
+
 def _lock(lock: IO[str], partial: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,9 +258,10 @@ def _lock(lock: IO[str], partial: Path) -> None:
 def _keep_or_clear(partial: Path, settings: dict[str, Any], reporter: Reporter) -> None:
     """Leaves `partial` with the finished work of the same settings, or with none."""
     file = partial / "settings.json"
-    others = [path for path in partial.iterdir() if path.name != "lock"]
+    others = [path for path in partial.iterdir() if path.name not in ("lock", "settings.json.tmp")]
     if file.is_file() and _first_difference(json.loads(file.read_text()), settings) is None:
         reporter.message(f"resuming {partial}")
+        (partial / "shards").mkdir(exist_ok=True)
         return
     if others and not file.is_file():
         raise UserError(f"{partial} is not ours to clear: move it away, or choose another --out")
@@ -308,7 +319,8 @@ def _split_pieces(
     split, seen = "train", set()
     for piece in read(sources.train):
         if piece.starts_document:
-            # By content: equal documents go to the same split, and the order does not matter.
+            # By content (a very long document's first piece): equal documents go to the same
+            # split, whatever the order of the files.
             word = hashlib.blake2b(piece.text.encode(), digest_size=8, key=key).digest()
             split = "valid" if int.from_bytes(word, "big") < fraction * 2**64 else "train"
             seen.add(split)

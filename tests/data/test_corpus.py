@@ -116,6 +116,16 @@ def test_a_glob_without_files_is_named(tmp_path):
         matching_files([f"{tmp_path}/*.txt"])
 
 
+def test_a_folder_in_place_of_its_files_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"it is a folder; name the files in it, '.*/\*\.txt' say"):
+        matching_files([str(tmp_path)])
+
+
+def test_a_plain_name_with_glob_characters_is_found(tmp_path):
+    (tmp_path / "a[1].txt").touch()
+    assert matching_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]
+
+
 @pytest.mark.parametrize("name", ["text.doc", "text", "text.gz"])
 def test_an_unknown_suffix_is_named(tmp_path, name):
     (tmp_path / name).touch()

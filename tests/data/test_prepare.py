@@ -127,6 +127,35 @@ def test_a_run_killed_while_joining_resumes(config, tmp_path, monkeypatch):
     assert content(config.out) == content(tmp_path / "whole")
 
 
+def test_a_run_killed_while_tidying_up_has_made_a_whole_folder(config, tmp_path, monkeypatch):
+    prepare(replace(config, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(data.prepare, "_remove_scaffolding", raise_killed)
+        with pytest.raises(Killed):
+            prepare(config)
+    open_prepared(config.out)
+    prepare(config)
+    assert content(config.out) == content(tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_first_shard_resumes(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.prepare, "write_atomically", raise_on("settings.json"))
+        with pytest.raises(Killed):
+            prepare(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.prepare, "_vocabulary", raise_killed)
+        with pytest.raises(Killed):
+            prepare(config)
+    (config.out.with_name("out.partial") / "shards").rmdir()
+    prepare(config)
+    open_prepared(config.out)
+
+
+def raise_killed(*arguments):
+    raise Killed
+
+
 def raise_on(name):
     original = data.prepare.write_atomically
 
