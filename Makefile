@@ -14,9 +14,10 @@ INSTALLED := .venv/.installed
 define CHOOSE_RANKS
 gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
 ranks=2; settings=; \
-if [ "$$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; else \
+if [ "$$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; where="two processes on the CPU"; else \
   ranks=1; \
   while [ $$((2 * ranks)) -le "$$gpus" ] && [ $$ranks -lt 16 ]; do ranks=$$((2 * ranks)); done; \
+  where="$$ranks of $$gpus GPUs"; \
   if [ $$ranks -eq 1 ]; then settings="--set magnetar.model.moe.ep_size=1"; fi; \
 fi; \
 port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -46,7 +47,8 @@ $(INSTALLED): requirements.txt
 train: $(INSTALLED)
 	@$(BIN)/python -m launchers.prepare_data --corpus sotu --out prepared/sotu \
 	  --vocab-size 2000 --workers 2
-	@$(CHOOSE_RANKS); $(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
+	@$(CHOOSE_RANKS); echo "starting on $$where"; \
+	$(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
 	  --module launchers.train --deepspeed_config ds_configs/quickstart.json $$settings $(ARGS)
 
 check: $(INSTALLED)

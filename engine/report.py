@@ -4,7 +4,9 @@ import importlib.metadata
 import json
 import math
 import platform
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,10 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
     }
     if model.moe is not None:
         moe = model.moe
-        layers = "each layer" if moe.every == 1 else f"one of {moe.every} layers"
+        nth = {1: "", 2: "2nd ", 3: "3rd "}.get(moe.every, f"{moe.every}th ")
         lines["experts"] = (
-            f"{moe.num_experts} in {layers}, {moe.router} router, top-{moe.top_k}, {moe.dispatch}"
+            f"{moe.num_experts} in every {nth}layer, {moe.router} router, top-{moe.top_k}, "
+            f"{moe.dispatch}"
         )
     world_size = dist.get_world_size()
     ep_size = model.moe.ep_size if model.moe else 1
@@ -79,6 +82,7 @@ def finish(
         console.print("Beginnings of validation documents, continued by the model\n", style="bold")
     for prompt, continuation in continuations:
         console.print(continuation_text(prompt, continuation), end="\n\n")
+    programs = programs_folder()
     checkpoint = run_dir / "checkpoints" / f"step_{engine.global_steps:08d}"
     lines = {
         "trained": f"{duration(summary['seconds'])} at "
@@ -87,9 +91,21 @@ def finish(
         "metrics": f"{run_dir}/metrics.jsonl, {run_dir}/summary.json",
     }
     if config.deepspeed.get("tensorboard", {}).get("enabled"):
-        lines["curves"] = f"tensorboard --logdir {run_dir}/tensorboard"
-    lines["next"] = f'python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
+        lines["curves"] = f"{programs}tensorboard --logdir {run_dir}/tensorboard"
+    lines["next"] = (
+        f'{programs}python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
+    )
     progress.note("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
+
+
+def programs_folder() -> str:
+    """What to write before the name of a program of this environment: nothing if it is active."""
+    folder = Path(sys.executable).parent
+    found = shutil.which("python")
+    if found and Path(found).parent == folder:
+        return ""
+    here = Path.cwd()
+    return f"{folder.relative_to(here) if folder.is_relative_to(here) else folder}/"
 
 
 def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float) -> Table:

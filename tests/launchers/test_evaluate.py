@@ -1,0 +1,125 @@
+"""python -m launchers.evaluate."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.prepare import PrepareConfig, prepare
+from launchers.evaluate import main
+from tests.ranks import ROOT
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message with which the command ends."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def evaluation(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    main([*(str(argument) for argument in arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_one_process_finds_the_loss_that_two_expert_parallel_ranks_found(
+    trained, batch_size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluation(capsys, trained.folder, "--batch-size", batch_size)
+    expected = trained.summary["validation_after"]
+    # The order of float32 sums differs between one process and two.
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    assert found["num_tokens"] == expected["num_tokens"]
+    assert found["unigram_perplexity"] == trained.summary["unigram_perplexity"]
+    assert found["step"] == 8
+
+
+@pytest.mark.slow
+def test_an_older_checkpoint_has_the_loss_that_it_had_then(
+    trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = map(json.loads, (trained.folder / "metrics.jsonl").read_text().splitlines())
+    then = next(r["valid_loss"] for r in records if r["step"] == 4 and "valid_loss" in r)
+    found = evaluation(capsys, trained.folder, "--checkpoint", "step_00000004")
+    assert found["loss"] == pytest.approx(then, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_sequences_limits_what_is_read(trained, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluation(capsys, trained.folder, "--sequences", 3)["num_tokens"] == 3 * 32
+
+
+@pytest.mark.slow
+def test_the_table_shows_the_checkpoint_below_the_unigram_model(
+    trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(trained.folder)])
+    out = capsys.readouterr().out
+    assert out.index("unigram model") < out.index("step_00000008")
+    assert f"{trained.summary['validation_after']['perplexity']:,.2f}" in out
+
+
+@pytest.mark.slow
+def test_data_of_another_vocabulary_is_refused(
+    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(trained.corpus.parent / "speech_0*.txt")  # fewer than the run's vocabulary saw
+    prepare(PrepareConfig(out=tmp_path / "other", train=(text,), valid=(text,), vocab_size=300))
+    message = refusal(capsys, trained.folder, "--data", tmp_path / "other")
+    assert "another vocabulary" in message
+    assert str(tmp_path / "other") in message
+
+
+@pytest.mark.slow
+def test_an_unknown_checkpoint_is_refused_with_those_that_exist(
+    trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, trained.folder, "--checkpoint", "step_00000005")
+    assert "use step_00000004 or step_00000008" in message
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(
+    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.folder, run)
+    (run / "checkpoints/step_00000008/mp_rank_00_model_states.pt").write_bytes(b"cut short")
+    assert evaluation(capsys, run)["step"] == 4
+
+
+def test_a_missing_run_is_refused_with_those_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "train one first" in refusal(capsys, tmp_path / "mine")
+    (tmp_path / "yours").mkdir()
+    (tmp_path / "yours/config.json").write_text("{}")
+    message = refusal(capsys, tmp_path / "mine")
+    assert f"run folder {tmp_path / 'mine'} does not exist: {tmp_path} holds yours" in message
+
+
+def test_a_run_without_a_checkpoint_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.evaluate", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path}: holds no complete checkpoint")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--sequences"])
+def test_counts_must_be_positive(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{option} 0 must be at least 1" in refusal(capsys, "runs/any", option, 0)

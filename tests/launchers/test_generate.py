@@ -1,0 +1,128 @@
+"""python -m launchers.generate."""
+
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers.generate import main
+from tests.ranks import ROOT
+
+PROMPT = "the senate guards"
+
+
+def generated(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message with which the command ends."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_text_and_another_another(
+    trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def text(seed: int) -> str:
+        options = ("--prompt", PROMPT, "--tokens", 20, "--seed", seed)
+        return generated(capsys, trained.folder, *options)
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+@pytest.mark.slow
+def test_temperature_zero_needs_no_seed(trained, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(seed: int) -> str:
+        options = ("--prompt", PROMPT, "--tokens", 20, "--temperature", 0, "--seed", seed)
+        return generated(capsys, trained.folder, *options)
+
+    assert text(1) == text(2)
+
+
+@pytest.mark.slow
+def test_each_sample_begins_with_the_prompt(trained, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--prompt", PROMPT, "--tokens", 8, "--num-samples", 3)
+    assert generated(capsys, trained.folder, *options).count(PROMPT) >= 3
+
+
+@pytest.mark.slow
+def test_each_line_of_the_input_is_a_prompt(
+    trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a citizen wants\n\nour nation\n"))
+    out = generated(capsys, trained.folder, "--tokens", 4)
+    assert out.startswith("a citizen wants")
+    assert "\n\nour nation" in out
+
+
+@pytest.mark.slow
+def test_no_prompt_at_all_is_refused(
+    trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert 'give --prompt "TEXT"' in refusal(capsys, trained.folder)
+
+
+@pytest.mark.slow
+def test_a_missing_tokenizer_is_named(
+    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "prepared"
+    shutil.copytree(trained.corpus, copied)
+    (copied / "tokenizer.model").unlink()
+    message = refusal(capsys, trained.folder, "--prompt", PROMPT, "--data", copied)
+    assert f"{copied / 'tokenizer.model'} is missing" in message
+
+
+@pytest.mark.slow
+def test_piped_output_is_the_text_and_nothing_else(trained) -> None:
+    command = [sys.executable, "-m", "launchers.generate", str(trained.folder), "--tokens", "5"]
+    done = subprocess.run(
+        [*command, "--prompt", PROMPT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(PROMPT)
+    assert "\x1b" not in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_run_without_a_checkpoint_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.generate", str(tmp_path), "--prompt", PROMPT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}: holds no complete checkpoint")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "  "], "--prompt is empty"),
+        (["--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["--num-samples", "0"], "--num-samples 0 must be at least 1"),
+        (["--temperature", "-0.5"], "--temperature -0.5 must be 0 or more"),
+        (["--temperature", "nan"], "--temperature nan must be 0 or more"),
+        (["--top-p", "0"], "--top-p 0 must be more than 0 and at most 1"),
+        (["--top-p", "1.5"], "--top-p 1.5 must be more than 0 and at most 1"),
+        (["--seed", "-1"], "--seed -1 must be 0 or more"),
+        ([], "run folder runs/none does not exist"),
+    ],
+)
+def test_impossible_arguments_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(capsys, "runs/none", *arguments)
