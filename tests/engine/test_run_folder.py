@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from engine.config import RunConfig, check_config
+from engine.metrics import keep_records_up_to, monitor_tag
+from engine.run_folder import check_run_folder
+from tests.engine.programs import BASE, with_keys
+
+
+def config(run_dir: Path, **changes: object) -> RunConfig:
+    keys = {key.replace("__", "."): value for key, value in changes.items()}
+    result, problems = check_config(
+        with_keys(BASE, {"magnetar.training.run_dir": str(run_dir)} | keys), 1
+    )
+    assert result is not None, problems
+    return result
+
+
+def begin(run_dir: Path, begun: RunConfig) -> None:
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps(begun.to_dict()))
+
+
+def test_a_new_folder_is_welcome(tmp_path: Path) -> None:
+    check_run_folder(config(tmp_path / "run"))
+
+
+def test_the_same_config_may_go_on(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    check_run_folder(config(tmp_path / "run"))
+
+
+def test_a_longer_run_and_other_reports_may_go_on(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    check_run_folder(
+        config(
+            tmp_path / "run",
+            magnetar__training__num_steps=99,
+            magnetar__training__log_every=3,
+            zero_optimization__stage=2,
+        )
+    )
+
+
+def test_another_config_is_refused_and_each_key_named(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    other = config(
+        tmp_path / "run",
+        magnetar__model__d_ff=128,
+        optimizer__params__lr=1.0,
+        magnetar__training__seed=7,
+    )
+    with pytest.raises(UserError) as refused:
+        check_run_folder(other)
+    message = str(refused.value)
+    assert "magnetar.model.d_ff: 64 there, 128 here" in message
+    assert "optimizer.params.lr: 0.003 there, 1.0 here" in message
+    assert "magnetar.training.seed: 1 there, 7 here" in message
+    assert "--set magnetar.training.run_dir=" in message
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    with pytest.raises(UserError, match="resume is 'never'"):
+        check_run_folder(config(tmp_path / "run", magnetar__training__resume="never"))
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        check_run_folder(config(tmp_path / "run"))
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read as JSON"):
+        check_run_folder(config(tmp_path / "run"))
+
+
+def test_records_beyond_the_checkpoint_and_half_lines_are_removed(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    keep_records_up_to(metrics, 2)
+    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("loss", "train/loss"),
+        ("valid_loss", "valid/loss"),
+        ("layer_2/temperature", "layer_2/temperature"),
+    ],
+)
+def test_tags_group_metrics_by_what_they_are_of(name: str, tag: str) -> None:
+    assert monitor_tag(name) == tag

@@ -1,0 +1,153 @@
+"""Stacked experts against a Python loop over separate networks."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.experts import Experts
+from tests.models import brute_force
+
+D, F = 8, 16
+# float32 against float64: sums of at most 16 products of numbers around 1, then a LayerNorm.
+ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
+COUNTS = [[3, 1, 5, 2], [0, 4, 0, 7], [0, 0, 0, 6], [9, 0, 0, 0], [1], [0, 2]]
+
+
+def build(num_experts: int, activation: str = "gelu", inner_norm: bool = True) -> Experts:
+    experts = Experts(num_experts, D, F, activation, inner_norm, 1.0)
+    brute_force.randomize(experts, seed=1)
+    return experts
+
+
+def separate(experts: Experts, index: int, activation: str) -> nn.Sequential:
+    """One expert as torch's own layers in float64, with copies of its weights."""
+    first, second = nn.Linear(D, F), nn.Linear(F, D)
+    norm = nn.LayerNorm(F) if experts.inner_norm else nn.Identity()
+    middle = {"gelu": nn.GELU(), "relu": nn.ReLU()}[activation]
+    with torch.no_grad():
+        first.weight.copy_(experts.w1[index].T)
+        first.bias.copy_(experts.b1[index])
+        second.weight.copy_(experts.w2[index].T)
+        second.bias.copy_(experts.b2[index])
+        if experts.inner_norm:
+            norm.weight.copy_(experts.norm_weight[index])
+            norm.bias.copy_(experts.norm_bias[index])
+    return nn.Sequential(first, middle, norm, second).double()
+
+
+def gradients(network: nn.Sequential) -> dict[str, Tensor]:
+    """A separate expert's gradients under the stacked tensors' names and layouts."""
+    first, _, norm, second = network
+    found = {"w1": first.weight.grad.T, "b1": first.bias.grad}
+    found |= {"w2": second.weight.grad.T, "b2": second.bias.grad}
+    if isinstance(norm, nn.LayerNorm):
+        found |= {"norm_weight": norm.weight.grad, "norm_bias": norm.bias.grad}
+    return found
+
+
+@pytest.mark.parametrize("inner_norm", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_outputs_and_all_gradients_equal_a_loop_over_separate_experts(
+    counts: list[int], activation: str, inner_norm: bool
+) -> None:
+    experts = build(len(counts), activation, inner_norm)
+    generator = torch.Generator().manual_seed(sum(counts))
+    rows = torch.randn(sum(counts), D, generator=generator).requires_grad_()
+    upstream = torch.randn(sum(counts), D, generator=generator)
+    out = experts(rows, torch.tensor(counts))
+    out.backward(upstream)
+    assert rows.grad is not None
+    start = 0
+    for index, count in enumerate(counts):
+        part = slice(start, start + count)
+        start += count
+        network = separate(experts, index, activation)
+        own_rows = rows[part].detach().double().requires_grad_()
+        own_out = network(own_rows)
+        own_out.backward(upstream[part].double())
+        torch.testing.assert_close(out[part].double(), own_out, **ROUNDING)
+        torch.testing.assert_close(rows.grad[part].double(), own_rows.grad, **ROUNDING)
+        for name, expected in gradients(network).items():
+            found = getattr(experts, name).grad[index]
+            torch.testing.assert_close(found.double(), expected, **ROUNDING)
+            if count == 0:
+                assert not found.any(), f"{name} of expert {index} has a gradient without rows"
+
+
+@pytest.mark.parametrize("inner_norm", [True, False])
+def test_no_rows_at_all_give_no_rows_and_zero_gradients(inner_norm: bool) -> None:
+    experts = build(3, inner_norm=inner_norm)
+    rows = torch.zeros(0, D, requires_grad=True)
+    out = experts(rows, torch.zeros(3, dtype=torch.long))
+    out.backward(torch.zeros(0, D))
+    assert out.shape == (0, D)
+    assert rows.grad is not None
+    assert rows.grad.shape == (0, D)
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_an_expert_sees_its_own_rows_only() -> None:
+    experts = build(3)
+    rows, counts = torch.randn(9, D), torch.tensor([3, 3, 3])
+    before = experts(rows, counts)
+    experts.w1.data[1] += 1.0
+    changed = (experts(rows, counts) != before).any(-1)
+    assert changed.tolist() == [False] * 3 + [True] * 3 + [False] * 3
+
+
+def test_bf16_experts_stay_close_to_float32() -> None:
+    experts = build(2).bfloat16()
+    rows, counts = torch.randn(10, D).bfloat16(), torch.tensor([4, 6])
+    out = experts(rows, counts)
+    assert out.dtype == torch.bfloat16
+    exact = experts.float()(rows.float(), counts)
+    # bf16 has 8 bits: each of some five roundings is up to 4e-3 of numbers of size 1 to 3.
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("inner_norm", [True, False])
+def test_a_state_dict_has_one_entry_for_each_parameter_of_each_expert(inner_norm: bool) -> None:
+    names = ["w1", "b1", "w2", "b2"] + ["norm_weight", "norm_bias"] * inner_norm
+    experts = build(3, inner_norm=inner_norm)
+    state = experts.state_dict(prefix="moe.experts.")
+    assert set(state) == {
+        f"moe.experts.deepspeed_experts.{i}.{name}" for i in range(3) for name in names
+    }
+    for i in range(3):
+        for name in names:
+            entry = state[f"moe.experts.deepspeed_experts.{i}.{name}"]
+            assert torch.equal(entry, getattr(experts, name)[i])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_state_dict_round_trips_bitwise(nested: bool) -> None:
+    wrap = (lambda experts: nn.ModuleDict({"experts": experts})) if nested else (lambda e: e)
+    source, target = wrap(build(3)), wrap(Experts(3, D, F, "gelu", True, 1.0))
+    brute_force.randomize(target, seed=9)
+    target.load_state_dict({key: value.clone() for key, value in source.state_dict().items()})
+    for (name, ours), theirs in zip(target.named_parameters(), source.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_loading_leaves_the_state_dict_as_it_was() -> None:
+    state = build(2).state_dict()
+    keys = list(state)
+    Experts(2, D, F, "gelu", True, 1.0).load_state_dict(state)
+    assert list(state) == keys
+
+
+@pytest.mark.parametrize("missing", ["deepspeed_experts.1.b1", "deepspeed_experts.0.norm_bias"])
+def test_a_missing_expert_is_reported(missing: str) -> None:
+    state = build(2).state_dict()
+    del state[missing]
+    name = missing.rpartition(".")[2]
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{name}"'):
+        Experts(2, D, F, "gelu", True, 1.0).load_state_dict(state)
+
+
+def test_one_expert_too_many_is_reported() -> None:
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*deepspeed_experts\.2\."):
+        Experts(2, D, F, "gelu", True, 1.0).load_state_dict(build(3).state_dict())

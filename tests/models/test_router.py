@@ -1,0 +1,212 @@
+"""The routers against arXiv 2204.09179, eq. 6-9, in float64 loops."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.init import RandomSource
+from models.router import LinearRouter, XMoERouter, balance_loss, route
+from tests.models import brute_force
+
+N, D, E, D_ROUTER = 40, 12, 6, 5
+ROUNDING = 1e-5  # float32 rounding of sums of 12 terms, times 1 / tau of at most 14
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
+
+
+def xmoe_router(top_k: int = 2, gate: str = "softmax") -> XMoERouter:
+    router = XMoERouter(D, E, top_k, gate, D_ROUTER)
+    router.init_weights(RandomSource(3, "router"))
+    return router
+
+
+def linear_router(top_k: int = 2, gate: str = "softmax") -> LinearRouter:
+    router = LinearRouter(D, E, top_k, gate)
+    router.init_weights(RandomSource(3, "router"))
+    return router
+
+
+def float64_cosines(router: XMoERouter, h: Tensor) -> Tensor:
+    return brute_force.cosine_scores(
+        h.double(), router.projection.weight.double(), router.centroids.double()
+    )
+
+
+def test_scores_equal_equation_6() -> None:
+    router, h = xmoe_router(), tokens()
+    torch.testing.assert_close(
+        router.cosine_scores(h).double(), float64_cosines(router, h), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_scores_depend_on_the_direction_of_a_token_and_not_on_its_length(factor: float) -> None:
+    router, h = xmoe_router(), tokens()
+    lengths = torch.linspace(1, factor, N).unsqueeze(-1)
+    torch.testing.assert_close(
+        router.cosine_scores(h * lengths), router.cosine_scores(h), rtol=0, atol=1e-6
+    )
+
+
+def test_scores_depend_on_the_direction_of_a_centroid_and_not_on_its_length() -> None:
+    router, h = xmoe_router(), tokens()
+    before = router.cosine_scores(h)
+    router.centroids.data *= torch.logspace(-3, 3, E).unsqueeze(-1)
+    torch.testing.assert_close(router.cosine_scores(h), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("gate", "tau_0"), [("softmax", 0.3), ("sigmoid", 0.07)])
+def test_the_temperature_starts_at_tau_0_has_shape_1_and_a_gradient(
+    gate: str, tau_0: float
+) -> None:
+    router = xmoe_router(top_k=1, gate=gate)
+    assert router.temperature.shape == (1,)
+    assert router.temperature.item() == pytest.approx(tau_0, rel=1e-6)
+    router(tokens()).weights.sum().backward()
+    tau = torch.full((1,), tau_0, dtype=torch.float64, requires_grad=True)
+    cosines = float64_cosines(router, tokens()).detach()
+    _, weights = brute_force.gate(cosines / tau, 1, gate)
+    sum(weight for (weight,) in weights).backward()
+    assert router.temperature.grad is not None
+    assert router.temperature.grad.item() == pytest.approx(tau.grad.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("gate", "tau_0"), [("softmax", 0.3), ("sigmoid", 0.07)])
+def test_balance_probabilities_use_tau_0_whatever_tau_has_become(gate: str, tau_0: float) -> None:
+    router, h = xmoe_router(gate=gate), tokens()
+    router.temperature.data.fill_(0.9)
+    routing = router(h)
+    expected = brute_force.softmax(float64_cosines(router, h) / tau_0)
+    torch.testing.assert_close(routing.balance_probs.double(), expected, rtol=0, atol=ROUNDING)
+    grads = torch.autograd.grad(
+        routing.balance_probs.square().sum(), list(router.parameters()), allow_unused=True
+    )
+    by_name = dict(zip(dict(router.named_parameters()), grads, strict=True))
+    assert by_name["temperature"] is None
+    assert by_name["centroids"].abs().sum() > 0
+    assert by_name["projection.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("tau", [-1.0, 0.0, 1e-4])
+def test_a_vanishing_temperature_leaves_finite_weights(tau: float) -> None:
+    router = xmoe_router(top_k=1)
+    router.temperature.data.fill_(tau)
+    routing = router(tokens())
+    _, weights = brute_force.gate(float64_cosines(router, tokens()) / 0.01, 1, "softmax")
+    # At 1 / tau = 100 a score's rounding of 1e-7 is 1e-5 in the exponent.
+    torch.testing.assert_close(
+        routing.weights.double(), torch.tensor(weights, dtype=torch.float64), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("kind", ["xmoe", "linear"])
+def test_gates_equal_a_loop_over_tokens(kind: str, top_k: int, gate: str) -> None:
+    h = tokens(1)
+    router: XMoERouter | LinearRouter
+    if kind == "xmoe":
+        router = xmoe_router(top_k, gate)
+        router.temperature.data.fill_(0.17)  # neither tau_0
+        scores = float64_cosines(router, h) / 0.17
+    else:
+        router = linear_router(top_k, gate)
+        scores = torch.stack([router.wg.weight.double() @ token for token in h.double()])
+    routing = router(h)
+    experts, weights = brute_force.gate(scores, top_k, gate)
+    assert routing.experts.tolist() == experts
+    expected = torch.tensor([[float(w) for w in row] for row in weights], dtype=torch.float64)
+    torch.testing.assert_close(routing.weights.double(), expected, rtol=0, atol=ROUNDING)
+    probs = brute_force.softmax(scores)
+    entropy = -(probs * probs.log()).sum(-1).mean().item()
+    assert routing.entropy.item() == pytest.approx(entropy, abs=ROUNDING)
+    if kind == "linear":
+        torch.testing.assert_close(routing.balance_probs.double(), probs, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_the_two_weights_of_a_token_sum_to_1(gate: str) -> None:
+    weights = xmoe_router(2, gate)(tokens()).weights
+    torch.testing.assert_close(weights.sum(-1), torch.ones(N), rtol=0, atol=1e-6)
+    assert (weights[:, 0] > weights[:, 1]).all()
+
+
+def test_one_softmax_weight_is_the_probability_itself_and_not_normalised() -> None:
+    routing = xmoe_router(1)(tokens())
+    assert routing.weights.max() < 0.99
+    scores = torch.tensor([[0.0, math.log(3.0)]])
+    assert route(scores, 1, "softmax", scores).weights.item() == pytest.approx(0.75, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [xmoe_router, linear_router])
+def test_bf16_tokens_and_weights_are_routed_in_float32(make) -> None:
+    router, h = make().bfloat16(), tokens().bfloat16()
+    routing = router(h)
+    assert routing.weights.dtype == routing.balance_probs.dtype == torch.float32
+    assert routing.entropy.dtype == torch.float32
+    # The same numbers, once rounded to bf16, routed by the same router in float32.
+    exact = router.float()(h.float())
+    assert torch.equal(routing.weights, exact.weights)
+    assert torch.equal(routing.experts, exact.experts)
+    assert torch.equal(routing.balance_probs, exact.balance_probs)
+
+
+def test_a_sigmoid_that_underflows_does_not_divide_by_zero() -> None:
+    scores = torch.full((3, 4), -300.0, requires_grad=True)
+    weights = route(scores, 2, "sigmoid", scores).weights
+    weights.sum().backward()
+    assert weights.isfinite().all()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 8])
+def test_balance_loss_equals_a_double_loop(num_experts: int) -> None:
+    probs = torch.randn(N, num_experts, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    first = probs.argmax(-1)
+    share = first.bincount(minlength=num_experts).float() / N
+    expected = brute_force.balance_loss(probs.double(), first.tolist()).item()
+    assert balance_loss(probs, share).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_balance_loss_is_1_when_even_more_when_skewed_and_e_when_collapsed() -> None:
+    even = torch.full((N, E), 1 / E)
+    share = torch.full((E,), 1 / E)
+    assert balance_loss(even, share).item() == pytest.approx(1.0, abs=1e-6)
+    skewed = torch.tensor([0.5] + [0.5 / (E - 1)] * (E - 1))
+    loss = balance_loss(skewed.expand(N, E), skewed).item()
+    assert loss == pytest.approx(E * (0.25 + 0.25 / (E - 1)), rel=1e-6)
+    assert 1.0 < loss < E
+    collapsed = torch.eye(E)[0]
+    assert balance_loss(collapsed.expand(N, E), collapsed).item() == pytest.approx(E, rel=1e-6)
+
+
+def test_lowering_the_balance_loss_evens_out_the_router() -> None:
+    router, h = xmoe_router(1), tokens()
+    h[:, 0] += 4.0  # a common direction, so that few experts get most tokens
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+
+    def busiest() -> float:
+        return router(h).experts.flatten().bincount(minlength=E).max().item() / N
+
+    before = busiest()
+    for _ in range(100):
+        routing = router(h)
+        share = routing.experts[:, 0].bincount(minlength=E).float() / N
+        optimizer.zero_grad()
+        balance_loss(routing.balance_probs, share).backward()
+        optimizer.step()
+    assert before > 0.5
+    assert busiest() < 0.7 * before
+
+
+@pytest.mark.parametrize("make", [xmoe_router, linear_router])
+def test_no_name_of_a_router_contains_expert(make) -> None:
+    # DeepSpeed's checkpoint writer takes such a name for an expert's own weight.
+    names = list(make().state_dict())
+    assert names
+    assert not [name for name in names if "expert" in name]
