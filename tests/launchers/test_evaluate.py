@@ -71,11 +71,12 @@ def test_the_table_shows_the_checkpoint_below_the_unigram_model(
 def test_data_of_another_vocabulary_is_refused(
     trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = str(trained.corpus.parent / "speech_0*.txt")  # fewer than the run's vocabulary saw
-    prepare(PrepareConfig(out=tmp_path / "other", train=(text,), valid=(text,), vocab_size=300))
-    message = refusal(capsys, trained.folder, "--data", tmp_path / "other")
+    texts, other = trained.corpus.parent, tmp_path / "other"
+    train, valid = str(texts / "speech_0*.txt"), str(texts / "speech_3*.txt")
+    prepare(PrepareConfig(out=other, train=(train,), valid=(valid,), vocab_size=300))
+    message = refusal(capsys, trained.folder, "--data", other)
     assert "another vocabulary" in message
-    assert str(tmp_path / "other") in message
+    assert str(other) in message
 
 
 @pytest.mark.slow

@@ -1,0 +1,129 @@
+"""The picture of a run: loss, gradient norm and routing over its steps."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+
+Record = dict[str, float]
+
+
+def read_records(run_dir: Path) -> tuple[list[Record], list[Record]]:
+    """The training records and the validation records of metrics.jsonl.
+
+    Raises:
+        UserError: if the run has not written any training record.
+    """
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: name the folder of a run that has begun to train")
+    # A run that is being written, or was killed, can end in half a line.
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    records = [json.loads(line) for line in lines]
+    train = [record for record in records if "loss" in record]
+    if not train:
+        raise UserError(f"{file} has no training record yet: wait for the first logged step")
+    return train, [record for record in records if "valid_loss" in record]
+
+
+def layer_extremes(record: Record) -> tuple[float, float] | None:
+    """Load of the busiest and of the idlest expert in any MoE layer; None for a dense model."""
+    highest = [value for name, value in record.items() if name.endswith("/load_max")]
+    lowest = [value for name, value in record.items() if name.endswith("/load_min")]
+    return (max(highest), min(lowest)) if highest else None
+
+
+def plot_run(run_dir: Path, out: Path) -> None:
+    """Draw a run's metrics.jsonl, with the threshold of its config and the unigram loss if known.
+
+    Args:
+        run_dir: the run's folder.
+        out: the picture; its suffix chooses the format.
+
+    Raises:
+        UserError: see `read_records`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train, valid = read_records(run_dir)
+    is_sparse = layer_extremes(train[0]) is not None
+    rows, columns = (2, 2) if is_sparse else (1, 2)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(10, 3.2 * rows), layout="constrained", squeeze=False
+    )
+    _draw_loss(axes[0, 0], train, valid, _unigram_loss(run_dir))
+    _draw_gradient_norm(axes[0, 1], train, _threshold(run_dir))
+    if is_sparse:
+        _draw_entropy(axes[1, 0], train)
+        _draw_load(axes[1, 1], train)
+    for panel in axes.flat:
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_xlim(left=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def _steps(records: list[Record]) -> list[float]:
+    return [record["step"] for record in records]
+
+
+def _draw_loss(
+    panel: Any, train: list[Record], valid: list[Record], unigram_loss: float | None
+) -> None:
+    panel.plot(_steps(train), [r["loss"] for r in train], label="training", color="C0")
+    panel.plot(
+        _steps(valid), [r["valid_loss"] for r in valid], "o-", label="validation", color="C1"
+    )
+    if unigram_loss is not None:
+        panel.axhline(unigram_loss, color="gray", linestyle="--", label="unigram model")
+    panel.set_title("loss (nats a token)")
+    panel.legend(frameon=False)
+
+
+def _draw_gradient_norm(panel: Any, train: list[Record], threshold: float) -> None:
+    panel.plot(_steps(train), [r["grad_norm"] for r in train], color="C2", label="before clipping")
+    if threshold:
+        panel.axhline(threshold, color="gray", linestyle="--", label="threshold")
+    panel.set_title("gradient norm")
+    panel.set_ylim(bottom=0)
+    panel.legend(frameon=False)
+
+
+def _draw_entropy(panel: Any, train: list[Record]) -> None:
+    names = [name for name in train[0] if name.endswith("/routing_entropy")]
+    for name in names:
+        layer = name.split("/")[0].replace("_", " ")
+        panel.plot(_steps(train), [r[name] for r in train], label=layer)
+    panel.set_title("routing entropy (nats)")
+    if 1 < len(names) <= 8:
+        panel.legend(frameon=False)
+
+
+def _draw_load(panel: Any, train: list[Record]) -> None:
+    extremes = [pair for pair in map(layer_extremes, train) if pair is not None]
+    panel.plot(_steps(train), [most for most, _ in extremes], color="C3", label="busiest expert")
+    panel.plot(_steps(train), [least for _, least in extremes], color="C0", label="idlest expert")
+    panel.axhline(1.0, color="gray", linestyle="--", label="even")
+    panel.set_title("load of an expert, in even shares")
+    panel.set_ylim(bottom=0)
+    panel.legend(frameon=False)
+
+
+def _unigram_loss(run_dir: Path) -> float | None:
+    """From summary.json, which a run writes at its end."""
+    file = run_dir / "summary.json"
+    return math.log(json.loads(file.read_text())["unigram_perplexity"]) if file.is_file() else None
+
+
+def _threshold(run_dir: Path) -> float:
+    """The threshold of gradient clipping, from config.json; 0: none."""
+    file = run_dir / "config.json"
+    return json.loads(file.read_text())["gradient_clipping"] if file.is_file() else 0.0
