@@ -75,7 +75,7 @@ def gate(scores: Tensor, top_k: int, kind: str) -> tuple[list[list[int]], list[l
     """Chosen experts of each token, best first, and the weights of their outputs."""
     experts, weights = [], []
     for row in scores:
-        chosen = sorted(range(len(row)), key=lambda expert: -float(row[expert]))[:top_k]
+        chosen = sorted(range(len(row)), key=lambda expert: -row[expert].item())[:top_k]
         if kind == "sigmoid":
             gates = [1 / (1 + torch.exp(-row[expert])) for expert in chosen]
         else:

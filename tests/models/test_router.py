@@ -31,9 +31,8 @@ def linear_router(top_k: int = 2, gate: str = "softmax") -> LinearRouter:
 
 
 def float64_cosines(router: XMoERouter, h: Tensor) -> Tensor:
-    return brute_force.cosine_scores(
-        h.double(), router.projection.weight.double(), router.centroids.double()
-    )
+    parameters = (router.projection.weight, router.centroids)
+    return brute_force.cosine_scores(h.double(), *(p.detach().double() for p in parameters))
 
 
 def test_scores_equal_equation_6() -> None:
@@ -68,7 +67,7 @@ def test_the_temperature_starts_at_tau_0_has_shape_1_and_a_gradient(
     assert router.temperature.item() == pytest.approx(tau_0, rel=1e-6)
     router(tokens()).weights.sum().backward()
     tau = torch.full((1,), tau_0, dtype=torch.float64, requires_grad=True)
-    cosines = float64_cosines(router, tokens()).detach()
+    cosines = float64_cosines(router, tokens())
     _, weights = brute_force.gate(cosines / tau, 1, gate)
     sum(weight for (weight,) in weights).backward()
     assert router.temperature.grad is not None
@@ -115,7 +114,7 @@ def test_gates_equal_a_loop_over_tokens(kind: str, top_k: int, gate: str) -> Non
         scores = float64_cosines(router, h) / 0.17
     else:
         router = linear_router(top_k, gate)
-        scores = torch.stack([router.wg.weight.double() @ token for token in h.double()])
+        scores = torch.stack([router.wg.weight.detach().double() @ token for token in h.double()])
     routing = router(h)
     experts, weights = brute_force.gate(scores, top_k, gate)
     assert routing.experts.tolist() == experts
@@ -187,14 +186,14 @@ def test_balance_loss_is_1_when_even_more_when_skewed_and_e_when_collapsed() -> 
 
 def test_lowering_the_balance_loss_evens_out_the_router() -> None:
     router, h = xmoe_router(1), tokens()
-    h[:, 0] += 4.0  # a common direction, so that few experts get most tokens
-    optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+    h[:, 0] += 8.0  # a common direction, so that few experts get most tokens
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
 
     def busiest() -> float:
         return router(h).experts.flatten().bincount(minlength=E).max().item() / N
 
     before = busiest()
-    for _ in range(100):
+    for _ in range(40):
         routing = router(h)
         share = routing.experts[:, 0].bincount(minlength=E).float() / N
         optimizer.zero_grad()

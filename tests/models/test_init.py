@@ -1,0 +1,163 @@
+"""Initial weights: what they depend on, how large they are, and that none is forgotten."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.config import ModelConfig
+from models.experts import Experts
+from models.init import RandomSource
+from models.transformer import Decoder, build_model
+
+GAMMA = {"subln": math.sqrt(math.log(2 * 3)), "pre": 1.0}  # three layers
+
+
+def config(**keys: object) -> ModelConfig:
+    base = {
+        "vocab_size": 300,
+        "num_layers": 3,
+        "d_model": 128,
+        "d_ff": 256,
+        "num_heads": 4,
+        "max_seq_len": 100,
+        "moe": {"num_experts": 4, "every": 3, "d_router": 64},
+    }
+    return ModelConfig.model_validate(base | keys)
+
+
+def initial(seed: int = 0, **keys: object) -> dict[str, Tensor]:
+    return build_model(config(**keys), seed).state_dict()
+
+
+def xavier(rows: int, columns: int, gain: float) -> float:
+    return gain * math.sqrt(2 / (rows + columns))
+
+
+@pytest.mark.parametrize("norm", ["subln", "pre"])
+def test_standard_deviations_are_xaviers_with_the_gain_of_each_role(norm: str) -> None:
+    state, gamma = initial(norm=norm, tie_embeddings=False), GAMMA[norm]
+    layer = "blocks.2."
+    q, k, v = state[layer + "attention.qkv_proj.weight"].chunk(3)
+    expected = [
+        (q, xavier(128, 128, 1.0)),
+        (k, xavier(128, 128, 1.0)),
+        (v, xavier(128, 128, gamma)),
+        (state[layer + "attention.out_proj.weight"], xavier(128, 128, gamma)),
+        (state["blocks.0.ffn.w1.weight"], xavier(128, 256, gamma)),
+        (state["blocks.0.ffn.w2.weight"], xavier(128, 256, gamma)),
+        (state[layer + "ffn.deepspeed_moe.gate.projection.weight"], xavier(128, 64, 1.0)),
+        (state["embedding.weight"], 128**-0.5),
+        (state["positions.weight"], 128**-0.5),
+        (state["output.weight"], 128**-0.5),
+    ]
+    for expert in range(4):
+        for name in ("w1", "w2"):
+            weight = state[f"{layer}ffn.deepspeed_moe.experts.deepspeed_experts.{expert}.{name}"]
+            expected.append((weight, xavier(128, 256, gamma)))
+    for weight, std in expected:
+        # A sample of n has a relative error of 1 / sqrt(2 n): 0.8 % at 8192; four of them. Gamma
+        # is 1.34, and the wrong fan of a packed matrix would be 1.41 off.
+        assert weight.double().std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * 8192))
+        assert abs(weight.double().mean().item()) < 4 * std / math.sqrt(weight.numel())
+
+
+def test_the_linear_router_is_drawn_by_xavier_with_gain_1() -> None:
+    moe = {"num_experts": 64, "every": 3, "router": "linear"}
+    weight = initial(moe=moe)["blocks.2.ffn.deepspeed_moe.gate.wg.weight"]
+    assert weight.std().item() == pytest.approx(xavier(128, 64, 1.0), rel=0.04)  # as above
+
+
+def test_biases_start_at_0_and_norms_at_1() -> None:
+    state = initial()
+    biases = [t for name, t in state.items() if name.endswith((".bias", ".b1", ".b2", "norm_bias"))]
+    gains = [t for name, t in state.items() if name.endswith(("norm.weight", "norm_weight"))]
+    # 3 layers: two matrices of attention, 2 of each dense FFN, 2 * 4 of the experts, and the norms.
+    assert (len(biases), len(gains)) == (6 + 4 + 8 + 16, 16)
+    assert all(not bias.any() for bias in biases)
+    assert all(bool((gain == 1).all()) for gain in gains)
+
+
+def build_poisoned(monkeypatch: pytest.MonkeyPatch, seed: int, cfg: ModelConfig) -> Decoder:
+    """Build with NaN in memory that torch.empty leaves as it finds it."""
+    empty = torch.empty
+
+    def poisoned(*size: object, **keys: object) -> Tensor:
+        tensor = empty(*size, **keys)  # type: ignore[call-overload]
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned)
+        return build_model(cfg, seed)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"norm": "pre", "tie_embeddings": False},
+        {"moe": None},
+        {"moe": {"num_experts": 4, "router": "linear", "gate": "sigmoid"}},
+    ],
+    ids=str,
+)
+def test_every_parameter_is_initialised_and_depends_on_the_seed_alone(
+    keys: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)  # torch's own initialisation would differ
+        states.append(build_poisoned(monkeypatch, 5, config(**keys)).state_dict())
+    for name, first in states[0].items():
+        assert not first.isnan().any(), f"{name} is not initialised"
+        assert torch.equal(first, states[1][name]), f"{name} depends on torch's global generator"
+
+
+@pytest.mark.parametrize("parts", [(4,), (2, 2), (1, 3), (1, 1, 1, 1)])
+def test_an_experts_weights_depend_on_its_global_index_and_not_on_the_layout(
+    parts: tuple[int, ...],
+) -> None:
+    whole = Experts(4, 8, 16, "gelu", True, 1.3)
+    whole.init_weights(RandomSource(7, "blocks.1.ffn"), 0)
+    stacked: dict[str, list[Tensor]] = {"w1": [], "w2": []}
+    first = 0
+    for size in reversed(parts):  # whichever rank is built first
+        part = Experts(size, 8, 16, "gelu", True, 1.3)
+        part.init_weights(RandomSource(7, "blocks.1.ffn"), 4 - first - size)
+        first += size
+        for name in stacked:
+            stacked[name].insert(0, getattr(part, name))
+    for name, tensors in stacked.items():
+        assert torch.equal(torch.cat(tensors), getattr(whole, name))
+
+
+def test_no_two_matrices_start_alike() -> None:
+    state = initial(d_ff=128, norm="pre", max_seq_len=300, tie_embeddings=False)
+    drawn = {}
+    for name, tensor in state.items():
+        if tensor.dim() == 2:
+            parts = tensor.chunk(3) if "qkv" in name else [tensor]
+            drawn |= {f"{name}[{i}]": part for i, part in enumerate(parts)}
+    assert len(drawn) == 3 + 3 * 4 + 2 * 2 + 8 + 2
+    # The first numbers of a generator are the same whatever the shape and scale of what it fills:
+    # two matrices of one generator correlate by 1, others by 1 / sqrt(64) or so.
+    heads = torch.stack([part.flatten()[:64].double() for part in drawn.values()])
+    correlation = torch.corrcoef(heads).fill_diagonal_(0).abs()
+    names = list(drawn)
+    alike = [(names[i], names[j]) for i, j in (correlation > 0.9).nonzero().tolist()]
+    assert alike == []
+
+
+def test_another_seed_gives_other_weights() -> None:
+    first, second = initial(seed=0), initial(seed=1)
+    for name, tensor in first.items():
+        if tensor.dim() == 2:
+            assert not torch.equal(tensor, second[name]), name
+
+
+def test_orthogonal_rows_have_the_norm_of_the_gain() -> None:
+    matrix = torch.empty(4, 16)
+    RandomSource(0, "x").orthogonal_(matrix, "centroids", gain=0.32)
+    gram = matrix.double() @ matrix.double().T
+    torch.testing.assert_close(gram, 0.32**2 * torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
