@@ -1,0 +1,108 @@
+"""What the tests of this folder run on several ranks; see tests.ranks."""
+
+from typing import Any
+
+import torch
+
+D, F, NUM_EXPERTS = 8, 16, 4
+CASES: dict[str, dict[str, Any]] = {
+    "top 2": {},
+    "top 1, sigmoid": {"top_k": 1, "gate": "sigmoid"},
+    "capacity": {"dispatch": "capacity", "capacity_factor": 0.6},
+    "no token for rank 1": {"router": "linear"},
+    "no token for rank 0": {"router": "linear", "top_k": 1},
+    "linear": {"router": "linear"},
+}
+UNWANTED = {"no token for rank 1": [2, 3], "no token for rank 0": [0, 1]}
+
+
+def tokens(rank: int, length: int = 9) -> torch.Tensor:
+    """(2, length, D) of a rank; the first number of every token is 1, for routers that insist."""
+    x = torch.randn(2, length, D, generator=torch.Generator().manual_seed(rank))
+    x[..., 0] = 1.0
+    return x
+
+
+def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
+    """A layer with the same random parameters for every ep_size, biases and norms included."""
+    from models.config import MoEConfig
+    from models.moe import MoE
+    from tests.models.brute_force import randomize
+
+    whole = MoE(D, F, MoEConfig(num_experts=NUM_EXPERTS, **CASES[case]), "gelu", inner_norm, 1.0)
+    randomize(whole)
+    if case in UNWANTED:
+        whole.deepspeed_moe.gate.wg.weight.data[:, 0] = 20.0
+        whole.deepspeed_moe.gate.wg.weight.data[UNWANTED[case], 0] = -20.0
+    if ep_size == 1:
+        return whole
+    moe = MoEConfig(num_experts=NUM_EXPERTS, ep_size=ep_size, **CASES[case])
+    layer = MoE(D, F, moe, "gelu", inner_norm, 1.0)
+    first = torch.distributed.get_rank() % ep_size * layer.num_local_experts
+    for (name, parameter), source in zip(layer.named_parameters(), whole.parameters(), strict=True):
+        is_expert = ".experts." in name
+        local = slice(first, first + layer.num_local_experts)
+        parameter.data.copy_(source.data[local] if is_expert else source.data)
+    layer.set_deepspeed_parallelism()
+    return layer
+
+
+def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
+    """Of each case and ep_size: this rank's outputs, statistics and gradients of its own tokens."""
+    from engine.engine import start_distributed
+
+    start_distributed()
+    rank = torch.distributed.get_rank()
+    found = {}
+    for case in CASES:
+        for ep_size in (1, 2):
+            layer = build(case, ep_size)
+            x = tokens(rank).requires_grad_()
+            out, stats = layer(x)
+            ((out * tokens(rank + 10)).sum() + stats.aux_loss).backward()
+            layer.eval()
+            with torch.no_grad():
+                uneven, _ = layer(tokens(rank, length=3 + 5 * rank))
+            found[case, ep_size] = {
+                "output": out.detach(),
+                "uneven": uneven,
+                "input_grad": x.grad,
+                "load": stats.load,
+                "dropped": stats.dropped,
+                "aux_loss": stats.aux_loss.detach(),
+                "grads": {
+                    name: torch.zeros_like(p) if p.grad is None else p.grad
+                    for name, p in layer.named_parameters()
+                },
+            }
+    return found
+
+
+def initial_states(ep_sizes: list[int]) -> list[dict[str, torch.Tensor]]:
+    """The initial model's state dict on this rank, for each ep_size."""
+    from engine.engine import start_distributed
+    from models.config import ModelConfig
+    from models.transformer import build_model
+
+    start_distributed()
+    states = []
+    for ep_size in ep_sizes:
+        config = ModelConfig.model_validate(
+            {
+                "vocab_size": 31,
+                "num_layers": 2,
+                "d_model": D,
+                "d_ff": F,
+                "num_heads": 2,
+                "max_seq_len": 8,
+                "moe": {"num_experts": NUM_EXPERTS, "every": 1, "ep_size": ep_size},
+            }
+        )
+        states.append(build_model(config, seed=4).state_dict())
+    return states
+
+
+def everything() -> dict[str, Any]:
+    """Both of the above: starting two ranks takes longer than what they do."""
+    torch.set_num_threads(1)
+    return {"layers": outputs_and_gradients(), "states": initial_states([1, 2])}
