@@ -33,7 +33,7 @@ def run_on_ranks(target: str, world_size: int, *arguments: Any, timeout: float =
             "LOCAL_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
         processes = [
             subprocess.Popen(
