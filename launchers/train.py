@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@user_errors
+@user_errors()
 def main() -> None:
     """Check everything, then join the other ranks and train."""
     arguments = parse_arguments()
