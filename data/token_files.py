@@ -111,11 +111,15 @@ class TokenSplit:
         """Tokens of document i, its end of document included: (length,) int64."""
         return self.read(int(self.document_starts[i]), int(self.document_starts[i + 1]))
 
-    def unigram_perplexity(self) -> float:
-        """exp(entropy) of the split's own token frequencies: what a model must beat at least."""
+    def unigram_perplexity(self, start: int = 0, stop: int | None = None) -> float:
+        """exp(entropy) of the frequencies of tokens start to stop - 1 among themselves.
+
+        What a model that knows no order, but these very frequencies, would reach.
+        """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for start in range(0, self.num_tokens, READ_TOKENS):
-            tokens = self.read(start, min(start + READ_TOKENS, self.num_tokens))
+        stop = self.num_tokens if stop is None else stop
+        for first in range(start, stop, READ_TOKENS):
+            tokens = self.read(first, min(first + READ_TOKENS, stop))
             counts += np.bincount(tokens, minlength=self.vocab_size)
         frequencies = counts[counts > 0] / counts.sum()
         return float(np.exp(-(frequencies * np.log(frequencies)).sum()))

@@ -68,7 +68,8 @@ def finish(
     if dist.get_rank() != 0:
         return
     run_dir = Path(config.training.run_dir)
-    unigram = prepared.valid.unigram_perplexity()
+    # Of the very tokens that were predicted: all but the first, up to training.eval_sequences.
+    unigram = prepared.valid.unigram_perplexity(1, 1 + state["after"]["num_tokens"])
     summary = make_summary(engine, config, state, unigram)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     before, after = state["before"], state["after"]

@@ -141,6 +141,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                         prepared.manifest.tokenizer_fingerprint,
                     )
     finish(engine, config, prepared, asdict(state), progress)
+    dist.destroy_process_group()
 
 
 def due(step: int, every: int | None, last: int) -> bool:

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return track(batches, "evaluating", total, console=console, disable=not console.is_terminal)
 
     result = evaluate(run.model, valid, options.batch_size, run.device, num_sequences, progress)
-    unigram = valid.split.unigram_perplexity()
+    unigram = valid.split.unigram_perplexity(1, 1 + result.num_tokens)
     if options.json:
         answer = {
             "run": str(options.run),

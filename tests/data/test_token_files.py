@@ -160,3 +160,11 @@ def test_an_id_beyond_the_vocabulary_is_noticed_when_opening(folder):
         UserError, match=r"train\.bin holds token id \d+ at position \d+.*ends at 99"
     ):
         open_prepared(folder)
+
+
+def test_unigram_perplexity_of_a_range_counts_that_range_alone(make_split):
+    split = make_split(400, vocab_size=50)
+    counts = np.bincount(np.asarray(split.tokens[7:45]))
+    frequencies = counts[counts > 0] / 38
+    expected = np.exp(-(frequencies * np.log(frequencies)).sum())
+    assert split.unigram_perplexity(7, 45) == pytest.approx(expected, rel=1e-12)
