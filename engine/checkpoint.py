@@ -12,7 +12,6 @@ a folder named step_* with a manifest is complete.
 
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
+from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.run_folder import flat_keys
 from models.config import ModelConfig
 from models.transformer import Decoder, build_model
 
 MANIFEST = "manifest.json"
-_TAG = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        manifest: `step`, `layout`, `config` (the resolved JSON), `tokenizer_fingerprint` and
+        manifest: `step`, `layout`, `config` (the resolved JSON), fingerprints of the data and
             `files` (name -> bytes).
     """
 
@@ -52,11 +51,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    engine: Any,
-    step: int,
-    config: RunConfig,
-    state: dict,
-    tokenizer_fingerprint: str | None = None,
+    engine: Any, step: int, config: RunConfig, prepared: Prepared, state: dict
 ) -> Path:
     """Write a checkpoint on every rank; only the newest `training.keep_checkpoints` remain.
 
@@ -64,9 +59,8 @@ def save_checkpoint(
         engine: the DeepSpeed engine.
         step: optimizer steps done.
         config: the resolved config, kept in the manifest.
+        prepared: the data; the manifest keeps its fingerprints, so that others are refused later.
         state: what the trainer needs to go on; plain numbers.
-        tokenizer_fingerprint: of the vocabulary, kept in the manifest so that data of another one
-            is refused later.
 
     Raises:
         UserError: on every rank alike if any of them could not write (a full disk, say). Older
@@ -89,13 +83,13 @@ def save_checkpoint(
         engine.save_checkpoint(
             str(folder), tag=partial.name, client_state={"trainer": state}, save_latest=False
         )
-    manifest: dict[str, Any] = {
+    manifest = {
         "step": step,
-        "layout": layout(config),
+        "layout": layout(config, dist.get_world_size()),
         "config": config.to_dict(),
+        "tokenizer_fingerprint": prepared.manifest.tokenizer_fingerprint,
+        "data_fingerprint": prepared.fingerprint,
     }
-    if tokenizer_fingerprint is not None:
-        manifest["tokenizer_fingerprint"] = tokenizer_fingerprint
     try:
         _raise_on_every_rank(writes.problem, partial)
         if dist.get_rank() == 0:
@@ -177,10 +171,13 @@ def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """The run's complete checkpoints, oldest first, without those of damaged files."""
     found = []
     for path in (run_dir / "checkpoints").glob("step_*"):
-        if _TAG.fullmatch(path.name) and (path / MANIFEST).is_file():
-            checkpoint = Checkpoint(path, json.loads((path / MANIFEST).read_text()))
-            if not damaged_files(checkpoint):
-                found.append(checkpoint)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except (OSError, ValueError):  # no manifest, or half of one
+            continue
+        checkpoint = Checkpoint(path, manifest)
+        if not damaged_files(checkpoint):
+            found.append(checkpoint)
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -208,26 +205,31 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
     return found[-1]
 
 
-def layout(config: RunConfig) -> dict[str, int]:
+def layout(config: RunConfig, world_size: int) -> dict[str, int]:
     """What DeepSpeed's files of optimizer states depend on."""
     return {
-        "world_size": dist.get_world_size(),
+        "world_size": world_size,
         "ep_size": config.model.moe.ep_size if config.model.moe else 1,
         "zero_stage": config.zero_stage,
     }
 
 
-def check_fits(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Refuse to go on from a checkpoint of another model or another layout.
+def check_fits(
+    checkpoint: Checkpoint, config: RunConfig, prepared: Prepared, world_size: int
+) -> None:
+    """Refuse to go on from a checkpoint of another model, layout or data.
 
     Raises:
         UserError: naming each key that differs.
     """
-    saved_model = checkpoint.manifest["config"]["magnetar"]["model"]
+    manifest = checkpoint.manifest
+    saved_model = manifest["config"]["magnetar"]["model"]
     model = config.model.model_dump(mode="json")
+    data = {"fingerprint": prepared.fingerprint[:12]}
     for kind, saved, now in (
-        ("layout", checkpoint.manifest["layout"], layout(config)),
+        ("layout", manifest["layout"], layout(config, world_size)),
         ("model", dict(flat_keys(saved_model)), dict(flat_keys(model))),
+        ("data set", {"fingerprint": manifest["data_fingerprint"][:12]}, data),
     ):
         different = [
             f"{key} {saved.get(key, 'absent')} there and {now.get(key, 'absent')} here"
@@ -236,8 +238,8 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig) -> None:
         ]
         if different:
             raise UserError(
-                f"{checkpoint.path} was saved by another {kind}: {', '.join(different)}: go on "
-                f"with the {kind} that saved it, or start in another training.run_dir"
+                f"{checkpoint.path} was saved with another {kind}: {', '.join(different)}: go on "
+                f"with the {kind} that it was saved with, or start in another training.run_dir"
             )
 
 

@@ -67,8 +67,8 @@ def open_run(run_dir: Path, checkpoint: str | None = None, data: Path | None = N
             "folder back"
         )
     prepared = open_prepared(path)
-    trained_with = chosen.manifest.get("tokenizer_fingerprint")
-    if trained_with not in (None, prepared.manifest.tokenizer_fingerprint):
+    trained_with = chosen.manifest["tokenizer_fingerprint"]
+    if trained_with != prepared.manifest.tokenizer_fingerprint:
         raise UserError(
             f"{path} was made with another vocabulary (sha256 "
             f"{prepared.manifest.tokenizer_fingerprint[:12]}) than {run_dir} was trained with "

@@ -32,7 +32,8 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
         The config with vocab_size filled in and outputs placed in the run's folder; the data.
 
     Raises:
-        UserError: for data that is missing or does not fit, or a run folder of another config.
+        UserError: for data that is missing or does not fit, a run folder of another config, or a
+            checkpoint of another model, layout or data.
     """
     prepared = open_prepared(Path(config.data.path))
     PackedLM(prepared.train, config.data.seq_len)
@@ -54,6 +55,8 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
     result, problems = check_config(resolved, world_size)
     assert result is not None, problems
     check_run_folder(result)
+    for checkpoint in complete_checkpoints(Path(run_dir))[-1:]:
+        check_fits(checkpoint, result, prepared, world_size)
     return result, prepared
 
 
@@ -133,13 +136,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                 with metrics.paused_clock():
                     state.seconds += metrics.lap()
                     state.num_clipped = int(sparse_clip.num_clipped)
-                    save_checkpoint(
-                        engine,
-                        step,
-                        config,
-                        asdict(state),
-                        prepared.manifest.tokenizer_fingerprint,
-                    )
+                    save_checkpoint(engine, step, config, prepared, asdict(state))
     finish(engine, config, prepared, asdict(state), progress)
     dist.destroy_process_group()
 
@@ -170,12 +167,7 @@ def micro_batches(
 
 
 def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerState:
-    """Load the run's newest complete checkpoint, if there is one, on every rank alike.
-
-    Raises:
-        UserError: if it was written by another layout: another number of ranks, ep_size or ZeRO
-            stage.
-    """
+    """Load the run's newest complete checkpoint, if there is one, on every rank alike."""
     run_dir = Path(config.training.run_dir)
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -185,7 +177,6 @@ def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerSt
     torch.distributed.broadcast_object_list(found, src=0)
     if found[0] is None:
         return TrainerState()
-    check_fits(found[0], config)
     state = TrainerState(**load_checkpoint(engine, found[0])["trainer"])
     sparse_clip.num_clipped += state.num_clipped
     return state

@@ -56,8 +56,3 @@ class RandomSource:
         generator = self.generator(parameter, tensor.device, expert)
         with torch.no_grad():
             tensor.normal_(0.0, std, generator=generator)
-
-    def orthogonal_(self, tensor: Tensor, parameter: str, gain: float = 1.0) -> None:
-        """Fill a matrix in place with orthogonal rows (or columns) of norm `gain`."""
-        generator = self.generator(parameter, tensor.device)
-        torch.nn.init.orthogonal_(tensor, gain, generator=generator)

@@ -17,7 +17,7 @@ from models.init import RandomSource
 # The fixed temperature tau_0 of the balance loss, and where the learnable tau starts
 # (arXiv 2204.09179, sec. 4.1).
 BALANCE_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}
-# The learnable temperature is read as max(tau, this): at zero the gate has no gradient left.
+# The learnable temperature is read as max(tau, this): at zero the gate would divide by nothing.
 MIN_TEMPERATURE = 0.01
 
 
@@ -116,7 +116,9 @@ class XMoERouter(nn.Module):
     def forward(self, h: Tensor) -> Routing:
         """(N, D) of any float dtype -> Routing."""
         scores = self.cosine_scores(h)
-        temperature = self.temperature.float().clamp_min(MIN_TEMPERATURE)
+        tau = self.temperature.float()
+        # Straight through: below the minimum the loss must still be able to raise tau again.
+        temperature = tau + (tau.clamp_min(MIN_TEMPERATURE) - tau).detach()
         balance_probs = (scores / self.balance_temperature).softmax(-1)
         return route(scores / temperature, self.top_k, self.gate, balance_probs)
 

@@ -1,10 +1,17 @@
-"""Which tests run where: those marked gpu or multi_gpu skip themselves and say why."""
+"""What holds for every test: where it runs, and on how many threads."""
 
 import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """For tensors of a few kilobytes: several threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need more GPUs than there are, and say so."""
     num_gpus = torch.cuda.device_count()
     for item in items:
         needed = 2 if item.get_closest_marker("multi_gpu") else 1

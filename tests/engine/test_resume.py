@@ -166,3 +166,21 @@ def test_bad_input_ends_every_rank_with_status_2_and_one_message(
     assert failed.stdout.count("num_experts=3") == 1
     assert "Traceback" not in failed.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_layout_is_refused_before_anything_starts(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    before = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    failed = launch(
+        uninterrupted.parent / "run.json",
+        "--set",
+        "magnetar.training.num_steps=70",
+        "--set",
+        "zero_optimization.stage=2",
+    )
+    assert failed.returncode == 2, failed.stdout
+    assert "another layout: zero_stage 1 there and 2 here" in failed.stdout
+    assert "training.run_dir" in failed.stdout
+    assert "Traceback" not in failed.stdout
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == before

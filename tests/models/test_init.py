@@ -154,10 +154,3 @@ def test_another_seed_gives_other_weights() -> None:
     for name, tensor in first.items():
         if tensor.dim() == 2:
             assert not torch.equal(tensor, second[name]), name
-
-
-def test_orthogonal_rows_have_the_norm_of_the_gain() -> None:
-    matrix = torch.empty(4, 16)
-    RandomSource(0, "x").orthogonal_(matrix, "centroids", gain=0.32)
-    gram = matrix.double() @ matrix.double().T
-    torch.testing.assert_close(gram, 0.32**2 * torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)

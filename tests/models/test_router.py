@@ -90,6 +90,15 @@ def test_balance_probabilities_use_tau_0_whatever_tau_has_become(gate: str, tau_
     assert by_name["projection.weight"].abs().sum() > 0
 
 
+def test_a_vanishing_temperature_can_still_be_raised_by_the_loss() -> None:
+    router = XMoERouter(12, 4, 1, "softmax", 8)
+    router.init_weights(RandomSource(0, "router"))
+    router.temperature.data.fill_(1e-3)
+    router(torch.randn(20, 12)).weights.sum().backward()
+    assert router.temperature.grad is not None
+    assert router.temperature.grad.item() != 0
+
+
 @pytest.mark.parametrize("tau", [-1.0, 0.0, 1e-4])
 def test_a_vanishing_temperature_leaves_finite_weights(tau: float) -> None:
     router = xmoe_router(top_k=1)
