@@ -56,18 +56,17 @@ def start_distributed() -> torch.device:
     # killed meanwhile leaves a lock file on which every later job hangs. The module must be
     # reached through sys.modules: `deepspeed.comm.torch` as an attribute is torch itself.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    if not any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+        # Started by hand. Under MPI DeepSpeed asks mpi4py instead. Port 0: any that is free.
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    deepspeed.init_distributed(verbose=False)
     accelerator = get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
         local_world_size = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     else:
-        accelerator.set_device(local_rank)
-    deepspeed.init_distributed(verbose=False)
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(accelerator.current_device_name())
 
 

@@ -27,13 +27,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def launched_world_size() -> int:
+    """Ranks that were started with this one: by deepspeed or torchrun, by MPI, or none."""
+    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+
+
 @user_errors()
 def main() -> None:
     """Check everything, then join the other ranks and train."""
     arguments = parse_arguments()
     from engine.config import load_config
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_world_size()
     config = load_config(arguments.deepspeed_config, arguments.set, world_size)
     from engine.trainer import prepare_run, train
 
