@@ -17,6 +17,9 @@ from models.moe import MoE, RoutingStats
 from models.norms import NORM_STYLES
 
 IGNORE_INDEX = -100
+# GPT-2's. The papers leave it open; TorchScale's 1/sqrt(D) starts a small model with a loss well
+# above ln V, and it stays behind (docs/design.md).
+EMBEDDING_STD = 0.02
 
 
 class DecoderOutput(NamedTuple):
@@ -78,12 +81,11 @@ class Decoder(nn.Module):
             self.output.weight = self.embedding.weight
 
     def init_weights(self, source: RandomSource) -> None:
-        """Embeddings, and an untied output, from N(0, 1/D): logits start with variance 1."""
-        std = self.config.d_model**-0.5
-        source.normal_(self.embedding.weight.data, "embedding.weight", std)
-        source.normal_(self.positions.weight.data, "positions.weight", std)
+        """Embeddings, and an untied output, from N(0, 0.02^2), so that logits start near 0."""
+        source.normal_(self.embedding.weight.data, "embedding.weight", EMBEDDING_STD)
+        source.normal_(self.positions.weight.data, "positions.weight", EMBEDDING_STD)
         if not self.config.tie_embeddings:
-            source.normal_(self.output.weight.data, "output.weight", std)
+            source.normal_(self.output.weight.data, "output.weight", EMBEDDING_STD)
 
     def forward(self, tokens: Tensor) -> DecoderOutput:
         """Predict the next token at every position.

@@ -48,9 +48,9 @@ def test_standard_deviations_are_xaviers_with_the_gain_of_each_role(norm: str) -
         (state["blocks.0.ffn.w1.weight"], xavier(128, 256, gamma)),
         (state["blocks.0.ffn.w2.weight"], xavier(128, 256, gamma)),
         (state[layer + "ffn.deepspeed_moe.gate.projection.weight"], xavier(128, 64, 1.0)),
-        (state["embedding.weight"], 128**-0.5),
-        (state["positions.weight"], 128**-0.5),
-        (state["output.weight"], 128**-0.5),
+        (state["embedding.weight"], 0.02),
+        (state["positions.weight"], 0.02),
+        (state["output.weight"], 0.02),
     ]
     for expert in range(4):
         for name in ("w1", "w2"):

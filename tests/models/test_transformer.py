@@ -146,12 +146,13 @@ def test_the_output_projection_is_the_embedding_only_if_tied() -> None:
     assert not torch.equal(untied.output.weight, untied.embedding.weight)
 
 
-def test_initial_logits_have_variance_1() -> None:
+def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
     model = build_model(config(d_model=256, d_ff=256, vocab_size=500, num_layers=1), seed=0)
-    logits = model(torch.arange(12).unsqueeze(0)).logits
-    # 6000 numbers of which 12 rows are independent: 5 % is four standard errors of the rows.
-    own = F.one_hot(torch.arange(12), 500).bool()  # tied: a token resembles itself
-    assert logits[0][~own].std().item() == pytest.approx(1.0, rel=0.05)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(500, (16, 13), generator=generator)
+    total, count = token_losses(model(tokens[:, :-1]).logits, tokens[:, 1:])
+    # Logits of variance s^2 = 256 * 0.02^2 add s^2 / 2 = 0.05 to ln V.
+    assert (total / count).item() == pytest.approx(math.log(500) + 0.05, abs=0.05)
 
 
 @pytest.mark.parametrize("tie", [True, False])
