@@ -17,8 +17,7 @@ from models.moe import MoE, RoutingStats
 from models.norms import NORM_STYLES
 
 IGNORE_INDEX = -100
-# GPT-2's. The papers leave it open; TorchScale's 1/sqrt(D) starts a small model with a loss well
-# above ln V, and it stays behind (docs/design.md).
+# GPT-2's. The papers leave it open; TorchScale's 1/sqrt(D) starts a small model well above ln V.
 EMBEDDING_STD = 0.02
 
 

@@ -1,0 +1,88 @@
+"""Imports go one way, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT
+
+PACKAGES = ("launchers", "engine", "models", "data")
+MAY_IMPORT = {
+    "launchers": {"launchers", "engine", "models", "data"},
+    "engine": {"engine", "models", "data"},
+    "models": {"models"},
+    "data": {"data"},
+}
+MAY_IMPORT_DEEPSPEED = {
+    "models/moe.py",
+    "engine/checkpoint.py",
+    "engine/engine.py",
+    "engine/evaluation.py",
+    "engine/metrics.py",
+    "engine/report.py",
+    "engine/sparse_clip.py",
+    "engine/trainer.py",
+}
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("**/*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    allowed = MAY_IMPORT[path.parent.name]
+    for module in imported_modules(path):
+        top = module.split(".")[0]
+        if top in PACKAGES and module != "data.errors":
+            assert top in allowed, f"{name} imports {module}"
+        if top == "deepspeed":
+            assert name in MAY_IMPORT_DEEPSPEED, f"{name} imports {module}"
+
+
+def test_deepspeed_is_imported_by_no_more_files_than_listed() -> None:
+    importing = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(module.split(".")[0] == "deepspeed" for module in imported_modules(path))
+    }
+    assert importing == MAY_IMPORT_DEEPSPEED
+
+
+@pytest.mark.slow
+def test_importing_prints_nothing_of_our_own_and_changes_no_environment() -> None:
+    modules = [
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+        for path in SOURCES
+    ]
+    program = (
+        "import importlib, os, sys, deepspeed, torch\n"
+        "environment, threads = dict(os.environ), torch.get_num_threads()\n"
+        "print('here')\n"
+        f"for module in {modules}: importlib.import_module(module)\n"
+        "assert dict(os.environ) == environment\n"
+        "assert torch.get_num_threads() == threads\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("here\n")[1] == ""
