@@ -32,7 +32,7 @@ def curves() -> dict[str, dict[str, list[float]]]:
 def test_every_layout_gives_the_same_losses(curves: dict) -> None:
     reference = next(iter(curves.values()))["loss"]
     assert len(curves) == 9
-    assert reference[-1] < reference[0] - 0.2, "the model must learn, or nothing is compared"
+    assert reference[-1] < reference[0] - 0.05, "the model must learn, or nothing is compared"
     for name, curve in curves.items():
         difference = max(abs(a - b) for a, b in zip(curve["loss"], reference, strict=True))
         # float32 sums in another order, amplified by 20 steps of Adam.

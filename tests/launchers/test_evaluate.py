@@ -73,7 +73,7 @@ def test_data_of_another_vocabulary_is_refused(
 ) -> None:
     texts, other = trained.corpus.parent, tmp_path / "other"
     train, valid = str(texts / "speech_0*.txt"), str(texts / "speech_3*.txt")
-    prepare(PrepareConfig(out=other, train=(train,), valid=(valid,), vocab_size=300))
+    prepare(PrepareConfig(out=other, train=(train,), valid=(valid,), vocab_size=280))
     message = refusal(capsys, trained.folder, "--data", other)
     assert "another vocabulary" in message
     assert str(other) in message
