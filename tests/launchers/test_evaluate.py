@@ -71,9 +71,10 @@ def test_the_table_shows_the_checkpoint_below_the_unigram_model(
 def test_data_of_another_vocabulary_is_refused(
     trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts, other = trained.corpus.parent, tmp_path / "other"
-    train, valid = str(texts / "speech_0*.txt"), str(texts / "speech_3*.txt")
-    prepare(PrepareConfig(out=other, train=(train,), valid=(valid,), vocab_size=280))
+    other, text = tmp_path / "other", tmp_path / "text.txt"
+    speeches = str(trained.corpus.parent / "speech_3*.txt")
+    text.write_text(" ".join(f"word{number} and {7 * number}" for number in range(2000)))
+    prepare(PrepareConfig(out=other, train=(str(text),), valid=(speeches,), vocab_size=310))
     message = refusal(capsys, trained.folder, "--data", other)
     assert "another vocabulary" in message
     assert str(other) in message
