@@ -31,7 +31,8 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
     total, active = num_parameters(model)
     lines = {
         "model": f"{model.architecture}, {model.num_layers} layers, d_model {model.d_model}, "
-        f"{model.norm}: {total:,} parameters, {active:,} a token"
+        f"{model.norm}",
+        "size": f"{total:,} parameters, {active:,} a token",
     }
     if model.moe is not None:
         moe = model.moe
