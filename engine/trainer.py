@@ -137,6 +137,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                     state.seconds += metrics.lap()
                     state.num_clipped = int(sparse_clip.num_clipped)
                     save_checkpoint(engine, step, config, prepared, asdict(state))
+    state.after = state.after or asdict(validate())
     finish(engine, config, prepared, asdict(state), progress)
     dist.destroy_process_group()
 

@@ -1,12 +1,32 @@
 """How every launcher ends when something a person can mend has gone wrong."""
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from data.errors import UserError
+
+# What the system can refuse wherever something is written, and what a person can do about it.
+_WAYS_OUT = {
+    errno.ENOSPC: "free some space, and start the same command again",
+    errno.EDQUOT: "free some space, and start the same command again",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.ENOTDIR: "a part of the path is a file; choose another folder",
+}
+
+
+def _end(message: str, is_everybodys: bool) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not is_everybodys:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1.0)
+    raise SystemExit(2) from None
 
 
 @contextmanager
@@ -15,15 +35,17 @@ def user_errors() -> Iterator[None]:
 
     Wrap a launcher's `main` in it, as a decorator or in a `with` statement. The message is printed
     once a machine, by local rank 0. The other ranks wait a second first: a multi-process launcher
-    kills everybody as soon as one rank has ended, and that must not be the rank that prints.
+    kills everybody as soon as one rank has ended, and that must not be the rank that prints. What
+    the system refuses (no space, no permission) may concern one rank alone, so that rank prints.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1.0)
-        raise SystemExit(2) from None
+        _end(str(error), is_everybodys=True)
+    except OSError as error:
+        if error.errno not in _WAYS_OUT:
+            raise
+        name = error.filename or "a file of this run"
+        _end(f"{name}: {error.strerror}: {_WAYS_OUT[error.errno]}", is_everybodys=False)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,0 +1,59 @@
+import errno
+import os
+
+import pytest
+
+from data.errors import UserError
+from launchers.user_errors import user_errors
+
+
+def end_of(error: BaseException) -> object:
+    """Exit status of a launcher whose work raises this."""
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise error
+    return ended.value.code
+
+
+def test_a_user_error_prints_its_message_and_exits_with_2(capsys: pytest.CaptureFixture) -> None:
+    assert end_of(UserError("num_experts=3 is wrong")) == 2
+    assert capsys.readouterr().err == "error: num_experts=3 is wrong\n"
+
+
+def test_only_the_first_rank_of_a_machine_prints_what_concerns_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert end_of(UserError("num_experts=3 is wrong")) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "way_out"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EACCES, "may write to"),
+        (errno.EPERM, "may write to"),
+        (errno.EROFS, "can be written to"),
+        (errno.ENOTDIR, "choose another folder"),
+    ],
+)
+def test_what_the_system_refuses_is_named_by_the_rank_that_met_it(
+    number: int, way_out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert end_of(OSError(number, os.strerror(number), "runs/x/config.json")) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: runs/x/config.json: {os.strerror(number)}: ")
+    assert way_out in printed
+
+
+def test_ctrl_c_exits_with_130_and_prints_nothing(capsys: pytest.CaptureFixture) -> None:
+    assert end_of(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EIO, "ours"), KeyError("x")])
+def test_a_defect_of_ours_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)), user_errors():
+        raise error
