@@ -4,12 +4,14 @@ Shards are cut by the text alone, so the result is the same, byte for byte, for 
 workers and however often the work was interrupted.
 """
 
+import ctypes
 import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +26,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_CHARS = 4 << 20
 COPY_BYTES = 1 << 24
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -116,7 +119,8 @@ def tokenise(
         return stems, num_kept
     # Spawned, not forked: the parent holds threads of the tokenizer libraries.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    start = functools.partial(_start_worker, os.getpid())
+    with ProcessPoolExecutor(workers, context, initializer=start) as pool:
         running: deque[Future[None]] = deque()
         try:
             for arguments in todo():
@@ -130,9 +134,14 @@ def tokenise(
     return stems, num_kept
 
 
-def _start_worker() -> None:
+def _start_worker(parent: int) -> None:
     # Ctrl-C reaches the whole group of processes; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed cannot end its workers, so the kernel does.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before the kernel was asked
+        os._exit(1)
 
 
 def join(stems: list[Path], bin_file: Path) -> SplitRecord:
