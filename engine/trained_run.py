@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from data.errors import UserError
-from data.token_files import Prepared, open_prepared
+from data.token_files import Prepared, open_prepared, read_manifest
 from engine.checkpoint import Checkpoint, complete_checkpoints, load_model, newest_checkpoint
 from engine.config import RunConfig, check_config
 from models.transformer import Decoder
@@ -72,8 +72,8 @@ def open_run(run_dir: Path, checkpoint: str | None = None, data: Path | None = N
         raise UserError(
             f"{path} was made with another vocabulary (sha256 "
             f"{prepared.manifest.tokenizer_fingerprint[:12]}) than {run_dir} was trained with "
-            f"({trained_with[:12]}): prepare it again with --tokenizer and the "
-            f"{prepared.manifest.tokenizer_file} of {config.data.path}"
+            f"({trained_with[:12]}): prepare it again with --tokenizer and "
+            f"{_vocabulary_of(Path(config.data.path), trained_with)}"
         )
     assert config.model.vocab_size is not None
     if prepared.vocab_size > config.model.vocab_size:
@@ -82,6 +82,17 @@ def open_run(run_dir: Path, checkpoint: str | None = None, data: Path | None = N
             f"with {config.model.vocab_size}: use data made with the same vocabulary"
         )
     return TrainedRun(chosen, config, prepared)
+
+
+def _vocabulary_of(folder: Path, fingerprint: str) -> str:
+    """What to call the vocabulary that a run was trained with: its file, if that is still there."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        manifest = None
+    if manifest is None or manifest.tokenizer_fingerprint != fingerprint:
+        return "the vocabulary that the run was trained with"
+    return str(folder / manifest.tokenizer_file)
 
 
 def _choose_checkpoint(run_dir: Path, name: str | None) -> Checkpoint:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from data.prepare import PrepareConfig, prepare
 from launchers.evaluate import main
@@ -76,8 +77,51 @@ def test_data_of_another_vocabulary_is_refused(
     text.write_text(" ".join(f"word{number} and {7 * number}" for number in range(2000)))
     prepare(PrepareConfig(out=other, train=(str(text),), valid=(speeches,), vocab_size=310))
     message = refusal(capsys, trained.folder, "--data", other)
-    assert "another vocabulary" in message
-    assert str(other) in message
+    assert f"{other} was made with another vocabulary" in message
+    assert f"with --tokenizer and {trained.corpus / 'tokenizer.model'}" in message
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_kind_of_vocabulary_is_told_the_file_of_the_run(
+    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, tokenizer = tmp_path / "other", tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(["a b"], vocab_size=260, special_tokens=["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    speeches = str(trained.corpus.parent / "speech_3*.txt")
+    (tmp_path / "text.txt").write_text("a b")
+    prepare(
+        PrepareConfig(
+            out=other,
+            train=(str(tmp_path / "text.txt"),),
+            valid=(speeches,),
+            tokenizer=tmp_path / "tokenizer.json",
+        )
+    )
+    message = refusal(capsys, trained.folder, "--data", other)
+    assert f"with --tokenizer and {trained.corpus / 'tokenizer.model'}" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", ["nothing", "other data"])
+def test_a_vocabulary_that_is_gone_is_described(
+    left: str, trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, own = tmp_path / "run", tmp_path / "own"
+    shutil.copytree(trained.folder, run)
+    for file in run.glob("checkpoints/*/manifest.json"):
+        file.write_text(file.read_text().replace(str(trained.corpus), str(own)))
+    given: tuple[object, ...] = ()
+    other, text = tmp_path / "other", tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{number} and {7 * number}" for number in range(2000)))
+    speeches = str(trained.corpus.parent / "speech_3*.txt")
+    prepare(PrepareConfig(out=other, train=(str(text),), valid=(speeches,), vocab_size=310))
+    if left == "other data":
+        other.rename(own)
+    else:
+        given = ("--data", other)
+    message = refusal(capsys, run, *given)
+    assert "with --tokenizer and the vocabulary that the run was trained with" in message
 
 
 @pytest.mark.slow
