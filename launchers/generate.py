@@ -5,6 +5,7 @@ python -m launchers.generate runs/quickstart < prompts.txt
 """
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -49,8 +50,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.prompt is not None and not options.prompt.strip():
-        raise UserError("--prompt is empty: give the beginning of a text to continue")
+    if options.prompt is not None:
+        _check_utf8(options.prompt, "--prompt", "give it in UTF-8")
+        if not options.prompt.strip():
+            raise UserError("--prompt is empty: give the beginning of a text to continue")
     for name, value in (("tokens", options.tokens), ("num-samples", options.num_samples)):
         if value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
@@ -67,11 +70,19 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--seed {options.seed} must be 0 or more and less than 2^63")
 
 
+def _check_utf8(text: str, name: str, way_out: str) -> None:
+    """Refuses the surrogates by which Python stands for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not UTF-8 at character {error.start + 1}: {way_out}") from None
+
+
 def prompts_of(prompt: str | None) -> Iterator[str]:
     """The one prompt, or each line of standard input that is not blank.
 
     Raises:
-        UserError: the input has none.
+        UserError: the input has none, or a line that is not UTF-8.
     """
     if prompt is not None:
         yield prompt
@@ -79,7 +90,10 @@ def prompts_of(prompt: str | None) -> Iterator[str]:
     if sys.stdin.isatty():
         print("one prompt a line; Ctrl-D ends", file=sys.stderr)
     num_prompts = 0
-    for line in sys.stdin:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # judged line by line
+    for number, line in enumerate(sys.stdin, start=1):
+        _check_utf8(line, f"line {number} of standard input", "save the prompts as UTF-8")
         if line.strip():
             num_prompts += 1
             yield line.rstrip("\r\n")

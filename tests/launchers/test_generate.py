@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.generate import main
+from data.errors import UserError
+from launchers.generate import main, prompts_of
 from tests.ranks import ROOT
 
 PROMPT = "the senate guards"
@@ -64,6 +65,31 @@ def test_each_line_of_the_input_is_a_prompt(
     assert "\n\nour nation" in out
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_utf8_is_named(errors: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO("café\n\n".encode() + "café\n".encode("latin-1"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content, encoding="utf-8", errors=errors))
+    prompts = prompts_of(None)
+    assert next(prompts) == "café"
+    rule = r"line 3 of standard input is not UTF-8 at character 4: save the prompts as UTF-8"
+    with pytest.raises(UserError, match=rule):
+        next(prompts)
+
+
+@pytest.mark.slow
+def test_input_that_is_not_utf8_ends_without_a_traceback(trained) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.generate", str(trained.folder), "--tokens", "2"],
+        cwd=ROOT,
+        input=b"caf\xe9\n",
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: line 1 of standard input is not UTF-8")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_no_prompt_at_all_is_refused(
     trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -112,6 +138,7 @@ def test_a_run_without_a_checkpoint_is_refused_without_a_traceback(tmp_path: Pat
     [
         (["--prompt", ""], "--prompt is empty"),
         (["--prompt", "  "], "--prompt is empty"),
+        (["--prompt", "caf\udce9"], "--prompt is not UTF-8 at character 4: give it in UTF-8"),
         (["--tokens", "0"], "--tokens 0 must be at least 1"),
         (["--num-samples", "0"], "--num-samples 0 must be at least 1"),
         (["--temperature", "-0.5"], "--temperature -0.5 must be 0 or more"),
