@@ -22,6 +22,19 @@ _HINTS = {
 }
 
 
+MAX_DEPTH = 50  # of objects and lists in each other; a config needs 5
+
+
+class _TooDeepError(ValueError):
+    """JSON nested deeper than MAX_DEPTH."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"objects and lists are nested more than {MAX_DEPTH} deep: is a bracket repeated by "
+            "mistake?"
+        )
+
+
 class _Pairs(list[tuple[str, Any]]):
     """The members of a JSON object as written, repetitions included."""
 
@@ -36,13 +49,15 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON: write a number")
 
 
-def _plain(value: Any, path: str, repeated: list[str]) -> Any:
+def _plain(value: Any, path: str, repeated: list[str], depth: int = 0) -> Any:
     """The value with dicts for objects; keys given twice are added to `repeated`."""
+    if depth > MAX_DEPTH:
+        raise _TooDeepError
     if isinstance(value, _Pairs):
         members: dict[str, list[Any]] = {}
         for key, member in value:
             members.setdefault(key, []).append(
-                _plain(member, f"{path}.{key}" if path else key, repeated)
+                _plain(member, f"{path}.{key}" if path else key, repeated, depth + 1)
             )
         for key, given in members.items():
             if len(given) > 1:
@@ -51,14 +66,17 @@ def _plain(value: Any, path: str, repeated: list[str]) -> Any:
                 repeated.append(f"{full} is given {len(given)} times ({values}): keep one of them")
         return {key: given[-1] for key, given in members.items()}
     if isinstance(value, list):
-        return [_plain(v, f"{path}[{i}]", repeated) for i, v in enumerate(value)]
+        return [_plain(v, f"{path}[{i}]", repeated, depth + 1) for i, v in enumerate(value)]
     return value
 
 
 def parse_json(text: str, path: str = "") -> tuple[Any, list[str]]:
     """The value that the text holds, and a line for each key that it gives more than once."""
     repeated: list[str] = []
-    value = json.loads(text, object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
+    try:
+        value = json.loads(text, object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise _TooDeepError from None
     return _plain(value, path, repeated), repeated
 
 
@@ -115,6 +133,8 @@ def _parse_override(text: str) -> tuple[str, Any, list[str]]:
         return path, None, [f"--set {text!r} is not path=value: write it like {example}"]
     try:
         value, repeated = parse_json(value_text, path)
+    except _TooDeepError as error:
+        return path, None, [f"--set {path}: {error}"]
     except ValueError:
         return path, value_text, []
     return path, value, repeated

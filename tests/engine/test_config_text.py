@@ -35,6 +35,10 @@ def complaint(folder: Path, text: str | bytes) -> str:
         ("", ["the end of the file"]),
         ("[1, 2]", ["holds [1, 2]", "a config is an object"]),
         ('{"train_batch_size": NaN}', ["NaN is not JSON"]),
+        ("[" * 100_000 + "]" * 100_000, ["nested more than 50 deep: is a bracket repeated"]),
+        ('{"a": ' * 100_000 + "1" + "}" * 100_000, ["nested more than 50 deep"]),
+        ('{"a": ' * 52 + "1" + "}" * 52, ["nested more than 50 deep"]),
+        ("[" * 50 + "]" * 50, ["a config is an object"]),
         (b'{"a": "\xff"}', ["is not UTF-8 text (byte 7)", "save it as UTF-8"]),
     ],
 )
@@ -115,6 +119,7 @@ def test_set_makes_a_dense_model() -> None:
         ),
         ("magnetar.model.num_layers=four", ['num_layers="four" must be a whole number', "(from"]),
         ("optimizer.params.betas=[1, 2]", ["betas[0]=1", "(from --set optimizer.params.betas="]),
+        ("bf16.enabled=" + "[" * 100_000, ["--set bf16.enabled: objects and lists are nested"]),
         ("bogus.deep.path=1", ['bogus={"deep": {"path": 1}} is not a known key']),
     ],
 )
