@@ -144,6 +144,17 @@ class Prepared:
         """The vocabulary, loaded when first asked for."""
         return load_tokenizer(self.path / self.manifest.tokenizer_file)
 
+    def num_text_bytes(self, num_targets: int) -> int:
+        """UTF-8 bytes of the first `num_targets` predicted tokens of the validation split.
+
+        The whole split's were counted when it was made; fewer are decoded and counted.
+        """
+        if num_targets >= self.valid.num_tokens - 1:
+            return self.valid.num_bytes
+        tokens = self.valid.read(1, 1 + num_targets)
+        text = self.tokenizer.decode(tokens[tokens != self.tokenizer.eos_id].tolist())
+        return len(text.encode())
+
     @property
     def fingerprint(self) -> str:
         """sha256 of vocabulary and tokens: equal for equal data, wherever it came from."""
@@ -156,8 +167,13 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a prepared folder.
 
     Raises:
-        UserError: the folder is missing or was not made by prepare_data.
+        UserError: the folder is missing, is a file, or was not made by prepare_data.
     """
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file, not a prepared folder: give the folder that `python -m "
+            "launchers.prepare_data --out ...` made"
+        )
     if not path.is_dir():
         raise UserError(
             f"prepared folder {path} does not exist: run `python -m launchers.prepare_data "

@@ -91,6 +91,12 @@ def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):
         open_prepared(tmp_path / "none")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "train.bin"])
+def test_a_file_in_place_of_a_folder_is_refused(folder, name):
+    with pytest.raises(UserError, match=rf"{name} is a file, not a prepared folder: give the fold"):
+        open_prepared(folder / name)
+
+
 def test_a_folder_without_manifest_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json is missing.*not a prepared folder: give"):
         open_prepared(tmp_path)
