@@ -232,7 +232,12 @@ def load_config(
 def _set_note(where: str, set_paths: Sequence[str], overrides: Sequence[str]) -> str:
     """Says which `--set` a problem came from."""
     for path, text in zip(set_paths, overrides, strict=True):
-        if where == path or where.startswith((f"{path}.", f"{path}[")):
+        # The key, one above it (an unknown section is refused as a whole), or one below it.
+        if (
+            where == path
+            or path.startswith(f"{where}.")
+            or where.startswith((f"{path}.", f"{path}["))
+        ):
             return f" (from --set {text})"
     return ""
 

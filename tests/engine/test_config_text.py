@@ -120,7 +120,12 @@ def test_set_makes_a_dense_model() -> None:
         ("magnetar.model.num_layers=four", ['num_layers="four" must be a whole number', "(from"]),
         ("optimizer.params.betas=[1, 2]", ["betas[0]=1", "(from --set optimizer.params.betas="]),
         ("bf16.enabled=" + "[" * 100_000, ["--set bf16.enabled: objects and lists are nested"]),
-        ("bogus.deep.path=1", ['bogus={"deep": {"path": 1}} is not a known key']),
+        (
+            "bogus.deep.path=1",
+            ['bogus={"deep": {"path": 1}} is not a known key', "(from --set bogus.deep.path=1)"],
+        ),
+        ("zero_optimisation.stage=2", ["(from --set zero_optimisation.stage=2)"]),
+        ("scheduler.type=WarmupLR", ["is refused", "(from --set scheduler.type=WarmupLR)"]),
     ],
 )
 def test_a_wrong_set_is_named(override: str, parts: list[str]) -> None:
