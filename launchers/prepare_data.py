@@ -105,8 +105,8 @@ class _LineProgress:
             _print_line(f"{stage}: {done_bytes / 1e6:,.0f} of {all_bytes / 1e6:,.0f} MB read")
 
 
-def print_summary(manifest: Manifest, out: Path) -> None:
-    """Prints what the folder holds."""
+def print_summary(manifest: Manifest, out: Path, was_there: bool) -> None:
+    """Prints what the folder holds, and whether it was there before."""
     columns = ("split", "documents", "tokens", "bytes", "bytes per token")
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for column in columns:
@@ -118,7 +118,8 @@ def print_summary(manifest: Manifest, out: Path) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"vocabulary: {manifest.vocab_size:,} entries, {manifest.tokenizer_file}\nwritten: {out}",
+        f"vocabulary: {manifest.vocab_size:,} entries, {manifest.tokenizer_file}\n"
+        f"{'up to date' if was_there else 'written'}: {out}",
         highlight=False,
         soft_wrap=True,
     )
@@ -128,9 +129,10 @@ def print_summary(manifest: Manifest, out: Path) -> None:
 def main() -> None:
     """Entry point."""
     config = parse_arguments()
+    was_there = config.out.exists()  # `prepare` then leaves it as it is
     with terminal_reporter() as reporter:
         manifest = prepare(config, reporter)
-    print_summary(manifest, config.out)
+    print_summary(manifest, config.out, was_there)
 
 
 if __name__ == "__main__":
