@@ -92,7 +92,10 @@ class TrainingConfig(StrictModel):
         description="Sequences of the validation split that count, from its start. null: all.",
     )
     save_every: int | None = Field(
-        default=None, ge=1, description="Steps between two checkpoints. null: none on the way."
+        default=None,
+        ge=1,
+        description="Steps between two checkpoints. null: one at the end only, so that a run that "
+        "is killed starts over.",
     )
     keep_checkpoints: int = Field(
         default=2, ge=1, description="Checkpoints kept; older ones are removed."

@@ -109,6 +109,7 @@ _EXAMPLE = {
         "training": {
             "run_dir": "runs/first",
             "num_steps": 400,
+            "save_every": 100,
             "lr_schedule": {"type": "polynomial", "warmup_steps": 40},
         },
     },

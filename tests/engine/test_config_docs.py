@@ -38,6 +38,12 @@ def test_the_schema_accepts_the_minimal_example() -> None:
     assert errors(example_config()) == []
 
 
+def test_a_run_of_the_minimal_example_that_is_killed_need_not_start_over() -> None:
+    training = example_config()["magnetar"]["training"]
+    assert training["save_every"] < training["num_steps"]
+    assert "killed starts over" in readme()
+
+
 def test_the_schema_refuses_unknown_keys_and_wrong_values() -> None:
     raw = example_config()
     magnetar = raw["magnetar"]
