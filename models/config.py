@@ -103,6 +103,7 @@ class ModelConfig(StrictModel):
     vocab_size: int | None = Field(
         default=None,
         ge=2,
+        le=1 << 24,  # no vocabulary is larger, and a slip must not ask for terabytes
         description="null: the size of the data's vocabulary. A larger number pads the "
         "embedding (a multiple of 64 is faster on a GPU).",
     )

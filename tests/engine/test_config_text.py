@@ -118,6 +118,10 @@ def test_set_makes_a_dense_model() -> None:
             ],
         ),
         ("magnetar.model.num_layers=four", ['num_layers="four" must be a whole number', "(from"]),
+        (
+            "magnetar.model.vocab_size=50304000000",
+            ["vocab_size=50304000000 must be a whole number, at least 2, at most 16777216"],
+        ),
         ("optimizer.params.betas=[1, 2]", ["betas[0]=1", "(from --set optimizer.params.betas="]),
         ("bf16.enabled=" + "[" * 100_000, ["--set bf16.enabled: objects and lists are nested"]),
         (

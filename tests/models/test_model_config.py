@@ -44,6 +44,11 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_ways_out(
     ModelConfig.model_validate(DENSE | keys | {"d_model": int(found[2])})
 
 
+def test_a_vocabulary_that_no_memory_holds_is_refused() -> None:
+    assert "less than or equal to 16777216" in model_message(vocab_size=(1 << 24) + 1)
+    ModelConfig.model_validate(DENSE | {"vocab_size": 1 << 24})
+
+
 def test_a_model_without_any_moe_layer_is_refused_with_a_way_out() -> None:
     message = model_message(moe={"num_experts": 4, "every": 5})
     assert "moe.every=5 exceeds num_layers=4" in message
