@@ -7,4 +7,12 @@ class UserError(ValueError):
     Its message names the key or file, the value, the rule and a way out. The launchers print it
     without a traceback and exit with status 2; anything else is a defect of ours and keeps its
     traceback.
+
+    Attributes:
+        on_every_rank: True if every rank raises it together, so that one of them prints it.
+            Before the ranks have joined, all of them see the same input and this does not matter.
     """
+
+    def __init__(self, message: str, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank

@@ -45,6 +45,11 @@ class PackedLM:
     def __len__(self) -> int:
         return (self.split.num_tokens - 1) // self.seq_len
 
+    def num_targets(self, max_sequences: int | None = None) -> int:
+        """Tokens that `valid_batches` has predicted: all but the first, or a few windows'."""
+        every = self.split.num_tokens - 1
+        return every if max_sequences is None else min(every, max_sequences * self.seq_len)
+
     def sample(self, i: int) -> IntArray:
         """Window i in the order of the file: (T + 1,) int64; inputs are [:-1], targets [1:].
 

@@ -131,9 +131,13 @@ def _attempt(write: Any) -> str:
     """Run a write; return what went wrong, or nothing."""
     try:
         write()
-    # torch.save turns an OSError of a full disk into a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        return str(error).splitlines()[0] or type(error).__name__
+    except OSError as error:
+        return error.strerror or str(error)
+    except RuntimeError as error:
+        # torch.save says so when a file did not grow as it should: a full disk, as a rule.
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+            return "a file could not be written whole"
+        return str(error).splitlines()[0]
     return ""
 
 
@@ -147,7 +151,8 @@ def _raise_on_every_rank(problem: str, path: Path) -> None:
             raise UserError(
                 f"{path.parent}: rank {rank} could not write the checkpoint ({found}; "
                 f"{free:.0f} MiB free): older checkpoints are intact; free some space, or lower "
-                "training.keep_checkpoints, and start the same command again"
+                "training.keep_checkpoints, and start the same command again",
+                on_every_rank=True,
             )
 
 
@@ -176,16 +181,17 @@ def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
         except (OSError, ValueError):  # no manifest, or half of one
             continue
         checkpoint = Checkpoint(path, manifest)
-        if not damaged_files(checkpoint):
+        if isinstance(manifest, dict) and not damaged_files(checkpoint):
             found.append(checkpoint)
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def damaged_files(checkpoint: Checkpoint) -> list[str]:
     """Names of the files that are missing or of another size than the manifest says."""
+    files = checkpoint.manifest.get("files") or {MANIFEST: -1}
     return [
         name
-        for name, size in checkpoint.manifest["files"].items()
+        for name, size in files.items()
         if not (checkpoint.path / name).is_file() or (checkpoint.path / name).stat().st_size != size
     ]
 

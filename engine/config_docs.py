@@ -68,7 +68,8 @@ Objects on the way are created. A list is set as a whole:
 
 `train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks`. Give
 `train_batch_size` and, when memory is short, `train_micro_batch_size_per_gpu`: the file then works
-on any number of ranks that divides, and trains the same model on each.
+on any number of ranks that divides. With MoE layers the balance loss is one of a micro-batch over
+all ranks, so runs give the same numbers where `gradient_accumulation_steps` is the same.
 
 ## The configs here
 

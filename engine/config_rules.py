@@ -127,6 +127,43 @@ def experts_are_aligned(zero_optimization: ZeroConfig, model: ModelConfig) -> li
     ]
 
 
+def expert_gradients_are_reduced_apart(
+    zero_optimization: ZeroConfig, model: ModelConfig
+) -> list[Problem]:
+    """DeepSpeed keeps different experts' gradients apart on one of its paths alone."""
+    if model.moe is None or zero_optimization.stage == 0:
+        return []
+    return [
+        Problem(
+            f"zero_optimization.{name}",
+            f"zero_optimization.{name}=false with MoE layers under ZeRO "
+            f"{zero_optimization.stage} averages the gradients of different experts, or stops: "
+            "DeepSpeed 0.19.8 reduces experts rightly only with it on: remove it",
+        )
+        for name in ("contiguous_gradients", "reduce_scatter")
+        if getattr(zero_optimization, name) is False
+    ]
+
+
+def experts_fit_grouped_matmuls(
+    model: ModelConfig, bf16: Bf16Config | None, fp16: Fp16Config | None
+) -> list[Problem]:
+    """A row of a grouped matrix product is a multiple of 16 bytes."""
+    multiple = 8 if _on(bf16) or _on(fp16) else 4
+    if model.moe is None:
+        return []
+    return [
+        Problem(
+            f"magnetar.model.{name}",
+            f"magnetar.model.{name}={width} must be a multiple of {multiple} in a model with MoE "
+            f"layers, whose grouped matrix products need rows of 16 bytes: use "
+            f"{-(-width // multiple) * multiple}",
+        )
+        for name, width in (("d_model", model.d_model), ("d_ff", model.d_ff))
+        if width % multiple
+    ]
+
+
 def sequences_fit(data: Any, model: ModelConfig) -> list[Problem]:
     """The data's windows are no longer than the model's positions."""
     if data.seq_len <= model.max_seq_len:
@@ -168,6 +205,8 @@ RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
     ),
     (norm_is_computed, ("zero_optimization",)),
     (experts_are_aligned, ("zero_optimization", "model")),
+    (expert_gradients_are_reduced_apart, ("zero_optimization", "model")),
+    (experts_fit_grouped_matmuls, ("model", "bf16", "fp16")),
     (sequences_fit, ("data", "model")),
     (ranks_hold_experts, ("model", "world_size")),
 )

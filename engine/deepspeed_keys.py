@@ -245,6 +245,7 @@ class DeepSpeedKeys(StrictModel):
     gradient_clipping: float = Field(
         default=0.0,
         ge=0,
+        le=1e30,
         description="Threshold of the gradient norm, SparseClip's xi; needed unless "
         "`magnetar.sparse_clip.enabled` is false. 0: no clipping (DeepSpeed alone would "
         "clip at 1.0 when the key is absent).",

@@ -41,6 +41,12 @@ class StepResult(NamedTuple):
     lr: float
 
 
+def launched_rank() -> int:
+    """This process's rank by its environment: deepspeed's or torchrun's, MPI's, or 0 alone."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
 def start_distributed() -> torch.device:
     """Join the launcher's process group (or make one of a single rank); return this rank's device.
 

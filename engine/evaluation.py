@@ -36,6 +36,7 @@ def evaluate(
     dataset: PackedLM,
     batch_size: int,
     device: torch.device,
+    num_bytes: int,
     max_sequences: int | None = None,
     progress: Any = None,
 ) -> Evaluation:
@@ -46,6 +47,7 @@ def evaluate(
         dataset: the split, cut into windows.
         batch_size: windows a forward pass on each rank.
         device: the model's device.
+        num_bytes: UTF-8 bytes of the text that is predicted.
         max_sequences: only the first so many windows; None: all of them.
         progress: called with the batches to wrap them in a progress bar; None: no bar.
     """
@@ -63,8 +65,6 @@ def evaluate(
     if distributed:
         dist.all_reduce(totals)
     loss_total, num_tokens = totals.tolist()
-    split = dataset.split
-    num_bytes = split.num_bytes * num_tokens / split.num_tokens
     return Evaluation(
         loss=loss_total / num_tokens,
         perplexity=math.exp(min(loss_total / num_tokens, 700.0)),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.engine import StepResult
+from engine.run_folder import write_whole
 from engine.sparse_clip import SparseClip
 from models.moe import RoutingStats
 from models.transformer import flops_per_token
@@ -132,6 +132,10 @@ class Metrics:
         clip = self.sparse_clip
         norms: list[Tensor] = [clip.norm, clip.dense_norm, clip.expert_norm, clip.coefficient]
         norm, dense_norm, expert_norm, coefficient = torch.stack(norms).tolist()
+        if getattr(self.engine.optimizer, "overflow", False):
+            # DeepSpeed skipped the update, and did not ask for a norm: there is none.
+            norm = dense_norm = expert_norm = math.inf
+            coefficient = 0.0
         record: dict[str, float] = {
             "step": step,
             "tokens": step * self.batch_tokens,
@@ -143,6 +147,7 @@ class Metrics:
             "expert_grad_norm": expert_norm,
             "clip_coefficient": coefficient,
             "clipped_steps": int(clip.num_clipped),
+            "skipped_steps": self.engine.skipped_steps,
             "tokens_per_second": tokens_per_second,
         }
         if self.moe_layers:
@@ -151,7 +156,6 @@ class Metrics:
             record["routing_entropy"] = sum(entropies) / len(entropies)
         if self.config.dtype == "fp16":
             record["loss_scale"] = float(self.engine.optimizer.loss_scale)
-            record["skipped_steps"] = self.engine.skipped_steps
         if self.peak_flops is not None:
             flops = tokens_per_second * self.flops_per_token / dist.get_world_size()
             record["mfu"] = flops / self.peak_flops
@@ -176,8 +180,10 @@ class Metrics:
         """Append a record to metrics.jsonl and send it to DeepSpeed's monitor, on rank 0."""
         if dist.get_rank() != 0:
             return
+        # JSON has no infinity and no NaN: null says that there is no number.
+        finite = {name: v if math.isfinite(v) else None for name, v in record.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite) + "\n")
         step = int(record["step"])
         self.engine.monitor.write_events(
             [(monitor_tag(name), value, step) for name, value in record.items() if name != "step"]
@@ -197,9 +203,9 @@ def keep_records_up_to(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        # A killed run can leave half a line at the end.
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # a killed run can leave half a line
+            continue
+    write_whole(path, "".join(kept))

@@ -51,6 +51,8 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
         f"{prepared.path}: {prepared.train.num_tokens:,} tokens, vocabulary {prepared.vocab_size:,}"
     )
     begin = f", resuming after step {first_step}" if first_step else ""
+    if first_step >= training.num_steps:
+        begin = ", already finished"
     lines["run"] = (
         f"{training.run_dir}: {training.num_steps} steps of "
         f"{config.deepspeed['train_batch_size']} x {config.data.seq_len} tokens{begin}"
@@ -83,7 +85,8 @@ def finish(
     if continuations:
         console.print("Beginnings of validation documents, continued by the model\n", style="bold")
     for prompt, continuation in continuations:
-        console.print(continuation_text(prompt, continuation), end="\n\n")
+        text = continuation_text(prompt, continuation)
+        console.print(text, end="\n\n", soft_wrap=not console.is_terminal)
     programs = programs_folder()
     checkpoint = run_dir / "checkpoints" / f"step_{engine.global_steps:08d}"
     lines = {
@@ -134,19 +137,21 @@ def continuation_text(prompt: str, continuation: str) -> Text:
 def sample_continuations(
     engine: Any, config: RunConfig, prepared: Prepared
 ) -> list[tuple[str, str]]:
-    """Continue the beginnings of a few validation documents: (prompt, continuation) as text."""
+    """Continue different beginnings of validation documents: (prompt, continuation) as text."""
     num_tokens = config.training.sample_tokens
     if not num_tokens:
         return []
     split, tokenizer = prepared.valid, prepared.tokenizer
-    long_enough = (
-        index for index in range(split.num_documents) if len(split.document(index)) > PROMPT_TOKENS
-    )
-    documents = [index for index, _ in zip(long_enough, range(NUM_SAMPLES), strict=False)]
-    if not documents:
+    beginnings: list[list[int]] = []
+    for index in range(split.num_documents):
+        beginning = split.document(index)[:PROMPT_TOKENS].tolist()
+        if len(beginning) == PROMPT_TOKENS and beginning not in beginnings:
+            beginnings.append(beginning)
+        if len(beginnings) == NUM_SAMPLES:
+            break
+    if not beginnings:
         return []
-    prompts = torch.stack([torch.from_numpy(split.document(i)[:PROMPT_TOKENS]) for i in documents])
-    tokens = sample(engine.module, prompts.to(engine.device), num_tokens)
+    tokens = sample(engine.module, torch.tensor(beginnings, device=engine.device), num_tokens)
     return [decode_continuation(tokenizer, row, PROMPT_TOKENS) for row in tokens.tolist()]
 
 

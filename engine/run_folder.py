@@ -8,10 +8,12 @@ runs/NAME/
     summary.json     written at the end
 """
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data.errors import UserError
 from engine.config import RunConfig
@@ -30,6 +32,7 @@ _FREE_KEYS = {
 }
 _TRAINED_SECTIONS = (
     "train_batch_size",
+    "gradient_accumulation_steps",  # the balance loss is one of a micro-batch
     "gradient_clipping",
     "optimizer",
     "bf16",
@@ -70,8 +73,9 @@ def check_run_folder(config: RunConfig) -> None:
         begun = dict(flat_keys(_trained_part(json.loads(file.read_text()))))
     except (json.JSONDecodeError, AttributeError) as error:
         raise UserError(
-            f"{file} cannot be read as JSON ({error}): delete {run_dir}, or name another "
-            "training.run_dir"
+            f"{file} cannot be read as JSON ({error}): copy the config of a checkpoint's "
+            f"manifest.json there, delete the file if {run_dir} holds nothing you need, or name "
+            "another training.run_dir"
         ) from error
     now = dict(flat_keys(_trained_part(config.to_dict())))
     different = [
@@ -90,3 +94,32 @@ def check_run_folder(config: RunConfig) -> None:
 
 def _trained_part(config: dict) -> dict:
     return {key: config[key] for key in _TRAINED_SECTIONS if key in config}
+
+
+def claim_run_folder(run_dir: Path) -> IO[str]:
+    """Make the folder and lock it; the lock ends when the returned file is closed or we die.
+
+    Raises:
+        UserError: if another process trains in it.
+        OSError: if it cannot be made or written.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"training.run_dir={run_dir} is in use by another run: wait until it ends, or name "
+            "another folder (--set magnetar.training.run_dir=...)"
+        ) from error
+    return lock
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that there is the old content or the new one, and never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,9 +1,9 @@
 """Training a language model from a config: the loop, from start or resume to summary."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,19 @@ from data.packed_lm import PackedLM, train_micro_batch
 from data.token_files import Prepared, open_prepared
 from engine.checkpoint import check_fits, complete_checkpoints, load_checkpoint, save_checkpoint
 from engine.config import RunConfig, check_config
-from engine.engine import build_engine, seed_noise, start_distributed, train_step
+from engine.engine import (
+    StepResult,
+    build_engine,
+    launched_rank,
+    seed_noise,
+    start_distributed,
+    train_step,
+)
 from engine.evaluation import Evaluation, evaluate
 from engine.metrics import Metrics, keep_records_up_to
 from engine.progress import ProgressLine
 from engine.report import describe, finish
-from engine.run_folder import check_run_folder
+from engine.run_folder import check_run_folder, claim_run_folder, write_whole
 from engine.sparse_clip import SparseClip
 
 
@@ -47,7 +54,12 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
             f"magnetar.model.vocab_size={model['vocab_size']} is smaller than the vocabulary of "
             f"{prepared.path}, {prepared.vocab_size}: use null, or at least {prepared.vocab_size}"
         )
+    schedule = resolved["magnetar"]["training"]["lr_schedule"]
+    if schedule["type"] == "polynomial" and schedule["total_steps"] is None:
+        # Written down, so that a longer run cannot bend the schedule of the steps already done.
+        schedule["total_steps"] = config.training.num_steps
     run_dir = config.training.run_dir
+    require_monitor_packages(resolved)
     for monitor, name in (("tensorboard", "tensorboard"), ("csv_monitor", "csv")):
         section = resolved.get(monitor, {})
         if section.get("enabled") and not section.get("output_path"):
@@ -57,7 +69,27 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
     check_run_folder(result)
     for checkpoint in complete_checkpoints(Path(run_dir))[-1:]:
         check_fits(checkpoint, result, prepared, world_size)
+        if checkpoint.step > result.training.num_steps:
+            raise UserError(
+                f"magnetar.training.num_steps={result.training.num_steps} is less than the "
+                f"{checkpoint.step} steps that {run_dir} has done: use {checkpoint.step} or more, "
+                "or name another training.run_dir"
+            )
     return result, prepared
+
+
+def require_monitor_packages(config: dict[str, Any]) -> None:
+    """Refuse a monitor whose package is missing; DeepSpeed would notice when all ranks run.
+
+    Raises:
+        UserError: naming the section and the package.
+    """
+    for monitor, package in (("tensorboard",) * 2, ("wandb",) * 2, ("comet", "comet_ml")):
+        if config.get(monitor, {}).get("enabled") and find_spec(package) is None:
+            raise UserError(
+                f"{monitor}.enabled=true needs the package {package}, which is not installed: "
+                f"run pip install {package}, or set {monitor}.enabled=false"
+            )
 
 
 @dataclass
@@ -91,14 +123,15 @@ def train(config: RunConfig, prepared: Prepared) -> None:
         UserError: if the loss stops being a number, or a checkpoint cannot be written or read.
     """
     training, run_dir = config.training, Path(config.training.run_dir)
+    # Before the ranks join: the others would report the loss of a refused first rank.
+    lock = claim_run_folder(run_dir) if launched_rank() == 0 else None
     device = start_distributed()
     is_first_rank = dist.get_rank() == 0
     train_data = PackedLM(prepared.train, config.data.seq_len)
     valid_data = PackedLM(prepared.valid, config.data.seq_len)
-    if is_first_rank:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     engine, sparse_clip = build_engine(config, device)
+    if is_first_rank:  # not earlier: a start that fails must not claim the folder
+        write_whole(run_dir / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
     aux_loss_weight = config.model.moe.aux_loss_weight if config.model.moe else 0.0
     state = resume(engine, sparse_clip, config)
     first_step = engine.global_steps
@@ -108,7 +141,9 @@ def train(config: RunConfig, prepared: Prepared) -> None:
 
     def validate() -> Evaluation:
         batch_size = engine.train_micro_batch_size_per_gpu()
-        return evaluate(engine.module, valid_data, batch_size, device, training.eval_sequences)
+        num_sequences = training.eval_sequences
+        num_bytes = prepared.num_text_bytes(valid_data.num_targets(num_sequences))
+        return evaluate(engine.module, valid_data, batch_size, device, num_bytes, num_sequences)
 
     if not state.before:
         state.before = asdict(validate())
@@ -120,9 +155,12 @@ def train(config: RunConfig, prepared: Prepared) -> None:
             result = train_step(
                 engine, micro_batches(engine, train_data, step, training.seed), aux_loss_weight
             )
-            if due(step, training.log_every, training.num_steps):
+            is_logged = due(step, training.log_every, training.num_steps)
+            is_saved = due(step, training.save_every, training.num_steps)
+            if is_logged or is_saved:
+                require_finite(engine, result, sparse_clip, step, run_dir)
+            if is_logged:
                 record = metrics.training_record(step, result)
-                require_finite(record, run_dir)
                 metrics.write(record)
                 progress.update(record)
             if due(step, training.eval_every, training.num_steps):
@@ -132,7 +170,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                 progress.note(
                     f"step {step}: validation perplexity {state.after['perplexity']:,.2f}"
                 )
-            if due(step, training.save_every, training.num_steps):
+            if is_saved:
                 with metrics.paused_clock():
                     state.seconds += metrics.lap()
                     state.num_clipped = int(sparse_clip.num_clipped)
@@ -140,6 +178,8 @@ def train(config: RunConfig, prepared: Prepared) -> None:
     state.after = state.after or asdict(validate())
     finish(engine, config, prepared, asdict(state), progress)
     dist.destroy_process_group()
+    if lock is not None:
+        lock.close()
 
 
 def due(step: int, every: int | None, last: int) -> bool:
@@ -180,18 +220,39 @@ def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerSt
         return TrainerState()
     state = TrainerState(**load_checkpoint(engine, found[0])["trainer"])
     sparse_clip.num_clipped += state.num_clipped
+    purge_tensorboard(engine.monitor, found[0].step)
     return state
 
 
-def require_finite(record: dict[str, float], run_dir: Path) -> None:
-    """Stop a run whose loss is no number any more.
+def purge_tensorboard(monitor: Any, step: int) -> None:
+    """Have TensorBoard forget what was logged after a step: it will be logged again."""
+    writer = getattr(monitor.tb_monitor, "summary_writer", None)
+    if writer is not None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        writer.file_writer.add_event(start, step + 1)
+
+
+def require_finite(
+    engine: Any, result: StepResult, sparse_clip: SparseClip, step: int, run_dir: Path
+) -> None:
+    """Stop a run whose loss or gradient is no number any more, before it is saved.
 
     Raises:
-        UserError: on every rank alike, since the record is of the whole batch.
+        UserError: on every rank alike.
     """
-    if not math.isfinite(record["loss"]):
+    # A step that DeepSpeed skipped for an overflow (fp16) is no divergence, and has no norm.
+    skipped = bool(getattr(engine.optimizer, "overflow", False))
+    norm = torch.zeros_like(sparse_clip.norm) if skipped else sparse_clip.norm
+    values = torch.stack([result.loss, norm])
+    dist.all_reduce(values)
+    if not values.isfinite().all():
         raise UserError(
-            f"loss={record['loss']} at step {record['step']}: the run has diverged; what it saved "
-            f"before is in {run_dir / 'checkpoints'}: lower optimizer.params.lr or "
-            "gradient_clipping, or lengthen training.lr_schedule.warmup_steps"
+            f"the run diverged: loss {float(result.loss)}, gradient norm "
+            f"{float(sparse_clip.norm)} at step {step}. What it saved before is in "
+            f"{run_dir / 'checkpoints'}. Start in another training.run_dir with a lower "
+            "optimizer.params.lr or gradient_clipping, or a longer "
+            "training.lr_schedule.warmup_steps",
+            on_every_rank=True,
         )

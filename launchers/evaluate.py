@@ -58,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console = Console(stderr=True)
         return track(batches, "evaluating", total, console=console, disable=not console.is_terminal)
 
-    result = evaluate(run.model, valid, options.batch_size, run.device, num_sequences, progress)
+    num_bytes = run.prepared.num_text_bytes(valid.num_targets(num_sequences))
+    result = evaluate(
+        run.model, valid, options.batch_size, run.device, num_bytes, num_sequences, progress
+    )
     unigram = valid.split.unigram_perplexity(1, 1 + result.num_tokens)
     if options.json:
         answer = {

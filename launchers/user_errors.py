@@ -21,6 +21,12 @@ _WAYS_OUT = {
 }
 
 
+def _ranks_have_joined() -> bool:
+    """Whether a process group exists; without importing torch for that."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 def _end(message: str, is_everybodys: bool) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0" or not is_everybodys:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -36,16 +42,20 @@ def user_errors() -> Iterator[None]:
     Wrap a launcher's `main` in it, as a decorator or in a `with` statement. The message is printed
     once a machine, by local rank 0. The other ranks wait a second first: a multi-process launcher
     kills everybody as soon as one rank has ended, and that must not be the rank that prints. What
-    the system refuses (no space, no permission) may concern one rank alone, so that rank prints.
+    concerns one rank alone (damaged data that it reads, no space on its disk) that rank prints.
     """
     try:
         yield
     except UserError as error:
-        _end(str(error), is_everybodys=True)
+        _end(str(error), is_everybodys=error.on_every_rank or not _ranks_have_joined())
     except OSError as error:
         if error.errno not in _WAYS_OUT:
             raise
         name = error.filename or "a file of this run"
         _end(f"{name}: {error.strerror}: {_WAYS_OUT[error.errno]}", is_everybodys=False)
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        _end("another rank has ended; what it printed says why", is_everybodys=False)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

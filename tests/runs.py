@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
         "training": {
             "run_dir": "set by write_config",
             "num_steps": 8,
-            "lr_schedule": {"type": "polynomial", "warmup_steps": 2},
+            "lr_schedule": {"type": "polynomial", "warmup_steps": 2, "total_steps": 100},
             "log_every": 1,
             "eval_every": 4,
             "save_every": 4,

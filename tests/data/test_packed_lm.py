@@ -120,3 +120,13 @@ def test_an_id_beyond_the_vocabulary_names_file_and_position(make_split):
         UserError, match=r"train\.bin holds token id 5000 at position 20.*ends at 999.*again"
     ):
         dataset.sample(2)
+
+
+@pytest.mark.parametrize("max_sequences", [None, 1, 3, 1000])
+def test_num_targets_counts_what_valid_batches_predicts(make_split, max_sequences):
+    dataset = PackedLM(make_split(101), 8)
+    counted = sum(
+        int((targets != IGNORE_INDEX).sum())
+        for _, targets in valid_batches(dataset, 3, 0, 1, max_sequences)
+    )
+    assert dataset.num_targets(max_sequences) == counted

@@ -187,6 +187,10 @@ WRONG = [
     ("zero_optimization", True, ["an object"]),
     ("zero_optimization.stage", 3, ["ZeRO 3", "refuses its own MoE layers", "use stage 1 or 2"]),
     ("zero_optimization.parameter_alignment", False, ["16 bytes", "set it to true"]),
+    ("zero_optimization.contiguous_gradients", False, ["gradients of different experts", "remove"]),
+    ("zero_optimization.reduce_scatter", False, ["gradients of different experts", "remove it"]),
+    ("magnetar.model.d_ff", 510, ["multiple of 4", "rows of 16 bytes", "use 512"]),
+    ("gradient_clipping", 1e40, ["1e+30"]),
     ("zero_optimization.compute_grad_norm", False, ["without a norm", "remove it"]),
     ("zero_optimization.overlap_com", True, ["did you mean zero_optimization.overlap_comm?"]),
     ("data_types.grad_accum_dtype", "bf16", ["weights in fp32", "leave it out"]),
@@ -397,3 +401,16 @@ def test_every_key_has_a_description_and_a_kind() -> None:
                 walk(below)
 
     walk(ConfigFile)
+
+
+def test_half_precision_experts_need_widths_of_eight() -> None:
+    raw = set_path(quickstart(bf16__enabled=True), "magnetar.model.d_model", 132)
+    (line,) = messages(raw)
+    assert "magnetar.model.d_model=132 must be a multiple of 8" in line
+    assert "use 136" in line
+
+
+def test_a_dense_model_may_have_any_width_and_any_reduction() -> None:
+    raw = set_path(quickstart(), "magnetar.model.moe", None)
+    raw = set_path(raw, "magnetar.model.d_ff", 510)
+    assert messages(set_path(raw, "zero_optimization.contiguous_gradients", False)) == []

@@ -184,3 +184,62 @@ def test_a_checkpoint_of_another_layout_is_refused_before_anything_starts(
     assert "training.run_dir" in failed.stdout
     assert "Traceback" not in failed.stdout
     assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == before
+
+
+def test_the_events_of_a_resumed_run_count_once(corpus: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = write_config(tmp_path, corpus, changes=LONG)
+    kill_after_step(config, 25)
+    assert launch(config).returncode == 0
+    (folder,) = {path.parent for path in (tmp_path / "run" / "tensorboard").glob("**/events*")}
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("train/loss")] == list(range(1, 61))
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_trains(
+    corpus: Path, tmp_path: Path
+) -> None:
+    from engine.run_folder import claim_run_folder
+
+    config = write_config(tmp_path, corpus)
+    with claim_run_folder(tmp_path / "run"):
+        failed = launch(config)
+    assert failed.returncode == 2, failed.stdout
+    assert "is in use by another run" in failed.stdout
+    assert "--set magnetar.training.run_dir=" in failed.stdout
+    assert "Traceback" not in failed.stdout
+    assert launch(config).returncode == 0
+
+
+def test_fewer_steps_than_are_done_are_refused(uninterrupted: Path) -> None:
+    config = uninterrupted.parent / "run.json"
+    before = (uninterrupted / "config.json").read_bytes()
+    failed = launch(config, "--set", "magnetar.training.num_steps=30")
+    assert failed.returncode == 2, failed.stdout
+    assert "num_steps=30 is less than the 60 steps" in failed.stdout
+    assert (uninterrupted / "config.json").read_bytes() == before
+
+
+def test_a_run_that_diverges_keeps_no_checkpoint_of_its_ruin(corpus: Path, tmp_path: Path) -> None:
+    changes = {"optimizer.params.lr": 1e30, "magnetar.training.log_every": 50}
+    config = write_config(
+        tmp_path,
+        corpus,
+        changes=LONG | changes | {"magnetar.training.save_every": 1, "gradient_clipping": 1e30},
+    )
+    failed = launch(config)
+    assert failed.returncode == 2, failed.stdout
+    assert failed.stdout.count("the run diverged") == 1
+    assert "lower optimizer.params.lr" in failed.stdout
+    assert "Traceback" not in failed.stdout
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus)
+    below_a_file = config / "run"
+    failed = launch(config, "--set", f"magnetar.training.run_dir={below_a_file}")
+    assert failed.returncode == 2, failed.stdout
+    assert str(config) in failed.stdout
+    assert "Traceback" not in failed.stdout

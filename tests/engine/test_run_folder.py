@@ -6,7 +6,7 @@ import pytest
 from data.errors import UserError
 from engine.config import RunConfig, check_config
 from engine.metrics import keep_records_up_to, monitor_tag
-from engine.run_folder import check_run_folder
+from engine.run_folder import check_run_folder, write_whole
 from tests.engine.programs import BASE, with_keys
 
 
@@ -83,7 +83,7 @@ def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
 
 def test_records_beyond_the_checkpoint_and_half_lines_are_removed(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    metrics.write_text('{"step": 1}\n{"broken\n{"step": 2}\n{"step": 3}\n{"ste')
     keep_records_up_to(metrics, 2)
     assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
@@ -98,3 +98,35 @@ def test_records_beyond_the_checkpoint_and_half_lines_are_removed(tmp_path: Path
 )
 def test_tags_group_metrics_by_what_they_are_of(name: str, tag: str) -> None:
     assert monitor_tag(name) == tag
+
+
+@pytest.mark.parametrize(
+    ("key", "package"), [("wandb.enabled", "wandb"), ("comet.enabled", "comet_ml")]
+)
+def test_a_monitor_without_its_package_is_refused(
+    key: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import trainer
+
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(UserError, match=f"{key}=true needs the package {package}.*pip install"):
+        trainer.require_monitor_packages(with_keys(BASE, {key: True}))
+
+
+def test_the_schedule_of_steps_done_does_not_bend_when_a_run_gets_longer(tmp_path: Path) -> None:
+    schedule = {"type": "polynomial", "warmup_steps": 0, "total_steps": 20}
+    begin(tmp_path / "run", config(tmp_path / "run", magnetar__training__lr_schedule=schedule))
+    longer = config(
+        tmp_path / "run",
+        magnetar__training__num_steps=80,
+        magnetar__training__lr_schedule=schedule | {"total_steps": 80},
+    )
+    with pytest.raises(UserError, match="total_steps: 20 there, 80 here"):
+        check_run_folder(longer)
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    write_whole(tmp_path / "config.json", "old")
+    write_whole(tmp_path / "config.json", "new")
+    assert (tmp_path / "config.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -1,6 +1,7 @@
 """python -m launchers.evaluate."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import tokenizers
 
 from data.prepare import PrepareConfig, prepare
+from data.token_files import open_prepared
 from launchers.evaluate import main
 from tests.ranks import ROOT
 
@@ -169,3 +171,20 @@ def test_a_run_without_a_checkpoint_is_refused_without_a_traceback(tmp_path: Pat
 @pytest.mark.parametrize("option", ["--batch-size", "--sequences"])
 def test_counts_must_be_positive(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{option} 0 must be at least 1" in refusal(capsys, "runs/any", option, 0)
+
+
+@pytest.mark.slow
+def test_bits_per_byte_of_a_few_sequences_counts_the_bytes_of_their_text(
+    trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluation(capsys, trained.folder, "--sequences", 3)
+    prepared = open_prepared(trained.corpus)
+    predicted = prepared.valid.tokens[1 : 1 + 3 * 32].tolist()
+    text = "".join(
+        prepared.tokenizer.decode([token])
+        for token in predicted
+        if token != prepared.tokenizer.eos_id
+    )
+    expected = found["loss"] * 96 / math.log(2) / len(text.encode())
+    assert found["num_tokens"] == 96
+    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-6)

@@ -57,3 +57,19 @@ def test_ctrl_c_exits_with_130_and_prints_nothing(capsys: pytest.CaptureFixture)
 def test_a_defect_of_ours_keeps_its_traceback(error: Exception) -> None:
     with pytest.raises(type(error)), user_errors():
         raise error
+
+
+@pytest.mark.parametrize("on_every_rank", [True, False])
+def test_once_the_ranks_have_joined_one_rank_prints_what_concerns_it_alone(
+    on_every_rank: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert end_of(UserError("train.bin is damaged", on_every_rank)) == 2
+    expected = "" if on_every_rank else "error: train.bin is damaged\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_rank_whose_peer_has_ended_says_so(capsys: pytest.CaptureFixture) -> None:
+    assert end_of(RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]")) == 2
+    assert capsys.readouterr().err.startswith("error: another rank has ended")
