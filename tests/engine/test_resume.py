@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.checkpoint import complete_checkpoints, load_model
 from tests.ranks import ROOT
 from tests.runs import environment, launch, launcher_command, make_corpus, records, write_config
 
@@ -234,6 +235,9 @@ def test_a_run_that_diverges_keeps_no_checkpoint_of_its_ruin(corpus: Path, tmp_p
     assert failed.stdout.count("the run diverged") == 1
     assert "lower optimizer.params.lr" in failed.stdout
     assert "Traceback" not in failed.stdout
+    for checkpoint in complete_checkpoints(tmp_path / "run"):
+        weights = load_model(checkpoint).state_dict()
+        assert all(tensor.isfinite().all() for tensor in weights.values()), checkpoint.path
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) -> None:
