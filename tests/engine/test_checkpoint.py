@@ -11,6 +11,7 @@ from engine.checkpoint import (
     Checkpoint,
     check_fits,
     complete_checkpoints,
+    load_model,
     newest_checkpoint,
 )
 from engine.config import RunConfig, check_config
@@ -91,3 +92,11 @@ def test_other_data_is_refused(saved: Checkpoint) -> None:
         UserError, match="another data set: fingerprint aaaaaaaaaaaa there and bbbb"
     ):
         check_fits(saved, config(), other, 2)
+
+
+def test_a_damaged_checkpoint_is_named_by_its_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 7)
+    checkpoint = newest_checkpoint(tmp_path)
+    (folder / "weights.pt").write_bytes(b"123")
+    with pytest.raises(UserError, match=r"weights\.pt: missing or not of the size.*another"):
+        load_model(checkpoint)

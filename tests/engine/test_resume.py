@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import UserError
 from engine.checkpoint import complete_checkpoints, load_model
+from engine.config import load_config
+from engine.trainer import prepare_run
 from tests.ranks import ROOT
 from tests.runs import environment, launch, launcher_command, make_corpus, records, write_config
 
@@ -247,3 +250,12 @@ def test_a_run_folder_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path)
     assert failed.returncode == 2, failed.stdout
     assert str(config) in failed.stdout
     assert "Traceback" not in failed.stdout
+
+
+def test_a_model_with_fewer_words_than_its_data_is_refused(corpus: Path, tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, corpus), ["magnetar.model.vocab_size=299"], 2)
+    with pytest.raises(
+        UserError, match=r"vocab_size=299 is smaller than the vocabulary.*at least 300"
+    ):
+        prepare_run(config, 2)
+    assert not (tmp_path / "run").exists()

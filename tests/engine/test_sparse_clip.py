@@ -1,9 +1,12 @@
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from engine.sparse_clip import clip_coefficient, squared_sum
+from data.errors import UserError
+from engine.sparse_clip import SparseClip, clip_coefficient, squared_sum
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -120,3 +123,24 @@ def test_every_wrapper_of_deepspeed_was_met(measured: list) -> None:
     wrappers = {found["optimizer"] for _, found in measured}
     assert wrappers - {"AdamW", "FusedAdam"} == {"BF16_Optimizer", "DeepSpeedZeroOptimizer"}
     assert wrappers & {"AdamW", "FusedAdam"}
+
+
+def engine_with(basic_name: str, wrapper_name: str | None) -> Any:
+    basic = type(basic_name, (), {})()
+    optimizer = type(wrapper_name, (), {})() if wrapper_name else basic
+    return SimpleNamespace(basic_optimizer=basic, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("engine", "named", "way_out"),
+    [
+        (engine_with("FusedLamb", None), "FusedLamb", "use Adam or AdamW"),
+        (engine_with("FusedAdam", "FP16_Optimizer"), "FP16_Optimizer", "stage 1 or 2"),
+    ],
+)
+def test_an_optimizer_it_does_not_know_is_refused(engine: Any, named: str, way_out: str) -> None:
+    with pytest.raises(UserError) as refused:
+        SparseClip(1.0, enabled=True, device=CPU).install(engine)
+    assert named in str(refused.value)
+    assert "would not be clipped" in str(refused.value)
+    assert way_out in str(refused.value)
