@@ -75,12 +75,6 @@ def open_run(run_dir: Path, checkpoint: str | None = None, data: Path | None = N
             f"({trained_with[:12]}): prepare it again with --tokenizer and "
             f"{_vocabulary_of(Path(config.data.path), trained_with)}"
         )
-    assert config.model.vocab_size is not None
-    if prepared.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{path} has a vocabulary of {prepared.vocab_size} entries, but {run_dir} was trained "
-            f"with {config.model.vocab_size}: use data made with the same vocabulary"
-        )
     return TrainedRun(chosen, config, prepared)
 
 

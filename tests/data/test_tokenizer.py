@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,3 +159,16 @@ def test_a_vocabulary_without_an_end_of_document_is_refused(gpt2_folder, tmp_pat
     )
     with pytest.raises(UserError, match=r"tokenizer\.json.*has no end-of-document token"):
         load_tokenizer(tmp_path)
+
+
+def test_a_sentencepiece_model_without_an_end_of_document_is_refused(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three four"] * 50),
+        model_prefix=str(tmp_path / "endless"),
+        vocab_size=24,
+        hard_vocab_limit=False,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match=r"endless\.model.*no end-of-sentence piece"):
+        load_tokenizer(tmp_path / "endless.model")

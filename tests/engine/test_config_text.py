@@ -1,5 +1,6 @@
 """Reading a file and applying --set."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,12 @@ def test_checking_a_config_loads_neither_torch_nor_deepspeed() -> None:
     code = "import sys, engine.config_docs; print({'torch', 'deepspeed'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_a_file_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_arguments: object, **_options: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # root may read everything
+    with pytest.raises(UserError, match=r"example\.json cannot be read: Permission denied: check"):
+        load_config(EXAMPLE)

@@ -188,3 +188,22 @@ def test_bits_per_byte_of_a_few_sequences_counts_the_bytes_of_their_text(
     expected = found["loss"] * 96 / math.log(2) / len(text.encode())
     assert found["num_tokens"] == 96
     assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_data_that_is_gone_and_a_config_of_another_version_are_described(
+    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, gone = tmp_path / "run", tmp_path / "gone"
+    shutil.copytree(trained.folder, run)
+    manifests = list(run.glob("checkpoints/*/manifest.json"))
+    for file in manifests:
+        file.write_text(file.read_text().replace(str(trained.corpus), str(gone)))
+    message = refusal(capsys, run)
+    assert f"prepared folder {gone}" in message
+    assert "copy the folder back" in message
+    for file in manifests:
+        file.write_text(file.read_text().replace('"d_ff"', '"d_of_tomorrow"'))
+    message = refusal(capsys, run)
+    assert "not one that this version can read" in message
+    assert "d_of_tomorrow" in message
