@@ -10,29 +10,64 @@ from torch import Tensor, nn
 
 from models.init import RandomSource
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "swish": F.silu,
+    "swiglu": F.silu,
+}
+# activation(w1 x) * (w3 x) in place of activation(w1 x) (arXiv 2002.05202).
+GATED_ACTIVATIONS = {"swiglu"}
 
 
 class FeedForward(nn.Module):
-    """w2(LN(activation(w1 x))): two matrices, the LayerNorm only with Sub-LN."""
+    """w2(LN(activation(w1 x))), the LayerNorm only with Sub-LN and NormFormer.
+
+    A gated activation has a third matrix: w2(LN(activation(w1 x) * (w3 x))).
+    """
 
     def __init__(
-        self, d_model: int, d_ff: int, activation: str, inner_norm: bool, gain: float
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: str,
+        inner_norm: bool,
+        gain: float,
+        *,
+        norm_eps: float = 1e-5,
+        activation_dropout: float = 0.0,
     ) -> None:
-        """Build the network; `gain` is the initial gain of both matrices."""
+        """Build the network.
+
+        Args:
+            d_model: width of the residual stream.
+            d_ff: inner width.
+            activation: a key of ACTIVATIONS.
+            inner_norm: a LayerNorm before the second matrix.
+            gain: initial gain of all matrices.
+            norm_eps: epsilon of the LayerNorm.
+            activation_dropout: probability of dropping an activation in training.
+        """
         super().__init__()
         self.gain = gain
         self.activation = ACTIVATIONS[activation]
         self.w1 = nn.Linear(d_model, d_ff)
-        self.inner_norm = nn.LayerNorm(d_ff) if inner_norm else nn.Identity()
+        self.w3 = nn.Linear(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
+        self.dropout = nn.Dropout(activation_dropout)
+        self.inner_norm = nn.LayerNorm(d_ff, norm_eps) if inner_norm else nn.Identity()
         self.w2 = nn.Linear(d_ff, d_model)
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal with `gain`; biases 0."""
-        for name, linear in (("w1", self.w1), ("w2", self.w2)):
-            source.xavier_normal_(linear.weight.data, f"{name}.weight", self.gain)
-            nn.init.zeros_(linear.bias)
+        for name in ("w1", "w2", "w3"):
+            linear = getattr(self, name)
+            if linear is not None:
+                source.xavier_normal_(linear.weight.data, f"{name}.weight", self.gain)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.w2(self.inner_norm(self.activation(self.w1(x))))
+        h = self.activation(self.w1(x))
+        if self.w3 is not None:
+            h = h * self.w3(x)
+        return self.w2(self.inner_norm(self.dropout(h)))
