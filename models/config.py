@@ -378,12 +378,13 @@ class ModelConfig(StrictModel):
                     f"relative_buckets={self.relative_buckets} must be even: use "
                     f"{self.relative_buckets + 1}"
                 )
-            exact = self.relative_buckets // 2
+            both = self.architecture == "encoder" or self.relative_bidirectional
+            exact = self.relative_buckets // (4 if both else 2)
             if self.relative_max_distance <= exact:
                 wrong.append(
-                    f"relative_max_distance={self.relative_max_distance} must exceed half of "
-                    f"relative_buckets={self.relative_buckets}, whose small distances have a "
-                    f"bucket each: use {exact + 1} or more, or fewer buckets"
+                    f"relative_max_distance={self.relative_max_distance} must exceed {exact}: of "
+                    f"relative_buckets={self.relative_buckets}, so many hold one small distance "
+                    f"each: use {exact + 1} or more, or fewer buckets"
                 )
         sinusoidal = self.positions in ("sinusoidal", "sinusoidal_fairseq")
         if sinusoidal and (self.d_model % 2 or self.d_model < 4):

@@ -6,12 +6,13 @@ Letters: B batch, T tokens of the prompt, V vocab_size.
 import torch
 from torch import Tensor
 
-from models.transformer import Decoder
+from models.attention import Cache
+from models.transformer import Transformer
 
 
 @torch.no_grad()
 def sample(
-    model: Decoder,
+    model: Transformer,
     prompt: Tensor,
     num_tokens: int,
     temperature: float = 0.8,
@@ -20,8 +21,11 @@ def sample(
 ) -> Tensor:
     """Continue prompts of one length by sampling.
 
+    Keys and values are cached until the model's positions are used up; from there on the window
+    of the last max_seq_len tokens moves, every position changes and each step computes it anew.
+
     Args:
-        model: the model; its experts may be spread over ranks if every rank calls this alike.
+        model: a decoder; its experts may be spread over ranks if every rank calls this alike.
         prompt: (B, T) int64, T at least 1.
         num_tokens: tokens to add to each prompt.
         temperature: 0 takes the most probable token; 1 the model's own distribution.
@@ -34,10 +38,16 @@ def sample(
     was_training = model.training
     model.eval()
     generator = torch.Generator(prompt.device).manual_seed(seed)
-    tokens = prompt
+    tokens, unseen = prompt, prompt
+    cache: Cache | None = Cache(len(model.blocks))
     for _ in range(num_tokens):
-        logits = model(tokens[:, -model.config.max_seq_len :]).logits[:, -1].float()  # (B, V)
-        tokens = torch.cat([tokens, _draw(logits, temperature, top_p, generator)], dim=1)
+        if cache is not None and cache.length + unseen.size(1) > model.max_len:
+            cache = None
+        if cache is None:
+            unseen = tokens[:, -model.max_len :]
+        logits = model(unseen, cache=cache).logits[:, -1].float()  # (B, V)
+        unseen = _draw(logits, temperature, top_p, generator)
+        tokens = torch.cat([tokens, unseen], dim=1)
     model.train(was_training)
     return tokens
 

@@ -49,6 +49,12 @@ class RandomSource:
         std = gain * math.sqrt(2.0 / (fan_in + fan_out))
         self.normal_(tensor, f"{parameter}.{part}", std, expert)
 
+    def xavier_uniform_(self, tensor: Tensor, parameter: str) -> None:
+        """Fill a matrix in place from U(-a, a), a^2 = 6 / (fan_in + fan_out)."""
+        limit = math.sqrt(6.0 / sum(tensor.shape))
+        with torch.no_grad():
+            tensor.uniform_(-limit, limit, generator=self.generator(parameter, tensor.device))
+
     def normal_(
         self, tensor: Tensor, parameter: str, std: float, expert: int | None = None
     ) -> None:

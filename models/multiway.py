@@ -35,3 +35,10 @@ class Multiway(nn.Module):
 def per_modality(module: nn.Module, x: Tensor, split_position: int | None) -> Tensor:
     """Apply a module that may have a pool of parameters for each modality."""
     return module(x, split_position) if isinstance(module, Multiway) else module(x)
+
+
+def pools(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The named pools of a module that may have some, or the module itself under its name."""
+    if isinstance(module, Multiway):
+        return [(f"{name}.pools.{index}", pool) for index, pool in enumerate(module.pools)]
+    return [(name, module)]

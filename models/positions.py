@@ -40,9 +40,7 @@ def fairseq_sinusoidal_table(num_positions: int, d_model: int) -> Tensor:
         (num_positions, D) float32.
     """
     half = d_model // 2
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float) * -(math.log(10000) / (half - 1))
-    )
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float) * -(math.log(10000) / (half - 1)))
     angles = torch.arange(2, num_positions + 2).float().unsqueeze(1) * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 

@@ -1,114 +1,459 @@
-"""The decoder: a causal language model of dense and MoE layers.
+"""Decoder, encoder and encoder-decoder from one set of blocks.
 
-Letters: B batch, T tokens, D d_model, V vocab_size.
+Letters: B batch, T tokens, S keys, D d_model, H num_heads, V vocab_size.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import SelfAttention
+from models.attention import Cache, CrossAttention, LayerCache, SelfAttention
 from models.config import ModelConfig
 from models.feed_forward import FeedForward
 from models.init import RandomSource
 from models.moe import MoE, RoutingStats
-from models.norms import NORM_STYLES
+from models.multiway import Multiway, per_modality
+from models.norms import NORM_STYLES, Depths, Residual, Sublayer, layer_norm
+from models.positions import (
+    LearnedPositions,
+    RelativeBias,
+    Rotary,
+    fairseq_sinusoidal_table,
+    sinusoidal_table,
+)
 
 IGNORE_INDEX = -100
 # GPT-2's. The papers leave it open; TorchScale's 1/sqrt(D) starts a small model well above ln V.
 EMBEDDING_STD = 0.02
 
 
-class DecoderOutput(NamedTuple):
+class ModelOutput(NamedTuple):
     """Logits and one RoutingStats for each MoE layer, first layer first.
 
     Attributes:
-        logits: (B, T, V), in the model's dtype.
-        routing: one entry for each MoE layer.
+        logits: (B, T, V), in the model's dtype; the features (B, T, D) of a model without an
+            output projection.
+        routing: one entry for each MoE layer, the encoder's before the decoder's.
     """
 
     logits: Tensor
     routing: list[RoutingStats]
 
 
-class Block(nn.Module):
-    """Attention and a feed-forward network, dense or MoE; see `models.norms` for the picture."""
+class Context(NamedTuple):
+    """What every block of a stack sees beside the residual stream.
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        """Build the layer of this index (from 0)."""
+    Attributes:
+        mask: added to self-attention's logits, broadcast to (B, H, T, S), or None.
+        is_causal: whether self-attention sees only the past; False where the mask says so.
+        rotary: turns queries and keys, or None.
+        first_position: position of the first token.
+        split_position: tokens of the first modality, or None.
+        padding: (B, T) bool, tokens that no MoE layer routes, or None.
+        memory: (B, S, D), the encoder's output, or None.
+        memory_mask: added to cross-attention's logits, broadcast to (B, H, T, S), or None.
+    """
+
+    mask: Tensor | None
+    is_causal: bool
+    rotary: Rotary | None
+    first_position: int
+    split_position: int | None
+    padding: Tensor | None
+    memory: Tensor | None
+    memory_mask: Tensor | None
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention in a decoder that has an encoder, feed-forward or MoE.
+
+    `models.norms` has the picture of each sublayer's residual stream.
+    """
+
+    def __init__(self, config: ModelConfig, depths: Depths, index: int) -> None:
+        """Build the layer of this index (from 0) of a stack."""
         super().__init__()
         style = NORM_STYLES[config.norm]
-        gain = style.gain(config.num_layers)
-        self.attention_norm = nn.LayerNorm(config.d_model)
+        alpha, gain = style.alpha(depths), style.gain(depths)
+        drop_path = config.drop_path * index / max(1, depths.own - 1)
+
+        def residual(sublayer: Sublayer) -> Residual:
+            return Residual(
+                style,
+                sublayer,
+                config.d_model,
+                alpha,
+                dropout=config.dropout,
+                drop_path=drop_path,
+                norm_eps=config.norm_eps,
+                multiway=config.multiway,
+            )
+
+        heads = (config.d_model, config.num_heads, config.attention_dropout)
+        self.attention_residual = residual("attention")
         self.attention = SelfAttention(
-            config.d_model, config.num_heads, config.attention_dropout, style.inner, gain
+            *heads,
+            "attention" in style.inner,
+            gain,
+            head_scale=style.head_scale,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            multiway=config.multiway,
         )
-        self.ffn_norm = nn.LayerNorm(config.d_model)
+        self.cross_attention: CrossAttention | None = None
+        if not depths.is_alone and not depths.in_encoder:
+            self.cross_attention_residual = residual("cross_attention")
+            self.cross_attention = CrossAttention(
+                *heads,
+                "cross_attention" in style.inner and config.cross_attention_inner_norm,
+                gain,
+                qk_norm=config.qk_norm,
+                norm_eps=config.norm_eps,
+            )
+        self.ffn_residual = residual("ffn")
         shape = (config.d_model, config.d_ff)
-        self.ffn: FeedForward | MoE
+        form = (config.activation, "ffn" in style.inner, gain)
+        options = {"norm_eps": config.norm_eps, "activation_dropout": config.activation_dropout}
+        self.ffn: nn.Module
         if config.moe is not None and config.is_moe_layer(index):
-            self.ffn = MoE(*shape, config.moe, config.activation, style.inner, gain)
+            time_major = config.moe.time_major and depths.in_encoder
+            self.ffn = MoE(*shape, config.moe, *form, **options, time_major=time_major)
         else:
-            self.ffn = FeedForward(*shape, config.activation, style.inner, gain)
-        self.dropout = nn.Dropout(config.dropout)
+            ffn = FeedForward(*shape, *form, **options)
+            self.ffn = Multiway(ffn) if config.multiway else ffn
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingStats | None]:
+    def forward(
+        self, x: Tensor, context: Context, cache: LayerCache | None = None
+    ) -> tuple[Tensor, RoutingStats | None]:
         """(B, T, D) -> (B, T, D), and the routing of a MoE layer."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
-        h = self.ffn(self.ffn_norm(x))
-        h, routing = h if isinstance(h, tuple) else (h, None)
-        return x + self.dropout(h), routing
+        split = context.split_position
+        h = self.attention(
+            self.attention_residual.before(x, split),
+            context.mask,
+            context.is_causal,
+            rotary=context.rotary,
+            first_position=context.first_position,
+            cache=cache,
+            split_position=split,
+        )
+        x = self.attention_residual.add(x, h, split)
+        if self.cross_attention is not None:
+            h = self.cross_attention_residual.before(x)
+            h = self.cross_attention(h, context.memory, context.memory_mask, cache)
+            x = self.cross_attention_residual.add(x, h)
+        h, routing = self.ffn_residual.before(x, split), None
+        if isinstance(self.ffn, MoE):
+            h, routing = self.ffn(h, context.padding)
+        else:
+            h = per_modality(self.ffn, h, split)
+        return self.ffn_residual.add(x, h, split), routing
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks, final LayerNorm, output projection."""
+class Transformer(nn.Module):
+    """One stack: embedding, blocks, and what follows them.
+
+    A decoder, an encoder, or one of the two stacks of an encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        depths: Depths,
+        *,
+        has_output: bool = True,
+        embedding: nn.Embedding | None = None,
+    ) -> None:
+        """Build a stack of a resolved config (vocab_size not None), weights not yet drawn.
+
+        Args:
+            config: the whole model's.
+            depths: which stack of it.
+            has_output: whether logits follow.
+            embedding: the other stack's, to share; None: an own one.
+        """
+        super().__init__()
+        assert config.vocab_size is not None
+        self.config = config
+        self.is_causal = not depths.in_encoder
+        is_second = self.is_causal and not depths.is_alone
+        self.max_len = (is_second and config.max_target_len) or config.max_seq_len
+        self._max_len_key = (
+            "max_target_len" if is_second and config.max_target_len else "max_seq_len"
+        )
+        self.checkpoint: Callable[..., Any] | None = None
+        d_model, norm_eps = config.d_model, config.norm_eps
+        self.embedding = embedding or nn.Embedding(config.vocab_size, d_model)
+        self.owns_embedding = embedding is None
+        self.token_norm = nn.LayerNorm(d_model, norm_eps) if config.stable_embedding else None
+        self._build_positions(is_second)
+        self.embedding_norm = (
+            layer_norm(d_model, norm_eps, config.multiway) if config.embedding_norm else None
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, depths, index) for index in range(depths.own))
+        ends_with_norm = NORM_STYLES[config.norm].before
+        self.final_norm = layer_norm(d_model, norm_eps, config.multiway) if ends_with_norm else None
+        self.output: nn.Linear | None = None
+        if has_output and config.output_projection:
+            self.output = nn.Linear(d_model, config.vocab_size, bias=False)
+            if config.tie_embeddings:
+                self.output.weight = self.embedding.weight
+
+    def _build_positions(self, is_second: bool) -> None:
+        config = self.config
+        kind, shape = config.absolute_positions, (self.max_len, config.d_model)
+        self.positions: nn.Module | None = LearnedPositions(*shape) if kind == "learned" else None
+        tables = {"sinusoidal": sinusoidal_table, "sinusoidal_fairseq": fairseq_sinusoidal_table}
+        table = tables[kind](*shape) if kind in tables else None
+        # Not persistent: the table is a function of the config.
+        self.register_buffer("sinusoids", table, persistent=False)
+        self.rotary: Rotary | None = None
+        if config.is_rotary:
+            base = None if config.attention_positions == "rotary" else config.xpos_scale_base
+            self.rotary = Rotary(config.d_model // config.num_heads, self.max_len, base)
+        self.relative_bias: RelativeBias | None = None
+        self.cross_relative_bias: RelativeBias | None = None
+        if config.is_relative:
+            sizes = (config.relative_buckets, config.num_heads, config.relative_max_distance)
+            both = config.relative_bidirectional or not self.is_causal
+            self.relative_bias = RelativeBias(*sizes, both)
+            if is_second:
+                self.cross_relative_bias = RelativeBias(*sizes, both=True)
+
+    def init_weights(self, source: RandomSource) -> None:
+        """Embeddings and an untied output from N(0, 0.02^2), so that logits start near 0.
+
+        A stable embedding is Xavier-uniform (arXiv 2110.02861, sec. 2.3).
+        """
+        if self.owns_embedding:
+            if self.config.stable_embedding:
+                source.xavier_uniform_(self.embedding.weight.data, "embedding.weight")
+            else:
+                source.normal_(self.embedding.weight.data, "embedding.weight", EMBEDDING_STD)
+        if self.output is not None and not self.config.tie_embeddings:
+            source.normal_(self.output.weight.data, "output.weight", EMBEDDING_STD)
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        padding: Tensor | None = None,
+        *,
+        token_embeddings: Tensor | None = None,
+        split_position: int | None = None,
+        memory: Tensor | None = None,
+        memory_padding: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> ModelOutput:
+        """Logits at every position.
+
+        Args:
+            tokens: (B, T) int64; None if token_embeddings are given.
+            padding: (B, S) bool, True at padding, S the cached positions and T: seen by nobody,
+                routed to no expert.
+            token_embeddings: (B, T, D) in place of the embedding's rows, for other modalities.
+            split_position: tokens of the first modality of a multiway encoder; None: all.
+            memory: (B, S', D), the encoder's output.
+            memory_padding: (B, S') bool, True at the encoder's padding.
+            cache: of the positions before these; it grows by T.
+
+        Raises:
+            ValueError: if the positions exceed the model's maximum.
+        """
+        first = cache.length if cache is not None else 0
+        x = self.embed(tokens, token_embeddings, first, split_position)
+        if padding is not None and not self.is_causal:
+            x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+        context = self._context(x, first, padding, split_position, memory, memory_padding)
+        routing = []
+        for index, block in enumerate(self.blocks):
+            if self.checkpoint is not None and self.training and torch.is_grad_enabled():
+                x, stats = _checkpointed(self.checkpoint, block, x, context)
+            else:
+                x, stats = block(x, context, cache.layers[index] if cache is not None else None)
+            if stats is not None:
+                routing.append(stats)
+        if cache is not None:
+            cache.length += x.size(1)
+        if self.final_norm is not None:
+            x = per_modality(self.final_norm, x, split_position)
+        return ModelOutput(x if self.output is None else self.output(x), routing)
+
+    def embed(
+        self,
+        tokens: Tensor | None,
+        token_embeddings: Tensor | None = None,
+        first_position: int = 0,
+        split_position: int | None = None,
+    ) -> Tensor:
+        """(B, T) -> (B, T, D), the residual stream before the first block."""
+        if token_embeddings is None:
+            assert tokens is not None
+            x = self.embedding(tokens)
+        else:
+            x = token_embeddings
+        last = first_position + x.size(1)
+        if last > self.max_len:
+            raise ValueError(
+                f"a sequence of {last} tokens exceeds the model's {self._max_len_key}="
+                f"{self.max_len}: shorten it, or use a model with more positions"
+            )
+        if self.token_norm is not None:
+            x = self.token_norm(x)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(x.size(-1))
+        if isinstance(self.positions, LearnedPositions):
+            x = x + self.positions.weight[first_position:last]
+        elif self.sinusoids is not None:
+            x = x + self.sinusoids[first_position:last].to(x.dtype)
+        if self.embedding_norm is not None:
+            x = per_modality(self.embedding_norm, x, split_position)
+        return self.dropout(x)
+
+    def _context(
+        self,
+        x: Tensor,
+        first: int,
+        padding: Tensor | None,
+        split_position: int | None,
+        memory: Tensor | None,
+        memory_padding: Tensor | None,
+    ) -> Context:
+        num_queries, last = x.size(1), first + x.size(1)
+        bias = self.relative_bias
+        is_causal = self.is_causal and num_queries > 1
+        mask = attention_mask(
+            None if bias is None else bias(first, num_queries, last),
+            padding,
+            causal_from=first if is_causal else None,
+            shape=(num_queries, last),
+            like=x,
+        )
+        bias, memory_mask = self.cross_relative_bias, None
+        if memory_padding is not None or bias is not None:
+            source_len = (memory if memory is not None else memory_padding).size(1)  # type: ignore[union-attr]
+            memory_mask = attention_mask(
+                None if bias is None else bias(first, num_queries, source_len),
+                memory_padding,
+                causal_from=None,
+                shape=(num_queries, source_len),
+                like=x,
+            )
+        return Context(
+            mask=mask,
+            is_causal=is_causal and mask is None,
+            rotary=self.rotary,
+            first_position=first,
+            split_position=split_position,
+            padding=None if padding is None else padding[:, first:],
+            memory=memory,
+            memory_mask=memory_mask,
+        )
+
+
+def attention_mask(
+    bias: Tensor | None,
+    padding: Tensor | None,
+    causal_from: int | None,
+    shape: tuple[int, int],
+    like: Tensor,
+) -> Tensor | None:
+    """What is added to attention logits; None where plain (causal) attention needs nothing.
+
+    Hidden keys get the lowest finite number: a row that sees nothing at all must stay a number.
+
+    Args:
+        bias: (1, H, T, S), or None.
+        padding: (B, S) bool, keys that nobody sees, or None.
+        causal_from: position of the first query where only the past is seen, else None.
+        shape: (T, S).
+        like: a tensor of the mask's dtype and device.
+
+    Returns:
+        Broadcasts to (B, H, T, S).
+    """
+    if bias is None and padding is None and not causal_from:
+        return None
+    hidden = torch.zeros(1, 1, *shape, dtype=torch.bool, device=like.device)
+    if causal_from is not None:
+        queries = torch.arange(causal_from, causal_from + shape[0], device=like.device)
+        hidden = hidden | (torch.arange(shape[1], device=like.device) > queries.unsqueeze(1))
+    if padding is not None:
+        hidden = hidden | padding[:, None, None, :]
+    values = like.new_zeros(1) if bias is None else bias.to(like.dtype)
+    return values.masked_fill(hidden, torch.finfo(like.dtype).min)
+
+
+def _checkpointed(
+    checkpoint: Callable[..., Any], block: nn.Module, x: Tensor, context: Context
+) -> tuple[Tensor, RoutingStats | None]:
+    """A block whose activations are computed again in the backward pass.
+
+    Checkpointing functions pass tensors alone, and only gradients of their arguments.
+    """
+    tensors = [value for value in context if isinstance(value, Tensor)]
+    places = [isinstance(value, Tensor) for value in context]
+
+    def run(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        values = iter(given)
+        filled = [
+            next(values) if is_tensor else value
+            for value, is_tensor in zip(context, places, strict=True)
+        ]
+        x, stats = block(x, Context(*filled))
+        return (x, *(stats or ()))
+
+    outputs = checkpoint(run, x, *tensors)
+    x, *stats = outputs if isinstance(outputs, tuple) else (outputs,)
+    return x, RoutingStats(*stats) if stats else None
+
+
+class EncoderDecoder(nn.Module):
+    """A bidirectional encoder and a causal decoder that attends to its output."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Build the model of a resolved config (vocab_size not None), weights not yet drawn."""
         super().__init__()
-        assert config.vocab_size is not None
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_seq_len, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.d_model)
-        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.output.weight = self.embedding.weight
+        sizes = (config.encoder_depth, config.decoder_depth)
+        self.decoder = Transformer(config, Depths(*sizes, in_encoder=False))
+        shared = self.decoder.embedding if config.share_embeddings else None
+        self.encoder = Transformer(
+            config, Depths(*sizes, in_encoder=True), has_output=False, embedding=shared
+        )
 
-    def init_weights(self, source: RandomSource) -> None:
-        """Embeddings, and an untied output, from N(0, 0.02^2), so that logits start near 0."""
-        source.normal_(self.embedding.weight.data, "embedding.weight", EMBEDDING_STD)
-        source.normal_(self.positions.weight.data, "positions.weight", EMBEDDING_STD)
-        if not self.config.tie_embeddings:
-            source.normal_(self.output.weight.data, "output.weight", EMBEDDING_STD)
-
-    def forward(self, tokens: Tensor) -> DecoderOutput:
-        """Predict the next token at every position.
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        source_padding: Tensor | None = None,
+        target_padding: Tensor | None = None,
+    ) -> ModelOutput:
+        """Logits of the token after each target position.
 
         Args:
-            tokens: (B, T) int64, T at most max_seq_len.
+            source: (B, S) int64.
+            target: (B, T) int64, the tokens so far.
+            source_padding: (B, S) bool, True at padding.
+            target_padding: (B, T) bool, True at padding.
         """
-        positions = torch.arange(tokens.size(1), device=tokens.device)
-        x = self.dropout(self.embedding(tokens) + self.positions(positions))
-        routing = []
-        for block in self.blocks:
-            x, stats = block(x)
-            if stats is not None:
-                routing.append(stats)
-        return DecoderOutput(self.output(self.final_norm(x)), routing)
+        memory, routing = self.encoder(source, source_padding)
+        logits, more = self.decoder(
+            target, target_padding, memory=memory, memory_padding=source_padding
+        )
+        return ModelOutput(logits, routing + more)
 
 
-def build_model(config: ModelConfig, seed: int) -> Decoder:
+def build_model(config: ModelConfig, seed: int) -> Transformer | EncoderDecoder:
     """The model of a resolved config with its initial weights, on the default device.
 
     The weights depend on the seed, on the parameters' names and, for experts, on their global
     indices; not on the number of ranks.
     """
-    model = Decoder(config)
+    model = empty_model(config)
     for name, module in model.named_modules():
         if hasattr(module, "init_weights"):
             # An Experts module is drawn by its MoE layer, which knows the global indices.
@@ -118,55 +463,91 @@ def build_model(config: ModelConfig, seed: int) -> Decoder:
     return model
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy in nats and the number of targets that are not IGNORE_INDEX.
+def empty_model(config: ModelConfig) -> Transformer | EncoderDecoder:
+    """The model of a resolved config with weights that nobody has drawn, to be loaded."""
+    if config.architecture == "encoder_decoder":
+        return EncoderDecoder(config)
+    in_encoder = config.architecture == "encoder"
+    return Transformer(config, Depths(config.encoder_depth, config.decoder_depth, in_encoder))
+
+
+def set_checkpointing(model: nn.Module, checkpoint: Callable[..., Any] | None) -> None:
+    """Run every block through `checkpoint(function, *tensors)` in training; None: plainly."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.checkpoint = checkpoint
+
+
+class TokenLosses(NamedTuple):
+    """Sums over the targets that count.
+
+    Attributes:
+        cross_entropy: () float32, nats.
+        z_loss: () float32, log^2 Z of the output logits (arXiv 2309.14322); 0 if not asked for.
+        num_tokens: () int64, targets that are not IGNORE_INDEX.
+    """
+
+    cross_entropy: Tensor
+    z_loss: Tensor
+    num_tokens: Tensor
+
+
+def token_losses(logits: Tensor, targets: Tensor, with_z_loss: bool = False) -> TokenLosses:
+    """The losses of a batch, summed over its tokens.
 
     Args:
         logits: (B, T, V) of any float dtype; the softmax is float32.
-        targets: (B, T) int64.
-
-    Returns:
-        () float32 and () int64.
+        targets: (B, T) int64; IGNORE_INDEX does not count.
+        with_z_loss: whether to compute it.
     """
-    flat = logits.flatten(0, 1).float()
-    total = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    return total, (targets != IGNORE_INDEX).sum()
+    flat, flat_targets = logits.flatten(0, 1).float(), targets.flatten()
+    total = F.cross_entropy(flat, flat_targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    counted = flat_targets != IGNORE_INDEX
+    z_loss = torch.zeros_like(total)
+    if with_z_loss:
+        z_loss = (flat.logsumexp(-1).square() * counted).sum()
+    return TokenLosses(total, z_loss, counted.sum())
 
 
 def num_parameters(config: ModelConfig) -> tuple[int, int]:
     """Parameters of the whole model over all ranks, and those that one token passes through.
 
-    The second number counts top_k experts a MoE layer and leaves the two embedding tables out
-    (a look-up costs nothing), but not the output projection: 6 FLOPs a token each, forward and
-    backward.
+    The second number counts top_k experts a MoE layer and leaves embedding and position tables
+    out (a look-up costs nothing), but not the output projection: 6 FLOPs a token each, forward
+    and backward.
     """
-    assert config.vocab_size is not None
-    d_model, d_ff = config.d_model, config.d_ff
-    inner = NORM_STYLES[config.norm].inner
-    attention = 4 * d_model * d_model + 4 * d_model + 2 * d_model * inner
-    ffn = 2 * d_model * d_ff + d_ff + d_model + 2 * d_ff * inner
-    norms = 4 * d_model
-    total = active = 2 * d_model + config.vocab_size * d_model
-    total += config.max_seq_len * d_model
-    total += 0 if config.tie_embeddings else config.vocab_size * d_model
-    for index in range(config.num_layers):
-        moe = config.moe if config.is_moe_layer(index) else None
-        router = _router_parameters(config) if moe else 0
-        total += attention + norms + (moe.num_experts if moe else 1) * ffn + router
-        active += attention + norms + (moe.top_k if moe else 1) * ffn + router
+    if config.moe is not None:
+        config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+    with torch.device("meta"):
+        model = empty_model(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    active = total
+    for module in model.modules():
+        if isinstance(module, MoE):
+            assert config.moe is not None
+            experts = sum(p.numel() for p in module.deepspeed_moe.experts.parameters())
+            active -= (
+                experts * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
+            )
+    tables = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    active -= sum(table.numel() for table in tables.values())
+    if config.output_projection and config.tie_embeddings:
+        assert config.vocab_size is not None
+        active += config.vocab_size * config.d_model
     return total, active
 
 
-def _router_parameters(config: ModelConfig) -> int:
-    assert config.moe is not None
-    moe = config.moe
-    if moe.router == "linear":
-        return config.d_model * moe.num_experts
-    return (config.d_model + moe.num_experts) * moe.router_width + 1
-
-
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Useful FLOPs of one training token, forward and backward, causal attention counted half."""
+    """Useful FLOPs of one training token, forward and backward, causal attention counted half.
+
+    In an encoder-decoder a token is one of the source and one of the target, of equal lengths.
+    """
     _, active = num_parameters(config)
-    attention = config.num_layers * 2 * seq_len * config.d_model / 2
-    return 6.0 * active + 6.0 * attention
+    # Pairs of tokens, in units of seq_len: all in an encoder and in cross-attention, else half.
+    crossed = config.decoder_depth if config.architecture == "encoder_decoder" else 0
+    pairs = config.encoder_depth + config.decoder_depth / 2 + crossed
+    return 6.0 * active + 6.0 * 2 * pairs * seq_len * config.d_model

@@ -1,0 +1,137 @@
+"""A model on disk that needs neither DeepSpeed nor a run: one folder with two files.
+
+config.json          {"model": {...}}, the keys of `magnetar.model`
+model.safetensors    every parameter under its name in the state dict, every expert by its index
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.config import ModelConfig
+from models.transformer import EncoderDecoder, Transformer, empty_model
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder of weights; it appears whole or not at all.
+
+    Args:
+        folder: must not exist, or be empty.
+        config: of the model, vocab_size not None.
+        tensors: by their names in the state dict. What is tied in the model is written once.
+
+    Raises:
+        ValueError: if the folder holds something, or a tensor is missing, unknown or of another
+            shape.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: name another one")
+    check_tensors(tensor_shapes(config), {name: t.shape for name, t in tensors.items()})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+        path = Path(partial, "weights")
+        path.mkdir()
+        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(kept, path / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps({"model": config.model_dump(mode="json")}, indent=1)
+        (path / CONFIG_FILE).write_text(text + "\n")
+        os.replace(path, folder)  # onto an empty folder, if it is there
+
+
+def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and the tensors of a folder of weights.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or a tensor is missing, unknown or of another
+            shape.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder / name} is missing, so {folder} is not a folder of weights: name one "
+                "that launchers.convert has written"
+            )
+    try:
+        section = json.loads((folder / CONFIG_FILE).read_text())["model"]
+        config = ModelConfig.model_validate_json(json.dumps(section))
+    except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} does not describe a model ({error}): convert it again"
+        ) from error
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} cannot be read ({error}): copy it again, or convert it again"
+        ) from error
+    try:
+        check_tensors(tensor_shapes(config), {name: t.shape for name, t in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
+    return config, tensors
+
+
+def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
+    """The model of a folder of weights, in evaluation mode, in the type that was saved.
+
+    Raises:
+        ValueError: see `load_weights`.
+    """
+    config, tensors = load_weights(Path(folder))
+    model = empty_model(config)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    # strict=False: tied tensors are written once. `load_weights` has compared all names.
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of a model, tied ones once, under their first name."""
+    if config.moe is not None:
+        config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+    with torch.device("meta"):
+        model = empty_model(config)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    return {name: t.shape for name, t in model.state_dict().items() if name not in tied}
+
+
+def check_tensors(
+    expected: Mapping[str, Iterable[int]], found: Mapping[str, Iterable[int]]
+) -> None:
+    """Compare names and shapes of tensors.
+
+    Raises:
+        ValueError: naming the first tensor of each kind that is missing, unexpected or of another
+            shape, and how many there are.
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name}, {tuple(found[name])} where the model has {tuple(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    lines = [
+        f"{len(names)} {kind}, the first is {names[0]}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+        )
+        if names
+    ]
+    if lines:
+        raise ValueError("the tensors do not fit the model: " + "; ".join(lines))
