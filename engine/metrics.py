@@ -45,21 +45,27 @@ def reduce_over_ranks(result: StepResult) -> tuple[float, float, list[RoutingSta
     """
     scalars = [result.loss, result.aux_loss]
     for stats in result.routing:
-        scalars += [stats.aux_loss.detach(), stats.entropy, stats.temperature, stats.dropped]
+        scalars += [stats.aux_loss.detach(), stats.z_loss.detach()]
+        scalars += [stats.entropy, stats.temperature, stats.dropped]
     loads = [stats.load for stats in result.routing]
     packed = torch.cat([torch.stack(scalars), *loads]).double()
     dist.all_reduce(packed)
     packed = packed.cpu()
     world_size = dist.get_world_size()
     loss, aux_loss = (packed[:2] / world_size).tolist()
-    routing, start = [], 2 + 4 * len(result.routing)
+    routing, start = [], 2 + 5 * len(result.routing)
     for index, stats in enumerate(result.routing):
-        aux, entropy, temperature, dropped = packed[2 + 4 * index : 6 + 4 * index]
+        aux, z_loss, entropy, temperature, dropped = packed[2 + 5 * index : 7 + 5 * index]
         load = packed[start : start + stats.load.numel()]
         start += stats.load.numel()
         routing.append(
             RoutingStats(
-                aux / world_size, entropy / world_size, load, dropped, temperature / world_size
+                aux / world_size,
+                entropy / world_size,
+                load,
+                dropped,
+                temperature / world_size,
+                z_loss / world_size,
             )
         )
     return loss, aux_loss, routing

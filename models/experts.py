@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.feed_forward import ACTIVATIONS
+from models.feed_forward import ACTIVATIONS, GATED_ACTIVATIONS
 from models.init import RandomSource
 
-PARAMETERS = ("w1", "b1", "norm_weight", "norm_bias", "w2", "b2")
+PARAMETERS = ("w1", "b1", "w3", "b3", "norm_weight", "norm_bias", "w2", "b2")
 
 
 class _ExpandRows(torch.autograd.Function):
@@ -37,8 +37,10 @@ class _ExpandRows(torch.autograd.Function):
 class Experts(nn.Module):
     """L feed-forward networks w2(LN(activation(w1 x + b1))) + b2, computed together.
 
-    Parameters: w1 (L, D, F), b1 (L, F), w2 (L, F, D), b2 (L, D) and, with Sub-LN's inner
-    LayerNorm, norm_weight (L, F), norm_bias (L, F).
+    A gated activation has a third matrix: w2(LN(activation(w1 x + b1) * (w3 x + b3))) + b2.
+
+    Parameters: w1 (L, D, F), b1 (L, F), w2 (L, F, D), b2 (L, D); with a gated activation w3
+    (L, D, F), b3 (L, F); with an inner LayerNorm norm_weight (L, F), norm_bias (L, F).
 
     A state dict holds one entry per expert, `deepspeed_experts.<i>.<parameter>`: the names
     under which DeepSpeed writes one file per expert.
@@ -52,16 +54,25 @@ class Experts(nn.Module):
         activation: str,
         inner_norm: bool,
         gain: float,
+        *,
+        norm_eps: float = 1e-5,
+        activation_dropout: float = 0.0,
     ) -> None:
-        """Build the experts; `gain` is the initial gain of both matrices."""
+        """Build the experts; the arguments are those of a dense `FeedForward`."""
         super().__init__()
         self.num_local_experts = num_local_experts
         self.gain = gain
+        self.norm_eps = norm_eps
         self.activation = ACTIVATIONS[activation]
+        self.activation_dropout = activation_dropout
+        self.gated = activation in GATED_ACTIVATIONS
         self.d_ff = d_ff
         self.inner_norm = inner_norm
         self.w1 = nn.Parameter(torch.empty(num_local_experts, d_model, d_ff))
         self.b1 = nn.Parameter(torch.empty(num_local_experts, d_ff))
+        if self.gated:
+            self.w3 = nn.Parameter(torch.empty(num_local_experts, d_model, d_ff))
+            self.b3 = nn.Parameter(torch.empty(num_local_experts, d_ff))
         if inner_norm:
             self.norm_weight = nn.Parameter(torch.empty(num_local_experts, d_ff))
             self.norm_bias = nn.Parameter(torch.empty(num_local_experts, d_ff))
@@ -72,13 +83,13 @@ class Experts(nn.Module):
 
     def init_weights(self, source: RandomSource, first_expert: int) -> None:
         """Xavier-normal with `gain`, drawn by global expert index; biases 0, norms 1 and 0."""
+        matrices = ("w1", "w2", "w3") if self.gated else ("w1", "w2")
         for local in range(self.num_local_experts):
-            for name, weight in (("w1", self.w1), ("w2", self.w2)):
-                source.xavier_normal_(
-                    weight.data[local], name, self.gain, expert=first_expert + local
-                )
-        nn.init.zeros_(self.b1)
-        nn.init.zeros_(self.b2)
+            for name in matrices:
+                weight = getattr(self, name).data[local]
+                source.xavier_normal_(weight, name, self.gain, expert=first_expert + local)
+        for name in matrices:
+            nn.init.zeros_(getattr(self, name.replace("w", "b")))
         if self.inner_norm:
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
@@ -95,18 +106,24 @@ class Experts(nn.Module):
         """
         offsets = counts.cumsum(0).to(torch.int32)
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
-        h = torch._grouped_mm(rows, self.w1, offs=offsets)  # (R, F)
-        h = self.activation(h + _ExpandRows.apply(self.b1, segment_ids, counts))
+
+        def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            out = torch._grouped_mm(h, weight, offs=offsets)
+            return out + _ExpandRows.apply(bias, segment_ids, counts)
+
+        h = self.activation(linear(rows, self.w1, self.b1))  # (R, F)
+        if self.gated:
+            h = h * linear(rows, self.w3, self.b3)
+        h = F.dropout(h, self.activation_dropout, self.training)
         w2: Tensor = self.w2
         b2: Tensor = self.b2
         if self.inner_norm:
             # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part
             # into the weights touches L*F*D numbers in place of R*F.
-            h = F.layer_norm(h, (self.d_ff,))
+            h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps)
             b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)
             w2 = self.norm_weight.unsqueeze(-1) * w2
-        out = torch._grouped_mm(h, w2, offs=offsets)  # (R, D)
-        return out + _ExpandRows.apply(b2, segment_ids, counts)
+        return linear(h, w2, b2)
 
 
 def _split_experts(module: nn.Module, state: dict, prefix: str, _metadata: object) -> None:

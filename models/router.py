@@ -19,6 +19,7 @@ from models.init import RandomSource
 BALANCE_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}
 # The learnable temperature is read as max(tau, this): at zero the gate would divide by nothing.
 MIN_TEMPERATURE = 0.01
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Routing(NamedTuple):
@@ -27,45 +28,117 @@ class Routing(NamedTuple):
     Attributes:
         experts: (N, K) int64, chosen experts, best first.
         weights: (N, K) float32, weight of each chosen expert's output.
+        used: (N, K) bool, False where a second expert was drawn not to be used; None: all are.
+        first_probs: (N,) float32 without gradient, softmax probability of the first choice.
         balance_probs: (N, E) float32, the distribution that the balance loss sees.
-        entropy: () float32, mean entropy of softmax(scores / tau) over the tokens, in nats.
+        entropy: (N,) float32 without gradient, entropy of softmax(scores), in nats.
+        log_z: (N,) float32, log sum exp(scores).
     """
 
     experts: Tensor
     weights: Tensor
+    used: Tensor | None
+    first_probs: Tensor
     balance_probs: Tensor
     entropy: Tensor
+    log_z: Tensor
 
 
-def route(scores: Tensor, top_k: int, gate: str, balance_probs: Tensor) -> Routing:
+def route(
+    scores: Tensor,
+    top_k: int,
+    gate: str,
+    balance_probs: Tensor,
+    second_expert: str = "all",
+    normalize: bool = True,
+) -> Routing:
     """Choose the top_k experts of every token by score.
 
     Args:
         scores: (N, E) float32, already divided by the gate's temperature.
         top_k: experts a token.
         gate: "softmax": an expert weighs its softmax probability over all experts.
-            "sigmoid": the sigmoid of its own score. With top_k > 1 the weights of a token are
-            normalised to sum 1, before any token is dropped (GShard, arXiv 2006.16668).
+            "sigmoid": the sigmoid of its own score.
         balance_probs: (N, E) float32, passed through.
+        second_expert: GShard's policy for the second of two (arXiv 2006.16668, sec. 3.1). "all":
+            the second best. "sampled": drawn from the softmax over the others. "random": the
+            second best, used with probability min(1, 2 * its weight).
+        normalize: with top_k > 1, the weights of a token are made to sum 1 (GShard).
     """
     log_probs = F.log_softmax(scores, dim=-1)
     probs = log_probs.exp()
     top_scores, experts = scores.topk(top_k, dim=-1)  # (N, K)
+    if second_expert == "sampled":
+        experts = torch.cat([experts[:, :1], sample_other(scores.detach(), experts[:, :1])], dim=-1)
+        top_scores = scores.gather(-1, experts)
     weights = top_scores.sigmoid() if gate == "sigmoid" else probs.gather(-1, experts)
-    if top_k > 1:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    entropy = -(probs.detach() * log_probs.detach()).sum(-1).mean()
-    return Routing(experts, weights, balance_probs, entropy)
+    if normalize:
+        weights = normalized(weights)
+    used = None
+    if second_expert == "random":
+        used = torch.ones_like(experts, dtype=torch.bool)
+        used[:, 1] = 2 * weights.detach()[:, 1] > torch.rand_like(weights[:, 1])
+        weights = weights * used
+    with torch.no_grad():
+        first_probs = probs.gather(-1, experts[:, :1]).squeeze(-1)
+        entropy = -(probs * log_probs).sum(-1)
+    log_z = scores.logsumexp(-1)
+    return Routing(experts, weights, used, first_probs, balance_probs, entropy, log_z)
 
 
-class LinearRouter(nn.Module):
-    """scores = W h, as in Switch (arXiv 2101.03961) and GShard."""
+def sample_other(scores: Tensor, first: Tensor) -> Tensor:
+    """Draw an expert other than the first from the softmax over the others, by Gumbel-max.
 
-    def __init__(self, d_model: int, num_experts: int, top_k: int, gate: str) -> None:
-        """Build the router; see `route` for top_k and gate."""
+    Args:
+        scores: (N, E) float32.
+        first: (N, 1) int64, the experts that are not drawn.
+
+    Returns:
+        (N, 1) int64.
+    """
+    gumbel = -torch.empty_like(scores).exponential_().clamp_min(TINY).log()
+    return (scores + gumbel).scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
+
+
+def normalized(weights: Tensor) -> Tensor:
+    """(N, K) float32 -> (N, K), rows that sum 1; a single weight, and a row of 0, as they are."""
+    if weights.size(-1) == 1:
+        return weights
+    return weights / weights.sum(-1, keepdim=True).clamp_min(TINY)
+
+
+class Router(nn.Module):
+    """What the routers have in common: how scores become a decision."""
+
+    def __init__(self, top_k: int, gate: str, second_expert: str, normalize: bool) -> None:
+        """See `route`; the second expert's policy is for training, outside it is "all"."""
         super().__init__()
         self.top_k = top_k
         self.gate = gate
+        self.second_expert = second_expert
+        self.normalize = normalize
+
+    def decide(self, scores: Tensor, balance_probs: Tensor) -> Routing:
+        """Two (N, E) float32 -> Routing."""
+        second_expert = self.second_expert if self.training else "all"
+        return route(scores, self.top_k, self.gate, balance_probs, second_expert, self.normalize)
+
+
+class LinearRouter(Router):
+    """scores = W h, as in Switch (arXiv 2101.03961) and GShard."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        gate: str,
+        *,
+        second_expert: str = "all",
+        normalize: bool = True,
+    ) -> None:
+        """Build the router; see `route` for the other arguments."""
+        super().__init__(top_k, gate, second_expert, normalize)
         self.wg = nn.Linear(d_model, num_experts, bias=False)
 
     def init_weights(self, source: RandomSource) -> None:
@@ -75,55 +148,86 @@ class LinearRouter(nn.Module):
     def forward(self, h: Tensor) -> Routing:
         """(N, D) of any float dtype -> Routing."""
         scores = F.linear(h.float(), self.wg.weight.float())  # (N, E)
-        return route(scores, self.top_k, self.gate, scores.softmax(-1))
+        return self.decide(scores, scores.softmax(-1))
 
 
-class XMoERouter(nn.Module):
+class XMoERouter(Router):
     """s_i = (W h . e_i) / (||W h|| ||e_i||), gated with a learnable temperature.
 
     arXiv 2204.09179, eq. 6-9: low-rank projection, L2 normalisation of both sides, softmax or
-    sigmoid gate at temperature tau, balance probabilities at the fixed tau_0.
+    sigmoid gate at temperature tau, balance probabilities at the fixed tau_0. TorchScale 0.3.0
+    has neither the tokens' normalisation nor a temperature.
 
     Parameters: `projection.weight` (d_router, D) is W, `centroids` (E, d_router) are the e_i
     (DeepSpeed would take a name with "expert" in it for an expert's own weight), `temperature`
-    (1,) is tau.
+    (1,) is tau, None where it is not learned.
     """
 
+    temperature: nn.Parameter | None
+
     def __init__(
-        self, d_model: int, num_experts: int, top_k: int, gate: str, d_router: int
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        gate: str,
+        d_router: int,
+        *,
+        second_expert: str = "all",
+        normalize: bool = True,
+        normalize_tokens: bool = True,
+        learned_temperature: bool = True,
     ) -> None:
-        """Build the router; d_router is the paper's d_e, typically num_experts / 2."""
-        super().__init__()
-        self.top_k = top_k
-        self.gate = gate
-        self.balance_temperature = BALANCE_TEMPERATURE[gate]
+        """Build the router; see `route` for what is not named here.
+
+        Args:
+            d_model: width of the tokens.
+            num_experts: experts of the layer.
+            top_k: experts a token.
+            gate: "softmax" or "sigmoid".
+            d_router: the paper's d_e, typically num_experts / 2.
+            second_expert: policy for the second expert.
+            normalize: make a token's weights sum 1.
+            normalize_tokens: divide by ||W h||.
+            learned_temperature: divide by tau in the gate and tau_0 in the balance loss; else by
+                nothing.
+        """
+        super().__init__(top_k, gate, second_expert, normalize)
+        self.normalize_tokens = normalize_tokens
+        self.balance_temperature = BALANCE_TEMPERATURE[gate] if learned_temperature else 1.0
         self.projection = nn.Linear(d_model, d_router, bias=False)
         self.centroids = nn.Parameter(torch.empty(num_experts, d_router))
         # Shape (1,), not (): ZeRO cannot flatten a 0-dimensional bf16 tensor.
-        self.temperature = nn.Parameter(torch.empty(1))
+        self.temperature = nn.Parameter(torch.empty(1)) if learned_temperature else None
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal projection, Gaussian directions for the experts, tau = tau_0."""
         source.xavier_normal_(self.projection.weight.data, "projection.weight")
         source.normal_(self.centroids.data, "centroids", 1.0)
-        nn.init.constant_(self.temperature, self.balance_temperature)
+        if self.temperature is not None:
+            nn.init.constant_(self.temperature, self.balance_temperature)
 
     def cosine_scores(self, h: Tensor) -> Tensor:
-        """(N, D) of any float dtype -> (N, E) float32 in [-1, 1] (eq. 6)."""
+        """(N, D) of any float dtype -> (N, E) float32, cosines (eq. 6) with normalize_tokens."""
         projected = F.linear(h.float(), self.projection.weight.float())  # (N, d_router)
-        return F.linear(F.normalize(projected, dim=-1), F.normalize(self.centroids.float(), dim=-1))
+        if self.normalize_tokens:
+            projected = F.normalize(projected, dim=-1)
+        return F.linear(projected, F.normalize(self.centroids.float(), dim=-1))
 
     def forward(self, h: Tensor) -> Routing:
         """(N, D) of any float dtype -> Routing."""
         scores = self.cosine_scores(h)
-        tau = self.temperature.float()
-        # Straight through: below the minimum the loss must still be able to raise tau again.
-        temperature = tau + (tau.clamp_min(MIN_TEMPERATURE) - tau).detach()
         balance_probs = (scores / self.balance_temperature).softmax(-1)
-        return route(scores / temperature, self.top_k, self.gate, balance_probs)
+        if self.temperature is not None:
+            tau = self.temperature.float()
+            # Straight through: below the minimum the loss must still be able to raise tau again.
+            scores = scores / (tau + (tau.clamp_min(MIN_TEMPERATURE) - tau).detach())
+        return self.decide(scores, balance_probs)
 
 
-def balance_loss(balance_probs: Tensor, first_choice_fraction: Tensor) -> Tensor:
+def balance_loss(
+    balance_probs: Tensor, first_choice_fraction: Tensor, num_tokens: Tensor | None = None
+) -> Tensor:
     """E * sum_i t_i * mean_tokens(p_i), 1 when the load is even (arXiv 2204.09179, eq. 9).
 
     Args:
@@ -131,9 +235,14 @@ def balance_loss(balance_probs: Tensor, first_choice_fraction: Tensor) -> Tensor
         first_choice_fraction: (E,) float32, t_i: the share of the whole batch's tokens, over all
             ranks, whose first choice is expert i. It carries no gradient, so the mean over the
             ranks of this loss is the loss of the whole batch, gradient included.
+        num_tokens: () what the sum over tokens is divided by, where the ranks have unequal
+            numbers of tokens: the whole batch's tokens a rank. None: N.
 
     Returns:
         () float32.
     """
     num_experts = balance_probs.size(-1)
-    return num_experts * (first_choice_fraction * balance_probs.mean(0)).sum()
+    mean_probs = balance_probs.sum(0) / (
+        balance_probs.size(0) if num_tokens is None else num_tokens
+    )
+    return num_experts * (first_choice_fraction * mean_probs).sum()

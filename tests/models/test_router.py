@@ -130,8 +130,10 @@ def test_gates_equal_a_loop_over_tokens(kind: str, top_k: int, gate: str) -> Non
     expected = torch.tensor([[float(w) for w in row] for row in weights], dtype=torch.float64)
     torch.testing.assert_close(routing.weights.double(), expected, rtol=0, atol=ROUNDING)
     probs = brute_force.softmax(scores)
-    entropy = -(probs * probs.log()).sum(-1).mean().item()
-    assert routing.entropy.item() == pytest.approx(entropy, abs=ROUNDING)
+    entropy = -(probs * probs.log()).sum(-1)
+    torch.testing.assert_close(routing.entropy.double(), entropy, rtol=0, atol=ROUNDING)
+    log_z = scores.exp().sum(-1).log()
+    torch.testing.assert_close(routing.log_z.double(), log_z, rtol=0, atol=ROUNDING)
     if kind == "linear":
         torch.testing.assert_close(routing.balance_probs.double(), probs, rtol=0, atol=ROUNDING)
 
