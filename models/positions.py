@@ -10,15 +10,7 @@ from torch import Tensor, nn
 
 from models.init import RandomSource
 
-POSITION_STD = 0.02
-
-
-class LearnedPositions(nn.Embedding):
-    """A table with one row a position."""
-
-    def init_weights(self, source: RandomSource) -> None:
-        """N(0, 0.02^2), as the token embedding."""
-        source.normal_(self.weight.data, "weight", POSITION_STD)
+BIAS_STD = 0.02
 
 
 def sinusoidal_table(num_positions: int, d_model: int) -> Tensor:
@@ -32,9 +24,10 @@ def sinusoidal_table(num_positions: int, d_model: int) -> Tensor:
 
 
 def fairseq_sinusoidal_table(num_positions: int, d_model: int) -> Tensor:
-    """Fairseq's variant: position p is that of p + 2, all sines before all cosines, and the
+    """Fairseq's variant of it: the table of the imported sinusoidal weights.
 
-    frequencies are 10000^(-i / (D/2 - 1)).
+    Row p stands for position p + 2, all sines come before all cosines, and the frequencies are
+    10000^(-i / (D/2 - 1)).
 
     Returns:
         (num_positions, D) float32.
@@ -135,7 +128,7 @@ class RelativeBias(nn.Embedding):
 
     def init_weights(self, source: RandomSource) -> None:
         """N(0, 0.02^2): attention starts nearly unbiased."""
-        source.normal_(self.weight.data, "weight", POSITION_STD)
+        source.normal_(self.weight.data, "weight", BIAS_STD)
 
     def forward(self, first_query: int, num_queries: int, num_keys: int) -> Tensor:  # type: ignore[override]
         """The bias of queries from position first_query on and keys from 0 on: (1, H, T, S)."""

@@ -19,7 +19,6 @@ from models.moe import MoE, RoutingStats
 from models.multiway import Multiway, per_modality
 from models.norms import NORM_STYLES, Depths, Residual, Sublayer, layer_norm
 from models.positions import (
-    LearnedPositions,
     RelativeBias,
     Rotary,
     fairseq_sinusoidal_table,
@@ -206,7 +205,7 @@ class Transformer(nn.Module):
     def _build_positions(self, is_second: bool) -> None:
         config = self.config
         kind, shape = config.absolute_positions, (self.max_len, config.d_model)
-        self.positions: nn.Module | None = LearnedPositions(*shape) if kind == "learned" else None
+        self.positions = nn.Embedding(*shape) if kind == "learned" else None
         tables = {"sinusoidal": sinusoidal_table, "sinusoidal_fairseq": fairseq_sinusoidal_table}
         table = tables[kind](*shape) if kind in tables else None
         # Not persistent: the table is a function of the config.
@@ -234,6 +233,8 @@ class Transformer(nn.Module):
                 source.xavier_uniform_(self.embedding.weight.data, "embedding.weight")
             else:
                 source.normal_(self.embedding.weight.data, "embedding.weight", EMBEDDING_STD)
+        if self.positions is not None:
+            source.normal_(self.positions.weight.data, "positions.weight", EMBEDDING_STD)
         if self.output is not None and not self.config.tie_embeddings:
             source.normal_(self.output.weight.data, "output.weight", EMBEDDING_STD)
 
@@ -305,7 +306,7 @@ class Transformer(nn.Module):
             x = self.token_norm(x)
         if self.config.scale_embedding:
             x = x * math.sqrt(x.size(-1))
-        if isinstance(self.positions, LearnedPositions):
+        if self.positions is not None:
             x = x + self.positions.weight[first_position:last]
         elif self.sinusoids is not None:
             x = x + self.sinusoids[first_position:last].to(x.dtype)
