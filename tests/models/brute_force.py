@@ -38,14 +38,19 @@ def relu(h: Tensor) -> Tensor:
     return torch.where(h > 0, h, torch.zeros_like(h))
 
 
-ACTIVATIONS = {"gelu": gelu, "relu": relu}
+def swish(h: Tensor) -> Tensor:
+    """h / (1 + exp(-h)); the first factor of SwiGLU as well."""
+    return h / (1 + torch.exp(-h))
 
 
-def layer_norm(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+ACTIVATIONS = {"gelu": gelu, "relu": relu, "swish": swish, "swiglu": swish}
+
+
+def layer_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
     """(h - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
     centred = h - h.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    return centred / torch.sqrt(variance + LAYER_NORM_EPS) * weight + bias
+    return centred / torch.sqrt(variance + eps) * weight + bias
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -54,16 +59,18 @@ def softmax(scores: Tensor) -> Tensor:
     return exponentials / exponentials.sum(-1, keepdim=True)
 
 
-def cosine_scores(h: Tensor, projection: Tensor, centroids: Tensor) -> Tensor:
+def cosine_scores(
+    h: Tensor, projection: Tensor, centroids: Tensor, normalize_tokens: bool = True
+) -> Tensor:
     """(N, E): s_i = (W h . e_i) / (||W h|| ||e_i||), one token and one expert at a time."""
     rows = []
     for token in h:
         projected = projection @ token
+        length = projected.square().sum().sqrt() if normalize_tokens else 1.0
         rows.append(
             torch.stack(
                 [
-                    (projected * centroid).sum()
-                    / (projected.square().sum().sqrt() * centroid.square().sum().sqrt())
+                    (projected * centroid).sum() / (length * centroid.square().sum().sqrt())
                     for centroid in centroids
                 ]
             )
@@ -71,7 +78,9 @@ def cosine_scores(h: Tensor, projection: Tensor, centroids: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def gate(scores: Tensor, top_k: int, kind: str) -> tuple[list[list[int]], list[list[Tensor]]]:
+def gate(
+    scores: Tensor, top_k: int, kind: str, normalize: bool = True
+) -> tuple[list[list[int]], list[list[Tensor]]]:
     """Chosen experts of each token, best first, and the weights of their outputs."""
     experts, weights = [], []
     for row in scores:
@@ -80,7 +89,7 @@ def gate(scores: Tensor, top_k: int, kind: str) -> tuple[list[list[int]], list[l
             gates = [1 / (1 + torch.exp(-row[expert])) for expert in chosen]
         else:
             gates = [torch.exp(row[expert] - row.logsumexp(0)) for expert in chosen]
-        total = sum(gates) if top_k > 1 else 1.0
+        total = sum(gates) if normalize and top_k > 1 else 1.0
         experts.append(chosen)
         weights.append([gate / total for gate in gates])
     return experts, weights
@@ -98,21 +107,28 @@ def balance_loss(probs: Tensor, first_choices: list[int]) -> Tensor:
 
 
 def kept_choices(
-    experts: list[list[int]], num_experts: int, capacity: int | None
+    experts: list[list[int]],
+    num_experts: int,
+    capacity: int | None,
+    token_order: list[int] | None = None,
+    used: list[list[bool]] | None = None,
 ) -> list[list[bool]]:
-    """Which choices of which tokens are kept: first choices first, then by position."""
+    """Which choices of which tokens are kept: first choices first, then by position or order."""
     filled = [0] * num_experts
     kept = [[False] * len(chosen) for chosen in experts]
     for choice in range(len(experts[0])):
-        for token, chosen in enumerate(experts):
-            if capacity is None or filled[chosen[choice]] < capacity:
-                filled[chosen[choice]] += 1
+        for token in token_order or range(len(experts)):
+            expert = experts[token][choice]
+            if used is not None and not used[token][choice]:
+                continue
+            if capacity is None or filled[expert] < capacity:
+                filled[expert] += 1
                 kept[token][choice] = True
     return kept
 
 
 class MoEResult(NamedTuple):
-    """What `moe_layer` returns: (N, D), (), (), counts and numbers of dropped choices."""
+    """What `moe_layer` returns: (N, D), losses, counts and numbers of dropped choices."""
 
     output: Tensor
     aux_loss: Tensor
@@ -120,22 +136,32 @@ class MoEResult(NamedTuple):
     load: list[int]
     dropped: int
     kept: list[list[bool]]
+    z_loss: Tensor
 
 
-def feed_forward(p: dict[str, Tensor], h: Tensor, activation: str, expert: int) -> Tensor:
+def feed_forward(
+    p: dict[str, Tensor], h: Tensor, activation: str, expert: int, eps: float = LAYER_NORM_EPS
+) -> Tensor:
     """(D,) -> (D,) by one expert of stacked parameters."""
     hidden = ACTIVATIONS[activation](h @ p["experts.w1"][expert] + p["experts.b1"][expert])
+    if "experts.w3" in p:
+        hidden = hidden * (h @ p["experts.w3"][expert] + p["experts.b3"][expert])
     if "experts.norm_weight" in p:
         hidden = layer_norm(
-            hidden, p["experts.norm_weight"][expert], p["experts.norm_bias"][expert]
+            hidden, p["experts.norm_weight"][expert], p["experts.norm_bias"][expert], eps
         )
     return hidden @ p["experts.w2"][expert] + p["experts.b2"][expert]
 
 
 def moe_layer(
-    p: dict[str, Tensor], h: Tensor, moe: MoEConfig, activation: str, capacity: int | None
+    p: dict[str, Tensor],
+    h: Tensor,
+    moe: MoEConfig,
+    activation: str,
+    capacity: int | None,
+    eps: float = LAYER_NORM_EPS,
 ) -> MoEResult:
-    """A MoE layer over (N, D) float64, token by token.
+    """A MoE layer without noise over (N, D) float64, token by token.
 
     The names of `p` are those of MoE.deepspeed_moe's parameters.
     """
@@ -143,20 +169,33 @@ def moe_layer(
         scores = torch.stack([p["gate.wg.weight"] @ token for token in h])
         balance_probs = softmax(scores)
     else:
-        cosines = cosine_scores(h, p["gate.projection.weight"], p["gate.centroids"])
-        balance_probs = softmax(cosines / {"softmax": 0.3, "sigmoid": 0.07}[moe.gate])
-        scores = cosines / p["gate.temperature"][0]
-    experts, weights = gate(scores, moe.top_k, moe.gate)
-    kept = kept_choices(experts, moe.num_experts, capacity)
+        scores = cosine_scores(
+            h, p["gate.projection.weight"], p["gate.centroids"], moe.normalize_tokens
+        )
+        tau_0 = {"softmax": 0.3, "sigmoid": 0.07}[moe.gate] if moe.learned_temperature else 1.0
+        balance_probs = softmax(scores / tau_0)
+        if moe.learned_temperature:
+            scores = scores / p["gate.temperature"][0]
+    before_dropping = moe.normalize_weights == "before_dropping"
+    experts, weights = gate(scores, moe.top_k, moe.gate, before_dropping)
+    probs = softmax(scores)
+    token_order = None
+    if moe.capacity_order == "batch_prioritized":
+        token_order = sorted(range(len(h)), key=lambda token: -probs[token].max().item())
+    kept = kept_choices(experts, moe.num_experts, capacity, token_order)
     outputs = []
     for token in range(len(h)):
-        total = torch.zeros_like(h[token])
+        out = torch.zeros_like(h[token])
+        total = torch.zeros((), dtype=torch.float64)
         for choice, expert in enumerate(experts[token]):
             if kept[token][choice]:
-                out = feed_forward(p, h[token], activation, expert)
-                total = total + weights[token][choice] * out
-        outputs.append(total)
-    probs = softmax(scores)
+                total = total + weights[token][choice]
+                out = out + weights[token][choice] * feed_forward(
+                    p, h[token], activation, expert, eps
+                )
+        if moe.top_k > 1 and not before_dropping and any(kept[token]):
+            out = out / total
+        outputs.append(out)
     flat = [expert for chosen in experts for expert in chosen]
     return MoEResult(
         output=torch.stack(outputs),
@@ -165,6 +204,7 @@ def moe_layer(
         load=[flat.count(expert) for expert in range(moe.num_experts)],
         dropped=sum(not keep for keeps in kept for keep in keeps),
         kept=kept,
+        z_loss=scores.exp().sum(-1).log().square().mean(),
     )
 
 
