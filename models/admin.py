@@ -1,0 +1,217 @@
+"""Admin (arXiv 2004.08249): omegas from a profile of the initial model, and folding them away.
+
+Letters: B batch, T tokens, D d_model.
+
+A sublayer is x <- LN(omega * x + f(x)) with a vector omega (D,). The profile is the variance of
+every f_i(x) in the untrained model with omega = 1; then
+
+    omega_1 = 1,   omega_{i+1} = sqrt(Var(x_0) + Var(f_1) + ... + Var(f_i))
+
+in each stack, x_0 its embedding. After training, omega_i goes into the LayerNorm before sublayer
+i and its inverse into the matrices that read that LayerNorm: Post-LN with the same function.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.moe import MoE
+from models.multiway import pools
+from models.norms import Residual
+from models.transformer import Block, Transformer, empty_model
+
+SUBLAYERS = ("attention", "cross_attention", "ffn")
+# Below this, folding would multiply weights by more than float32 has digits for.
+MIN_OMEGA = 1e-4
+
+
+def stacks(model: nn.Module) -> dict[str, Transformer]:
+    """The stacks of a model by name: "encoder" and "decoder", or the one that it has."""
+    if isinstance(model, Transformer):
+        return {model.config.architecture: model}
+    return {name: part for name, part in model.named_children() if isinstance(part, Transformer)}
+
+
+def sublayers(stack: Transformer) -> Iterator[tuple[nn.Module, Residual]]:
+    """Every sublayer of a stack with its residual, in the order of the residual stream."""
+    for block in stack.blocks:
+        assert isinstance(block, Block)
+        for name in SUBLAYERS:
+            module = getattr(block, name)
+            if module is not None:
+                yield module, getattr(block, f"{name}_residual")
+
+
+@contextmanager
+def recorded_moments(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Sum up what the forward passes inside produce.
+
+    Yields:
+        For each stack (1 + number of sublayers, 3) float64: of the embedding and of every
+        sublayer's output the count, the sum and the sum of squares of its numbers. They add up
+        over batches, and over ranks.
+    """
+    moments = {}
+    hooks = []
+
+    def watch(row: Tensor) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple, output: Any = None) -> None:
+            value = arguments[0] if output is None else output
+            value = (value[0] if isinstance(value, tuple) else value).detach().double()
+            row.add_(torch.stack([value.new_tensor(value.numel()), value.sum(), (value**2).sum()]))
+
+        return hook
+
+    for name, stack in stacks(model).items():
+        found = list(sublayers(stack))
+        table = torch.zeros(
+            1 + len(found), 3, dtype=torch.float64, device=stack.embedding.weight.device
+        )
+        moments[name] = table
+        hooks.append(stack.blocks[0].register_forward_pre_hook(watch(table[0])))
+        for row, (module, _) in zip(table[1:], found, strict=True):
+            hooks.append(module.register_forward_hook(watch(row)))
+    try:
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def variances(moments: Tensor) -> list[float]:
+    """Of the embedding and of every sublayer, from their (1 + sublayers, 3) moments."""
+    counts, sums, squares = moments.unbind(1)
+    return (squares / counts - (sums / counts) ** 2).tolist()
+
+
+def omegas(profile: list[float]) -> list[float]:
+    """omega of every sublayer of a stack, from the variances of its embedding and sublayers."""
+    total, values = profile[0], [1.0]
+    for variance in profile[1:-1]:
+        total += variance
+        values.append(math.sqrt(total))
+    return values
+
+
+def set_omegas(model: nn.Module, profile: dict[str, list[float]]) -> None:
+    """Start every omega at its profiled value.
+
+    Args:
+        model: with norm "admin".
+        profile: for each stack, the variances of its embedding and its sublayers.
+    """
+    for name, stack in stacks(model).items():
+        residuals = [residual for _, residual in sublayers(stack)]
+        for residual, value in zip(residuals, omegas(profile[name]), strict=True):
+            assert residual.omega is not None
+            nn.init.constant_(residual.omega, value)
+
+
+@torch.no_grad()
+def fold_admin(
+    config: ModelConfig, tensors: dict[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A Post-LN model with the function of an Admin model.
+
+    Where the embedding itself must be scaled, it can no longer be the output projection or the
+    other stack's embedding, and computed positions become a table.
+
+    Args:
+        config: of a model with norm "admin".
+        tensors: its state dict, tied tensors at least once.
+
+    Returns:
+        Config and state dict of the folded model.
+
+    Raises:
+        ValueError: if the model is not an Admin model, or an omega is too near to 0.
+    """
+    if config.norm != "admin":
+        raise ValueError(
+            f"norm={config.norm!r} has no omega to fold: give a model with norm 'admin'"
+        )
+    model = empty_model(config)
+    model.load_state_dict(tensors, strict=False)
+    model.double()
+    changes: dict[str, Any] = {"norm": "post"}
+    folded: dict[str, Tensor] = {}
+    for name, stack in stacks(model).items():
+        prefix = "" if stack is model else f"{name}."
+        scale = _scale_norm_of
+        for index, (module, residual) in enumerate(sublayers(stack)):
+            omega = residual.omega
+            assert omega is not None
+            if omega.abs().min() < MIN_OMEGA:
+                raise ValueError(
+                    f"an omega of sublayer {index + 1} of the {name} is {omega.abs().min():.1e}: "
+                    f"folding divides by it, and needs at least {MIN_OMEGA:g}: use the model as it "
+                    "is"
+                )
+            if index:
+                scale(previous.norm, omega)
+            elif stack.embedding_norm is not None:
+                scale(stack.embedding_norm, omega)
+            else:
+                folded |= _scale_embedding(stack, omega, prefix, changes)
+            _scale_inputs(module, 1.0 / omega)
+            previous = residual
+    state = {name: t for name, t in model.state_dict().items() if not name.endswith(".omega")}
+    dtype = next(iter(tensors.values())).dtype
+    state = {name: tensor.to(dtype) for name, tensor in (state | folded).items()}
+    if config.tie_embeddings and changes.get("tie_embeddings", True):
+        state.pop("decoder.output.weight" if "decoder.output.weight" in state else "output.weight")
+    if config.share_embeddings and changes.get("share_embeddings", True):
+        state.pop("encoder.embedding.weight")
+    return config.model_copy(update=changes), state
+
+
+def _scale_norm_of(norm: nn.Module, omega: Tensor) -> None:
+    """Multiply what a LayerNorm (or each of its pools) returns."""
+    for _, pool in pools(norm, ""):
+        pool.weight *= omega  # type: ignore[operator]
+        pool.bias *= omega  # type: ignore[operator]
+
+
+def _scale_embedding(
+    stack: Transformer, omega: Tensor, prefix: str, changes: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors by which a stack's embedding is multiplied by omega; notes changed keys."""
+    found = {}
+    if stack.token_norm is not None:
+        _scale_norm_of(stack.token_norm, omega)
+    else:
+        changes |= {"tie_embeddings": False}
+        if stack.config.share_embeddings:
+            changes |= {"share_embeddings": False}
+        found[f"{prefix}embedding.weight"] = stack.embedding.weight * omega
+    table = stack.sinusoids if stack.positions is None else stack.positions.weight
+    if table is not None:
+        changes |= {"positions": "learned"}
+        found[f"{prefix}positions.weight"] = table * omega
+    return found
+
+
+def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
+    """Multiply what a sublayer's first matrices read, column by column."""
+    if isinstance(module, MoE):
+        gate, experts = module.deepspeed_moe.gate, module.deepspeed_moe.experts
+        router = gate.projection if hasattr(gate, "projection") else gate.wg
+        router.weight *= factor
+        for name in ("w1", "w3"):
+            weight = getattr(experts, name, None)
+            if weight is not None:
+                weight *= factor.unsqueeze(-1)  # (L, D, F)
+        return
+    for name in ("qkv_proj", "q_proj"):
+        if hasattr(module, name):
+            module = getattr(module, name)
+            break
+    for _, pool in pools(module, ""):
+        for linear in (pool,) if isinstance(pool, nn.Linear) else (pool.w1, pool.w3):
+            if linear is not None:
+                linear.weight *= factor  # type: ignore[operator]
