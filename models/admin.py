@@ -142,7 +142,7 @@ def fold_admin(
     folded: dict[str, Tensor] = {}
     for name, stack in stacks(model).items():
         prefix = "" if stack is model else f"{name}."
-        scale = _scale_norm_of
+        producer = stack.embedding_norm
         for index, (module, residual) in enumerate(sublayers(stack)):
             omega = residual.omega
             assert omega is not None
@@ -152,14 +152,12 @@ def fold_admin(
                     f"folding divides by it, and needs at least {MIN_OMEGA:g}: use the model as it "
                     "is"
                 )
-            if index:
-                scale(previous.norm, omega)
-            elif stack.embedding_norm is not None:
-                scale(stack.embedding_norm, omega)
+            if producer is not None:
+                _scale_norm(producer, omega)
             else:
                 folded |= _scale_embedding(stack, omega, prefix, changes)
             _scale_inputs(module, 1.0 / omega)
-            previous = residual
+            producer = residual.norm
     state = {name: t for name, t in model.state_dict().items() if not name.endswith(".omega")}
     dtype = next(iter(tensors.values())).dtype
     state = {name: tensor.to(dtype) for name, tensor in (state | folded).items()}
@@ -170,7 +168,7 @@ def fold_admin(
     return config.model_copy(update=changes), state
 
 
-def _scale_norm_of(norm: nn.Module, omega: Tensor) -> None:
+def _scale_norm(norm: nn.Module, omega: Tensor) -> None:
     """Multiply what a LayerNorm (or each of its pools) returns."""
     for _, pool in pools(norm, ""):
         pool.weight *= omega  # type: ignore[operator]
@@ -183,7 +181,7 @@ def _scale_embedding(
     """The tensors by which a stack's embedding is multiplied by omega; notes changed keys."""
     found = {}
     if stack.token_norm is not None:
-        _scale_norm_of(stack.token_norm, omega)
+        _scale_norm(stack.token_norm, omega)
     else:
         changes |= {"tie_embeddings": False}
         if stack.config.share_embeddings:
