@@ -138,7 +138,7 @@ class _GatherTokens(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         slots = grad.new_zeros(ctx.top_k * ctx.num_tokens, grad.size(1)).index_copy(0, order, grad)
-        return slots.view(ctx.top_k, ctx.num_tokens, -1).sum(0), None, None
+        return slots.unflatten(0, (ctx.top_k, ctx.num_tokens)).sum(0), None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -256,7 +256,7 @@ class SparseFeedForward(MOELayer):
             kept = torch.zeros_like(weights).view(-1).index_fill(0, assignments.order, 1.0)
             weights = normalized(weights * kept.view(top_k, num_tokens).t())
         slots = rows.new_zeros(top_k * num_tokens, rows.size(1))
-        slots = slots.index_copy(0, assignments.order, rows).view(top_k, num_tokens, -1)
+        slots = slots.index_copy(0, assignments.order, rows).unflatten(0, (top_k, num_tokens))
         return (slots * weights.t().unsqueeze(-1).to(rows.dtype)).sum(0)
 
     def _stats(self, routing: Routing, assignments: Assignments) -> RoutingStats:

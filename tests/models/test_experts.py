@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.experts import Experts
+from models.init import RandomSource
 from tests.models import brute_force
 
 D, F = 8, 16
@@ -13,45 +14,57 @@ ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
 COUNTS = [[3, 1, 5, 2], [0, 4, 0, 7], [0, 0, 0, 6], [9, 0, 0, 0], [1], [0, 2]]
 
 
-def build(num_experts: int, activation: str = "gelu", inner_norm: bool = True) -> Experts:
-    experts = Experts(num_experts, D, F, activation, inner_norm, 1.0)
+def build(
+    num_experts: int, activation: str = "gelu", inner_norm: bool = True, **more: float
+) -> Experts:
+    experts = Experts(num_experts, D, F, activation, inner_norm, 1.0, **more)
     brute_force.randomize(experts, seed=1)
     return experts
 
 
-def separate(experts: Experts, index: int, activation: str) -> nn.Sequential:
+class Separate(nn.Module):
     """One expert as torch's own layers in float64, with copies of its weights."""
-    first, second = nn.Linear(D, F), nn.Linear(F, D)
-    norm = nn.LayerNorm(F) if experts.inner_norm else nn.Identity()
-    middle = {"gelu": nn.GELU(), "relu": nn.ReLU()}[activation]
-    with torch.no_grad():
-        first.weight.copy_(experts.w1[index].T)
-        first.bias.copy_(experts.b1[index])
-        second.weight.copy_(experts.w2[index].T)
-        second.bias.copy_(experts.b2[index])
-        if experts.inner_norm:
-            norm.weight.copy_(experts.norm_weight[index])
-            norm.bias.copy_(experts.norm_bias[index])
-    return nn.Sequential(first, middle, norm, second).double()
 
+    def __init__(self, experts: Experts, index: int, activation: str) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(D, F), nn.Linear(F, D)
+        self.w3 = nn.Linear(D, F) if activation == "swiglu" else None
+        self.norm = nn.LayerNorm(F, experts.norm_eps) if experts.inner_norm else nn.Identity()
+        self.activation = {"gelu": nn.GELU(), "relu": nn.ReLU()}.get(activation, nn.SiLU())
+        with torch.no_grad():
+            for name, tensor in self.parts().items():
+                tensor.copy_(getattr(experts, name)[index])
+        self.double()
 
-def gradients(network: nn.Sequential) -> dict[str, Tensor]:
-    """A separate expert's gradients under the stacked tensors' names and layouts."""
-    first, _, norm, second = network
-    found = {"w1": first.weight.grad.T, "b1": first.bias.grad}
-    found |= {"w2": second.weight.grad.T, "b2": second.bias.grad}
-    if isinstance(norm, nn.LayerNorm):
-        found |= {"norm_weight": norm.weight.grad, "norm_bias": norm.bias.grad}
-    return found
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.activation(self.w1(x))
+        return self.w2(self.norm(h if self.w3 is None else h * self.w3(x)))
+
+    def parts(self) -> dict[str, Tensor]:
+        """The weights under the stacked tensors' names, in their layout."""
+        found = {}
+        for number in (1, 2, 3):
+            linear = getattr(self, f"w{number}")
+            if linear is not None:
+                found |= {f"w{number}": linear.weight.data.T, f"b{number}": linear.bias.data}
+        if isinstance(self.norm, nn.LayerNorm):
+            found |= {"norm_weight": self.norm.weight.data, "norm_bias": self.norm.bias.data}
+        return found
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The same of the gradients."""
+        for parameter in self.parameters():
+            parameter.data = parameter.grad
+        return self.parts()
 
 
 @pytest.mark.parametrize("inner_norm", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swish", "swiglu"])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_outputs_and_all_gradients_equal_a_loop_over_separate_experts(
     counts: list[int], activation: str, inner_norm: bool
 ) -> None:
-    experts = build(len(counts), activation, inner_norm)
+    experts = build(len(counts), activation, inner_norm, norm_eps=0.05)
     generator = torch.Generator().manual_seed(sum(counts))
     rows = torch.randn(sum(counts), D, generator=generator).requires_grad_()
     upstream = torch.randn(sum(counts), D, generator=generator)
@@ -62,17 +75,53 @@ def test_outputs_and_all_gradients_equal_a_loop_over_separate_experts(
     for index, count in enumerate(counts):
         part = slice(start, start + count)
         start += count
-        network = separate(experts, index, activation)
+        network = Separate(experts, index, activation)
         own_rows = rows[part].detach().double().requires_grad_()
         own_out = network(own_rows)
         own_out.backward(upstream[part].double())
         torch.testing.assert_close(out[part].double(), own_out, **ROUNDING)
         torch.testing.assert_close(rows.grad[part].double(), own_rows.grad, **ROUNDING)
-        for name, expected in gradients(network).items():
+        gradients = network.gradients()
+        assert set(gradients) == {name for name, _ in experts.named_parameters()}
+        for name, expected in gradients.items():
             found = getattr(experts, name).grad[index]
             torch.testing.assert_close(found.double(), expected, **ROUNDING)
             if count == 0:
                 assert not found.any(), f"{name} of expert {index} has a gradient without rows"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("inner_norm", [True, False])
+def test_dropout_stands_between_activation_and_norm_in_training_only(
+    inner_norm: bool, activation: str
+) -> None:
+    experts = build(2, activation, inner_norm, activation_dropout=0.4)
+    rows, counts = torch.randn(9, D), torch.tensor([4, 5])
+    expected = []
+    torch.manual_seed(3)
+    kept = nn.functional.dropout(torch.ones(9, F), 0.4)  # 0 or 1 / 0.6
+    assert 0 < (kept == 0).double().mean() < 1
+    for index, part in enumerate((slice(0, 4), slice(4, 9))):
+        network = Separate(experts, index, activation)
+        network.norm.register_forward_pre_hook(lambda _, h, part=part: (h[0] * kept[part],))
+        expected.append(network(rows[part].double()))
+    torch.manual_seed(3)
+    torch.testing.assert_close(experts(rows, counts).double(), torch.cat(expected), **ROUNDING)
+    plain = build(2, activation, inner_norm)
+    assert torch.equal(experts.eval()(rows, counts), plain(rows, counts))
+
+
+def test_initial_matrices_are_drawn_apart_and_biases_are_0() -> None:
+    experts = build(2, "swiglu")
+    experts.init_weights(RandomSource(0, "ffn"), first_expert=3)
+    matrices = [m.flatten() for m in (*experts.w1, *experts.w3, *experts.w2)]
+    for index, one in enumerate(matrices):
+        # 128 numbers of N(0, 2 / (D + F)): their deviation is within a fifth of 0.289.
+        assert one.std().item() == pytest.approx((2 / (D + F)) ** 0.5, rel=0.2)
+        assert not [other for other in matrices[:index] if torch.equal(one, other)]
+    for bias in (experts.b1, experts.b2, experts.b3, experts.norm_bias):
+        assert not bias.any()
+    assert (experts.norm_weight == 1).all()
 
 
 @pytest.mark.parametrize("inner_norm", [True, False])
@@ -108,10 +157,14 @@ def test_bf16_experts_stay_close_to_float32() -> None:
     torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.06)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("inner_norm", [True, False])
-def test_a_state_dict_has_one_entry_for_each_parameter_of_each_expert(inner_norm: bool) -> None:
+def test_a_state_dict_has_one_entry_for_each_parameter_of_each_expert(
+    inner_norm: bool, activation: str
+) -> None:
     names = ["w1", "b1", "w2", "b2"] + ["norm_weight", "norm_bias"] * inner_norm
-    experts = build(3, inner_norm=inner_norm)
+    names += ["w3", "b3"] * (activation == "swiglu")
+    experts = build(3, activation, inner_norm)
     state = experts.state_dict(prefix="moe.experts.")
     assert set(state) == {
         f"moe.experts.deepspeed_experts.{i}.{name}" for i in range(3) for name in names
@@ -122,10 +175,12 @@ def test_a_state_dict_has_one_entry_for_each_parameter_of_each_expert(inner_norm
             assert torch.equal(entry, getattr(experts, name)[i])
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_state_dict_round_trips_bitwise(nested: bool) -> None:
+def test_a_state_dict_round_trips_bitwise(nested: bool, activation: str) -> None:
     wrap = (lambda experts: nn.ModuleDict({"experts": experts})) if nested else (lambda e: e)
-    source, target = wrap(build(3)), wrap(Experts(3, D, F, "gelu", True, 1.0))
+    source = wrap(build(3, activation))
+    target = wrap(Experts(3, D, F, activation, True, 1.0))
     brute_force.randomize(target, seed=9)
     target.load_state_dict({key: value.clone() for key, value in source.state_dict().items()})
     for (name, ours), theirs in zip(target.named_parameters(), source.parameters(), strict=True):
