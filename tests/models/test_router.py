@@ -1,6 +1,7 @@
 """The routers against arXiv 2204.09179, eq. 6-9, in float64 loops."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,14 @@ def tokens(seed: int = 0) -> Tensor:
     return torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
 
 
-def xmoe_router(top_k: int = 2, gate: str = "softmax") -> XMoERouter:
-    router = XMoERouter(D, E, top_k, gate, D_ROUTER)
+def xmoe_router(top_k: int = 2, gate: str = "softmax", **more: Any) -> XMoERouter:
+    router = XMoERouter(D, E, top_k, gate, D_ROUTER, **more)
     router.init_weights(RandomSource(3, "router"))
     return router
 
 
-def linear_router(top_k: int = 2, gate: str = "softmax") -> LinearRouter:
-    router = LinearRouter(D, E, top_k, gate)
+def linear_router(top_k: int = 2, gate: str = "softmax", **more: Any) -> LinearRouter:
+    router = LinearRouter(D, E, top_k, gate, **more)
     router.init_weights(RandomSource(3, "router"))
     return router
 
@@ -111,27 +112,31 @@ def test_a_vanishing_temperature_leaves_finite_weights(tau: float) -> None:
     )
 
 
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [1, 2, 3, E])
 @pytest.mark.parametrize("kind", ["xmoe", "linear"])
-def test_gates_equal_a_loop_over_tokens(kind: str, top_k: int, gate: str) -> None:
+def test_gates_equal_a_loop_over_tokens(kind: str, top_k: int, gate: str, normalize: bool) -> None:
     h = tokens(1)
     router: XMoERouter | LinearRouter
     if kind == "xmoe":
-        router = xmoe_router(top_k, gate)
+        router = xmoe_router(top_k, gate, normalize=normalize)
         router.temperature.data.fill_(0.17)  # neither tau_0
         scores = float64_cosines(router, h) / 0.17
     else:
-        router = linear_router(top_k, gate)
+        router = linear_router(top_k, gate, normalize=normalize)
         scores = torch.stack([router.wg.weight.detach().double() @ token for token in h.double()])
     routing = router(h)
-    experts, weights = brute_force.gate(scores, top_k, gate)
+    experts, weights = brute_force.gate(scores, top_k, gate, normalize)
     assert routing.experts.tolist() == experts
+    assert routing.used is None
     expected = torch.tensor([[float(w) for w in row] for row in weights], dtype=torch.float64)
     torch.testing.assert_close(routing.weights.double(), expected, rtol=0, atol=ROUNDING)
     probs = brute_force.softmax(scores)
     entropy = -(probs * probs.log()).sum(-1)
     torch.testing.assert_close(routing.entropy.double(), entropy, rtol=0, atol=ROUNDING)
+    first = torch.stack([row.max() for row in probs])
+    torch.testing.assert_close(routing.first_probs.double(), first, rtol=0, atol=ROUNDING)
     log_z = scores.exp().sum(-1).log()
     torch.testing.assert_close(routing.log_z.double(), log_z, rtol=0, atol=ROUNDING)
     if kind == "linear":
@@ -139,10 +144,108 @@ def test_gates_equal_a_loop_over_tokens(kind: str, top_k: int, gate: str) -> Non
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
-def test_the_two_weights_of_a_token_sum_to_1(gate: str) -> None:
-    weights = xmoe_router(2, gate)(tokens()).weights
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_the_weights_of_a_token_fall_and_sum_to_1(top_k: int, gate: str) -> None:
+    weights = xmoe_router(top_k, gate)(tokens()).weights
     torch.testing.assert_close(weights.sum(-1), torch.ones(N), rtol=0, atol=1e-6)
-    assert (weights[:, 0] > weights[:, 1]).all()
+    assert (weights[:, :-1] > weights[:, 1:]).all()
+
+
+def test_without_normalised_tokens_scores_grow_with_a_tokens_length() -> None:
+    router, h = xmoe_router(normalize_tokens=False), tokens()
+    expected = brute_force.cosine_scores(
+        h.double(),
+        router.projection.weight.detach().double(),
+        router.centroids.detach().double(),
+        normalize_tokens=False,
+    )
+    torch.testing.assert_close(router.cosine_scores(h).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(router.cosine_scores(7 * h), 7 * router.cosine_scores(h))
+    before = router.cosine_scores(h)
+    router.centroids.data *= torch.logspace(-3, 3, E).unsqueeze(-1)
+    torch.testing.assert_close(router.cosine_scores(h), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_without_a_temperature_gate_and_balance_loss_see_the_scores_themselves(gate: str) -> None:
+    router, h = xmoe_router(1, gate, learned_temperature=False), tokens()
+    assert set(router.state_dict()) == {"projection.weight", "centroids"}
+    assert router.temperature is None
+    routing, scores = router(h), float64_cosines(router, h)
+    experts, weights = brute_force.gate(scores, 1, gate)
+    assert routing.experts.tolist() == experts
+    expected = torch.tensor([[float(w) for w in row] for row in weights], dtype=torch.float64)
+    torch.testing.assert_close(routing.weights.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        routing.balance_probs.double(), brute_force.softmax(scores), rtol=0, atol=1e-6
+    )
+
+
+DRAWS = 20000
+
+
+def one_token_many_times(tau: float) -> Tensor:
+    return torch.tensor([0.9, -0.3, 0.5, 0.7]).div(tau).expand(DRAWS, 4)
+
+
+def test_a_sampled_second_expert_follows_the_softmax_over_the_others() -> None:
+    scores = one_token_many_times(tau=0.5)
+    torch.manual_seed(0)
+    routing = route(scores, 2, "softmax", scores, second_expert="sampled", normalize=False)
+    probs = scores[0].softmax(-1)
+    assert (routing.experts[:, 0] == 0).all()
+    others = probs.clone()
+    others[0] = 0
+    shares = routing.experts[:, 1].bincount(minlength=4) / DRAWS
+    # A share of 20000 draws has a standard deviation of at most 0.0036.
+    torch.testing.assert_close(shares, others / others.sum(), rtol=0, atol=0.015)
+    torch.testing.assert_close(routing.weights, probs[routing.experts], rtol=1e-6, atol=0)
+    assert routing.used is None
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e30])
+def test_a_second_expert_is_sampled_even_where_every_other_probability_is_0(spread: float) -> None:
+    scores = torch.tensor([[0.0, -spread, -1.1 * spread]])
+    routing = route(scores, 2, "softmax", scores, second_expert="sampled")
+    assert routing.experts.tolist() == [[0, 1]]
+    assert routing.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_random_second_expert_is_used_with_twice_its_weight_as_probability(
+    normalize: bool,
+) -> None:
+    scores = one_token_many_times(tau=0.3)
+    torch.manual_seed(0)
+    routing = route(scores, 2, "softmax", scores, second_expert="random", normalize=normalize)
+    first, second = scores[0].softmax(-1)[[0, 3]].tolist()
+    if normalize:
+        first, second = first / (first + second), second / (first + second)
+    assert routing.experts.tolist() == [[0, 3]] * DRAWS
+    assert routing.used is not None
+    assert routing.used[:, 0].all()
+    assert routing.used[:, 1].double().mean().item() == pytest.approx(2 * second, abs=0.015)
+    assert 2 * second < 0.8, "nothing is drawn"
+    expected = torch.tensor([first, second]) * routing.used
+    torch.testing.assert_close(routing.weights, expected, rtol=0, atol=1e-6)
+
+
+def test_a_random_second_expert_of_half_the_weight_is_always_used() -> None:
+    scores = torch.zeros(1000, 2)
+    routing = route(scores, 2, "softmax", scores, second_expert="random")
+    assert routing.used is not None
+    assert routing.used.all()
+
+
+@pytest.mark.parametrize("make", [xmoe_router, linear_router])
+@pytest.mark.parametrize("policy", ["sampled", "random"])
+def test_the_second_experts_policy_is_for_training(make: Any, policy: str) -> None:
+    router, plain, h = make(second_expert=policy), make(), tokens()
+    torch.manual_seed(0)
+    assert not torch.equal(router(h).weights, plain(h).weights)
+    router.eval()
+    for ours, theirs in zip(router(h), plain(h), strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
 
 
 def test_one_softmax_weight_is_the_probability_itself_and_not_normalised() -> None:
@@ -181,6 +284,14 @@ def test_balance_loss_equals_a_double_loop(num_experts: int) -> None:
     share = first.bincount(minlength=num_experts).float() / N
     expected = brute_force.balance_loss(probs.double(), first.tolist()).item()
     assert balance_loss(probs, share).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_balance_losses_of_unequal_parts_have_the_whole_batchs_mean() -> None:
+    probs = torch.randn(N, E, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    share = probs.argmax(-1).bincount(minlength=E).float() / N
+    a_rank = torch.tensor(N / 3)
+    parts = [balance_loss(part, share, a_rank).item() for part in probs.split([7, 33, 0])]
+    assert sum(parts) / 3 == pytest.approx(balance_loss(probs, share).item(), rel=1e-5)
 
 
 def test_balance_loss_is_1_when_even_more_when_skewed_and_e_when_collapsed() -> None:
