@@ -26,7 +26,7 @@ from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.run_folder import flat_keys
 from models.config import ModelConfig
-from models.transformer import Decoder, build_model
+from models.transformer import EncoderDecoder, Transformer, empty_model
 
 MANIFEST = "manifest.json"
 
@@ -256,7 +256,7 @@ def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> dict:
     return state
 
 
-def load_model(checkpoint: Checkpoint) -> Decoder:
+def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
     """The model of a checkpoint with its weights, every expert in this one process.
 
     Raises:
@@ -271,7 +271,7 @@ def load_model(checkpoint: Checkpoint) -> Decoder:
     config = ModelConfig.model_validate(checkpoint.manifest["config"]["magnetar"]["model"])
     if config.moe is not None:
         config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
-    model = build_model(config, seed=0)
+    model = empty_model(config)
     model.load_state_dict(_read_weights(checkpoint.path))
     return model
 

@@ -20,11 +20,63 @@ from models.config import ModelConfig, StrictModel
 _POLYNOMIAL_ONLY = ("total_steps", "power", "end_lr")
 
 
+class MaskingConfig(StrictModel):
+    """What an encoder, or the encoder of an encoder-decoder, is not shown."""
+
+    probability: float = Field(
+        default=0.15,
+        gt=0,
+        lt=1,
+        description="Share of each sequence's tokens that is masked: exactly this share, rounded, "
+        "and at least one token.",
+    )
+    unit: Literal["token", "span"] = Field(
+        default="token",
+        description="`token`: single tokens. `span`: runs of tokens (SpanBERT, arXiv 1907.10529).",
+    )
+    mean_span_length: float = Field(
+        default=3.0,
+        ge=1,
+        description="Mean length of a span, in tokens; lengths are geometric. Only with unit "
+        "`span`.",
+    )
+    replace: Literal["bert", "mask"] = Field(
+        default="bert",
+        description="`bert`: 80 % of the masked tokens become the mask token, 10 % a random one, "
+        "10 % stay. `mask`: all become the mask token.",
+    )
+
+    @model_validator(mode="after")
+    def _spans_have_a_length(self) -> "MaskingConfig":
+        if self.unit != "span" and "mean_span_length" in self.model_fields_set:
+            raise ValueError(
+                f"mean_span_length={shown(self.mean_span_length)} belongs to unit 'span', but unit "
+                f"is {self.unit!r}: remove it, or use unit 'span'"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_keys_of_the_unit(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        if self.unit != "span":
+            del fields["mean_span_length"]
+        return fields
+
+
 class DataConfig(StrictModel):
     """What is read."""
 
     path: str = Field(min_length=1, description="Folder written by launchers.prepare_data.")
-    seq_len: int = Field(ge=1, description="Tokens in a training sequence; at most max_seq_len.")
+    seq_len: int = Field(
+        ge=1,
+        description="Tokens in a training sequence; at most max_seq_len, and max_target_len.",
+    )
+    masking: MaskingConfig | None = Field(
+        default=None,
+        description="What is masked. null: all its defaults, with architecture `encoder` (a "
+        "masked language model) and `encoder_decoder` (which learns to restore the text); a "
+        "`decoder` has none.",
+    )
 
 
 class LRSchedule(StrictModel):
@@ -81,6 +133,23 @@ class TrainingConfig(StrictModel):
     run_dir: str = Field(min_length=1, description="Folder of the run's output.")
     seed: int = Field(default=1, ge=0, description="Seed of weights, data order and dropout.")
     num_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
+    z_loss_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the mean of log^2 Z, Z the sum of the exponentials of a target's "
+        "logits (arXiv 2309.14322: 1e-4). Validation losses are without it.",
+    )
+    independent_weight_decay: bool = Field(
+        default=False,
+        description="Weights shrink by weight_decay times the schedule's factor, not times the "
+        "learning rate as well (arXiv 2309.14322). Only with optimizer `AdamW`.",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep only the input of each layer for the backward pass, and compute the "
+        "layer again there: less memory, a third more work. DeepSpeed's section "
+        "`activation_checkpointing` says where they are kept.",
+    )
     lr_schedule: LRSchedule = Field(description="The learning rate over the steps.")
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
     eval_every: int | None = Field(
@@ -106,7 +175,10 @@ class TrainingConfig(StrictModel):
         "`never`: start anew.",
     )
     sample_tokens: int = Field(
-        default=60, ge=0, description="Tokens of the continuations shown at the end. 0: none."
+        default=60,
+        ge=0,
+        description="Tokens of each text shown at the end: what a decoder continues, what an "
+        "encoder fills in. 0: none.",
     )
 
     @model_validator(mode="after")
@@ -271,4 +343,7 @@ def check_config(
     if problems:
         return None, problems
     magnetar = MagnetarConfig.model_validate_json(json.dumps(own))
+    if magnetar.data.masking is None and magnetar.model.architecture != "decoder":
+        data = magnetar.data.model_copy(update={"masking": MaskingConfig()})
+        magnetar = magnetar.model_copy(update={"data": data})
     return RunConfig(_resolved(values, magnetar, world_size), magnetar), []

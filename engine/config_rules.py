@@ -165,15 +165,83 @@ def experts_fit_grouped_matmuls(
 
 
 def sequences_fit(data: Any, model: ModelConfig) -> list[Problem]:
-    """The data's windows are no longer than the model's positions."""
-    if data.seq_len <= model.max_seq_len:
-        return []
+    """The data's windows are no longer than the model's positions, on either side."""
+    limits = {"max_seq_len": model.max_seq_len}
+    if model.architecture == "encoder_decoder" and model.max_target_len is not None:
+        limits["max_target_len"] = model.max_target_len
     return [
         Problem(
             "magnetar.data.seq_len",
-            f"magnetar.data.seq_len={data.seq_len} must not exceed "
-            f"magnetar.model.max_seq_len={model.max_seq_len}: use seq_len {model.max_seq_len}, "
-            f"or max_seq_len {data.seq_len}",
+            f"magnetar.data.seq_len={data.seq_len} must not exceed magnetar.model.{name}={limit}: "
+            f"use seq_len {min(limits.values())}, or {name} {data.seq_len}",
+        )
+        for name, limit in limits.items()
+        if data.seq_len > limit
+    ]
+
+
+def a_decoder_masks_nothing(data: Any, model: ModelConfig) -> list[Problem]:
+    """A causal model sees what comes before, and no masks."""
+    if data.masking is None or model.architecture != "decoder":
+        return []
+    path = "magnetar.data.masking"
+    return [
+        Problem(
+            path,
+            f"{path}={{...}} belongs to magnetar.model.architecture 'encoder' or "
+            "'encoder_decoder', but architecture is 'decoder', which predicts each token from "
+            "those before it: remove it, or use another architecture",
+        )
+    ]
+
+
+def the_model_can_train_on_text(model: ModelConfig) -> list[Problem]:
+    """What only serves imported models leaves training without a loss or without gradients."""
+    problems = []
+    if not model.output_projection:
+        path = "magnetar.model.output_projection"
+        problems.append(
+            Problem(
+                path, f"{path}=false leaves training without logits, so without a loss: remove it"
+            )
+        )
+    if model.multiway:
+        path = "magnetar.model.multiway"
+        problems.append(
+            Problem(
+                path,
+                f"{path}=true needs two modalities, and a prepared folder holds text alone: "
+                "half of the parameters would never get a gradient: remove it (such a model is "
+                "built in Python, or imported)",
+            )
+        )
+    return problems
+
+
+def independent_decay_is_adam_ws(optimizer: OptimizerConfig, training: Any) -> list[Problem]:
+    """Only a decoupled decay can be freed of the learning rate."""
+    if not training.independent_weight_decay or optimizer.type == "AdamW":
+        return []
+    path = "magnetar.training.independent_weight_decay"
+    return [
+        Problem(
+            path,
+            f'{path}=true needs optimizer.type "AdamW", whose decay stands beside the gradient\'s '
+            f'update, not {shown(optimizer.type)}: use type "AdamW", or remove it',
+        )
+    ]
+
+
+def checkpointing_is_switched_on(activation_checkpointing: Any, training: Any) -> list[Problem]:
+    """DeepSpeed's section says how; whether is Magnetar's key."""
+    if activation_checkpointing is None or training.activation_checkpointing:
+        return []
+    path = "activation_checkpointing"
+    return [
+        Problem(
+            path,
+            f"{path}={{...}} says how, but magnetar.training.activation_checkpointing=false says "
+            "that there is none: set that to true, or remove the section",
         )
     ]
 
@@ -208,6 +276,10 @@ RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
     (expert_gradients_are_reduced_apart, ("zero_optimization", "model")),
     (experts_fit_grouped_matmuls, ("model", "bf16", "fp16")),
     (sequences_fit, ("data", "model")),
+    (a_decoder_masks_nothing, ("data", "model")),
+    (the_model_can_train_on_text, ("model",)),
+    (independent_decay_is_adam_ws, ("optimizer", "training")),
+    (checkpointing_is_switched_on, ("activation_checkpointing", "training")),
     (ranks_hold_experts, ("model", "world_size")),
 )
 

@@ -217,6 +217,18 @@ class TimersConfig(StrictModel):
     )
 
 
+class ActivationCheckpointingConfig(StrictModel):
+    """Activation checkpointing; `magnetar.training.activation_checkpointing` switches it on."""
+
+    cpu_checkpointing: bool = Field(
+        default=False, description="Keep the layers' inputs in the CPU's memory."
+    )
+    synchronize_checkpoint_boundary: bool = Field(
+        default=False, description="Wait for the device before and after each layer."
+    )
+    profile: bool = Field(default=False, description="Print the time of each layer.")
+
+
 class CheckpointConfig(StrictModel):
     """Checkpoints."""
 
@@ -278,6 +290,9 @@ class DeepSpeedKeys(StrictModel):
     )
     timers: TimersConfig | None = Field(default=None, description="Timers.")
     checkpoint: CheckpointConfig | None = Field(default=None, description="Checkpoints.")
+    activation_checkpointing: ActivationCheckpointingConfig | None = Field(
+        default=None, description="How activation checkpointing is done."
+    )
 
 
 _GONE = "this version of DeepSpeed no longer has it: remove it"
@@ -294,6 +309,10 @@ _OFFLOAD = (
 _QUANTISED = "quantised communication changes the numbers: remove it"
 _PARALLEL = (
     "Magnetar has data and expert parallelism: remove it, and set `magnetar.model.moe.ep_size`"
+)
+_MODEL_PARALLEL = (
+    "it belongs to activations divided among model-parallel ranks, of which Magnetar has none: "
+    "remove it"
 )
 _LOW_STATES = "master weights and optimizer states stay in float32: remove it"
 
@@ -352,7 +371,9 @@ REFUSED: dict[str, str] = {
     "zero_force_ds_cpu_optimizer": _OFFLOAD,
     "zero_allow_untested_optimizer": "only Adam and AdamW are supported: remove it",
     "aio": _OFFLOAD,
-    "activation_checkpointing": "Magnetar's model does not read it: remove it",
+    "activation_checkpointing.partition_activations": _MODEL_PARALLEL,
+    "activation_checkpointing.contiguous_memory_optimization": _MODEL_PARALLEL,
+    "activation_checkpointing.number_checkpoints": _MODEL_PARALLEL,
     "compile": "compiled models are not proven: remove it",
     "datastates_ckpt": "checkpoints are written by DeepSpeed's usual writer: remove it",
     "monitor_config": "DeepSpeed silently ignores it: put `tensorboard`, `csv_monitor`, `wandb` or "

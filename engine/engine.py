@@ -22,21 +22,47 @@ from torch.optim.lr_scheduler import LambdaLR
 from engine.config import LRSchedule, RunConfig
 from engine.sparse_clip import SparseClip
 from models.moe import RoutingStats
-from models.transformer import build_model, token_losses
+from models.transformer import build_model, set_checkpointing, token_losses
+
+
+class LossWeights(NamedTuple):
+    """What is minimised beside the cross entropy, and how much each counts.
+
+    Attributes:
+        aux: of the balance loss, averaged over MoE layers.
+        z: of the mean of log^2 Z of the output logits (arXiv 2309.14322).
+        router_z: of the mean of log^2 Z of the router logits, averaged over MoE layers (ST-MoE).
+    """
+
+    aux: float = 0.0
+    z: float = 0.0
+    router_z: float = 0.0
+
+
+def loss_weights(config: RunConfig) -> LossWeights:
+    """The weights that a config asks for."""
+    moe, z = config.model.moe, config.training.z_loss_weight
+    return (
+        LossWeights(moe.aux_loss_weight, z, moe.router_z_loss_weight) if moe else LossWeights(z=z)
+    )
 
 
 class StepResult(NamedTuple):
     """What one optimizer step did, over this rank's samples.
 
     Attributes:
-        loss: () float32, mean cross entropy a token, in nats.
+        loss: () float32, mean cross entropy a counted token, in nats.
         aux_loss: () float32, balance loss averaged over MoE layers, before its weight.
+        z_loss: () float32, mean log^2 Z of the logits before its weight; 0 if that is 0.
+        router_z_loss: () float32, that of the routers, averaged over MoE layers.
         routing: one RoutingStats a MoE layer, of the last micro-batch.
         lr: the learning rate of the update.
     """
 
     loss: Tensor
     aux_loss: Tensor
+    z_loss: Tensor
+    router_z_loss: Tensor
     routing: list[RoutingStats]
     lr: float
 
@@ -139,11 +165,22 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         device: from `start_distributed`.
 
     Returns:
-        The engine, whose module is a models.transformer.Decoder, and its SparseClip.
+        The engine, whose module is a models.transformer.Transformer or EncoderDecoder, and its
+        SparseClip.
     """
     with torch.device(device):
         model = build_model(config.model, config.training.seed)
+    if config.training.activation_checkpointing:
+        section = config.deepspeed.get("activation_checkpointing", {})
+        deepspeed.checkpointing.configure(
+            None, {"train_batch_size": dist.get_world_size(), "activation_checkpointing": section}
+        )
+        set_checkpointing(model, deepspeed.checkpointing.checkpoint)
     optimizer_params = config.deepspeed["optimizer"]["params"]
+    weight_decay = optimizer_params.get("weight_decay", 0.0)
+    if config.training.independent_weight_decay:
+        # AdamW multiplies it by the learning rate, so only the schedule's factor is left.
+        weight_decay /= optimizer_params["lr"]
     factor = lr_factor(
         config.training.lr_schedule, optimizer_params["lr"], config.training.num_steps
     )
@@ -156,7 +193,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         engine, _, _, _ = deepspeed.initialize(
             model=model,
             config=deepspeed_config,
-            model_parameters=parameter_groups(model, optimizer_params.get("weight_decay", 0.0)),
+            model_parameters=parameter_groups(model, weight_decay),
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
             dist_init_required=False,
         )
@@ -192,33 +229,40 @@ def seed_noise(seed: int, step: int) -> None:
 
 
 def train_step(
-    engine: Any, micro_batches: Iterable[tuple[Tensor, Tensor]], aux_loss_weight: float
+    engine: Any,
+    micro_batches: Iterable[tuple[tuple[Tensor, ...], Tensor]],
+    weights: LossWeights,
 ) -> StepResult:
     """One optimizer step: forward and backward of each micro-batch, then clip and update.
 
     Args:
         engine: from `build_engine`.
-        micro_batches: gradient_accumulation_steps pairs of inputs and targets, (B, T) int64 on
-            the engine's device, without padding.
-        aux_loss_weight: weight of the balance loss.
+        micro_batches: gradient_accumulation_steps pairs of the model's inputs and its targets,
+            on the engine's device. Every rank's have the same number of counted targets.
+        weights: of what is added to the cross entropy.
     """
-    losses, aux_losses = [], []
+    reported = []
     lr = engine.get_lr()[0]
     routing: list[RoutingStats] = []
     for inputs, targets in micro_batches:
-        logits, routing = engine(inputs)
-        loss_sum, num_tokens = token_losses(logits, targets)
-        loss = loss_sum / num_tokens
-        aux_loss = mean_aux_loss(routing, loss)
-        engine.backward(loss + aux_loss_weight * aux_loss)
+        logits, routing = engine(*inputs)
+        sums = token_losses(logits, targets, with_z_loss=weights.z > 0)
+        loss, z_loss = sums.cross_entropy / sums.num_tokens, sums.z_loss / sums.num_tokens
+        aux_loss = _mean([stats.aux_loss for stats in routing], loss)
+        router_z_loss = _mean([stats.z_loss for stats in routing], loss)
+        total = loss + weights.aux * aux_loss
+        if weights.z:
+            total = total + weights.z * z_loss
+        if weights.router_z:
+            total = total + weights.router_z * router_z_loss
+        engine.backward(total)
         engine.step()  # updates at the last micro-batch
-        losses.append(loss.detach())
-        aux_losses.append(aux_loss.detach())
-    return StepResult(torch.stack(losses).mean(), torch.stack(aux_losses).mean(), routing, lr)
+        reported.append(torch.stack([loss, aux_loss, z_loss, router_z_loss]).detach())
+    loss, aux_loss, z_loss, router_z_loss = torch.stack(reported).mean(0)
+    routing = [RoutingStats(*(value.detach() for value in stats)) for stats in routing]
+    return StepResult(loss, aux_loss, z_loss, router_z_loss, routing, lr)
 
 
-def mean_aux_loss(routing: list[RoutingStats], like: Tensor) -> Tensor:
-    """The balance loss averaged over the MoE layers; 0 for a dense model."""
-    if not routing:
-        return torch.zeros_like(like)
-    return torch.stack([stats.aux_loss for stats in routing]).mean()
+def _mean(of_layers: list[Tensor], like: Tensor) -> Tensor:
+    """The mean over the MoE layers; 0 for a dense model."""
+    return torch.stack(of_layers).mean() if of_layers else torch.zeros_like(like)

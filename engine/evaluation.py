@@ -1,8 +1,8 @@
-"""Perplexity of a language model on the validation split."""
+"""Loss and perplexity of a model on the validation split."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import deepspeed.comm as dist
@@ -18,16 +18,21 @@ class Evaluation:
     """What a model makes of the validation tokens.
 
     Attributes:
-        loss: mean cross entropy, nats a token.
+        loss: mean cross entropy, nats a token asked about.
         perplexity: exp(loss).
-        bits_per_byte: of the UTF-8 text; comparable between vocabularies.
-        num_tokens: tokens predicted.
+        bits_per_byte: of the UTF-8 text; comparable between vocabularies. None for a model that
+            has seen the text with masks, since it then does not say how probable the text is.
+        num_tokens: tokens asked about: all, or the masked ones.
     """
 
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     num_tokens: int
+
+    def to_dict(self) -> dict[str, float]:
+        """What there is."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @torch.no_grad()
@@ -36,18 +41,18 @@ def evaluate(
     dataset: PackedLM,
     batch_size: int,
     device: torch.device,
-    num_bytes: int,
+    num_bytes: int | None,
     max_sequences: int | None = None,
     progress: Any = None,
 ) -> Evaluation:
-    """Predict every token of a validation split once, spread over all ranks.
+    """Ask about every window of a validation split once, spread over all ranks.
 
     Args:
-        model: a Decoder; every rank calls this together, since MoE layers exchange tokens.
-        dataset: the split, cut into windows.
+        model: every rank calls this together, since MoE layers exchange tokens.
+        dataset: the split, cut into windows, with the model's objective.
         batch_size: windows a forward pass on each rank.
         device: the model's device.
-        num_bytes: UTF-8 bytes of the text that is predicted.
+        num_bytes: UTF-8 bytes of the text that is predicted; None where bits a byte mean nothing.
         max_sequences: only the first so many windows; None: all of them.
         progress: called with the batches to wrap them in a progress bar; None: no bar.
     """
@@ -58,9 +63,9 @@ def evaluate(
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     batches: Iterator = valid_batches(dataset, batch_size, rank, world_size, max_sequences)
     for inputs, targets in progress(batches) if progress else batches:
-        logits = model(torch.from_numpy(inputs).to(device)).logits
-        loss_sum, num_tokens = token_losses(logits, torch.from_numpy(targets).to(device))
-        totals += torch.stack([loss_sum.double(), num_tokens.double()])
+        logits = model(*(torch.from_numpy(array).to(device) for array in inputs)).logits
+        sums = token_losses(logits, torch.from_numpy(targets).to(device))
+        totals += torch.stack([sums.cross_entropy.double(), sums.num_tokens.double()])
     model.train(was_training)
     if distributed:
         dist.all_reduce(totals)
@@ -68,6 +73,6 @@ def evaluate(
     return Evaluation(
         loss=loss_total / num_tokens,
         perplexity=math.exp(min(loss_total / num_tokens, 700.0)),
-        bits_per_byte=loss_total / math.log(2) / num_bytes,
+        bits_per_byte=loss_total / math.log(2) / num_bytes if num_bytes else None,
         num_tokens=int(num_tokens),
     )

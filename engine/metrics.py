@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.engine import StepResult
+from engine.engine import StepResult, loss_weights
 from engine.run_folder import write_whole
 from engine.sparse_clip import SparseClip
+from models.config import ModelConfig
 from models.moe import RoutingStats
 from models.transformer import flops_per_token
+
+LOSSES = ("loss", "aux_loss", "z_loss", "router_z_loss")  # of a StepResult
 
 # Dense bf16 / fp16 peak of one card, FLOP/s, from the vendors' datasheets.
 PEAK_FLOPS = {
@@ -37,25 +40,27 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def reduce_over_ranks(result: StepResult) -> tuple[float, float, list[RoutingStats]]:
-    """Loss, balance loss and routing of the whole batch, in one all-reduce and one read.
+def reduce_over_ranks(result: StepResult) -> tuple[dict[str, float], list[RoutingStats]]:
+    """Losses and routing of the whole batch, in one all-reduce and one read.
 
     Returns:
-        Loss and balance loss, and one RoutingStats of the whole micro-batch for each MoE layer.
+        The losses by their names in a StepResult, and one RoutingStats of the whole micro-batch
+        for each MoE layer.
     """
-    scalars = [result.loss, result.aux_loss]
+    scalars = [getattr(result, name) for name in LOSSES]
     for stats in result.routing:
-        scalars += [stats.aux_loss.detach(), stats.z_loss.detach()]
+        scalars += [stats.aux_loss, stats.z_loss]
         scalars += [stats.entropy, stats.temperature, stats.dropped]
     loads = [stats.load for stats in result.routing]
     packed = torch.cat([torch.stack(scalars), *loads]).double()
     dist.all_reduce(packed)
     packed = packed.cpu()
     world_size = dist.get_world_size()
-    loss, aux_loss = (packed[:2] / world_size).tolist()
-    routing, start = [], 2 + 5 * len(result.routing)
+    first = len(LOSSES)
+    losses = dict(zip(LOSSES, (packed[:first] / world_size).tolist(), strict=True))
+    routing, start = [], first + 5 * len(result.routing)
     for index, stats in enumerate(result.routing):
-        aux, z_loss, entropy, temperature, dropped = packed[2 + 5 * index : 7 + 5 * index]
+        aux, z_loss, entropy, temperature, dropped = packed[first + 5 * index :][:5]
         load = packed[start : start + stats.load.numel()]
         start += stats.load.numel()
         routing.append(
@@ -68,11 +73,24 @@ def reduce_over_ranks(result: StepResult) -> tuple[float, float, list[RoutingSta
                 z_loss / world_size,
             )
         )
-    return loss, aux_loss, routing
+    return losses, routing
 
 
-def routing_record(layer: int, stats: RoutingStats) -> dict[str, float]:
-    """The metrics of one MoE layer (counted from 1), from statistics of the whole batch.
+def moe_layers(model: ModelConfig) -> list[str]:
+    """The names of the MoE layers in the metrics, in the order of a model's routing: layer_2."""
+    stacks = {"layer": model.num_layers}
+    if model.architecture == "encoder_decoder":
+        stacks = {"encoder_layer": model.encoder_depth, "decoder_layer": model.decoder_depth}
+    return [
+        f"{name}_{index + 1}"
+        for name, depth in stacks.items()
+        for index in range(depth)
+        if model.is_moe_layer(index)
+    ]
+
+
+def routing_record(layer: str, stats: RoutingStats) -> dict[str, float]:
+    """The metrics of one MoE layer, from statistics of the whole batch.
 
     `load_max` and `load_min` are the busiest and the idlest expert's load in even shares (1 is
     even); `dropped` is the share of assignments dropped.
@@ -80,12 +98,12 @@ def routing_record(layer: int, stats: RoutingStats) -> dict[str, float]:
     total = stats.load.sum()
     even = total / stats.load.numel()
     return {
-        f"layer_{layer}/routing_entropy": float(stats.entropy),
-        f"layer_{layer}/load_max": float(stats.load.max() / even),
-        f"layer_{layer}/load_min": float(stats.load.min() / even),
-        f"layer_{layer}/dropped": float(stats.dropped / total),
-        f"layer_{layer}/balance_loss": float(stats.aux_loss),
-        f"layer_{layer}/temperature": float(stats.temperature),
+        f"{layer}/routing_entropy": float(stats.entropy),
+        f"{layer}/load_max": float(stats.load.max() / even),
+        f"{layer}/load_min": float(stats.load.min() / even),
+        f"{layer}/dropped": float(stats.dropped / total),
+        f"{layer}/balance_loss": float(stats.aux_loss),
+        f"{layer}/temperature": float(stats.temperature),
     }
 
 
@@ -102,11 +120,8 @@ class Metrics:
         self.peak_flops = peak_flops(engine.device)
         self.batch_tokens = engine.train_batch_size() * config.data.seq_len
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
-        self.moe_layers = [
-            index + 1
-            for index in range(config.model.num_layers)
-            if config.model.is_moe_layer(index)
-        ]
+        self.moe_layers = moe_layers(config.model)
+        self.loss_weights = loss_weights(config)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -131,7 +146,7 @@ class Metrics:
 
     def training_record(self, step: int, result: StepResult) -> dict[str, float]:
         """The record of a step; every rank takes part. Times cover the steps since the last."""
-        loss, aux_loss, routing = reduce_over_ranks(result)
+        losses, routing = reduce_over_ranks(result)
         now = time.perf_counter()
         tokens_per_second = (step - self.last_step) * self.batch_tokens / (now - self.last_time)
         self.last_time, self.last_step = now, step
@@ -145,8 +160,8 @@ class Metrics:
         record: dict[str, float] = {
             "step": step,
             "tokens": step * self.batch_tokens,
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "loss": losses["loss"],
+            "perplexity": math.exp(min(losses["loss"], 700.0)),
             "lr": result.lr,
             "grad_norm": norm,
             "dense_grad_norm": dense_norm,
@@ -157,9 +172,13 @@ class Metrics:
             "tokens_per_second": tokens_per_second,
         }
         if self.moe_layers:
-            record["balance_loss"] = aux_loss
+            record["balance_loss"] = losses["aux_loss"]
             entropies = [float(stats.entropy) for stats in routing]
             record["routing_entropy"] = sum(entropies) / len(entropies)
+        if self.loss_weights.z > 0:
+            record["z_loss"] = losses["z_loss"]
+        if self.loss_weights.router_z > 0:
+            record["router_z_loss"] = losses["router_z_loss"]
         if self.config.dtype == "fp16":
             record["loss_scale"] = float(self.engine.optimizer.loss_scale)
         if self.peak_flops is not None:

@@ -15,9 +15,11 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from data.packed_lm import IGNORE_INDEX, PackedLM, window_batch
 from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.progress import ProgressLine, duration, table
+from engine.windows import unigram_perplexity
 from models.generation import sample
 from models.transformer import num_parameters
 
@@ -29,9 +31,11 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
     """A few lines: the model, its experts, the layout, the data, the run."""
     model, training = config.model, config.training
     total, active = num_parameters(model)
+    depth = f"{model.num_layers}"
+    if model.architecture == "encoder_decoder":
+        depth = f"{model.encoder_depth} + {model.decoder_depth}"
     lines = {
-        "model": f"{model.architecture}, {model.num_layers} layers, d_model {model.d_model}, "
-        f"{model.norm}",
+        "model": f"{model.architecture}, {depth} layers, d_model {model.d_model}, {model.norm}",
         "size": f"{total:,} parameters, {active:,} a token",
     }
     if model.moe is not None:
@@ -50,6 +54,11 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
     lines["data"] = (
         f"{prepared.path}: {prepared.train.num_tokens:,} tokens, vocabulary {prepared.vocab_size:,}"
     )
+    if (masking := config.data.masking) is not None:
+        unit = "tokens"
+        if masking.unit == "span":
+            unit = f"tokens in spans of {masking.mean_span_length:g} on average"
+        lines["masking"] = f"{masking.probability:.1%} of the {unit}, {masking.replace}"
     begin = f", resuming after step {first_step}" if first_step else ""
     if first_step >= training.num_steps:
         begin = ", already finished"
@@ -61,31 +70,37 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
 
 
 def finish(
-    engine: Any, config: RunConfig, prepared: Prepared, state: dict, progress: ProgressLine
+    engine: Any,
+    config: RunConfig,
+    prepared: Prepared,
+    valid: PackedLM,
+    state: dict,
+    progress: ProgressLine,
 ) -> None:
-    """Write summary.json and print the closing table, sampled continuations and where things lie.
+    """Write summary.json and print the closing table, what the model writes, where things lie.
 
-    Every rank takes part: sampling exchanges tokens between the experts' ranks.
+    Every rank takes part: the experts' ranks exchange tokens whenever the model is asked.
     """
-    continuations = sample_continuations(engine, config, prepared)
+    title, texts = closing_texts(engine, config, prepared, valid)
     if dist.get_rank() != 0:
         return
     run_dir = Path(config.training.run_dir)
-    # Of the very tokens that were predicted: all but the first, up to training.eval_sequences.
-    unigram = prepared.valid.unigram_perplexity(1, 1 + state["after"]["num_tokens"])
+    unigram = unigram_perplexity(prepared, config, state["after"]["num_tokens"])
     summary = make_summary(engine, config, state, unigram)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     before, after = state["before"], state["after"]
     console = progress.console
-    title = f"Validation, {after['num_tokens']:,} tokens"
     console.print()
     console.print(
-        evaluation_table(title, {"before training": before, "after training": after}, unigram)
+        evaluation_table(
+            f"Validation, {asked_about(config, after['num_tokens'])}",
+            {"before training": before, "after training": after},
+            unigram,
+        )
     )
-    if continuations:
-        console.print("Beginnings of validation documents, continued by the model\n", style="bold")
-    for prompt, continuation in continuations:
-        text = continuation_text(prompt, continuation)
+    if texts:
+        console.print(f"{title}\n", style="bold", markup=False)
+    for text in texts:
         console.print(text, end="\n\n", soft_wrap=not console.is_terminal)
     programs = programs_folder()
     checkpoint = run_dir / "checkpoints" / f"step_{engine.global_steps:08d}"
@@ -97,9 +112,11 @@ def finish(
     }
     if config.deepspeed.get("tensorboard", {}).get("enabled"):
         lines["curves"] = f"{programs}tensorboard --logdir {run_dir}/tensorboard"
-    lines["next"] = (
-        f'{programs}python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
-    )
+    lines["next"] = f"{programs}python -m launchers.evaluate {run_dir}"
+    if config.model.architecture == "decoder":
+        lines["next"] = (
+            f'{programs}python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
+        )
     progress.note("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
 
@@ -113,6 +130,12 @@ def programs_folder() -> str:
     return f"{folder.relative_to(here) if folder.is_relative_to(here) else folder}/"
 
 
+def asked_about(config: RunConfig, num_tokens: int) -> str:
+    """`722 masked tokens`: what a validation loss is the mean over."""
+    masked = "masked " if config.model.architecture == "encoder" else ""
+    return f"{num_tokens:,} {masked}tokens"
+
+
 def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float) -> Table:
     """Evaluations, as dictionaries, below the unigram perplexity of the same data."""
     cells = [["unigram model", f"{math.log(unigram):.4f}", f"{unigram:,.2f}", "1.000", ""]]
@@ -122,7 +145,7 @@ def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float
             f"{values['loss']:.4f}",
             f"{values['perplexity']:,.2f}",
             f"{values['perplexity'] / unigram:.3f}",
-            f"{values['bits_per_byte']:.3f}",
+            f"{values['bits_per_byte']:.3f}" if "bits_per_byte" in values else "-",
         ]
         for name, values in rows.items()
     ]
@@ -132,6 +155,81 @@ def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float
 def continuation_text(prompt: str, continuation: str) -> Text:
     """Prompt and continuation as one text, the prompt dim where there are colours."""
     return Text.assemble((prompt, "dim"), continuation)
+
+
+def closing_texts(
+    engine: Any, config: RunConfig, prepared: Prepared, valid: PackedLM
+) -> tuple[str, list[Text]]:
+    """What the model makes of a few validation texts, and a title for it.
+
+    A decoder continues their beginnings, an encoder fills in what is masked, an encoder-decoder
+    shows nothing.
+    """
+    if config.model.architecture == "decoder":
+        continued = sample_continuations(engine, config, prepared)
+        title = "Beginnings of validation documents, continued by the model"
+        return title, [continuation_text(*pair) for pair in continued]
+    if config.model.architecture == "encoder" and config.training.sample_tokens:
+        title = "Validation texts, masked tokens [filled in], [wrong|right] where wrong"
+        return title, fill_in_masks(engine, config, prepared, valid)
+    return "", []
+
+
+@torch.no_grad()
+def fill_in_masks(
+    engine: Any, config: RunConfig, prepared: Prepared, valid: PackedLM
+) -> list[Text]:
+    """Beginnings of validation windows from all over the split, filled in by an encoder."""
+    step = max(1, len(valid) // NUM_SAMPLES)
+    batch = window_batch(valid, range(0, len(valid), step)[:NUM_SAMPLES])
+    model = engine.module
+    was_training = model.training
+    model.eval()
+    logits = model(*(torch.from_numpy(array).to(engine.device) for array in batch.inputs)).logits
+    model.train(was_training)
+    answers = logits[..., : prepared.vocab_size].argmax(-1).cpu().numpy()  # no mask, no filling
+    shown = slice(config.training.sample_tokens)
+    return [
+        filled_in_text(prepared.tokenizer, row[shown].tolist(), asked[shown].tolist(), given[shown])
+        for row, asked, given in zip(answers, batch.targets, batch.inputs[0].tolist(), strict=True)
+    ]
+
+
+def filled_in_text(
+    tokenizer: Any, answers: list[int], targets: list[int], given: list[int]
+) -> Text:
+    """The text with what was filled in in brackets, bold where there are colours.
+
+    Args:
+        tokenizer: of the data.
+        answers: the model's choice at every position.
+        targets: the true token where one was masked, else IGNORE_INDEX.
+        given: what the model saw.
+    """
+    text, truth = Text(), list[int]()
+    for answer, target, seen in zip(answers, targets, given, strict=True):
+        is_asked = target != IGNORE_INDEX
+        true = piece(tokenizer, truth, target if is_asked else seen)
+        if not is_asked:
+            text.append(true)
+        else:
+            filled = piece(tokenizer, truth, answer)
+            text.append(" [" if true[:1] == " " and len(true) > 1 else "[")
+            text.append(visible(filled), "bold")
+            text.append(f"|{visible(true)}" * (answer != target), "dim")
+            text.append("]")
+        truth.append(target if is_asked else seen)
+    return text
+
+
+def visible(piece: str) -> str:
+    """A token's text without the space around it; ␣ for space alone, ¶ for a document's end."""
+    return piece.strip() or ("␣" if piece else "¶")
+
+
+def piece(tokenizer: Any, before: list[int], token: int) -> str:
+    """The text that a token adds to those before it: it can depend on them."""
+    return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 
 
 def sample_continuations(

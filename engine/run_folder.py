@@ -29,6 +29,7 @@ _FREE_KEYS = {
     "magnetar.training.keep_checkpoints",
     "magnetar.training.sample_tokens",
     "magnetar.training.resume",
+    "magnetar.training.activation_checkpointing",  # memory against time: the numbers stay
 }
 _TRAINED_SECTIONS = (
     "train_batch_size",

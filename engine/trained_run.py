@@ -10,7 +10,7 @@ from data.errors import UserError
 from data.token_files import Prepared, open_prepared, read_manifest
 from engine.checkpoint import Checkpoint, complete_checkpoints, load_model, newest_checkpoint
 from engine.config import RunConfig, check_config
-from models.transformer import Decoder
+from models.transformer import EncoderDecoder, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +35,7 @@ class TrainedRun:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
-    def model(self) -> Decoder:
+    def model(self) -> Transformer | EncoderDecoder:
         """The model, in the type that it was trained in."""
         return load_model(self.checkpoint).to(self.device, DTYPES[self.config.dtype])
 

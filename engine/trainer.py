@@ -1,4 +1,4 @@
-"""Training a language model from a config: the loop, from start or resume to summary."""
+"""Training a model from a config: the loop, from start or resume to summary."""
 
 import json
 from collections.abc import Iterator
@@ -20,16 +20,18 @@ from engine.engine import (
     StepResult,
     build_engine,
     launched_rank,
+    loss_weights,
     seed_noise,
     start_distributed,
     train_step,
 )
-from engine.evaluation import Evaluation, evaluate
+from engine.evaluation import evaluate
 from engine.metrics import Metrics, keep_records_up_to
 from engine.progress import ProgressLine
 from engine.report import describe, finish
 from engine.run_folder import check_run_folder, claim_run_folder, write_whole
 from engine.sparse_clip import SparseClip
+from engine.windows import predicted_bytes, windows
 
 
 def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared]:
@@ -43,17 +45,10 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
             checkpoint of another model, layout or data.
     """
     prepared = open_prepared(Path(config.data.path))
-    PackedLM(prepared.train, config.data.seq_len)
-    PackedLM(prepared.valid, config.data.seq_len)
+    windows(prepared.train, config)
+    windows(prepared.valid, config)
     resolved = config.to_dict()
-    model = resolved["magnetar"]["model"]
-    if model["vocab_size"] is None:
-        model["vocab_size"] = prepared.vocab_size
-    elif model["vocab_size"] < prepared.vocab_size:
-        raise UserError(
-            f"magnetar.model.vocab_size={model['vocab_size']} is smaller than the vocabulary of "
-            f"{prepared.path}, {prepared.vocab_size}: use null, or at least {prepared.vocab_size}"
-        )
+    resolved["magnetar"]["model"]["vocab_size"] = fitting_vocab_size(config, prepared)
     schedule = resolved["magnetar"]["training"]["lr_schedule"]
     if schedule["type"] == "polynomial" and schedule["total_steps"] is None:
         # Written down, so that a longer run cannot bend the schedule of the steps already done.
@@ -76,6 +71,23 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
                 "or name another training.run_dir"
             )
     return result, prepared
+
+
+def fitting_vocab_size(config: RunConfig, prepared: Prepared) -> int:
+    """Rows of the embedding: one for each piece of the vocabulary, and one for a mask token.
+
+    Raises:
+        UserError: the config asks for fewer.
+    """
+    given, is_masked = config.model.vocab_size, config.data.masking is not None
+    needed = prepared.vocab_size + is_masked
+    if given is not None and given < needed:
+        with_mask = " and a mask token" if is_masked else ""
+        raise UserError(
+            f"magnetar.model.vocab_size={given} is smaller than the vocabulary of "
+            f"{prepared.path}{with_mask}, {needed}: use null, or at least {needed}"
+        )
+    return given or needed
 
 
 def require_monitor_packages(config: dict[str, Any]) -> None:
@@ -127,33 +139,34 @@ def train(config: RunConfig, prepared: Prepared) -> None:
     lock = claim_run_folder(run_dir) if launched_rank() == 0 else None
     device = start_distributed()
     is_first_rank = dist.get_rank() == 0
-    train_data = PackedLM(prepared.train, config.data.seq_len)
-    valid_data = PackedLM(prepared.valid, config.data.seq_len)
+    train_data, valid_data = windows(prepared.train, config), windows(prepared.valid, config)
     engine, sparse_clip = build_engine(config, device)
     if is_first_rank:  # not earlier: a start that fails must not claim the folder
         write_whole(run_dir / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
-    aux_loss_weight = config.model.moe.aux_loss_weight if config.model.moe else 0.0
+    weights = loss_weights(config)
     state = resume(engine, sparse_clip, config)
     first_step = engine.global_steps
     metrics = Metrics(engine, config, sparse_clip, run_dir / "metrics.jsonl")
     progress = ProgressLine(first_step, training.num_steps, shown=is_first_rank)
     progress.note(describe(config, prepared, first_step))
 
-    def validate() -> Evaluation:
+    def validate() -> dict[str, float]:
         batch_size = engine.train_micro_batch_size_per_gpu()
         num_sequences = training.eval_sequences
-        num_bytes = prepared.num_text_bytes(valid_data.num_targets(num_sequences))
-        return evaluate(engine.module, valid_data, batch_size, device, num_bytes, num_sequences)
+        num_bytes = predicted_bytes(prepared, valid_data, config, num_sequences)
+        return evaluate(
+            engine.module, valid_data, batch_size, device, num_bytes, num_sequences
+        ).to_dict()
 
     if not state.before:
-        state.before = asdict(validate())
+        state.before = validate()
         metrics.write_validation(0, state.before)
     metrics.restart_clock()
     with progress:
         for step in range(first_step + 1, training.num_steps + 1):
             seed_noise(training.seed, step)
             result = train_step(
-                engine, micro_batches(engine, train_data, step, training.seed), aux_loss_weight
+                engine, micro_batches(engine, train_data, step, training.seed), weights
             )
             is_logged = due(step, training.log_every, training.num_steps)
             is_saved = due(step, training.save_every, training.num_steps)
@@ -165,7 +178,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                 progress.update(record)
             if due(step, training.eval_every, training.num_steps):
                 with metrics.paused_clock():
-                    state.after = asdict(validate())
+                    state.after = validate()
                 metrics.write_validation(step, state.after)
                 progress.note(
                     f"step {step}: validation perplexity {state.after['perplexity']:,.2f}"
@@ -175,8 +188,8 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                     state.seconds += metrics.lap()
                     state.num_clipped = int(sparse_clip.num_clipped)
                     save_checkpoint(engine, step, config, prepared, asdict(state))
-    state.after = state.after or asdict(validate())
-    finish(engine, config, prepared, asdict(state), progress)
+    state.after = state.after or validate()
+    finish(engine, config, prepared, valid_data, asdict(state), progress)
     dist.destroy_process_group()
     if lock is not None:
         lock.close()
@@ -189,8 +202,12 @@ def due(step: int, every: int | None, last: int) -> bool:
 
 def micro_batches(
     engine: Any, dataset: PackedLM, step: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of the samples of an optimizer step (from 1): pairs of (B, T) int64."""
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """This rank's part of the samples of an optimizer step (from 1): inputs and targets."""
+
+    def on_device(array: Any) -> Tensor:
+        return torch.from_numpy(array).to(engine.device, non_blocking=True)
+
     for micro_step in range(engine.gradient_accumulation_steps()):
         inputs, targets = train_micro_batch(
             dataset,
@@ -201,10 +218,7 @@ def micro_batches(
             world_size=dist.get_world_size(),
             seed=seed,
         )
-        yield (
-            torch.from_numpy(inputs).to(engine.device, non_blocking=True),
-            torch.from_numpy(targets).to(engine.device, non_blocking=True),
-        )
+        yield tuple(map(on_device, inputs)), on_device(targets)
 
 
 def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerState:

@@ -9,7 +9,6 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -43,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate and print."""
     options = parse_arguments(arguments)
     quiet_deepspeed()
-    from data.packed_lm import PackedLM
     from engine.evaluation import evaluate
-    from engine.report import evaluation_table
+    from engine.report import asked_about, evaluation_table
     from engine.trained_run import open_run
+    from engine.windows import predicted_bytes, unigram_perplexity, windows
 
     run = open_run(options.run, options.checkpoint, options.data)
-    valid = PackedLM(run.prepared.valid, run.config.data.seq_len)
+    valid = windows(run.prepared.valid, run.config)
     num_sequences = math.ceil((valid.split.num_tokens - 1) / valid.seq_len)
     num_sequences = min(num_sequences, options.sequences or num_sequences)
 
@@ -58,25 +57,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console = Console(stderr=True)
         return track(batches, "evaluating", total, console=console, disable=not console.is_terminal)
 
-    num_bytes = run.prepared.num_text_bytes(valid.num_targets(num_sequences))
+    num_bytes = predicted_bytes(run.prepared, valid, run.config, num_sequences)
     result = evaluate(
         run.model, valid, options.batch_size, run.device, num_bytes, num_sequences, progress
     )
-    unigram = valid.split.unigram_perplexity(1, 1 + result.num_tokens)
+    unigram = unigram_perplexity(run.prepared, run.config, result.num_tokens)
     if options.json:
         answer = {
             "run": str(options.run),
             "checkpoint": run.checkpoint.path.name,
             "step": run.checkpoint.step,
             "data": str(run.prepared.path),
-            **asdict(result),
+            **result.to_dict(),
             "unigram_perplexity": unigram,
             "perplexity_of_unigram": result.perplexity / unigram,
         }
         print(json.dumps(answer, indent=1))
         return
-    title = f"Validation split of {run.prepared.path}, {result.num_tokens:,} tokens"
-    rows = {run.checkpoint.path.name: asdict(result)}
+    title = f"Validation split of {run.prepared.path}, "
+    title += asked_about(run.config, result.num_tokens)
+    rows = {run.checkpoint.path.name: result.to_dict()}
     Console(highlight=False).print(evaluation_table(title, rows, unigram))
 
 

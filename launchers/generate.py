@@ -111,14 +111,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from engine.report import continuation_text, decode_continuation
     from engine.trained_run import open_run
     from models.generation import sample
+    from models.transformer import Transformer
 
     run = open_run(options.run, options.checkpoint, options.data)
+    architecture = run.config.model.architecture
+    if architecture != "decoder":
+        raise UserError(
+            f"{options.run} holds an {architecture.replace('_', '-')}, which continues no text: "
+            f"use `python -m launchers.evaluate {options.run}`, or name the run of a decoder"
+        )
     tokenizer = run.prepared.tokenizer
     console = Console(highlight=False)
+    model = run.model
+    assert isinstance(model, Transformer)
     for prompt in prompts_of(options.prompt):
         ids = tokenizer.encode(prompt)
         tokens = sample(
-            run.model,
+            model,
             torch.tensor([ids] * options.num_samples, device=run.device),
             options.tokens,
             options.temperature,

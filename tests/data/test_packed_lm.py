@@ -55,7 +55,7 @@ def test_an_optimizer_step_reads_the_same_samples_in_any_layout(
     rows = []
     for micro_step in range(12 // (world_size * micro_batch_size)):
         for rank in range(world_size):
-            inputs, targets = train_micro_batch(
+            (inputs,), targets = train_micro_batch(
                 dataset, 24, micro_step, micro_batch_size, rank, world_size, seed=5
             )
             assert inputs.dtype == targets.dtype == np.int64
@@ -73,11 +73,14 @@ def test_validation_predicts_each_token_but_the_first_once(
     ranks = [list(valid_batches(dataset, batch_size, r, world_size)) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     seen = []
-    for inputs, targets in (batch for batches in ranks for batch in batches):
+    for (inputs, *padding), targets in (batch for batches in ranks for batch in batches):
         assert inputs.shape == targets.shape == (batch_size, SEQ_LEN)
         counts = targets != IGNORE_INDEX
         assert np.array_equal(inputs[counts] + 1, targets[counts])  # the file counts upwards
         seen += targets[counts].tolist()
+        # The mask is there where something is padding, and says where nothing counts.
+        assert len(padding) == (not counts.all())
+        assert all(np.array_equal(mask, ~counts) for mask in padding)
     assert sorted(seen) == list(range(1, num_tokens))
 
 

@@ -60,7 +60,7 @@ def start(changes: dict[str, Any]) -> tuple[Any, Any, Any]:
     return engine, sparse_clip, config
 
 
-def batches(engine: Any, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(engine: Any, step: int) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
     """This rank's micro-batches of a global batch that depends on the step alone."""
     import deepspeed.comm as dist
 
@@ -70,22 +70,21 @@ def batches(engine: Any, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     tokens[:, 1::2] = (tokens[:, 0:-1:2] * 3 + 1) % 97
     micro, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_world_size()
     parts = tokens.to(engine.device).view(-1, ranks, micro, 17)[:, dist.get_rank()]
-    return [(part[:, :-1], part[:, 1:]) for part in parts]
+    return [((part[:, :-1],), part[:, 1:]) for part in parts]
 
 
 def losses_and_norms(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, list[float]]]:
     """Train each case; the whole batch's losses, the clipping norms and the coefficients."""
     import deepspeed.comm as dist
 
-    from engine.engine import train_step
+    from engine.engine import loss_weights, train_step
 
     results = []
     for changes in cases:
         engine, clip, config = start(changes)
         curve: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
         for step in range(num_steps):
-            moe = config.model.moe
-            result = train_step(engine, batches(engine, step), moe.aux_loss_weight if moe else 0.0)
+            result = train_step(engine, batches(engine, step), loss_weights(config))
             loss = result.loss.double()
             dist.all_reduce(loss)
             curve["loss"].append(float(loss) / dist.get_world_size())
@@ -105,7 +104,7 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
     """
     import deepspeed.comm as dist
 
-    from engine.engine import train_step
+    from engine.engine import loss_weights, train_step
 
     results = []
     for changes in cases:
@@ -114,7 +113,7 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
         seen = record_gradients_of_adam(engine.basic_optimizer)
         moe = config.model.moe
         scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if config.dtype == "fp16" else 1
-        train_step(engine, batches(engine, 0), moe.aux_loss_weight)
+        train_step(engine, batches(engine, 0), loss_weights(config))
         everyone: list[Any] = [None] * dist.get_world_size()
         torch.distributed.all_gather_object(everyone, (raw, seen))
         raw_dense, raw_expert = brute_force_norms([r for r, _ in everyone], moe.ep_size)

@@ -152,7 +152,7 @@ WRONG = [
     ("magnetar.model.num_layers", None, ["a whole number"]),
     ("magnetar.model.dropout", 1.0, ["at least 0, less than 1"]),
     ("magnetar.model.tie_embeddings", 1, ["true or false"]),
-    ("magnetar.model.norm", "sublm", ['"subln", "pre"', 'did you mean "subln"?']),
+    ("magnetar.model.norm", "sublm", ['"post", "subln"', 'did you mean "subln"?']),
     ("magnetar.model.num_layer", 4, ["did you mean magnetar.model.num_layers?"]),
     ("magnetar.model.num_experts", 4, ["did you mean magnetar.model.moe.num_experts?"]),
     ("magnetar.model.frobnicate", 4, ["the keys there are architecture, vocab_size"]),
@@ -318,7 +318,7 @@ def test_all_problems_are_listed_at_once() -> None:
     found = user_error(
         EXAMPLE,
         "magnetar.model.num_layers=0",
-        "magnetar.model.moe.top_k=3",
+        "magnetar.model.moe.top_k=0",
         "magnetar.data.seq_len=-1",
         "optimizer.params.lr=-1",
         "gradient_clipping=0",
