@@ -9,10 +9,11 @@ import pytest
 
 from tests.ranks import ROOT
 
-PACKAGES = ("launchers", "engine", "models", "data")
+PACKAGES = ("launchers", "engine", "convert", "models", "data")
 MAY_IMPORT = {
-    "launchers": {"launchers", "engine", "models", "data"},
+    "launchers": {"launchers", "engine", "convert", "models", "data"},
     "engine": {"engine", "models", "data"},
+    "convert": {"convert", "models"},
     "models": {"models"},
     "data": {"data"},
 }

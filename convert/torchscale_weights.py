@@ -1,0 +1,131 @@
+"""Which of TorchScale's tensors make up each of Magnetar's.
+
+The mapping runs backwards, from Magnetar's names to TorchScale's, so that every message can name
+the tensors as the user's file does.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Learned positions start at this row in TorchScale, as in fairseq with its padding index of 1.
+FIRST_POSITION = 2
+# What a state dict may hold beside weights: fairseq's version numbers and its device marker, and
+# the table that XPOS computes from its width.
+NOT_WEIGHTS = re.compile(r"(.*\.)?(version|_float_tensor|xpos\.scale)")
+
+_RENAMED_IN_BOTH = (
+    (r"\bpools\.0\b", "A"),
+    (r"\bpools\.1\b", "B"),
+    (r"^blocks\b", "layers"),
+    (r"^embedding\b", "embed_tokens"),
+    (r"^embedding_norm\b", "layernorm_embedding"),
+    (r"^positions\b", "embed_positions"),
+    (r"^final_norm\b", "layer_norm"),
+    (r"^output\b", "output_projection"),
+    (r"\battention_residual\.norm\b", "self_attn_layer_norm"),
+    (r"\bcross_attention_residual\.norm\b", "encoder_attn_layer_norm"),
+    (r"\bffn_residual\.norm\b", "final_layer_norm"),
+    (r"\bcross_attention\b", "encoder_attn"),
+    (r"\battention\.inner_norm\b", "self_attn.inner_attn_ln"),
+    (r"\battention\b", "self_attn"),
+    (r"\binner_norm\b", "ffn_layernorm"),
+    (r"\bw1\b", "fc1"),
+    (r"\bw2\b", "fc2"),
+    (r"\bffn\.deepspeed_moe\b", "moe_layer"),
+    (r"\bexperts\.deepspeed_experts\b", "experts"),
+    (r"\bgate\.projection\.weight$", "gate.wg_reduction.weight"),
+    (r"\bgate\.centroids$", "gate.wg"),
+)
+_TABLE = "relative_attention_bias.weight"
+_RENAMED = {
+    "encoder": (*_RENAMED_IN_BOTH, (r"^relative_bias\.weight$", f"relative_position.{_TABLE}")),
+    "decoder": (
+        *_RENAMED_IN_BOTH,
+        (r"^relative_bias\.weight$", f"self_attn_relative_position.{_TABLE}"),
+        (r"^cross_relative_bias\.weight$", f"cross_attn_relative_position.{_TABLE}"),
+    ),
+}
+_STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "kv_proj": ("k_proj", "v_proj")}
+_OF_AN_EXPERT = {
+    "w1": "fc1.weight",
+    "b1": "fc1.bias",
+    "w2": "fc2.weight",
+    "b2": "fc2.bias",
+    "norm_weight": "ffn_layernorm.weight",
+    "norm_bias": "ffn_layernorm.bias",
+}
+_EXPERT = re.compile(r"(blocks\.\d+)\.ffn\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)")
+
+
+class Stack(NamedTuple):
+    """One of a model's stacks of layers.
+
+    Attributes:
+        side: "encoder" or "decoder".
+        theirs: what its tensors' names start with in TorchScale's state dict.
+        ours: and in Magnetar's.
+    """
+
+    side: str
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one of Magnetar's tensors is made.
+
+    Attributes:
+        sources: TorchScale's name -> shape of each tensor that goes in, in the order in which they
+            are stacked along the first dimension.
+        transposed: the one source is turned around.
+        first_row: rows of the one source before this one are left out.
+    """
+
+    sources: dict[str, tuple[int, ...]]
+    transposed: bool = False
+    first_row: int = 0
+
+    def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, float32 and in memory of its own."""
+        parts = [tensors[name].float()[self.first_row :] for name in self.sources]
+        made = parts[0].t() if self.transposed else torch.cat(parts)
+        return made.contiguous().clone()
+
+
+def recipe(name: str, shape: tuple[int, ...], stack: Stack) -> Recipe:
+    """How to make one of Magnetar's tensors.
+
+    Args:
+        name: such as "blocks.0.attention.qkv_proj.weight", or the same after "encoder.".
+        shape: its shape.
+        stack: the stack that it belongs to.
+    """
+    name = name.removeprefix(stack.ours)
+    expert = _EXPERT.fullmatch(name)
+    if expert is not None:
+        block, index, part = expert.groups()
+        layer = block.replace("blocks", "layers")
+        source = f"{stack.theirs}{layer}.moe_layer.experts.{index}.{_OF_AN_EXPERT[part]}"
+        is_matrix = len(shape) == 2
+        return Recipe({source: shape[::-1] if is_matrix else shape}, transposed=is_matrix)
+    source = stack.theirs + _renamed(name, stack.side)
+    if name == "positions.weight":
+        rows, width = shape
+        return Recipe({source: (rows + FIRST_POSITION, width)}, first_row=FIRST_POSITION)
+    for stacked, parts in _STACKED.items():
+        if f".{stacked}." in source:
+            part_shape = (shape[0] // len(parts), *shape[1:])
+            return Recipe({source.replace(stacked, part): part_shape for part in parts})
+    return Recipe({source: shape})
+
+
+def _renamed(name: str, side: str) -> str:
+    for pattern, replacement in _RENAMED[side]:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,85 @@
+"""Turns the weights of other programs into a Magnetar folder of weights.
+
+python -m launchers.convert import-torchscale decoder.pt --config decoder.json --out imported/lm
+python -m launchers.convert import-torchscale checkpoint_last-shared.pt --out imported/moe
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from convert.import_torchscale import Imported, import_torchscale
+from launchers.user_errors import user_errors
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m launchers.convert", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "import-torchscale",
+        help="a model of TorchScale 0.3.0, with fairseq or without",
+        description="Write a TorchScale model, dense or sparse, as a folder that "
+        "models.weights.load_model loads. The model has the same logits.",
+    )
+    add = command.add_argument
+    add(
+        "checkpoint",
+        nargs="+",
+        type=Path,
+        help="a state dict (.pt, .safetensors), fairseq's checkpoint, or NAME-shared.pt, beside "
+        "which the files NAME-rank-N.pt are found",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a JSON with the arguments of TorchScale's config class, or with all of vars(config); "
+        "needed where the checkpoint holds tensors alone",
+    )
+    add("--trust", action="store_true", help="let the file run code: only for files of your own")
+    return parser.parse_args(arguments)
+
+
+@user_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Import, and say what came out."""
+    options = parse_arguments(arguments)
+    imported = import_torchscale(options.checkpoint, options.out, options.config, options.trust)
+    print("\n".join(report(imported, options.out)))
+
+
+def report(imported: Imported, out: Path) -> list[str]:
+    """The lines that say what was imported, and how to load it."""
+    config = imported.config
+    rows = [("was", imported.source), ("is", f"{config.architecture}, norm {config.norm}")]
+    rows.append(("parameters", f"{imported.num_parameters:,}"))
+    if config.moe is not None:
+        num_layers = sum(
+            config.is_moe_layer(index)
+            for depth in (config.encoder_depth, config.decoder_depth)
+            for index in range(depth)
+        )
+        rows.append(("experts", f"{config.moe.num_experts} in each of {num_layers} MoE layers"))
+    rows += [("note", note) for note in imported.notes]
+    rows.append(("wrote", str(out)))
+    width = max(len(name) for name, _ in rows)
+    return [
+        *(f"{name:<{width}}  {text}" for name, text in rows),
+        "",
+        "from models.weights import load_model",
+        f"model = load_model({str(out)!r})",
+        _call(config.architecture),
+    ]
+
+
+def _call(architecture: str) -> str:
+    tokens = "source, target" if architecture == "encoder_decoder" else "tokens"
+    return f"logits = model({tokens}).logits  # tokens: (batch, length) int64"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
