@@ -1,12 +1,13 @@
 """The formulas of models/ once more, as float64 loops that share no code with it."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.config import MoEConfig
+from models.config import ModelConfig, MoEConfig
 
 LAYER_NORM_EPS = 1e-5  # torch's default, which Magneto and TorchScale use as well
 
@@ -208,69 +209,349 @@ def moe_layer(
     )
 
 
-def attention(x: Tensor, p: dict[str, Tensor], num_heads: int) -> Tensor:
-    """(T, D) -> (T, D): causal softmax attention, one head and one position at a time."""
-    length, d_model = x.shape
-    width = d_model // num_heads
-    q, k, v = (
-        x @ p["qkv_proj.weight"][i * d_model : (i + 1) * d_model].T
-        + p["qkv_proj.bias"][i * d_model : (i + 1) * d_model]
-        for i in range(3)
-    )
-    rows = []
-    for position in range(length):
-        heads = []
-        for head in range(num_heads):
-            part = slice(head * width, (head + 1) * width)
-            seen = range(position + 1)
-            scores = torch.stack([(q[position, part] * k[j, part]).sum() for j in seen])
-            probs = softmax(scores / math.sqrt(width))
-            heads.append(sum(probs[j] * v[j, part] for j in seen))
-        rows.append(torch.cat(heads))
-    heads_out = torch.stack(rows)
-    if "inner_norm.weight" in p:
-        heads_out = layer_norm(heads_out, p["inner_norm.weight"], p["inner_norm.bias"])
-    return heads_out @ p["out_proj.weight"].T + p["out_proj.bias"]
-
-
 def below(p: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The parameters under a prefix, without it."""
     return {name[len(prefix) :]: t for name, t in p.items() if name.startswith(prefix)}
 
 
-def dense_ffn(x: Tensor, p: dict[str, Tensor], activation: str) -> Tensor:
-    """(T, D) -> (T, D): w2 LN(activation(w1 x)), the LayerNorm where it has parameters."""
-    hidden = ACTIVATIONS[activation](x @ p["w1.weight"].T + p["w1.bias"])
-    if "inner_norm.weight" in p:
-        hidden = layer_norm(hidden, p["inner_norm.weight"], p["inner_norm.bias"])
-    return hidden @ p["w2.weight"].T + p["w2.bias"]
+def residual_scale(norm: str, encoder: int, decoder: int, stack: str) -> float:
+    """DeepNorm's alpha of a stack ("encoder", "decoder") of N and M layers; 0: no such stack."""
+    if norm != "deepnorm":
+        return 1.0
+    if encoder == 0 or decoder == 0:
+        return (2 * (encoder + decoder)) ** (1 / 4)
+    if stack == "encoder":
+        return 0.81 * (encoder * encoder * encoder * encoder * decoder) ** (1 / 16)
+    return (3 * decoder) ** (1 / 4)
 
 
-def decoder(
-    p: dict[str, Tensor],
-    tokens: Tensor,
-    num_layers: int,
-    num_heads: int,
-    activation: str = "gelu",
-    moe: MoEConfig | None = None,
-) -> Tensor:
-    """(T,) -> (T, V): Pre-LN, and Sub-LN where a sublayer has an inner norm's parameters."""
+def initial_gain(norm: str, encoder: int, decoder: int, stack: str) -> float:
+    """DeepNorm's beta, Sub-LN's gamma: of feed-forward, value and output matrices."""
+    alone = encoder == 0 or decoder == 0
+    if norm == "deepnorm":
+        if alone:
+            return 1 / (8 * (encoder + decoder)) ** (1 / 4)
+        if stack == "encoder":
+            return 0.87 / (encoder * encoder * encoder * encoder * decoder) ** (1 / 16)
+        return 1 / (12 * decoder) ** (1 / 4)
+    if norm == "subln":
+        if alone:
+            return math.log(2 * (encoder + decoder)) ** 0.5
+        if stack == "encoder":
+            return (math.log(3 * decoder) * math.log(2 * encoder) / 3) ** 0.5
+        return math.log(3 * decoder) ** 0.5
+    return 1.0
 
-    def norm(x: Tensor, name: str) -> Tensor:
-        return layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"])
 
-    x = torch.stack(
-        [p["embedding.weight"][t] + p["positions.weight"][i] for i, t in enumerate(tokens)]
-    )
-    for index in range(num_layers):
-        block = f"blocks.{index}"
-        attended = attention(
-            norm(x, f"{block}.attention_norm"), below(p, f"{block}.attention."), num_heads
-        )
-        x = x + attended
-        ffn, h = below(p, f"{block}.ffn."), norm(x, f"{block}.ffn_norm")
-        if moe is not None and (index + 1) % moe.every == 0:
-            x = x + moe_layer(below(ffn, "deepspeed_moe."), h, moe, activation, None).output
+def position_vector(kind: str, position: int, d_model: int) -> Tensor:
+    """What a sinusoidal kind of positions adds to an embedding: (D,) of float32's precision."""
+    sines, cosines = [], []
+    for i in range(d_model // 2):
+        if kind == "sinusoidal":
+            angle = position / 10000 ** (2 * i / d_model)
         else:
-            x = x + dense_ffn(h, ffn, activation)
-    return norm(x, "final_norm") @ p.get("output.weight", p["embedding.weight"]).T
+            angle = (position + 2) / 10000 ** (i / (d_model // 2 - 1))
+        sines.append(math.sin(angle))
+        cosines.append(math.cos(angle))
+    if kind == "sinusoidal":
+        numbers = [value for pair in zip(sines, cosines, strict=True) for value in pair]
+    else:
+        numbers = sines + cosines
+    return torch.tensor(numbers, dtype=torch.float32).double()
+
+
+def relative_bucket(distance: int, num_buckets: int, max_distance: int, both: bool) -> int:
+    """T5's bucket of key position minus query position, in whole numbers alone."""
+    first, behind = 0, -distance
+    if both:
+        num_buckets //= 2
+        first = num_buckets if distance > 0 else 0
+        behind = abs(distance)
+    behind = max(behind, 0)
+    exact = num_buckets // 2
+    if behind < exact:
+        return first + behind
+    ranges = num_buckets - exact
+    # The largest k with (behind / exact)^ranges >= (max_distance / exact)^k.
+    k = 0
+    while k + 1 < ranges and (
+        behind**ranges * exact ** (k + 1) >= max_distance ** (k + 1) * exact**ranges
+    ):
+        k += 1
+    return first + exact + k
+
+
+def rotary_product(q: Tensor, k: Tensor, distance: int, scale_base: float | None) -> Tensor:
+    """q . k after both are turned by their positions, from query position minus key position."""
+    a, b = (row.tolist() for row in (q, k))
+    width, total = len(a), 0.0
+    for i in range(width // 2):
+        angle = distance * 10000 ** (-2 * i / width)
+        real = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]
+        imaginary = a[2 * i + 1] * b[2 * i] - a[2 * i] * b[2 * i + 1]
+        term = real * math.cos(angle) - imaginary * math.sin(angle)
+        if scale_base is not None:
+            zeta = (2 * i / width + 0.4) / 1.4
+            term = term * zeta ** (distance / scale_base)
+        total += term
+    return torch.tensor(total, dtype=torch.float64)
+
+
+class Stack:
+    """One stack of a model, a sequence at a time, one head and one position after another."""
+
+    def __init__(
+        self,
+        p: dict[str, Tensor],
+        config: ModelConfig,
+        stack: str,
+        *,
+        padding: list[bool] | None = None,
+        split: int | None = None,
+    ) -> None:
+        self.p, self.config, self.stack = p, config, stack
+        self.padding, self.split = padding, split
+        encoder = 0 if config.architecture == "decoder" else config.num_layers
+        decoder = 0 if config.architecture == "encoder" else config.num_layers
+        if config.architecture == "encoder_decoder" and config.num_decoder_layers:
+            decoder = config.num_decoder_layers
+        self.num_layers = encoder if stack == "encoder" else decoder
+        self.alpha = residual_scale(config.norm, encoder, decoder, stack)
+        self.starts_with_norm = config.norm in ("pre", "subln", "normformer")
+
+    def of(self, name: str, position: int) -> dict[str, Tensor]:
+        """A module's parameters for the token at a position."""
+        if self.config.multiway:
+            pool = 1 if self.split is not None and position >= self.split else 0
+            name = f"{name}.pools.{pool}"
+        return below(self.p, name + ".")
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D')."""
+        own = [self.of(name, position) for position in range(len(x))]
+        rows = [m["weight"] @ row + m["bias"] for m, row in zip(own, x, strict=True)]
+        return torch.stack(rows)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        own = [self.of(name, position) for position in range(len(x))]
+        eps = self.config.norm_eps
+        return torch.stack(
+            [layer_norm(row, m["weight"], m["bias"], eps) for m, row in zip(own, x, strict=True)]
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(T,) -> (T, D)."""
+        config, rows = self.config, []
+        kind = config.positions
+        if kind is None:
+            kind = "learned" if config.attention_positions == "none" else "none"
+        for position, token in enumerate(tokens.tolist()):
+            row = self.p["embedding.weight"][token]
+            if config.stable_embedding:
+                weight, bias = self.p["token_norm.weight"], self.p["token_norm.bias"]
+                row = layer_norm(row, weight, bias, config.norm_eps)
+            if config.scale_embedding:
+                row = row * config.d_model**0.5
+            if kind == "learned":
+                row = row + self.p["positions.weight"][position]
+            elif kind != "none":
+                row = row + position_vector(kind, position, config.d_model)
+            rows.append(row)
+        x = torch.stack(rows)
+        return self.norm("embedding_norm", x) if config.embedding_norm else x
+
+    def residual(self, name: str, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """The stream after one sublayer: x + f(LN(x)), or LN(scale * x + f(x))."""
+        if self.starts_with_norm:
+            out = sublayer(self.norm(f"{name}.norm", x))
+            if self.config.norm == "normformer" and name.endswith(".attention_residual"):
+                out = self.norm(f"{name}.output_norm", out)
+            return x + out
+        scale = self.p[f"{name}.omega"] if self.config.norm == "admin" else self.alpha
+        return self.norm(f"{name}.norm", scale * x + sublayer(x))
+
+    def head(self, norm: str, row: Tensor, head: int) -> Tensor:
+        """(D,) -> (d,): one head's part of a query or key, normed where the config says so."""
+        width = self.config.d_model // self.config.num_heads
+        part = row[head * width : (head + 1) * width]
+        if not self.config.qk_norm:
+            return part
+        weight, bias = self.p[f"{norm}.weight"], self.p[f"{norm}.bias"]
+        return layer_norm(part, weight, bias, self.config.norm_eps)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        name: str,
+        hidden: Callable[[int, int], bool],
+        bias_name: str,
+        both: bool,
+    ) -> Tensor:
+        """(T, D), (S, D), (S, D) -> (T, D), before the output projection."""
+        config = self.config
+        is_cross = name.endswith("cross_attention")
+        width = config.d_model // config.num_heads
+        scale_base = None if config.attention_positions == "rotary" else config.xpos_scale_base
+        turned = config.attention_positions in ("rotary", "xpos", "xpos_relative") and not is_cross
+        biased = config.attention_positions in ("relative", "xpos_relative")
+        queries, keys = (
+            [
+                [self.head(f"{name}.{which}_norm", row, head) for head in range(config.num_heads)]
+                for row in x
+            ]
+            for which, x in (("q", q), ("k", k))
+        )
+        rows = []
+        for t in range(len(q)):
+            seen = [s for s in range(len(k)) if not hidden(t, s)]
+            heads = []
+            for head in range(config.num_heads):
+                part = slice(head * width, (head + 1) * width)
+                scores = []
+                for s in seen:
+                    a, b = queries[t][head], keys[s][head]
+                    product = rotary_product(a, b, t - s, scale_base) if turned else a @ b
+                    score = product / math.sqrt(width)
+                    if biased:
+                        bucket = relative_bucket(
+                            s - t, config.relative_buckets, config.relative_max_distance, both
+                        )
+                        score = score + self.p[bias_name][bucket, head]
+                    scores.append(score)
+                if not seen:  # padding alone
+                    heads.append(torch.zeros(width, dtype=torch.float64))
+                    continue
+                probs = softmax(torch.stack(scores))
+                out = sum(probs[i] * v[s, part] for i, s in enumerate(seen))
+                if config.norm == "normformer" and not is_cross:
+                    out = out * self.p[f"{name}.head_scale"][head]
+                heads.append(out)
+            rows.append(torch.cat(heads))
+        return torch.stack(rows)
+
+    def attention(self, name: str, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D): each position sees itself, the past, and in an encoder the future."""
+        causal = self.stack == "decoder"
+        padding = self.padding or [False] * len(x)
+        q, k, v = self.linear(f"{name}.qkv_proj", x).chunk(3, dim=-1)
+        heads = self.attend(
+            q,
+            k,
+            v,
+            name,
+            lambda t, s: padding[s] or (causal and s > t),
+            "relative_bias.weight",
+            both=not causal or self.config.relative_bidirectional,
+        )
+        if self.config.norm == "subln":
+            heads = self.norm(f"{name}.inner_norm", heads)
+        return self.linear(f"{name}.out_proj", heads)
+
+    def cross_attention(
+        self, name: str, x: Tensor, memory: Tensor, padding: list[bool] | None
+    ) -> Tensor:
+        """(T, D) and the encoder's output (S, D) -> (T, D)."""
+        hidden = padding or [False] * len(memory)
+        k, v = self.linear(f"{name}.kv_proj", memory).chunk(2, dim=-1)
+        heads = self.attend(
+            self.linear(f"{name}.q_proj", x),
+            k,
+            v,
+            name,
+            lambda t, s: hidden[s],
+            "cross_relative_bias.weight",
+            both=True,
+        )
+        if self.config.norm == "subln" and self.config.cross_attention_inner_norm:
+            heads = self.norm(f"{name}.inner_norm", heads)
+        return self.linear(f"{name}.out_proj", heads)
+
+    def feed_forward(self, name: str, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D), dense."""
+        rows = []
+        for position, row in enumerate(x):
+            m = self.of(name, position)
+            h = ACTIVATIONS[self.config.activation](m["w1.weight"] @ row + m["w1.bias"])
+            if self.config.activation == "swiglu":
+                h = h * (m["w3.weight"] @ row + m["w3.bias"])
+            if self.config.norm in ("subln", "normformer"):
+                weight, bias = m["inner_norm.weight"], m["inner_norm.bias"]
+                h = layer_norm(h, weight, bias, self.config.norm_eps)
+            rows.append(m["w2.weight"] @ h + m["w2.bias"])
+        return torch.stack(rows)
+
+    def experts(self, name: str, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D), 0 at padding, which reaches no expert."""
+        assert self.config.moe is not None
+        real = [t for t in range(len(x)) if not (self.padding and self.padding[t])]
+        out = torch.zeros_like(x)
+        if real:
+            p = below(self.p, f"{name}.deepspeed_moe.")
+            config = self.config
+            routed = moe_layer(p, x[real], config.moe, config.activation, None, config.norm_eps)
+            out[real] = routed.output
+        return out
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        memory: Tensor | None = None,
+        memory_padding: list[bool] | None = None,
+    ) -> Tensor:
+        """(T,) -> (T, V), or the features (T, D) of a stack without an output."""
+        x = self.embed(tokens)
+        for index in range(self.num_layers):
+            block = f"blocks.{index}"
+            x = self.residual(
+                f"{block}.attention_residual",
+                x,
+                lambda h, name=f"{block}.attention": self.attention(name, h),
+            )
+            if memory is not None:
+                x = self.residual(
+                    f"{block}.cross_attention_residual",
+                    x,
+                    lambda h, name=f"{block}.cross_attention": self.cross_attention(
+                        name, h, memory, memory_padding
+                    ),
+                )
+            moe = self.config.moe
+            is_sparse = moe is not None and (index + 1) % moe.every == 0
+            ffn = self.experts if is_sparse else self.feed_forward
+            x = self.residual(
+                f"{block}.ffn_residual", x, lambda h, f=ffn, name=f"{block}.ffn": f(name, h)
+            )
+        if self.starts_with_norm:
+            x = self.norm("final_norm", x)
+        feeds_decoder = self.config.architecture == "encoder_decoder" and self.stack == "encoder"
+        if feeds_decoder or not self.config.output_projection:
+            return x
+        return x @ self.p.get("output.weight", self.p["embedding.weight"]).T
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters in float64, those that are tied under each of their names."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: parameter.detach().double() for name, parameter in named}
+
+
+def model_output(
+    p: dict[str, Tensor],
+    config: ModelConfig,
+    tokens: Tensor,
+    padding: list[bool] | None = None,
+    *,
+    source: Tensor | None = None,
+    source_padding: list[bool] | None = None,
+    split: int | None = None,
+) -> Tensor:
+    """(T,) -> (T, V) of a whole model, a source (S,) beside it in an encoder-decoder."""
+    if config.architecture != "encoder_decoder":
+        return Stack(p, config, config.architecture, padding=padding, split=split)(tokens)
+    assert source is not None
+    encoder = Stack(below(p, "encoder."), config, "encoder", padding=source_padding)
+    decoder = Stack(below(p, "decoder."), config, "decoder", padding=padding)
+    return decoder(tokens, encoder(source), source_padding)

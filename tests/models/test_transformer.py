@@ -1,30 +1,66 @@
-"""The decoder against a float64 reference written from the papers' formulas."""
+"""The models against a float64 reference written from the papers' formulas."""
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import data.packed_lm
-from models.attention import SelfAttention
-from models.config import ModelConfig, MoEConfig
-from models.norms import NORM_STYLES, subln_gain
+from models.attention import CrossAttention, SelfAttention
+from models.config import ModelConfig
 from models.transformer import (
     IGNORE_INDEX,
-    Decoder,
+    EncoderDecoder,
+    ModelOutput,
+    Transformer,
     build_model,
+    empty_model,
     flops_per_token,
     num_parameters,
+    set_checkpointing,
     token_losses,
 )
 from tests.models import brute_force
 
-VOCAB, T = 23, 10
+VOCAB, T, S = 23, 6, 7
 MOE = {"num_experts": 4, "every": 2}
+ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
+NORMS = ("pre", "post", "subln", "deepnorm", "normformer", "admin")
+POSITIONS: dict[str, dict[str, object]] = {
+    "learned": {},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "sinusoidal_fairseq": {"positions": "sinusoidal_fairseq"},
+    "none": {"positions": "none"},
+    "relative": {
+        "attention_positions": "relative",
+        "relative_buckets": 6,
+        "relative_max_distance": 5,
+    },
+    "relative_both": {
+        "positions": "learned",
+        "attention_positions": "relative",
+        "relative_bidirectional": True,
+        "relative_buckets": 8,
+        "relative_max_distance": 6,
+    },
+    "rotary": {"attention_positions": "rotary"},
+    "xpos": {"attention_positions": "xpos", "xpos_scale_base": 7.0},
+    "xpos_relative": {
+        "attention_positions": "xpos_relative",
+        "xpos_scale_base": 5.0,
+        "relative_buckets": 4,
+        "relative_max_distance": 4,
+    },
+}
+# Tables of these are float32, whatever the model's type.
+FLOAT32_POSITIONS = ("sinusoidal_fairseq", "rotary", "xpos", "xpos_relative")
 
 
 def config(**keys: object) -> ModelConfig:
@@ -36,11 +72,13 @@ def config(**keys: object) -> ModelConfig:
         "num_heads": 4,
         "max_seq_len": 12,
     }
+    if keys.get("architecture") == "encoder_decoder":
+        base["num_decoder_layers"] = 3
     return ModelConfig.model_validate(base | keys)
 
 
-def random_model(**keys: object) -> Decoder:
-    model = Decoder(config(**keys))
+def random_model(**keys: object) -> Transformer | EncoderDecoder:
+    model = empty_model(config(**keys))
     brute_force.randomize(model)
     return model
 
@@ -50,132 +88,464 @@ def token_ids(batch: int = 2, length: int = T, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=generator)
 
 
-@pytest.mark.parametrize("inner_norm", [True, False])
-@pytest.mark.parametrize("num_heads", [1, 4])
-def test_attention_equals_an_explicit_softmax(num_heads: int, inner_norm: bool) -> None:
-    layer = SelfAttention(16, num_heads, dropout=0.0, inner_norm=inner_norm, gain=1.0).double()
-    brute_force.randomize(layer)
-    x = torch.randn(2, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    out, parameters = layer(x), dict(layer.named_parameters())
-    for row, found in zip(x, out, strict=True):
-        expected = brute_force.attention(row, parameters, num_heads)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)  # float64 both
+def padded(batch: int, length: int) -> Tensor:
+    """No padding in the first row; at the end, inside, at the start of the others."""
+    padding = torch.zeros(batch, length, dtype=torch.bool)
+    padding[1, -2:] = True
+    padding[2:, 0] = padding[2:, 3] = True
+    return padding
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-@pytest.mark.parametrize("norm", ["subln", "pre"])
-def test_a_dense_decoder_equals_the_formulas(norm: str, activation: str, tie: bool) -> None:
-    model = random_model(norm=norm, activation=activation, tie_embeddings=tie).double()
-    tokens, parameters = token_ids(), dict(model.named_parameters())
-    logits, routing = model(tokens)
-    assert routing == []
-    for row, found in zip(tokens, logits, strict=True):
-        expected = brute_force.decoder(parameters, row, 2, 4, activation)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)  # float64 both
+def run(
+    model: nn.Module,
+    tokens: Tensor,
+    padding: Tensor | None = None,
+    source: Tensor | None = None,
+    source_padding: Tensor | None = None,
+) -> ModelOutput:
+    """Any architecture; a source of its own where none is given."""
+    if not isinstance(model, EncoderDecoder):
+        return model(tokens, padding)
+    source = token_ids(len(tokens), S, seed=1) if source is None else source
+    return model(source, tokens, source_padding, padding)
 
 
-@pytest.mark.parametrize("norm", ["subln", "pre"])
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_a_sparse_decoder_equals_the_formulas(norm: str, every: int) -> None:
-    moe = MoEConfig(num_experts=4, every=every)
-    model = random_model(norm=norm, num_layers=3, moe=moe.model_dump())
-    tokens, parameters = token_ids(batch=1), brute_force.float64_parameters(model)
+def assert_equals_the_formulas(
+    model: Transformer | EncoderDecoder,
+    is_padded: bool,
+    rtol: float,
+    atol: float,
+    split: int | None = None,
+) -> None:
+    tokens, source = token_ids(3), token_ids(3, S, seed=1)
+    padding = padded(3, T) if is_padded else None
+    source_padding = padded(3, S).flip(0) if is_padded else None
     with torch.no_grad():
-        logits, routing = model(tokens)
-        expected = brute_force.decoder(parameters, tokens[0], 3, 4, moe=moe)
-    assert len(routing) == 3 // every
-    # float32 through three layers; logits are of size 1 to 5.
-    torch.testing.assert_close(logits[0].double(), expected, rtol=1e-3, atol=2e-4)
+        if isinstance(model, EncoderDecoder):
+            logits = model(source, tokens, source_padding, padding).logits
+        else:
+            logits = model(tokens, padding, split_position=split).logits
+        p = brute_force.parameters_of(model)
+        for row in range(1, 3) if is_padded else range(1):
+            expected = brute_force.model_output(
+                p,
+                model.config,
+                tokens[row],
+                None if padding is None else padding[row].tolist(),
+                source=source[row],
+                source_padding=None if source_padding is None else source_padding[row].tolist(),
+                split=split,
+            )
+            real = slice(None) if padding is None else ~padding[row]
+            found = logits[row][real].double()
+            torch.testing.assert_close(found, expected[real], rtol=rtol, atol=atol)
 
 
-def test_sub_ln_has_two_norms_in_each_sublayer_and_pre_ln_one() -> None:
-    per_block = {"pre": 2, "subln": 4}
-    for norm, count in per_block.items():
-        names = [n for n, _ in Decoder(config(norm=norm)).named_parameters() if "norm.weight" in n]
-        assert len(names) == 2 * count + 1, names  # two blocks and the final norm
-        assert NORM_STYLES[norm].inner == (norm == "subln")
+FACTORS: dict[str, tuple] = {
+    "architecture": ARCHITECTURES,
+    "norm": NORMS,
+    "activation": ("gelu", "relu", "swish", "swiglu"),
+    "kind": tuple(POSITIONS),
+    "qk_norm": (False, True),
+    "scale_embedding": (False, True),
+    "embedding_norm": (False, True),
+    "stable_embedding": (False, True),
+    "tie_embeddings": (False, True),
+    "norm_eps": (1e-5, 0.03),
+    "padded": (False, True),
+    "special": (0, 1, 2, 3),
+}
 
 
-@pytest.mark.parametrize("layers", [1, 6, 96])
-def test_the_gain_of_sub_ln_is_the_root_of_ln_2m(layers: int) -> None:
-    assert math.exp(subln_gain(layers) ** 2) == pytest.approx(2 * layers, rel=1e-12)
-    assert NORM_STYLES["subln"].gain(layers) == subln_gain(layers)
-    assert NORM_STYLES["pre"].gain(layers) == 1.0
+def pairwise() -> list[dict]:
+    """Configurations among which every two values of two factors stand together once."""
+    chooser = random.Random(0)
+    names = list(FACTORS)
+    uncovered = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x in FACTORS[a]
+        for y in FACTORS[b]
+    }
+    cases: list[dict] = []
+    while uncovered:
+        best: dict = {}
+        best_covered: set = set()
+        for _ in range(20):
+            case = {name: chooser.choice(values) for name, values in FACTORS.items()}
+            a, x, b, y = chooser.choice(sorted(uncovered, key=str))
+            case |= {a: x, b: y}
+            pairs = {(a, case[a], b, case[b]) for a, b in itertools.combinations(names, 2)}
+            if len(pairs & uncovered) > len(best_covered):
+                best, best_covered = case, pairs & uncovered
+        uncovered -= best_covered
+        cases.append(best)
+    return cases
+
+
+def special_keys(case: dict) -> tuple[dict, int | None]:
+    """What one architecture alone has, and the position of a multiway split."""
+    special, architecture = case["special"], case["architecture"]
+    if special == 3:
+        return {"output_projection": False, "tie_embeddings": False}, None
+    if special and architecture == "encoder":
+        splits = {1: 3, 2: 0} if case["qk_norm"] else {1: None, 2: T}
+        return {"multiway": True}, splits[special]
+    if special and architecture == "encoder_decoder":
+        inner = {"cross_attention_inner_norm": False} if case["norm"] == "subln" else {}
+        return {"max_target_len": T} | (inner if special == 1 else {"share_embeddings": True}), None
+    return {"num_heads": 2 if special else 4}, None
+
+
+@pytest.mark.parametrize("case", pairwise(), ids=lambda case: "-".join(map(str, case.values())))
+def test_a_dense_model_equals_the_formulas(case: dict) -> None:
+    keys = {k: v for k, v in case.items() if k not in ("kind", "padded", "special")}
+    more, split = special_keys(case)
+    model = random_model(**keys | POSITIONS[case["kind"]] | more).double()
+    tolerance = 3e-5 if case["kind"] in FLOAT32_POSITIONS else 1e-9
+    assert_equals_the_formulas(model, case["padded"], tolerance, tolerance, split)
+
+
+@pytest.mark.parametrize("split", [None, 0, 2, T, T + 3])
+def test_each_modality_has_parameters_of_its_own(split: int | None) -> None:
+    model = random_model(architecture="encoder", multiway=True, embedding_norm=True).double()
+    assert_equals_the_formulas(model, True, 1e-9, 1e-9, split)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "activation", "moe"),
+    [
+        ("subln", "gelu", MOE),
+        ("pre", "swiglu", MOE | {"every": 1, "router": "linear", "top_k": 1}),
+        ("deepnorm", "relu", MOE | {"gate": "sigmoid"}),
+        ("normformer", "swiglu", MOE | {"top_k": 3}),
+    ],
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sparse_model_equals_the_formulas(
+    architecture: str, norm: str, activation: str, moe: dict, is_padded: bool
+) -> None:
+    model = random_model(
+        architecture=architecture, norm=norm, activation=activation, moe=moe, norm_eps=1e-3
+    )
+    # float32 through up to five layers; logits are of size 1 to 5.
+    assert_equals_the_formulas(model, is_padded, 1e-3, 3e-4)
+
+
+def test_routing_is_that_of_the_encoder_and_then_of_the_decoder() -> None:
+    model = random_model(architecture="encoder_decoder", moe=MOE | {"every": 1, "num_experts": 5})
+    source, target = token_ids(2, S), token_ids(2, T)
+    routing = model(source, target).routing
+    assert [int(stats.load.sum()) for stats in routing] == 2 * [2 * 2 * S] + 3 * [2 * 2 * T]
+    for every, layers in ((1, 5), (2, 2), (3, 1)):
+        moe = MOE | {"every": every}
+        model = random_model(architecture="encoder_decoder", moe=moe)
+        assert len(model(source, target).routing) == layers
+
+
+def test_attention_is_the_softmax_of_an_explicit_loop() -> None:
+    layer = SelfAttention(16, 4, dropout=0.0, inner_norm=False, gain=1.0).double()
+    brute_force.randomize(layer)
+    x = torch.randn(1, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    p = {f"blocks.0.attention.{name}": t for name, t in layer.named_parameters()}
+    for architecture, is_causal in (("decoder", True), ("encoder", False)):
+        reference = brute_force.Stack(p, config(norm="pre"), architecture)
+        expected = reference.attention("blocks.0.attention", x[0])
+        torch.testing.assert_close(layer(x, None, is_causal)[0], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("moe", [None, MOE])
-def test_a_later_token_changes_no_earlier_logit(moe: dict | None) -> None:
-    model = random_model(moe=moe).eval()
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_a_later_token_changes_no_earlier_logit(
+    architecture: str, kind: str, moe: dict | None
+) -> None:
+    model = random_model(architecture=architecture, moe=moe, **POSITIONS[kind]).eval()
     tokens = token_ids()
-    before = model(tokens).logits
+    before = run(model, tokens).logits
     for position in range(1, T):
         changed = tokens.clone()
         changed[:, position] = (changed[:, position] + 1) % VOCAB
-        after = model(changed).logits
-        if moe is None:
-            assert torch.equal(after[:, :position], before[:, :position])
-        else:
-            # Another token's expert moves the borders of the matmuls' blocks, nothing else.
-            torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-5)
-        difference = (after[:, position:] - before[:, position:]).abs().amax(-1)
-        assert (difference > 1e-3).all(), "later logits must depend on the token"
+        after = run(model, changed).logits
+        # Another token's expert moves the borders of the matmuls' blocks, nothing else.
+        tolerance = 0.0 if moe is None else 2e-5
+        difference = (after - before).abs().amax(-1)
+        assert (difference[:, :position] <= tolerance).all()
+        assert (difference[:, position:] > 1e-3).all(), "later logits must depend on the token"
 
 
-def test_a_sequence_changes_no_logit_of_another_one() -> None:
-    model = random_model(moe=MOE).eval()
-    tokens = token_ids(batch=3)
-    alone = model(tokens[1:2]).logits
+@pytest.mark.parametrize("moe", [None, MOE])
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_token_changes_every_output_of_an_encoder(norm: str, moe: dict | None) -> None:
+    model = random_model(architecture="encoder", norm=norm, moe=moe).eval()
+    tokens = token_ids()
+    before = model(tokens).logits
+    for position in range(T):
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % VOCAB
+        assert ((model(changed).logits - before).abs().amax(-1) > 1e-4).all()
+
+
+def test_every_source_token_changes_every_logit() -> None:
+    model = random_model(architecture="encoder_decoder").eval()
+    source, target = token_ids(2, S), token_ids(2, T)
+    before = model(source, target).logits
+    for position in range(S):
+        changed = source.clone()
+        changed[:, position] = (changed[:, position] + 1) % VOCAB
+        assert ((model(changed, target).logits - before).abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("moe", [None, MOE, MOE | {"dispatch": "capacity", "capacity_factor": 9.0}])
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_stands_in_padding_changes_nothing(
+    architecture: str, kind: str, moe: dict | None
+) -> None:
+    model = random_model(architecture=architecture, moe=moe, **POSITIONS[kind])
+    tokens, source = token_ids(3), token_ids(3, S, seed=1)
+    padding, source_padding = padded(3, T), padded(3, S).flip(0)
+    first = run(model, tokens, padding, source, source_padding)
+    other_tokens = torch.where(padding, (tokens + 3) % VOCAB, tokens)
+    other_source = torch.where(source_padding, (source + 3) % VOCAB, source)
+    second = run(model, other_tokens, padding, other_source, source_padding)
+    assert torch.equal(first.logits[~padding], second.logits[~padding])
+    for a, b in zip(first.routing, second.routing, strict=True):
+        assert torch.equal(a.load, b.load)
+    plain = run(model, tokens, None, source, None)
+    assert not torch.allclose(plain.logits[~padding], first.logits[~padding], atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_at_the_end_equals_a_shorter_sequence(architecture: str) -> None:
+    model = random_model(architecture=architecture, moe=MOE)
+    tokens, source = token_ids(2), token_ids(2, S, seed=1)
+    padding = torch.zeros(2, T, dtype=torch.bool)
+    source_padding = torch.zeros(2, S, dtype=torch.bool)
+    padding[:, -2:] = source_padding[:, -3:] = True
+    long = run(model, tokens, padding, source, source_padding).logits
+    short = run(model, tokens[:, :-2], None, source[:, :-3]).logits
+    torch.testing.assert_close(long[:, :-2], short, rtol=0, atol=2e-5)  # sums in other orders
+
+
+@pytest.mark.parametrize("moe", [None, MOE])
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_of_padding_alone_stays_finite(
+    architecture: str, kind: str, moe: dict | None, dtype: torch.dtype
+) -> None:
+    model = random_model(architecture=architecture, moe=moe, **POSITIONS[kind]).to(dtype)
+    tokens = token_ids(2)
+    padding = torch.tensor([[True] * T, [False] * T])
+    source_padding = torch.tensor([[True] * S, [False] * S])
+    output = run(model, tokens, padding, None, source_padding)
+    assert output.logits.isfinite().all()
+    loss, _, _ = token_losses(output.logits[1:], tokens[1:])
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def test_a_batch_of_padding_alone_stays_finite() -> None:
+    for architecture in ARCHITECTURES:
+        model = random_model(architecture=architecture, moe=MOE)
+        padding = torch.ones(2, T, dtype=torch.bool)
+        output = run(model, token_ids(2), padding, None, torch.ones(2, S, dtype=torch.bool))
+        assert output.logits.isfinite().all()
+        assert all(stats.aux_loss.isfinite() for stats in output.routing)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sequence_changes_no_logit_of_another_one(architecture: str) -> None:
+    model = random_model(architecture=architecture, moe=MOE).eval()
+    tokens, source = token_ids(3), token_ids(3, S, seed=1)
+    alone = run(model, tokens[1:2], None, source[1:2]).logits
+    together = run(model, tokens, None, source).logits[1:2]
     # Matmuls of other sizes sum in another order.
-    torch.testing.assert_close(model(tokens).logits[1:2], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
 
 
-def test_dropout_acts_in_training_alone_and_each_of_both_acts() -> None:
-    tokens, plain = token_ids(), random_model(moe=MOE)
-    expected = plain(tokens).logits
-    for key in ("dropout", "attention_dropout"):
-        model = random_model(moe=MOE, **{key: 0.5})
-        assert not torch.allclose(model(tokens).logits, expected, atol=1e-2), key
-        assert torch.equal(model.eval()(tokens).logits, plain.eval()(tokens).logits), key
+@pytest.mark.parametrize("key", ["dropout", "attention_dropout", "activation_dropout", "drop_path"])
+@pytest.mark.parametrize("moe", [None, MOE | {"every": 1}], ids=["dense", "moe"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_noise_acts_in_training_alone(architecture: str, moe: dict | None, key: str) -> None:
+    tokens = token_ids()
+    plain = random_model(architecture=architecture, moe=moe)
+    expected = run(plain, tokens).logits
+    model = random_model(architecture=architecture, moe=moe, **{key: 0.5})
+    torch.manual_seed(0)
+    assert not torch.allclose(run(model, tokens).logits, expected, atol=1e-2)
+    assert torch.equal(run(model.eval(), tokens).logits, run(plain.eval(), tokens).logits)
+
+
+def test_the_embedding_has_dropout_of_its_own() -> None:
+    model = random_model(architecture="encoder", dropout=0.4, positions="none")
+    x = model.embed(torch.zeros(200, 12, dtype=torch.int64))
+    row = model.embedding.weight[0]
+    kept = x != 0
+    assert kept.float().mean().item() == pytest.approx(0.6, abs=0.02)  # 38400 draws
+    torch.testing.assert_close(x[kept], (row / 0.6).expand_as(x)[kept])
+
+
+def test_embeddings_given_in_place_of_tokens_are_treated_like_the_tokens_own() -> None:
+    keys = {"scale_embedding": True, "stable_embedding": True, "embedding_norm": True}
+    model = random_model(architecture="encoder", **keys)
+    tokens, padding = token_ids(3), padded(3, T)
+    rows = model.embedding.weight[tokens]
+    given = model(None, padding, token_embeddings=rows).logits
+    assert torch.equal(given, model(tokens, padding).logits)
+    other = model(None, padding, token_embeddings=rows + torch.randn_like(rows)).logits
+    assert not torch.allclose(other, given, atol=1e-2)
 
 
 def test_the_output_projection_is_the_embedding_only_if_tied() -> None:
-    tied, untied = random_model(), random_model(tie_embeddings=False)
-    assert tied.output.weight is tied.embedding.weight
-    assert untied.output.weight is not untied.embedding.weight
-    assert not torch.equal(untied.output.weight, untied.embedding.weight)
+    for architecture in ARCHITECTURES:
+        tied = random_model(architecture=architecture)
+        untied = random_model(architecture=architecture, tie_embeddings=False)
+        ends = [getattr(model, "decoder", model) for model in (tied, untied)]
+        assert ends[0].output.weight is ends[0].embedding.weight
+        assert ends[1].output.weight is not ends[1].embedding.weight
+
+
+def test_encoder_and_decoder_have_one_embedding_only_if_shared() -> None:
+    shared = random_model(architecture="encoder_decoder", share_embeddings=True)
+    apart = random_model(architecture="encoder_decoder")
+    assert shared.encoder.embedding.weight is shared.decoder.embedding.weight
+    assert apart.encoder.embedding.weight is not apart.decoder.embedding.weight
+    assert shared.encoder.output is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "stack", "length", "message"),
+    [
+        ({"max_seq_len": 8}, None, 9, "a sequence of 9 tokens exceeds the model's max_seq_len=8"),
+        (
+            {"architecture": "encoder_decoder", "max_seq_len": 8, "max_target_len": 5},
+            "decoder",
+            6,
+            "a sequence of 6 tokens exceeds the model's max_target_len=5",
+        ),
+        (
+            {"architecture": "encoder_decoder", "max_seq_len": 8},
+            "decoder",
+            9,
+            "a sequence of 9 tokens exceeds the model's max_seq_len=8",
+        ),
+        (
+            {"architecture": "encoder_decoder", "max_seq_len": 8, "max_target_len": 12},
+            "encoder",
+            9,
+            "a sequence of 9 tokens exceeds the model's max_seq_len=8",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_sequence_that_is_too_long_is_refused(
+    keys: dict, stack: str | None, length: int, message: str, kind: str
+) -> None:
+    model = random_model(**keys | POSITIONS[kind])
+    part = model.get_submodule(stack) if stack else model
+    memory = torch.randn(1, 3, 16) if stack == "decoder" else None
+    with pytest.raises(ValueError, match=message) as caught:
+        part(token_ids(1, length), memory=memory)
+    assert "shorten it, or use a model with more positions" in str(caught.value)
+    assert part(token_ids(1, length - 1), memory=memory).logits.size(1) == length - 1
+
+
+def gradients(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    logits, routing = run(model, tokens, padded(3, T))
+    loss = token_losses(logits, tokens).cross_entropy
+    for stats in routing:
+        loss = loss + stats.aux_loss + stats.z_loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("moe", [None, MOE])
+@pytest.mark.parametrize("kind", ["learned", "relative", "xpos_relative"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recomputed_activations_give_the_same_loss_and_gradients(
+    architecture: str, kind: str, moe: dict | None, use_reentrant: bool
+) -> None:
+    model = random_model(architecture=architecture, moe=moe, dropout=0.1, **POSITIONS[kind])
+    tokens, calls = token_ids(3), []
+
+    def recomputed(function: object, *tensors: Tensor) -> object:
+        assert all(isinstance(tensor, Tensor) for tensor in tensors)
+        calls.append(function)
+        return checkpoint(function, *tensors, use_reentrant=use_reentrant)
+
+    torch.manual_seed(0)
+    loss, expected = gradients(model, tokens)
+    set_checkpointing(model, recomputed)
+    torch.manual_seed(0)
+    again, found = gradients(model, tokens)
+    assert len(calls) == (5 if architecture == "encoder_decoder" else 2)
+    assert torch.equal(loss, again)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    calls.clear()
+    with torch.no_grad():
+        run(model, tokens)
+    run(model.eval(), tokens)
+    set_checkpointing(model.train(), None)
+    run(model, tokens)
+    assert calls == [], "nothing is recomputed without gradients, in evaluation, or if unset"
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
     model = build_model(config(d_model=256, d_ff=256, vocab_size=500, num_layers=1), seed=0)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(500, (16, 13), generator=generator)
-    total, count = token_losses(model(tokens[:, :-1]).logits, tokens[:, 1:])
+    total, _, count = token_losses(model(tokens[:, :-1]).logits, tokens[:, 1:])
     # Logits of variance s^2 = 256 * 0.02^2 add s^2 / 2 = 0.05 to ln V.
     assert (total / count).item() == pytest.approx(math.log(500) + 0.05, abs=0.05)
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("norm", ["subln", "pre"])
+COUNTED: list[dict] = [
+    {},
+    {"norm": "normformer", "tie_embeddings": False, "attention_positions": "xpos_relative"},
+    {"norm": "admin", "stable_embedding": True, "embedding_norm": True, "qk_norm": True},
+    {"activation": "swiglu", "positions": "sinusoidal"},
+    {"output_projection": False, "tie_embeddings": False},
+    {"moe": {"num_experts": 4, "every": 2}},
+    {"moe": {"num_experts": 4, "every": 2, "ep_size": 2}, "activation": "swiglu"},
+    {"moe": {"num_experts": 6, "every": 1, "top_k": 1, "d_router": 3}, "norm": "pre"},
+    {"moe": {"num_experts": 40, "every": 3, "router": "linear"}, "tie_embeddings": False},
+    {"moe": {"num_experts": 40, "every": 2, "gate": "sigmoid", "top_k": 7}},
+]
+
+
+KINDS: list[dict] = [
+    *({"architecture": architecture} for architecture in ARCHITECTURES),
+    {"architecture": "encoder_decoder", "share_embeddings": True},
+    {"architecture": "encoder", "multiway": True},
+]
+
+
 @pytest.mark.parametrize(
-    "moe",
-    [
-        None,
-        {"num_experts": 4, "every": 2},
-        {"num_experts": 6, "every": 1, "top_k": 1, "d_router": 3},
-        {"num_experts": 40, "every": 3, "router": "linear"},
-        {"num_experts": 40, "every": 2, "gate": "sigmoid"},
-    ],
+    "keys",
+    [a | b for a in COUNTED for b in KINDS if not ("moe" in a and "multiway" in b)],
     ids=str,
 )
-def test_num_parameters_equals_a_count(moe: dict | None, norm: str, tie: bool) -> None:
-    cfg = config(num_layers=4, moe=moe, norm=norm, tie_embeddings=tie)
+def test_num_parameters_equals_a_count(keys: dict) -> None:
+    cfg = config(**{"num_layers": 4} | keys)
+    whole = cfg.model_dump()
+    if cfg.moe is not None:
+        whole["moe"]["ep_size"] = 1
     total = active = 0
-    for name, parameter in Decoder(cfg).named_parameters():
+    for name, parameter in empty_model(ModelConfig.model_validate(whole)).named_parameters():
         total += parameter.numel()
-        if name == "positions.weight" or (name == "embedding.weight" and not tie):
-            continue  # a look-up; a tied embedding is the output projection as well
-        if ".experts." in name:
+        if name.endswith(("positions.weight", "relative_bias.weight")):
+            continue  # a look-up
+        if name.endswith("embedding.weight"):
+            is_output = cfg.tie_embeddings and name != "encoder.embedding.weight"
+            active += parameter.numel() if is_output else 0
+        elif ".experts." in name:
             assert cfg.moe is not None
             active += cfg.moe.top_k * parameter[0].numel()
         else:
@@ -184,18 +554,25 @@ def test_num_parameters_equals_a_count(moe: dict | None, norm: str, tie: bool) -
 
 
 @pytest.mark.parametrize("seq_len", [4, 64])
-def test_flops_equal_the_ones_that_torch_counts(seq_len: int) -> None:
-    cfg = config(max_seq_len=64, num_layers=3)
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flops_equal_the_ones_that_torch_counts(architecture: str, tie: bool, seq_len: int) -> None:
+    cfg = config(architecture=architecture, max_seq_len=64, num_layers=3, tie_embeddings=tie)
     model = build_model(cfg, seed=0)
     tokens = token_ids(2, seq_len)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens).logits.sum().backward()
+        run(model, tokens, None, tokens).logits.sum().backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     # torch counts the whole square of attention, of which a causal model needs half, and counts
     # no vector: 6 FLOPs a token each in ours.
-    matrices = counts["aten.mm"] + counts["aten.addmm"] + counts["aten.bmm"] / 2
+    attentions = {"decoder": (3, 0), "encoder": (0, 3), "encoder_decoder": (3, 3 + 3)}
+    causal, full = attentions[architecture]
+    square = counts["aten.bmm"] / (causal + full)
+    matrices = counts["aten.mm"] + counts["aten.addmm"] + square * (causal / 2 + full)
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    assert flops_per_token(cfg, seq_len) == matrices / tokens.numel() + 6 * vectors
+    assert flops_per_token(cfg, seq_len) == pytest.approx(
+        matrices / tokens.numel() + 6 * vectors, rel=1e-12
+    )
 
 
 def test_flops_grow_with_top_k_and_not_with_the_number_of_experts() -> None:
@@ -208,45 +585,92 @@ def test_flops_grow_with_top_k_and_not_with_the_number_of_experts() -> None:
     assert flops(num_experts=1, top_k=1) == flops_per_token(config(), T) + 6 * 16
 
 
+@pytest.mark.parametrize("with_z_loss", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_losses_equal_cross_entropy_in_float64(dtype: torch.dtype) -> None:
+def test_token_losses_equal_a_loop_in_float64(dtype: torch.dtype, with_z_loss: bool) -> None:
     logits = (5 * torch.randn(3, T, VOCAB, generator=torch.Generator().manual_seed(1))).to(dtype)
     targets = token_ids(3)
     targets[0, 4:] = IGNORE_INDEX
     targets[2] = IGNORE_INDEX
-    total, count = token_losses(logits, targets)
-    expected = 0.0
+    losses = token_losses(logits, targets, with_z_loss)
+    cross_entropy = z_loss = 0.0
     for b, t in [(b, t) for b in range(3) for t in range(T) if targets[b, t] != IGNORE_INDEX]:
-        row = logits[b, t].double()
-        expected -= math.log(row.exp()[targets[b, t]] / row.exp().sum())
-    assert total.dtype == torch.float32
-    assert total.item() == pytest.approx(expected, rel=1e-5)
-    assert count.item() == 4 + T
+        numbers = [math.exp(value) for value in logits[b, t].double().tolist()]
+        cross_entropy -= math.log(numbers[targets[b, t]] / sum(numbers))
+        z_loss += math.log(sum(numbers)) ** 2
+    assert losses.cross_entropy.dtype == losses.z_loss.dtype == torch.float32
+    assert losses.cross_entropy.item() == pytest.approx(cross_entropy, rel=1e-5)
+    assert losses.z_loss.item() == pytest.approx(z_loss if with_z_loss else 0.0, rel=1e-5)
+    assert losses.num_tokens.item() == 4 + T
     ours = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="sum")
-    assert expected == pytest.approx(ours.item(), rel=1e-12)
+    assert cross_entropy == pytest.approx(ours.item(), rel=1e-12)
 
 
-def test_a_batch_without_targets_has_loss_0_and_count_0() -> None:
+def test_the_z_loss_has_the_gradient_of_its_formula() -> None:
+    logits = torch.randn(1, 2, VOCAB, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    targets = torch.tensor([[3, IGNORE_INDEX]])
+    token_losses(logits, targets, with_z_loss=True).z_loss.backward()
+    log_z = logits[0, 0].detach().exp().sum().log()
+    expected = 2 * log_z * logits[0, 0].detach().softmax(-1)
+    torch.testing.assert_close(logits.grad[0, 0], expected)
+    assert not logits.grad[0, 1].any()
+
+
+@pytest.mark.parametrize("with_z_loss", [False, True])
+def test_a_batch_without_targets_has_loss_0_and_count_0(with_z_loss: bool) -> None:
     targets = torch.full((1, T), IGNORE_INDEX)
-    total, count = token_losses(torch.randn(1, T, VOCAB), targets)
-    assert (total.item(), count.item()) == (0.0, 0)
+    losses = token_losses(torch.randn(1, T, VOCAB), targets, with_z_loss)
+    assert [value.item() for value in losses] == [0.0, 0.0, 0]
 
 
 def test_data_and_model_ignore_the_same_targets() -> None:
     assert data.packed_lm.IGNORE_INDEX == IGNORE_INDEX
 
 
-def test_a_decoder_learns_to_copy_the_previous_token() -> None:
-    model = build_model(config(d_model=32, moe={"num_experts": 4, "every": 2}), seed=0)
+def train(model: nn.Module, steps: int, loss_of: object) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for step in range(60):
-        tokens = token_ids(16, T, seed=step)
-        logits, routing = model(tokens)
-        loss, count = token_losses(logits[:, 1:], tokens[:, :-1])
+    for step in range(steps):
+        loss, aux_loss = loss_of(step)  # type: ignore[operator]
         optimizer.zero_grad()
-        (loss / count + 0.01 * routing[0].aux_loss).backward()
+        (loss + aux_loss).backward()
         optimizer.step()
-        losses.append((loss / count).item())
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_decoder_learns_to_copy_the_previous_token() -> None:
+    model = build_model(config(d_model=32, moe=MOE), seed=0)
+
+    def loss_of(step: int) -> tuple[Tensor, Tensor]:
+        tokens = token_ids(16, 10, seed=step)
+        logits, routing = model(tokens)
+        total, _, count = token_losses(logits[:, 1:], tokens[:, :-1])
+        return total / count, 0.01 * routing[0].aux_loss
+
+    losses = train(model, 60, loss_of)
     assert losses[0] > 0.9 * math.log(VOCAB)
     assert losses[-1] < 0.5, "attention cannot reach one token back"
+
+
+@pytest.mark.parametrize("kind", ["learned", "xpos_relative"])
+def test_an_encoder_decoder_learns_to_copy_the_source(kind: str) -> None:
+    keys = {"d_model": 32, "max_seq_len": 8, "num_layers": 1, "num_decoder_layers": 1}
+    cfg = config(architecture="encoder_decoder", norm="pre", **POSITIONS[kind] | keys)
+    model = build_model(cfg, seed=0)
+
+    def loss_of(step: int) -> tuple[Tensor, Tensor]:
+        source = token_ids(16, 5, seed=step)
+        target = torch.cat([torch.zeros(16, 1, dtype=torch.int64), source[:, :-1]], dim=1)
+        total, _, count = token_losses(model(source, target).logits, source)
+        return total / count, torch.zeros(())
+
+    losses = train(model, 150, loss_of)
+    assert losses[0] > 0.9 * math.log(VOCAB)
+    assert losses[-1] < 0.5 * math.log(VOCAB), "cross-attention cannot reach the source"
+
+
+def test_cross_attention_needs_the_encoders_output_once() -> None:
+    layer = CrossAttention(16, 4, dropout=0.0, inner_norm=False, gain=1.0)
+    with pytest.raises(AssertionError, match="the first step needs the encoder's output"):
+        layer(torch.randn(1, 2, 16), None)
