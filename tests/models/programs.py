@@ -12,6 +12,12 @@ CASES: dict[str, dict[str, Any]] = {
     "no token for rank 1": {"router": "linear"},
     "no token for rank 0": {"router": "linear", "top_k": 1},
     "linear": {"router": "linear"},
+    "top 3, SwiGLU": {"top_k": 3, "activation": "swiglu"},
+    "padding": {},
+    "padding, capacity": {"dispatch": "capacity", "capacity_factor": 0.6},
+    "rank 0 is padding": {"top_k": 1},
+    "rank 1 is padding": {"normalize_weights": "after_dropping"},
+    "all is padding": {},
 }
 UNWANTED = {"no token for rank 1": [2, 3], "no token for rank 0": [0, 1]}
 
@@ -23,21 +29,39 @@ def tokens(rank: int, length: int = 9) -> torch.Tensor:
     return x
 
 
+def padding(case: str, rank: int, length: int = 9) -> torch.Tensor | None:
+    """(2, length) of a rank, of another number on each; None in a case without any."""
+    if "padding" not in case:
+        return None
+    mask = torch.zeros(2, length, dtype=torch.bool)
+    mask[0, 1 + 5 * rank :] = mask[1, 2] = True
+    if case in ("all is padding", f"rank {rank} is padding"):
+        mask.fill_(True)
+    return mask
+
+
+def moe_keys(case: str) -> dict[str, Any]:
+    """The keys of `moe` of a case."""
+    return {key: value for key, value in CASES[case].items() if key != "activation"}
+
+
 def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
     """A layer with the same random parameters for every ep_size, biases and norms included."""
     from models.config import MoEConfig
     from models.moe import MoE
     from tests.models.brute_force import randomize
 
-    whole = MoE(D, F, MoEConfig(num_experts=NUM_EXPERTS, **CASES[case]), "gelu", inner_norm, 1.0)
+    activation = CASES[case].get("activation", "gelu")
+    moe = MoEConfig(num_experts=NUM_EXPERTS, **moe_keys(case))
+    whole = MoE(D, F, moe, activation, inner_norm, 1.0)
     randomize(whole)
     if case in UNWANTED:
         whole.deepspeed_moe.gate.wg.weight.data[:, 0] = 20.0
         whole.deepspeed_moe.gate.wg.weight.data[UNWANTED[case], 0] = -20.0
     if ep_size == 1:
         return whole
-    moe = MoEConfig(num_experts=NUM_EXPERTS, ep_size=ep_size, **CASES[case])
-    layer = MoE(D, F, moe, "gelu", inner_norm, 1.0)
+    moe = MoEConfig(num_experts=NUM_EXPERTS, ep_size=ep_size, **moe_keys(case))
+    layer = MoE(D, F, moe, activation, inner_norm, 1.0)
     first = torch.distributed.get_rank() % ep_size * layer.num_local_experts
     for (name, parameter), source in zip(layer.named_parameters(), whole.parameters(), strict=True):
         is_expert = ".experts." in name
@@ -58,11 +82,12 @@ def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
         for ep_size in (1, 2):
             layer = build(case, ep_size)
             x = tokens(rank).requires_grad_()
-            out, stats = layer(x)
-            ((out * tokens(rank + 10)).sum() + stats.aux_loss).backward()
+            out, stats = layer(x, padding(case, rank))
+            ((out * tokens(rank + 10)).sum() + stats.aux_loss + stats.z_loss).backward()
             layer.eval()
             with torch.no_grad():
-                uneven, _ = layer(tokens(rank, length=3 + 5 * rank))
+                length = 3 + 5 * rank
+                uneven, _ = layer(tokens(rank, length), padding(case, rank, length))
             found[case, ep_size] = {
                 "output": out.detach(),
                 "uneven": uneven,
@@ -70,6 +95,8 @@ def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
                 "load": stats.load,
                 "dropped": stats.dropped,
                 "aux_loss": stats.aux_loss.detach(),
+                "z_loss": stats.z_loss.detach(),
+                "entropy": stats.entropy,
                 "grads": {
                     name: torch.zeros_like(p) if p.grad is None else p.grad
                     for name, p in layer.named_parameters()

@@ -26,11 +26,28 @@ def test_outputs_and_statistics_equal_those_of_one_rank(ranks: list, case: str) 
         one, two = rank["layers"][case, 1], rank["layers"][case, 2]
         torch.testing.assert_close(two["output"], one["output"], **ROUNDING)
         torch.testing.assert_close(two["uneven"], one["uneven"], **ROUNDING)
-        for name in ("load", "dropped", "aux_loss"):
+        for name in ("load", "dropped", "aux_loss", "z_loss", "entropy"):
             assert torch.equal(two[name], one[name]), name
-        assert (one["dropped"] > 0) == (case == "capacity")
+        assert (one["dropped"] > 0) == ("capacity" in case)
     different = [rank["layers"][case, 2]["output"] for rank in ranks]
-    assert not torch.allclose(*different), "the ranks must have tokens of their own"
+    if case != "all is padding":
+        assert not torch.allclose(*different), "the ranks must have tokens of their own"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "padding" in case])
+def test_padding_gets_zeros_and_no_gradient(ranks: list, case: str) -> None:
+    for index, rank in enumerate(ranks):
+        mask = programs.padding(case, index)
+        for ep_size in (1, 2):
+            layer = rank["layers"][case, ep_size]
+            assert (layer["output"][mask] == 0).all()
+            assert (layer["input_grad"][mask] == 0).all()
+            num_real = (~mask).sum()
+            assert layer["load"].sum() == CASES[case].get("top_k", 2) * num_real
+            assert layer["output"].any() == (num_real > 0)
+            if case == "all is padding":
+                assert layer["aux_loss"] == layer["z_loss"] == layer["entropy"] == 0
+                assert not any(grad.any() for grad in layer["grads"].values())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -59,19 +76,31 @@ def test_ranks_without_any_token_have_zero_gradients(ranks: list) -> None:
             assert all((norm == 0) == (rank == idle) for norm in norms)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "capacity"])
-def test_the_mean_balance_loss_is_the_one_of_the_whole_batch(ranks: list, case: str) -> None:
+def real_tokens(case: str, seed: int) -> Tensor:
+    """(N, D) float64, those of both ranks that are not padding."""
+    found = []
+    for rank in range(2):
+        mask, x = programs.padding(case, rank), programs.tokens(rank + seed)
+        found.append(x.flatten(0, 1) if mask is None else x[~mask])
+    return torch.cat(found).double()
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if "capacity" not in case and case != "all is padding"]
+)
+def test_the_mean_losses_are_those_of_the_whole_batch(ranks: list, case: str) -> None:
     layer = programs.build(case, ep_size=1)
     parameters = brute_force.float64_parameters(layer.deepspeed_moe)
-    batch = torch.cat([programs.tokens(rank).flatten(0, 1) for rank in range(2)]).double()
-    moe = MoEConfig(num_experts=NUM_EXPERTS, **CASES[case])
-    upstream = torch.cat([programs.tokens(rank + 10).flatten(0, 1) for rank in range(2)]).double()
-    expected = brute_force.moe_layer(parameters, batch, moe, "gelu", None)
-    # Each rank adds the sum over its tokens to its own balance loss, and the mean is trained on.
-    ((expected.output * upstream).sum() / 2 + expected.aux_loss).backward()
+    moe = MoEConfig(num_experts=NUM_EXPERTS, **programs.moe_keys(case))
+    activation = CASES[case].get("activation", "gelu")
+    expected = brute_force.moe_layer(parameters, real_tokens(case, 0), moe, activation, None)
+    # Each rank adds the sum over its tokens to its own losses, and the mean is trained on.
+    own = (expected.output * real_tokens(case, 10)).sum() / 2
+    (own + expected.aux_loss + expected.z_loss).backward()
     layers = [rank["layers"][case, 1] for rank in ranks]
-    mean = sum(layer["aux_loss"].item() for layer in layers) / 2
-    assert mean == pytest.approx(expected.aux_loss.item(), rel=1e-5)
+    for name in ("aux_loss", "z_loss", "entropy"):
+        mean = sum(layer[name].item() for layer in layers) / 2
+        assert mean == pytest.approx(getattr(expected, name).item(), rel=1e-5), name
     for name, parameter in parameters.items():
         grads = [layer["grads"][f"deepspeed_moe.{name}"] for layer in layers]
         reference = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
