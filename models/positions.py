@@ -4,6 +4,8 @@ Letters: B batch, H num_heads, T tokens, S keys, D d_model, d = D / H width of a
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,16 @@ class Rotary(nn.Module):
         ):
             doubled = table.float().repeat_interleave(2, dim=-1)  # (max_len, d)
             self.register_buffer(name, doubled, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the tables with the model, but leave them float32: bf16 would blur distances."""
+        tables = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, moved in self.named_buffers(recurse=False):
+            table = tables[name]
+            assert table is not None
+            self._buffers[name] = table.to(moved.device)
+        return self
 
     def forward(self, q: Tensor, k: Tensor, first_position: int) -> tuple[Tensor, Tensor]:
         """Turn queries and keys (B, H, T, d) whose positions start at first_position."""
