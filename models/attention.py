@@ -43,6 +43,12 @@ class Cache:
         self.layers = [LayerCache() for _ in range(num_layers)]
         self.length = 0
 
+    @property
+    def source_len(self) -> int | None:
+        """Positions of the encoder's output; None before the first step, or without encoder."""
+        cross = self.layers[0].cross
+        return None if cross is None else cross[0].size(2)
+
     def select(self, rows: Tensor) -> None:
         """Keep these rows (B',) of the batch, in this order: what beam search needs."""
         for layer in self.layers:

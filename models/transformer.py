@@ -268,10 +268,16 @@ class Transformer(nn.Module):
         x = self.embed(tokens, token_embeddings, first, split_position)
         if padding is not None and not self.is_causal:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-        context = self._context(x, first, padding, split_position, memory, memory_padding)
+        source_len = cache.source_len if cache is not None else None
+        if memory is not None:
+            source_len = memory.size(1)
+        context = self._context(
+            x, first, padding, split_position, memory, memory_padding, source_len
+        )
+        recomputes = self.training and torch.is_grad_enabled() and cache is None
         routing = []
         for index, block in enumerate(self.blocks):
-            if self.checkpoint is not None and self.training and torch.is_grad_enabled():
+            if self.checkpoint is not None and recomputes:
                 x, stats = _checkpointed(self.checkpoint, block, x, context)
             else:
                 x, stats = block(x, context, cache.layers[index] if cache is not None else None)
@@ -322,6 +328,7 @@ class Transformer(nn.Module):
         split_position: int | None,
         memory: Tensor | None,
         memory_padding: Tensor | None,
+        source_len: int | None,
     ) -> Context:
         num_queries, last = x.size(1), first + x.size(1)
         bias = self.relative_bias
@@ -334,8 +341,7 @@ class Transformer(nn.Module):
             like=x,
         )
         bias, memory_mask = self.cross_relative_bias, None
-        if memory_padding is not None or bias is not None:
-            source_len = (memory if memory is not None else memory_padding).size(1)  # type: ignore[union-attr]
+        if source_len is not None and (memory_padding is not None or bias is not None):
             memory_mask = attention_mask(
                 None if bias is None else bias(first, num_queries, source_len),
                 memory_padding,
