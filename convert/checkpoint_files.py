@@ -26,7 +26,7 @@ from data.errors import UserError
 _FAIRSEQ_KEYS = ("cfg", "extra_state", "optimizer_history")
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>shared|rank-(?P<rank>\d+))(?P<shard>-shard\d+)?\.pt")
 _EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<index>\d+)\.(?P<rest>.+)")
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)|global ([\w.]+)")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 @dataclass(frozen=True)
@@ -251,27 +251,22 @@ def _read_torch(path: Path, trust: bool) -> Any:
             return torch.load(
                 path, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path)
             )
-    except ModuleNotFoundError as error:
+    except (ImportError, AttributeError) as error:
         raise UserError(
-            f"{path}: needs the package {error.name!r}, from which it holds objects: install it, "
-            "or save the tensors alone"
+            f"{path}: holds an object whose class is not here ({error}): install its package, or "
+            "save the tensors alone"
         ) from None
-    except pickle.UnpicklingError as error:
-        found = _GLOBAL.search(str(error))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        found = _GLOBAL.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if found is None:
             raise UserError(
-                f"{path}: is not a file that torch.save wrote: {_first(error)}"
+                f"{path}: is not a whole file that torch.save wrote: copy it anew, or give the "
+                "checkpoint itself"
             ) from None
         raise UserError(
-            f"{path}: holds a {found[1] or found[2]}, and reading such an object can run any code: "
-            "if the file is your own, add --trust; else ask for one with plain tensors"
+            f"{path}: holds a {found[1]}, and reading such an object can run any code: if the file "
+            "is your own, add --trust; else ask for one with plain tensors"
         ) from None
-    except (RuntimeError, EOFError, UnicodeDecodeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: is not a whole file of torch.save: {_first(error)}") from None
-
-
-def _first(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -279,7 +274,7 @@ def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
     for name, value in held.items():
         if not isinstance(value, Tensor):
             raise UserError(
-                f"{path}: {name!r} is a {type(value).__name__}, not a tensor: give a state dict, "
+                f"{path}: {name!r} is of type {type(value).__name__}, not a tensor: give a state dict, "
                 'or a file of the form {"config": ..., "model": state dict}'
             )
     if not held:

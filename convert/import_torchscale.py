@@ -18,6 +18,7 @@ from convert.torchscale_options import (
     CLASSES,
     Architecture,
     architecture_named,
+    check_belonging,
     check_names,
     model_keys,
     resolve,
@@ -120,36 +121,49 @@ def translate(
         if not NOT_WEIGHTS.fullmatch(name)
     }
     _refuse_the_foreign(tensors, path)
-    options_source = str(given_path or path)
-    options = dict(checkpoint.options or {}) | dict(given or {})
-    if checkpoint.options is None and given is None:
-        raise UserError(
-            f"{path}: holds tensors alone, and they do not say how many heads there are: give the "
-            f"arguments of {_classes()} with --config FILE.json, such as "
-            '{"decoder_layers": 6, "decoder_attention_heads": 8}'
-        )
-    if checkpoint.kind == "options" and checkpoint.options is not None:
-        check_names(checkpoint.options, str(path))
+    options = _all_options(checkpoint, given)
+    source = str(given_path or path)
     architecture = _architecture(tensors, options, path)
+    for some, place in ((given, source), (checkpoint.options, str(path))):
+        # Among a program's other arguments an option of another class means nothing.
+        if some is not None and (some is given or checkpoint.kind == "options"):
+            check_belonging(some, architecture, place)
     stacks = _stacks(tensors, architecture)
-    if checkpoint.kind == "fairseq":
-        options = _with_lengths(options)
-    resolved = resolve(architecture, options, options_source, checkpoint.kind == "fairseq")
-    keys, notes = model_keys(architecture, resolved, options_source)
+    is_fairseqs = checkpoint.kind == "fairseq"
+    resolved = resolve(architecture, options, source, final=is_fairseqs)
+    keys, notes = model_keys(architecture, resolved, source)
     embeddings = _embedding_keys(stacks, tensors, resolved, path)
     positions = _position_keys(stacks, checkpoint, options, resolved)
-    config = _model_config({**keys, **embeddings.keys, **positions.keys}, options_source)
+    config = _model_config({**keys, **embeddings.keys, **positions.keys}, source)
     made = _make_tensors(config, stacks, tensors, embeddings.copies, path)
-    is_fairseq = " of fairseq" if checkpoint.kind == "fairseq" else ""
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"})
     if dtypes:
         notes.append(f"{', '.join(dtypes)} in the file, float32 in the folder")
     return Imported(
-        source=f"a TorchScale {architecture.replace('_', '-')}{is_fairseq}",
+        source=f"TorchScale {CLASSES[architecture].removesuffix('Config')}"
+        + (" in a checkpoint of fairseq" if is_fairseqs else ""),
         config=config,
         tensors=made,
         notes=embeddings.notes + positions.notes + notes,
     )
+
+
+def _all_options(checkpoint: Checkpoint, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those of the file, with those from elsewhere in their place."""
+    if checkpoint.options is None and given is None:
+        raise UserError(
+            f"{checkpoint.path}: holds tensors alone, and they do not say how many heads there "
+            f"are: give the arguments of TorchScale's {_classes()} with --config FILE.json, such "
+            'as {"decoder_layers": 6, "decoder_attention_heads": 8}'
+        )
+    if checkpoint.kind == "options":
+        check_names(checkpoint.options or (), str(checkpoint.path))
+    options = dict(checkpoint.options or {}) | dict(given or {})
+    if checkpoint.kind == "fairseq":
+        # Its language models take the length of their samples for the number of positions.
+        length = options.get("max_target_positions") or options.get("tokens_per_sample")
+        options["max_target_positions"] = length or _FAIRSEQ_POSITIONS
+    return options
 
 
 def _classes() -> str:
@@ -205,12 +219,6 @@ def _stacks(tensors: Mapping[str, Tensor], architecture: Architecture) -> list[S
     prefix = f"{architecture}."
     has_prefix = any(name.startswith(prefix) for name in tensors)
     return [Stack(architecture, prefix if has_prefix else "", "")]
-
-
-def _with_lengths(options: dict[str, Any]) -> dict[str, Any]:
-    """Fairseq's language models take the length of their samples for that of the positions."""
-    length = options.get("max_target_positions") or options.get("tokens_per_sample")
-    return options | {"max_target_positions": length or _FAIRSEQ_POSITIONS}
 
 
 class _Embeddings(NamedTuple):

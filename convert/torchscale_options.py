@@ -110,6 +110,16 @@ def check_names(options: Iterable[str], source: str) -> None:
             )
 
 
+def check_belonging(options: Iterable[str], architecture: Architecture, source: str) -> None:
+    """Refuse options of another of TorchScale's classes."""
+    for name in options:
+        if name not in DEFAULTS[architecture]:
+            raise UserError(
+                f"{source}: {name} is no option of {CLASSES[architecture]}, and by its tensors the "
+                f"model is of that class: leave it out"
+            )
+
+
 def resolve(
     architecture: Architecture, given: Mapping[str, Any], source: str, final: bool = False
 ) -> dict[str, Any]:
@@ -121,15 +131,12 @@ def resolve(
 
     Args:
         architecture: which class.
-        given: options, others than the class's among them too.
+        given: options, others than the class's among them too; None stands for the default.
         source: the file that they stand in.
-        final: the values hold as they are, however many they are; None stands for the default, as
-            in the class's `override`.
+        final: the values hold as they are, however many they are, as after `override`.
     """
     defaults = DEFAULTS[architecture]
-    known = {name: value for name, value in given.items() if name in defaults}
-    if final:
-        known = {name: value for name, value in known.items() if value is not None}
+    known = {name: value for name, value in given.items() if name in defaults and value is not None}
     for name, value in known.items():
         _check_type(name, value, defaults[name], source)
     options = defaults | known

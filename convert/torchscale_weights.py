@@ -94,8 +94,9 @@ class Recipe:
     def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor, float32 and in memory of its own."""
         parts = [tensors[name].float()[self.first_row :] for name in self.sources]
-        made = parts[0].t() if self.transposed else torch.cat(parts)
-        return made.contiguous().clone()
+        if self.transposed:
+            return parts[0].t().clone(memory_format=torch.contiguous_format)
+        return torch.cat(parts)
 
 
 def recipe(name: str, shape: tuple[int, ...], stack: Stack) -> Recipe:

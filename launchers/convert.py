@@ -8,9 +8,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from convert.import_torchscale import Imported, import_torchscale
+from launchers.quiet import quiet_deepspeed
 from launchers.user_errors import user_errors
+
+if TYPE_CHECKING:
+    from convert.import_torchscale import Imported
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,11 +52,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     """Import, and say what came out."""
     options = parse_arguments(arguments)
+    quiet_deepspeed()
+    from convert.import_torchscale import import_torchscale
+
     imported = import_torchscale(options.checkpoint, options.out, options.config, options.trust)
     print("\n".join(report(imported, options.out)))
 
 
-def report(imported: Imported, out: Path) -> list[str]:
+def report(imported: "Imported", out: Path) -> list[str]:
     """The lines that say what was imported, and how to load it."""
     config = imported.config
     rows = [("was", imported.source), ("is", f"{config.architecture}, norm {config.norm}")]

@@ -92,3 +92,45 @@ def tokens(batch: int, length: int, seed: int, vocab: int = VOCAB) -> Tensor:
 def right_padding(lengths: list[int]) -> Tensor:
     """(B, T) bool, True from each sequence's length on."""
     return torch.arange(max(lengths)) >= torch.tensor(lengths).unsqueeze(1)
+
+
+def stack_tensors(
+    prefix: str = "", cross_attention: bool = False, experts: int = 0, rows: int = 10
+) -> dict[str, Tensor]:
+    """One Sub-LN layer of width 8 under TorchScale's names, without TorchScale."""
+    d_model, d_ff, layer = 8, 12, f"{prefix}layers.0"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}embed_tokens.weight": (11, d_model),
+        f"{prefix}embed_positions.weight": (rows, d_model),
+    }
+    norms = {f"{prefix}layer_norm": d_model}
+    linears = {}
+    for attention in ("self_attn", "encoder_attn")[: 1 + cross_attention]:
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linears[f"{layer}.{attention}.{name}"] = (d_model, d_model)
+        norms[f"{layer}.{attention}_layer_norm"] = d_model
+    norms |= {f"{layer}.self_attn.inner_attn_ln": d_model, f"{layer}.final_layer_norm": d_model}
+    for ffn in [f"{layer}.moe_layer.experts.{e}" for e in range(experts)] or [f"{layer}.ffn"]:
+        linears |= {f"{ffn}.fc1": (d_ff, d_model), f"{ffn}.fc2": (d_model, d_ff)}
+        norms[f"{ffn}.ffn_layernorm"] = d_ff
+    if experts:
+        shapes[f"{layer}.moe_layer.gate.wg.weight"] = (experts, d_model)
+    for name, (d_out, d_in) in linears.items():
+        shapes |= {f"{name}.weight": (d_out, d_in), f"{name}.bias": (d_out,)}
+    for name, width in norms.items():
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    if prefix != "encoder.":
+        shapes[f"{prefix}output_projection.weight"] = (11, d_model)
+    generator = torch.Generator().manual_seed(len(shapes))
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def small_options(side: str = "decoder", **more: Any) -> dict[str, Any]:
+    """The options that `stack_tensors` fits."""
+    return {
+        f"{side}_embed_dim": 8,
+        f"{side}_attention_heads": 2,
+        f"{side}_ffn_embed_dim": 12,
+        f"{side}_layers": 1,
+        **more,
+    }
