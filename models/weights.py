@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -64,7 +63,9 @@ def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     try:
         section = json.loads((folder / CONFIG_FILE).read_text())["model"]
         config = ModelConfig.model_validate_json(json.dumps(section))
-    except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is null")
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, not text, not a model's
         raise ValueError(
             f"{folder / CONFIG_FILE} does not describe a model ({error}): convert it again"
         ) from error
@@ -89,7 +90,7 @@ def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
         ValueError: see `load_weights`.
     """
     config, tensors = load_weights(Path(folder))
-    model = empty_model(config)
+    model = empty_model(_on_one_rank(config))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
     # strict=False: tied tensors are written once. `load_weights` has compared all names.
@@ -99,13 +100,18 @@ def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
 
 def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a model, tied ones once, under their first name."""
-    if config.moe is not None:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
     with torch.device("meta"):
-        model = empty_model(config)
+        model = empty_model(_on_one_rank(config))
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     return {name: t.shape for name, t in model.state_dict().items() if name not in tied}
+
+
+def _on_one_rank(config: ModelConfig) -> ModelConfig:
+    """The same model with all its experts here, not those of one rank of many."""
+    if config.moe is None:
+        return config
+    return config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
 
 
 def check_tensors(
