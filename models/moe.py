@@ -198,7 +198,7 @@ class SparseFeedForward(MOELayer):
             )
             out = self._combine(self._apply_experts(h, assignments), assignments, routing.weights)
         if index is not None:
-            out = torch.zeros_like(tokens).index_copy(0, index, out)
+            out = out.new_zeros(tokens.shape).index_copy(0, index, out)
         return out.view_as(x), self._stats(routing, assignments)
 
     def _jittered(self, h: Tensor) -> Tensor:

@@ -203,6 +203,14 @@ def test_a_sampled_second_expert_follows_the_softmax_over_the_others() -> None:
     assert routing.used is None
 
 
+def test_a_sampled_second_expert_weighs_the_sigmoid_of_its_own_score() -> None:
+    scores = one_token_many_times(tau=0.5)
+    routing = route(scores, 2, "sigmoid", scores, second_expert="sampled", normalize=False)
+    assert set(routing.experts[:, 1].tolist()) == {1, 2, 3}
+    expected = 1 / (1 + (-scores[0][routing.experts]).exp())
+    torch.testing.assert_close(routing.weights, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("spread", [1e3, 1e30])
 def test_a_second_expert_is_sampled_even_where_every_other_probability_is_0(spread: float) -> None:
     scores = torch.tensor([[0.0, -spread, -1.1 * spread]])
