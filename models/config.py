@@ -322,8 +322,9 @@ class ModelConfig(StrictModel):
             )
         deepest = max(self.num_layers, self.decoder_depth)
         if self.moe is not None and self.moe.every > deepest:
+            key = "num_layers" if deepest == self.num_layers else "num_decoder_layers"
             wrong.append(
-                f"moe.every={self.moe.every} exceeds num_layers={deepest}, so no layer "
+                f"moe.every={self.moe.every} exceeds {key}={deepest}, so no layer "
                 f"would be a MoE layer: use at most {deepest}, or moe null"
             )
         wrong += self._contradictions()
@@ -370,8 +371,18 @@ class ModelConfig(StrictModel):
             wrong.append(
                 f"attention_positions={self.attention_positions!r} turns pairs of numbers, but a "
                 f"head has d_model / num_heads = {self.d_model // self.num_heads}: use another "
-                "num_heads"
+                "num_heads, or an even d_model"
             )
+        positions = max(self.max_seq_len, self.max_target_len or 0)
+        if self.is_rotary and self.attention_positions != "rotary":
+            # 3.5^64 and its inverse are float32; 3.5 is the inverse of the smallest zeta.
+            least = positions / (2 * 64)
+            if self.xpos_scale_base < least:
+                wrong.append(
+                    f"xpos_scale_base={self.xpos_scale_base} is too small for {positions} "
+                    "positions, whose factors of 3.5^(positions / 2 / xpos_scale_base) leave "
+                    f"float32: use at least {least}, or fewer positions"
+                )
         if self.is_relative:
             if self.relative_buckets % 2:
                 wrong.append(
