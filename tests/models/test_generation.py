@@ -8,14 +8,14 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.generation import _draw, sample
-from models.transformer import Decoder
+from models.transformer import Transformer, empty_model
 from tests.models import brute_force
 
 VOCAB, MAX_LEN = 11, 8
 
 
 @pytest.fixture(scope="module")
-def model() -> Decoder:
+def model() -> Transformer:
     config = ModelConfig(
         vocab_size=VOCAB,
         num_layers=2,
@@ -26,7 +26,8 @@ def model() -> Decoder:
         dropout=0.3,
         moe={"num_experts": 4, "dispatch": "capacity", "capacity_factor": 0.5},
     )
-    decoder = Decoder(config)
+    decoder = empty_model(config)
+    assert isinstance(decoder, Transformer)
     brute_force.randomize(decoder)
     return decoder
 
@@ -36,7 +37,7 @@ def prompt(length: int, batch: int = 2) -> Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=generator)
 
 
-def greedy(model: Decoder, tokens: Tensor, num_tokens: int) -> list[list[int]]:
+def greedy(model: Transformer, tokens: Tensor, num_tokens: int) -> list[list[int]]:
     """The most probable next token of each prompt, one prompt and one token at a time."""
     model.eval()
     rows = tokens.tolist()
@@ -49,13 +50,13 @@ def greedy(model: Decoder, tokens: Tensor, num_tokens: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("length", [1, 5, MAX_LEN, MAX_LEN + 1, 3 * MAX_LEN])
-def test_temperature_0_takes_the_most_probable_token(model: Decoder, length: int) -> None:
+def test_temperature_0_takes_the_most_probable_token(model: Transformer, length: int) -> None:
     tokens = prompt(length)
     found = sample(model, tokens, 6, temperature=0.0)
     assert found.tolist() == greedy(model, tokens, 6)
 
 
-def test_a_long_prompt_is_seen_through_its_last_tokens(model: Decoder) -> None:
+def test_a_long_prompt_is_seen_through_its_last_tokens(model: Transformer) -> None:
     tokens = prompt(3 * MAX_LEN)
     other = tokens.clone()
     other[:, : 2 * MAX_LEN] = (other[:, : 2 * MAX_LEN] + 1) % VOCAB
@@ -64,7 +65,7 @@ def test_a_long_prompt_is_seen_through_its_last_tokens(model: Decoder) -> None:
         assert torch.equal(first[:, 2 * MAX_LEN :], second[:, 2 * MAX_LEN :])
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(model: Decoder) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(model: Transformer) -> None:
     tokens, texts = prompt(3), []
     for seed in (1, 1, 2):
         torch.rand(3)  # the global generator has no say
@@ -76,7 +77,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(model: Decod
 
 
 def test_sampling_leaves_the_model_in_its_mode_and_its_weights_without_gradients(
-    model: Decoder,
+    model: Transformer,
 ) -> None:
     for training in (True, False):
         model.train(training)
@@ -119,7 +120,7 @@ def test_draws_follow_the_distribution_inside_the_nucleus(temperature: float, to
         assert counts[token] / draws == pytest.approx(expected, abs=0.0142)
 
 
-def test_text_stays_in_the_nucleus_of_the_models_own_distribution(model: Decoder) -> None:
+def test_text_stays_in_the_nucleus_of_the_models_own_distribution(model: Transformer) -> None:
     text = sample(model, prompt(1, batch=16), 6, temperature=1.0, top_p=0.4)
     model.eval()
     for row in text:
@@ -135,3 +136,40 @@ def test_equal_logits_are_drawn_in_a_fixed_order() -> None:
     generator = torch.Generator().manual_seed(0)
     found = _draw(torch.zeros(200, 4), 1.0, 0.5, generator)
     assert set(found.flatten().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attention_positions": "xpos_relative", "relative_max_distance": 17},
+        {"positions": "sinusoidal", "norm": "deepnorm"},
+        {"positions": "none", "attention_positions": "rotary", "norm": "normformer"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [1, 5, MAX_LEN])
+def test_a_cache_changes_no_choice(keys: dict, length: int) -> None:
+    base = {"vocab_size": VOCAB, "num_layers": 2, "d_model": 16, "d_ff": 16, "num_heads": 2}
+    config = ModelConfig.model_validate(base | {"max_seq_len": MAX_LEN} | keys)
+    decoder = empty_model(config)
+    assert isinstance(decoder, Transformer)
+    brute_force.randomize(decoder)
+    tokens = prompt(length)
+    found = sample(decoder, tokens, MAX_LEN + 2, temperature=0.0)
+    assert found.tolist() == greedy(decoder, tokens, MAX_LEN + 2)
+
+
+def test_each_step_sees_one_new_token_until_the_positions_are_used_up(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = []
+    forward = model.forward
+
+    def counted(tokens: Tensor, *given: object, **keys: object) -> object:
+        lengths.append(tokens.size(1))
+        return forward(tokens, *given, **keys)
+
+    monkeypatch.setattr(model, "forward", counted)
+    sample(model, prompt(3), 8)
+    assert lengths == [3, 1, 1, 1, 1, 1, MAX_LEN, MAX_LEN]
+    assert torch.equal(sample(model, prompt(3), 0), prompt(3))

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.experts import Experts
 from models.init import RandomSource
-from models.transformer import Decoder, build_model
+from models.transformer import EncoderDecoder, Transformer, build_model
 
 GAMMA = {"subln": math.sqrt(math.log(2 * 3)), "pre": 1.0}  # three layers
 
@@ -79,7 +79,9 @@ def test_biases_start_at_0_and_norms_at_1() -> None:
     assert all(bool((gain == 1).all()) for gain in gains)
 
 
-def build_poisoned(monkeypatch: pytest.MonkeyPatch, seed: int, cfg: ModelConfig) -> Decoder:
+def build_poisoned(
+    monkeypatch: pytest.MonkeyPatch, seed: int, cfg: ModelConfig
+) -> Transformer | EncoderDecoder:
     """Build with NaN in memory that torch.empty leaves as it finds it."""
     empty = torch.empty
 
@@ -99,6 +101,19 @@ def build_poisoned(monkeypatch: pytest.MonkeyPatch, seed: int, cfg: ModelConfig)
         {"norm": "pre", "tie_embeddings": False},
         {"moe": None},
         {"moe": {"num_experts": 4, "router": "linear", "gate": "sigmoid"}},
+        {"moe": {"num_experts": 4, "learned_temperature": False}, "activation": "swiglu"},
+        {"architecture": "encoder_decoder", "norm": "admin", "attention_positions": "relative"},
+        {
+            "architecture": "encoder_decoder",
+            "norm": "normformer",
+            "share_embeddings": True,
+            "attention_positions": "xpos_relative",
+            "activation": "swiglu",
+            "qk_norm": True,
+        },
+        {"architecture": "encoder", "multiway": True, "moe": None, "embedding_norm": True},
+        {"architecture": "encoder", "stable_embedding": True, "positions": "sinusoidal_fairseq"},
+        {"positions": "sinusoidal", "output_projection": False, "tie_embeddings": False},
     ],
     ids=str,
 )
@@ -109,6 +124,7 @@ def test_every_parameter_is_initialised_and_depends_on_the_seed_alone(
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)  # torch's own initialisation would differ
         states.append(build_poisoned(monkeypatch, 5, config(**keys)).state_dict())
+    assert states[0].keys() == states[1].keys()
     for name, first in states[0].items():
         assert not first.isnan().any(), f"{name} is not initialised"
         assert torch.equal(first, states[1][name]), f"{name} depends on torch's global generator"
@@ -132,21 +148,95 @@ def test_an_experts_weights_depend_on_its_global_index_and_not_on_the_layout(
         assert torch.equal(torch.cat(tensors), getattr(whole, name))
 
 
-def test_no_two_matrices_start_alike() -> None:
-    state = initial(d_ff=128, norm="pre", max_seq_len=300, tie_embeddings=False)
-    drawn = {}
+def heads_of_matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first 64 numbers of every matrix, one by one where several are packed."""
+    found = {}
     for name, tensor in state.items():
         if tensor.dim() == 2:
-            parts = tensor.chunk(3) if "qkv" in name else [tensor]
-            drawn |= {f"{name}[{i}]": part for i, part in enumerate(parts)}
-    assert len(drawn) == 3 + 3 * 4 + 2 * 2 + 8 + 2
+            parts = tensor.chunk(3 if "qkv_proj" in name else 2 if "kv_proj" in name else 1)
+            found |= {f"{name}[{i}]": part.flatten()[:64] for i, part in enumerate(parts)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        # Attention, dense and sparse feed-forward networks, router, embedding, positions, output.
+        ({}, 3 * 4 + 2 * 2 + 4 * 2 + 2 + 3),
+        ({"activation": "swiglu"}, 3 * 4 + 2 * 3 + 4 * 3 + 2 + 3),
+        (
+            {"architecture": "encoder_decoder", "attention_positions": "relative"},
+            # Six times self-attention, three times cross-attention, two of each stack's layers
+            # dense, two embeddings, three tables of biases, the output.
+            9 * 4 + 4 * 2 + 2 * (4 * 2 + 2) + 2 + 3 + 1,
+        ),
+        (
+            {"architecture": "encoder", "multiway": True, "moe": None, "activation": "swiglu"},
+            2 * (3 * 4 + 3 * 3) + 3,
+        ),
+    ],
+    ids=str,
+)
+def test_no_two_matrices_start_alike(keys: dict, count: int) -> None:
+    state = initial(
+        **{"d_ff": 128, "norm": "pre", "max_seq_len": 300, "tie_embeddings": False} | keys
+    )
+    drawn = heads_of_matrices(state)
+    assert len(drawn) == count
     # The first numbers of a generator are the same whatever the shape and scale of what it fills:
     # two matrices of one generator correlate by 1, others by 1 / sqrt(64) or so.
-    heads = torch.stack([part.flatten()[:64].double() for part in drawn.values()])
+    heads = torch.stack([head.double() for head in drawn.values()])
     correlation = torch.corrcoef(heads).fill_diagonal_(0).abs()
     names = list(drawn)
     alike = [(names[i], names[j]) for i, j in (correlation > 0.9).nonzero().tolist()]
     assert alike == []
+
+
+def test_both_pools_of_a_modality_are_drawn_apart_with_the_same_spread() -> None:
+    state = initial(architecture="encoder", multiway=True, moe=None)
+    compared = 0
+    for name, first in state.items():
+        if ".pools.0." not in name:
+            continue
+        second = state[name.replace(".pools.0.", ".pools.1.")]
+        if first.dim() == 2:
+            assert not torch.equal(first, second), name
+            assert first.std().item() == pytest.approx(second.std().item(), rel=0.05), name
+            compared += 1
+        else:
+            assert torch.equal(first, second), name
+    assert compared == 3 * 4
+
+
+def test_a_shared_embedding_is_drawn_once() -> None:
+    keys = {"architecture": "encoder_decoder", "moe": None}
+    shared, apart = initial(share_embeddings=True, **keys), initial(**keys)
+    assert torch.equal(shared["decoder.embedding.weight"], apart["decoder.embedding.weight"])
+    assert torch.equal(shared["encoder.embedding.weight"], shared["decoder.embedding.weight"])
+    assert not torch.equal(apart["encoder.embedding.weight"], apart["decoder.embedding.weight"])
+
+
+def test_a_stable_embedding_is_xavier_uniform() -> None:
+    weight = initial(stable_embedding=True)["embedding.weight"].double()
+    limit = math.sqrt(6 / (300 + 128))
+    assert weight.abs().max().item() == pytest.approx(limit, rel=1e-3)
+    assert weight.abs().max().item() <= limit
+    # Uniform: the variance is limit^2 / 3, a quarter of the numbers lie above limit / 2.
+    assert weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.02)
+    assert (weight > limit / 2).double().mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_tables_of_relative_positions_start_small() -> None:
+    keys = {"architecture": "encoder_decoder", "attention_positions": "relative"}
+    state = initial(**keys, relative_buckets=320, relative_max_distance=800)
+    tables = {name: t for name, t in state.items() if name.endswith("relative_bias.weight")}
+    assert sorted(tables) == [
+        "decoder.cross_relative_bias.weight",
+        "decoder.relative_bias.weight",
+        "encoder.relative_bias.weight",
+    ]
+    for table in tables.values():
+        assert table.std().item() == pytest.approx(0.02, rel=0.08)  # 1280 numbers: 2 % each
 
 
 def test_another_seed_gives_other_weights() -> None:

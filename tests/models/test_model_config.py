@@ -3,12 +3,15 @@
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.config import ModelConfig, MoEConfig
+from models.positions import Rotary
 
+TWO_STACKS = {"architecture": "encoder_decoder"}
 DENSE = {"num_layers": 4, "d_model": 12, "d_ff": 8, "num_heads": 3, "max_seq_len": 16}
 
 
@@ -121,3 +124,284 @@ def test_every_nth_layer_is_a_moe_layer(every: int, sparse: list[int]) -> None:
     config = ModelConfig.model_validate(DENSE | {"moe": {"num_experts": 4, "every": every}})
     assert [i for i in range(4) if config.is_moe_layer(i)] == sparse
     assert not any(ModelConfig.model_validate(DENSE).is_moe_layer(i) for i in range(4))
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder"])
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("num_decoder_layers", 3, "3"),
+        ("max_target_len", 7, "7"),
+        ("share_embeddings", True, "true"),
+    ],
+)
+def test_what_two_stacks_have_is_refused_in_one(
+    architecture: str, key: str, value: object, shown: str
+) -> None:
+    message = model_message(**{"architecture": architecture, key: value})
+    assert (
+        f"{key}={shown} belongs to architecture 'encoder_decoder', but architecture is "
+        f"'{architecture}': leave it out"
+    ) in message
+    accept(architecture=architecture)
+    accept(**TWO_STACKS, **{key: value})
+
+
+def accept(**keys: object) -> ModelConfig:
+    return ModelConfig.model_validate(DENSE | keys)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "norm"),
+    [("decoder", "subln"), ("encoder", "subln"), ("encoder_decoder", "deepnorm")],
+)
+def test_sub_lns_choice_in_cross_attention_is_refused_elsewhere(
+    architecture: str, norm: str
+) -> None:
+    keys = {"architecture": architecture, "norm": norm}
+    message = model_message(cross_attention_inner_norm=False, **keys)
+    assert (
+        "cross_attention_inner_norm=false belongs to norm 'subln' in architecture "
+        f"'encoder_decoder', not to norm '{norm}' in '{architecture}': leave it out"
+    ) in message
+    accept(**keys)
+    accept(**TWO_STACKS, norm="subln", cross_attention_inner_norm=False)
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_multiway_belongs_to_an_encoder(architecture: str) -> None:
+    message = model_message(architecture=architecture, multiway=True)
+    assert (
+        "multiway=true belongs to architecture 'encoder', but architecture is "
+        f"'{architecture}': leave it out"
+    ) in message
+    accept(architecture=architecture)
+    accept(architecture="encoder", multiway=True)
+
+
+def test_multiway_and_moe_contradict_each_other() -> None:
+    keys = {"architecture": "encoder", "multiway": True, "moe": {"num_experts": 4}}
+    message = model_message(**keys)
+    assert "multiway=true and moe contradict each other" in message
+    assert "keep one of them" in message
+    accept(**keys | {"multiway": False})
+    accept(**keys | {"moe": None})
+
+
+def test_nothing_is_tied_to_an_output_that_is_not_there() -> None:
+    message = model_message(output_projection=False)
+    assert "output_projection=false leaves nothing to tie: set tie_embeddings false" in message
+    accept(output_projection=False, tie_embeddings=False)
+    accept(tie_embeddings=False)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "xpos", "xpos_relative"])
+def test_turning_needs_heads_of_even_width(kind: str) -> None:
+    message = model_message(attention_positions=kind, num_heads=4)  # 12 / 4 = 3
+    assert (
+        f"attention_positions='{kind}' turns pairs of numbers, but a head has d_model / num_heads "
+        "= 3: use another num_heads, or an even d_model"
+    ) in message
+    accept(attention_positions=kind, num_heads=3)
+    accept(attention_positions="relative", num_heads=4)
+
+
+@pytest.mark.parametrize("kind", ["xpos", "xpos_relative"])
+def test_factors_of_xpos_fit_float32(kind: str) -> None:
+    keys = {"attention_positions": kind, "d_model": 6}
+    for more, positions in (({"max_seq_len": 131072}, 131072), ({"max_target_len": 70000}, 70000)):
+        keys |= more
+        keys["architecture"] = "encoder_decoder" if "max_target_len" in more else "decoder"
+        keys["max_seq_len"] = more.get("max_seq_len", 8)
+        message = model_message(**keys)
+        found = re.search(
+            rf"xpos_scale_base=512.0 is too small for {positions} positions, whose factors of "
+            r"3.5\^\(positions / 2 / xpos_scale_base\) leave float32: use at least ([\d.]+), or "
+            "fewer positions",
+            message,
+        )
+        assert found
+        base = float(found[1])
+        accept(**keys, xpos_scale_base=base)
+        accept(**keys | {"attention_positions": "rotary"})
+        rotary = Rotary(2, positions, base)
+        q, k = torch.tensor([[1.0, 2.0], [3.0, -4.0]]).view(2, 1, 1, 1, 2)
+        for position in (0, positions - 1):
+            turned_q, turned_k = rotary(q, k, position)
+            assert (turned_q * turned_k).sum().item() == pytest.approx(-5.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["relative", "xpos_relative"])
+def test_buckets_are_even(kind: str) -> None:
+    message = model_message(attention_positions=kind, relative_buckets=7)
+    assert "relative_buckets=7 must be even: use 8" in message
+    accept(attention_positions=kind, relative_buckets=8)
+    accept(attention_positions="none", relative_buckets=7)
+
+
+@pytest.mark.parametrize(
+    ("keys", "exact"),
+    [
+        ({}, 16),
+        ({"relative_bidirectional": True}, 8),
+        ({"architecture": "encoder"}, 8),
+        (TWO_STACKS, 16),
+        ({"attention_positions": "xpos_relative"}, 16),
+    ],
+    ids=str,
+)
+def test_the_largest_distance_lies_beyond_the_exact_buckets(keys: dict, exact: int) -> None:
+    keys = {"attention_positions": "relative", "relative_buckets": 32} | keys
+    for distance in (2, exact):
+        message = model_message(relative_max_distance=distance, **keys)
+        found = re.search(
+            rf"relative_max_distance={distance} must exceed {exact}: of relative_buckets=32, so "
+            r"many hold one small distance each: use (\d+) or more, or fewer buckets",
+            message,
+        )
+        assert found
+        assert int(found[1]) == exact + 1
+        few = keys | {"relative_buckets": 4}
+        assert accept(relative_max_distance=max(distance, 3), **few)
+    accept(relative_max_distance=exact + 1, **keys)
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "sinusoidal_fairseq"])
+@pytest.mark.parametrize("d_model", [2, 9])
+def test_sinusoids_need_an_even_width(kind: str, d_model: int) -> None:
+    keys = {"d_model": d_model, "num_heads": 1}
+    message = model_message(positions=kind, **keys)
+    assert (
+        f"positions='{kind}' needs an even d_model of at least 4, not {d_model}: use another "
+        "d_model, or positions 'learned'"
+    ) in message
+    accept(positions="learned", **keys)
+    accept(positions=kind, num_heads=1, d_model=4)
+
+
+def test_all_contradictions_of_two_sections_are_listed_at_once() -> None:
+    message = model_message(
+        multiway=True,
+        output_projection=False,
+        max_target_len=3,
+        attention_positions="relative",
+        relative_buckets=7,
+    )
+    for key in ("multiway=true", "output_projection=false", "max_target_len=3", "buckets=7"):
+        assert key in message
+
+
+@pytest.mark.parametrize("order", ["batch_prioritized", "random"])
+def test_an_order_of_service_belongs_to_capacity(order: str) -> None:
+    message = moe_message(num_experts=4, capacity_order=order)
+    assert (
+        f"capacity_order='{order}' belongs to dispatch 'capacity': leave it out, or use dispatch "
+        "'capacity' with a capacity_factor"
+    ) in message
+    MoEConfig(num_experts=4)
+    MoEConfig(num_experts=4, capacity_order=order, dispatch="capacity", capacity_factor=1.0)
+
+
+@pytest.mark.parametrize("key", ["normalize_tokens", "learned_temperature"])
+def test_what_the_xmoe_router_may_lack_the_linear_one_never_has(key: str) -> None:
+    message = moe_message(num_experts=4, router="linear", **{key: False})
+    assert f"{key}=false belongs to router 'xmoe': leave it out, or use router 'xmoe'" in message
+    MoEConfig(num_experts=4, router="linear")
+    MoEConfig.model_validate({"num_experts": 4, "router": "xmoe", key: False})
+
+
+@pytest.mark.parametrize("policy", ["sampled", "random"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_policies_for_a_second_expert_need_two(policy: str, top_k: int) -> None:
+    message = moe_message(num_experts=4, second_expert=policy, top_k=top_k)
+    assert (
+        f"second_expert='{policy}' needs top_k 2, not {top_k}: use second_expert 'all', or top_k 2"
+    ) in message
+    MoEConfig(num_experts=4, second_expert="all", top_k=top_k)
+    MoEConfig(num_experts=4, second_expert=policy, top_k=2)
+
+
+def test_a_second_expert_by_its_weight_needs_probabilities() -> None:
+    message = moe_message(num_experts=4, second_expert="random", gate="sigmoid")
+    assert (
+        "second_expert='random' needs gate 'softmax', whose weights are probabilities: use "
+        "second_expert 'all', or gate 'softmax'"
+    ) in message
+    MoEConfig(num_experts=4, second_expert="all", gate="sigmoid")
+    MoEConfig(num_experts=4, second_expert="sampled", gate="sigmoid")
+    MoEConfig(num_experts=4, second_expert="random", gate="softmax")
+
+
+@pytest.mark.parametrize(
+    ("keys", "encoder", "decoder"),
+    [
+        ({}, 0, 4),
+        ({"architecture": "encoder"}, 4, 0),
+        (TWO_STACKS, 4, 4),
+        (TWO_STACKS | {"num_decoder_layers": 7}, 4, 7),
+    ],
+)
+def test_depths_follow_the_architecture(keys: dict, encoder: int, decoder: int) -> None:
+    config = accept(**keys)
+    assert (config.encoder_depth, config.decoder_depth) == (encoder, decoder)
+
+
+def test_the_deeper_stack_may_have_the_only_moe_layer() -> None:
+    moe = {"num_experts": 4, "every": 6}
+    accept(**TWO_STACKS, num_decoder_layers=6, moe=moe)
+    message = model_message(**TWO_STACKS, num_decoder_layers=5, moe=moe)
+    assert "moe.every=6 exceeds num_decoder_layers=5" in message
+    assert "use at most 5, or moe null" in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "absolute", "relative", "rotary"),
+    [
+        ({}, "learned", False, False),
+        ({"attention_positions": "relative"}, "none", True, False),
+        ({"attention_positions": "rotary"}, "none", False, True),
+        ({"attention_positions": "xpos"}, "none", False, True),
+        ({"attention_positions": "xpos_relative"}, "none", True, True),
+        ({"attention_positions": "rotary", "positions": "learned"}, "learned", False, True),
+        ({"positions": "none"}, "none", False, False),
+        ({"positions": "sinusoidal_fairseq"}, "sinusoidal_fairseq", False, False),
+    ],
+)
+def test_positions_are_learned_unless_attention_has_its_own(
+    keys: dict, absolute: str, relative: bool, rotary: bool
+) -> None:
+    config = accept(**keys)
+    assert config.absolute_positions == absolute
+    assert (config.is_relative, config.is_rotary) == (relative, rotary)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        (ModelConfig, "dropout", 1.0),
+        (ModelConfig, "activation_dropout", -0.1),
+        (ModelConfig, "drop_path", 1.0),
+        (ModelConfig, "attention_dropout", 1.5),
+        (ModelConfig, "norm_eps", 0.0),
+        (ModelConfig, "xpos_scale_base", 0.0),
+        (ModelConfig, "relative_buckets", 2),
+        (ModelConfig, "relative_max_distance", 1),
+        (ModelConfig, "norm", "rms"),
+        (ModelConfig, "positions", "rotary"),
+        (ModelConfig, "num_layers", 2.0),
+        (ModelConfig, "multiway", 1),
+        (MoEConfig, "jitter", 1.0),
+        (MoEConfig, "top_k", 0),
+        (MoEConfig, "eval_capacity_fraction", 1.2),
+        (MoEConfig, "router_z_loss_weight", -1.0),
+        (MoEConfig, "aux_loss_weight", float("nan")),
+        (MoEConfig, "experts", 3),
+    ],
+)
+def test_values_out_of_range_and_unknown_keys_are_refused_by_name(
+    section: type, key: str, value: object
+) -> None:
+    message = (model_message if section is ModelConfig else moe_message)(
+        **({key: value} if section is ModelConfig else {"num_experts": 4, key: value})
+    )
+    assert re.search(rf"^{key}$", message, re.MULTILINE), message
