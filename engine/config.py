@@ -147,8 +147,8 @@ class TrainingConfig(StrictModel):
     activation_checkpointing: bool = Field(
         default=False,
         description="Keep only the input of each layer for the backward pass, and compute the "
-        "layer again there: less memory, a third more work. DeepSpeed's section "
-        "`activation_checkpointing` says where they are kept.",
+        "layer again there: less memory, a third more work, the same numbers. It may change when "
+        "a run goes on.",
     )
     lr_schedule: LRSchedule = Field(description="The learning rate over the steps.")
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")

@@ -220,9 +220,6 @@ class TimersConfig(StrictModel):
 class ActivationCheckpointingConfig(StrictModel):
     """Activation checkpointing; `magnetar.training.activation_checkpointing` switches it on."""
 
-    cpu_checkpointing: bool = Field(
-        default=False, description="Keep the layers' inputs in the CPU's memory."
-    )
     synchronize_checkpoint_boundary: bool = Field(
         default=False, description="Wait for the device before and after each layer."
     )
@@ -374,6 +371,8 @@ REFUSED: dict[str, str] = {
     "activation_checkpointing.partition_activations": _MODEL_PARALLEL,
     "activation_checkpointing.contiguous_memory_optimization": _MODEL_PARALLEL,
     "activation_checkpointing.number_checkpoints": _MODEL_PARALLEL,
+    "activation_checkpointing.cpu_checkpointing": "DeepSpeed 0.19.8 empties what it has moved: on "
+    "a CPU the copy as well, elsewhere what later layers read (an encoder's output): remove it",
     "compile": "compiled models are not proven: remove it",
     "datastates_ckpt": "checkpoints are written by DeepSpeed's usual writer: remove it",
     "monitor_config": "DeepSpeed silently ignores it: put `tensorboard`, `csv_monitor`, `wandb` or "

@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 BASE: dict[str, Any] = {
@@ -60,31 +61,50 @@ def start(changes: dict[str, Any]) -> tuple[Any, Any, Any]:
     return engine, sparse_clip, config
 
 
-def batches(engine: Any, step: int) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+def batches(
+    engine: Any, step: int, config: Any
+) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
     """This rank's micro-batches of a global batch that depends on the step alone."""
     import deepspeed.comm as dist
 
+    from data.packed_lm import Rows
+    from engine.windows import objective
+
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, 97, (engine.train_batch_size(), 17), generator=generator)
-    # Something to learn: every other token follows from the one before it.
+    # Something to learn: small ones are frequent, every other one follows from the one before it.
+    uniform = torch.rand((engine.train_batch_size(), 17), generator=generator)
+    tokens = (97 * uniform**3).long()
     tokens[:, 1::2] = (tokens[:, 0:-1:2] * 3 + 1) % 97
     micro, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_world_size()
-    parts = tokens.to(engine.device).view(-1, ranks, micro, 17)[:, dist.get_rank()]
-    return [((part[:, :-1],), part[:, 1:]) for part in parts]
+    keys = torch.arange(len(tokens)) + step * len(tokens)
+    mine = (-1, ranks, micro)
+    parts = tokens.view(*mine, 17)[:, dist.get_rank()], keys.view(mine)[:, dist.get_rank()]
+    asked = [
+        objective(config, 97)(Rows(part.numpy(), np.full(micro, 16), key.numpy()), 1)
+        for part, key in zip(*parts, strict=True)
+    ]
+    return [
+        (
+            tuple(torch.from_numpy(array).to(engine.device) for array in batch.inputs),
+            torch.from_numpy(batch.targets).to(engine.device),
+        )
+        for batch in asked
+    ]
 
 
 def losses_and_norms(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, list[float]]]:
     """Train each case; the whole batch's losses, the clipping norms and the coefficients."""
     import deepspeed.comm as dist
 
-    from engine.engine import loss_weights, train_step
+    from engine.engine import loss_weights, seed_noise, train_step
 
     results = []
     for changes in cases:
         engine, clip, config = start(changes)
         curve: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
         for step in range(num_steps):
-            result = train_step(engine, batches(engine, step), loss_weights(config))
+            seed_noise(1, step)
+            result = train_step(engine, batches(engine, step, config), loss_weights(config))
             loss = result.loss.double()
             dist.all_reduce(loss)
             curve["loss"].append(float(loss) / dist.get_world_size())
@@ -113,7 +133,7 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
         seen = record_gradients_of_adam(engine.basic_optimizer)
         moe = config.model.moe
         scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if config.dtype == "fp16" else 1
-        train_step(engine, batches(engine, 0), loss_weights(config))
+        train_step(engine, batches(engine, 0, config), loss_weights(config))
         everyone: list[Any] = [None] * dist.get_world_size()
         torch.distributed.all_gather_object(everyone, (raw, seen))
         raw_dense, raw_expert = brute_force_norms([r for r, _ in everyone], moe.ep_size)
@@ -188,3 +208,30 @@ def brute_force_norms(
 def norm_over_ranks(seen_by_ranks: list[dict[str, float]], kind: str, replicas: int) -> float:
     """The norm over all ranks, where each gradient lies on `replicas` of them."""
     return math.sqrt(sum(seen[kind] for seen in seen_by_ranks) / replicas)
+
+
+def weights_under_decay(
+    independent: bool, num_steps: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+    """One matrix before and after each step, its gradients as Adam saw them, the lr's factors."""
+    from engine.engine import loss_weights, train_step
+
+    engine, _, config = start(
+        {
+            "magnetar.training.independent_weight_decay": independent,
+            "magnetar.training.lr_schedule": {"type": "polynomial", "warmup_steps": 4},
+            "optimizer.params.weight_decay": 0.1,
+            "magnetar.model.moe": None,
+        }
+    )
+    weight = engine.module.get_parameter("blocks.1.ffn.w1.weight")
+    gradients: list[torch.Tensor] = []
+    engine.basic_optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(weight.grad.detach().clone())
+    )
+    found, factors = [weight.detach().clone()], []
+    for step in range(num_steps):
+        result = train_step(engine, batches(engine, step, config), loss_weights(config))
+        factors.append(result.lr / 3e-3)
+        found.append(weight.detach().clone())
+    return found, gradients, factors

@@ -162,6 +162,20 @@ WRONG = [
     ("magnetar.model.moe.capacity_factor", 1.5, ["dispatch 'capacity'", "leave it out"]),
     ("magnetar.data.path", "", ["a text, not empty"]),
     ("magnetar.data.seq_len", 256, ["max_seq_len=128", "use seq_len 128, or max_seq_len 256"]),
+    (
+        "magnetar.data.masking",
+        {"unit": "span"},
+        ["'encoder_decoder', but architecture is 'decoder'"],
+    ),
+    ("magnetar.data.masking.probability", 1.0, ["more than 0, less than 1"]),
+    ("magnetar.data.masking.probability", 0.0, ["more than 0, less than 1"]),
+    ("magnetar.data.masking.mean_span_length", 0.5, ["at least 1"]),
+    ("magnetar.data.masking.unit", "spans", ['did you mean "span"?']),
+    ("magnetar.data.masking.replace", "t5", ['"bert", "mask"']),
+    ("magnetar.model.output_projection", False, ["nothing to tie", "tie_embeddings false"]),
+    ("magnetar.training.z_loss_weight", -1.0, ["at least 0"]),
+    ("magnetar.model.moe.router_z_loss_weight", -1.0, ["at least 0"]),
+    ("activation_checkpointing", {"profile": True}, ["set that to true, or remove the section"]),
     ("magnetar.training.log_every", 0, ["at least 1"]),
     ("magnetar.training.resume", "yes", ['"auto", "never"']),
     ("magnetar.training.lr_schedule.warmup_steps", 401, ["num_steps=400", "use at most 400"]),
@@ -207,7 +221,7 @@ def test_a_wrong_value_is_named_with_a_way_out(path: str, value: object, parts: 
     found = "\n".join(lines)
     name = path.rpartition(".")[2]
     given_value = json.dumps(value)
-    if name not in ("betas", "ep_size"):
+    if name not in ("betas", "ep_size", "masking", "activation_checkpointing"):
         assert f"{name}={given_value}" in found
     assert path.rpartition(".")[0] in found
     for part in parts:
@@ -414,3 +428,77 @@ def test_a_dense_model_may_have_any_width_and_any_reduction() -> None:
     raw = set_path(quickstart(), "magnetar.model.moe", None)
     raw = set_path(raw, "magnetar.model.d_ff", 510)
     assert messages(set_path(raw, "zero_optimization.contiguous_gradients", False)) == []
+
+
+def masked(**values: object) -> dict:
+    """The quickstart as an encoder, with values replaced."""
+    return quickstart(**{"magnetar__model__architecture": "encoder", **values})
+
+
+@pytest.mark.parametrize("architecture", ["encoder", "encoder_decoder"])
+def test_a_model_with_an_encoder_masks_by_default_and_the_resolved_config_says_how(
+    architecture: str,
+) -> None:
+    raw = masked(magnetar__model__architecture=architecture)
+    for each in (raw, set_path(raw, "magnetar.data.masking", None)):
+        config, problems = check_config(each, 2)
+        assert config is not None, problems
+        resolved = config.to_dict()
+        expected_masking = {"probability": 0.15, "unit": "token", "replace": "bert"}
+        assert resolved["magnetar"]["data"]["masking"] == expected_masking
+        assert check_config(resolved, 2)[0] == config
+
+
+def test_spans_round_trip_with_their_mean_length() -> None:
+    config, problems = check_config(masked(magnetar__data__masking={"unit": "span"}), 2)
+    assert config is not None, problems
+    assert config.to_dict()["magnetar"]["data"]["masking"]["mean_span_length"] == 3.0
+    assert check_config(config.to_dict(), 2)[0] == config
+
+
+def test_a_decoder_has_no_masking() -> None:
+    config, _ = check_config(quickstart(), 2)
+    assert config is not None
+    assert config.to_dict()["magnetar"]["data"]["masking"] is None
+
+
+def test_a_span_length_without_spans_is_refused() -> None:
+    (line,) = messages(masked(magnetar__data__masking={"mean_span_length": 4.0}))
+    assert line.startswith("magnetar.data.masking.mean_span_length=4.0 belongs to unit 'span'")
+    assert "remove it, or use unit 'span'" in line
+
+
+def test_the_decoder_of_an_encoder_decoder_bounds_the_sequences_too() -> None:
+    raw = masked(magnetar__model__architecture="encoder_decoder")
+    assert messages(set_path(raw, "magnetar.model.max_target_len", 128)) == []
+    (line,) = messages(set_path(raw, "magnetar.model.max_target_len", 100))
+    assert "magnetar.data.seq_len=128 must not exceed magnetar.model.max_target_len=100" in line
+    assert "use seq_len 100, or max_target_len 128" in line
+
+
+def test_a_model_without_logits_is_not_trained() -> None:
+    raw = quickstart(magnetar__model__output_projection=False)
+    (line,) = messages(set_path(raw, "magnetar.model.tie_embeddings", False))
+    assert line.startswith("magnetar.model.output_projection=false leaves training without logits")
+
+
+def test_a_model_of_two_modalities_is_not_trained_on_text() -> None:
+    raw = masked(magnetar__model__multiway=True, magnetar__model__moe=None)
+    (line,) = messages(raw)
+    assert line.startswith("magnetar.model.multiway=true needs two modalities")
+    assert "remove it" in line
+
+
+def test_independent_weight_decay_needs_adam_w() -> None:
+    raw = quickstart(magnetar__training__independent_weight_decay=True)
+    assert messages(raw) == []
+    (line,) = messages(set_path(raw, "optimizer.type", "Adam"))
+    assert line.startswith("magnetar.training.independent_weight_decay=true needs optimizer.type")
+    assert 'use type "AdamW", or remove it' in line
+
+
+def test_activation_checkpointing_is_configured_only_where_it_is_on() -> None:
+    raw = quickstart(activation_checkpointing={"profile": True})
+    assert messages(set_path(raw, "magnetar.training.activation_checkpointing", True)) == []
+    (line,) = messages(raw)
+    assert line.startswith("activation_checkpointing={...} says how")

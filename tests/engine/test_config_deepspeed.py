@@ -87,6 +87,18 @@ def test_the_flops_profiler_has_deepspeeds_defaults() -> None:
     assert theirs == ours.FlopsProfilerConfig().model_dump()
 
 
+def test_activation_checkpointing_has_deepspeeds_names_and_defaults() -> None:
+    from deepspeed.runtime.activation_checkpointing.config import (
+        DeepSpeedActivationCheckpointingConfig,
+    )
+
+    theirs = vars(DeepSpeedActivationCheckpointingConfig({}))
+    own = ours.ActivationCheckpointingConfig().model_dump()
+    assert own.items() <= theirs.items()
+    refused = {f"activation_checkpointing.{name}" for name in theirs.keys() - own.keys()}
+    assert refused <= ours.REFUSED.keys()
+
+
 def test_deepspeed_clips_at_one_when_the_key_is_absent() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 

@@ -13,6 +13,17 @@ VARIANTS: dict[str, dict] = {
     "X-MoE, sigmoid, top-1": {f"{MOE}.gate": "sigmoid", f"{MOE}.top_k": 1},
     "linear router, Pre-LN": {f"{MOE}.router": "linear", "magnetar.model.norm": "pre"},
     "dense": {MOE: None},
+    "encoder, spans masked, z-losses": {
+        "magnetar.model.architecture": "encoder",
+        "magnetar.model.vocab_size": 98,
+        "magnetar.data.masking": {"unit": "span", "probability": 0.25, "replace": "mask"},
+        "magnetar.training.z_loss_weight": 1e-3,
+        f"{MOE}.router_z_loss_weight": 1e-2,
+    },
+    "encoder-decoder": {
+        "magnetar.model.architecture": "encoder_decoder",
+        "magnetar.model.vocab_size": 98,
+    },
 }
 Curves = dict[str, dict[str, dict[str, list[float]]]]
 
