@@ -115,14 +115,28 @@ class Block(nn.Module):
             )
         self.ffn_residual = residual("ffn")
         shape = (config.d_model, config.d_ff)
-        form = (config.activation, "ffn" in style.inner, gain)
-        options = {"norm_eps": config.norm_eps, "activation_dropout": config.activation_dropout}
+        has_inner_norm = "ffn" in style.inner
         self.ffn: nn.Module
         if config.moe is not None and config.is_moe_layer(index):
-            time_major = config.moe.time_major and depths.in_encoder
-            self.ffn = MoE(*shape, config.moe, *form, **options, time_major=time_major)
+            self.ffn = MoE(
+                *shape,
+                config.moe,
+                config.activation,
+                has_inner_norm,
+                gain,
+                norm_eps=config.norm_eps,
+                activation_dropout=config.activation_dropout,
+                time_major=config.moe.time_major and depths.in_encoder,
+            )
         else:
-            ffn = FeedForward(*shape, *form, **options)
+            ffn = FeedForward(
+                *shape,
+                config.activation,
+                has_inner_norm,
+                gain,
+                norm_eps=config.norm_eps,
+                activation_dropout=config.activation_dropout,
+            )
             self.ffn = Multiway(ffn) if config.multiway else ffn
 
     def forward(
@@ -157,6 +171,8 @@ class Transformer(nn.Module):
 
     A decoder, an encoder, or one of the two stacks of an encoder-decoder.
     """
+
+    sinusoids: Tensor | None
 
     def __init__(
         self,
@@ -410,7 +426,7 @@ def _checkpointed(
             next(values) if is_tensor else value
             for value, is_tensor in zip(context, places, strict=True)
         ]
-        x, stats = block(x, Context(*filled))
+        x, stats = block(x, Context(*filled))  # type: ignore[arg-type]
         return (x, *(stats or ()))
 
     outputs = checkpoint(run, x, *tensors)
