@@ -502,7 +502,9 @@ def test_a_random_order_serves_first_choices_before_second_ones() -> None:
 NOISE = [
     {"second_expert": "sampled"},
     {"second_expert": "random"},
+    {"second_expert": "sampled", "router": "linear"},
     {"jitter": 0.3},
+    {"activation_dropout": 0.5},
     capacity_of(0.5) | {"capacity_order": "random"},
 ]
 
@@ -516,7 +518,7 @@ def test_noise_follows_the_seed_and_ends_with_training(keys: dict) -> None:
         outs.append(layer(x)[0])
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
-    quiet = build(eval_capacity_fraction=0.3)
+    quiet = build(eval_capacity_fraction=0.3, router=keys.get("router", "xmoe"))
     state = torch.get_rng_state()
     assert torch.equal(layer.eval()(x)[0], quiet.eval()(x)[0])
     assert torch.equal(torch.get_rng_state(), state), "evaluation drew a random number"
