@@ -274,8 +274,8 @@ def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
     for name, value in held.items():
         if not isinstance(value, Tensor):
             raise UserError(
-                f"{path}: {name!r} is of type {type(value).__name__}, not a tensor: give a state dict, "
-                'or a file of the form {"config": ..., "model": state dict}'
+                f"{path}: {name!r} is of type {type(value).__name__}, not a tensor: give "
+                'a state dict, or a file of the form {"config": ..., "model": state dict}'
             )
     if not held:
         raise UserError(f"{path}: holds no tensors: give the file with the model's state dict")

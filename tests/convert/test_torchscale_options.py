@@ -170,6 +170,18 @@ def test_a_post_ln_encoder_has_no_norm_at_its_end_to_leave_out() -> None:
     assert keys["norm"] == "deepnorm"
 
 
+def test_every_kind_of_noise_in_training_has_its_key() -> None:
+    given = {
+        "dropout": 0.1,
+        "attention_dropout": 0.2,
+        "activation_dropout": 0.3,
+        "drop_path_rate": 0.4,
+    }
+    keys = keys_of("decoder", **given)
+    names = ("dropout", "attention_dropout", "activation_dropout", "drop_path")
+    assert [keys[name] for name in names] == [0.1, 0.2, 0.3, 0.4]
+
+
 def test_relative_positions_need_both_of_their_options() -> None:
     assert keys_of("decoder", rel_pos_buckets=32)["attention_positions"] == "none"
     keys = keys_of("decoder", rel_pos_buckets=16, max_rel_pos=64)

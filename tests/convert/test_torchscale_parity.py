@@ -234,11 +234,19 @@ DECODERS = [
     {"rel_pos_buckets": 32, "max_rel_pos": 256},
     {"xpos_rel_pos": True},
     {"layernorm_embedding": True, "no_scale_embedding": False},
+    {
+        "moe_freq": 1,
+        "moe_expert_count": 4,
+        "moe_top1_expert": True,
+        "use_xmoe": True,
+        "moe_eval_capacity_token_fraction": 1.0,  # with less a batch's length decides what drops
+    },
 ]
 
 
 @pytest.mark.parametrize("variation", DECODERS, ids=name_of)
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+@pytest.mark.usefixtures("one_rank")
 @torch.no_grad()
 def test_decoding_token_by_token_equals_torchscales(
     architecture: str, variation: dict[str, Any], tmp_path: Path
