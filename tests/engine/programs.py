@@ -235,3 +235,23 @@ def weights_under_decay(
         factors.append(result.lr / 3e-3)
         found.append(weight.detach().clone())
     return found, gradients, factors
+
+
+def losses_and_checkpointed_blocks(cases: list[dict[str, Any]], num_steps: int) -> list[dict]:
+    """`losses_and_norms` of each case, and how often DeepSpeed's checkpointing ran in it."""
+    from deepspeed.runtime.activation_checkpointing.checkpointing import CheckpointFunction
+
+    calls = []
+    forward = CheckpointFunction.forward
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return forward(*arguments)
+
+    CheckpointFunction.forward = staticmethod(counted)
+    results = []
+    for changes in cases:
+        calls.clear()
+        (curve,) = losses_and_norms([changes], num_steps)
+        results.append(curve | {"checkpointed_blocks": len(calls)})
+    return results

@@ -74,6 +74,32 @@ def test_a_killed_run_continues_with_exactly_the_same_metrics(
     assert records(tmp_path / "run") == records(uninterrupted)
 
 
+def test_a_killed_encoder_continues_with_exactly_the_same_masks_and_metrics(
+    corpus: Path, tmp_path: Path
+) -> None:
+    changes = LONG | {
+        "magnetar.model.architecture": "encoder",
+        "magnetar.data.masking": {"unit": "span"},
+        "magnetar.training.num_steps": 30,
+        "magnetar.training.z_loss_weight": 1e-4,
+        "magnetar.model.moe.router_z_loss_weight": 1e-3,
+    }
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    done = launch(write_config(whole, corpus, changes=changes))
+    assert done.returncode == 0, done.stdout
+    config = write_config(killed, corpus, changes=changes)
+    kill_after_step(config, 15)
+    resumed = launch(config)
+    assert resumed.returncode == 0, resumed.stdout
+    assert "resuming after step" in resumed.stdout
+    assert records(killed / "run") == records(whole / "run")
+    last = [record for record in records(whole / "run") if "loss" in record][-1]
+    assert last["z_loss"] > 1  # log^2 of 301 is 32 at the start
+    assert last["router_z_loss"] > 0
+
+
 def test_the_same_command_twice_from_scratch_gives_the_same_digits(
     uninterrupted: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -259,3 +285,17 @@ def test_a_model_with_fewer_words_than_its_data_is_refused(corpus: Path, tmp_pat
     ):
         prepare_run(config, 2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_masked_model_needs_and_gets_a_row_for_the_mask_token(
+    corpus: Path, tmp_path: Path
+) -> None:
+    encoder = {"magnetar.model.architecture": "encoder"}
+    path = write_config(tmp_path, corpus, changes=encoder)
+    with pytest.raises(
+        UserError, match=r"vocab_size=300 is smaller than.* and a mask token, 301: .*at least 301"
+    ):
+        prepare_run(load_config(path, ["magnetar.model.vocab_size=300"], 2), 2)
+    assert prepare_run(load_config(path, (), 2), 2)[0].model.vocab_size == 301
+    padded = load_config(path, ["magnetar.model.vocab_size=320"], 2)
+    assert prepare_run(padded, 2)[0].model.vocab_size == 320

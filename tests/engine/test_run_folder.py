@@ -40,6 +40,7 @@ def test_a_longer_run_and_other_reports_may_go_on(tmp_path: Path) -> None:
             tmp_path / "run",
             magnetar__training__num_steps=99,
             magnetar__training__log_every=3,
+            magnetar__training__activation_checkpointing=True,
             zero_optimization__stage=2,
         )
     )
