@@ -244,6 +244,15 @@ def test_routing_is_that_of_the_encoder_and_then_of_the_decoder() -> None:
         assert len(model(source, target).routing) == layers
 
 
+def test_the_encoders_moe_layers_alone_may_count_positions_first() -> None:
+    moe = MOE | {"time_major": True}
+    for architecture in ARCHITECTURES:
+        for name, module in random_model(architecture=architecture, moe=moe).named_modules():
+            if name.endswith("deepspeed_moe"):
+                is_encoders = architecture == "encoder" or name.startswith("encoder.")
+                assert module.time_major == is_encoders
+
+
 def test_attention_is_the_softmax_of_an_explicit_loop() -> None:
     layer = SelfAttention(16, 4, dropout=0.0, inner_norm=False, gain=1.0).double()
     brute_force.randomize(layer)
@@ -341,6 +350,7 @@ def test_a_sequence_of_padding_alone_stays_finite(
     padding = torch.tensor([[True] * T, [False] * T])
     source_padding = torch.tensor([[True] * S, [False] * S])
     output = run(model, tokens, padding, None, source_padding)
+    assert output.logits.dtype == dtype
     assert output.logits.isfinite().all()
     loss, _, _ = token_losses(output.logits[1:], tokens[1:])
     loss.backward()
