@@ -21,6 +21,8 @@ SHIPPED = {
     "lm_xmoe.json": "The paper's sparse model: every second of 12 layers has 64 experts.",
     "lm_xmoe_16.json": "The same with 16 experts.",
     "lm_xmoe_256.json": "The same with 256 experts, 13 billion parameters.",
+    "mlm_dense.json": "A masked language model: an encoder of 12 layers, 768 wide.",
+    "mlm_xmoe.json": "The same with the X-MoE paper's router and its 32 experts.",
 }
 
 _INTRODUCTION = """\
@@ -82,6 +84,11 @@ to 50,304 for speed). The sparse ones have `capacity` dispatch with factor 1.0, 
 expert room for 2 * tokens / experts tokens, as in the paper's code, and `ep_size` 8: they need a
 multiple of 8 ranks, or another `ep_size`. The paper does not give its threshold for clipping;
 1.0 is ours.
+
+The `mlm_` configs have the size of the X-MoE paper's encoders (arXiv 2204.09179): 12 layers,
+d_model 768, 12 heads, d_ff 3072; the sparse one also its 32 experts and its router, 16 wide. Where
+the MoE layers stand, how many tokens are masked and all that concerns the optimizer is ours, in the
+usual range of such models. The data, `prepared/multilingual`, is yours to bring.
 """
 
 _REFUSED_INTRODUCTION = """\
