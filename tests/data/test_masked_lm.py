@@ -12,6 +12,7 @@ from data.packed_lm import (
     sample_order,
     train_micro_batch,
     valid_batches,
+    window_batch,
 )
 
 shared_files = settings(
@@ -201,3 +202,12 @@ def test_denoising_asks_for_every_token_after_the_one_before(make_split):
         assert all(np.array_equal(mask, ~counts) for mask in masks)
         seen += batch.targets[counts].tolist()
     assert seen == list(range(1, 31))
+
+
+def test_chosen_windows_are_asked_about_as_in_a_validation_pass(make_split):
+    dataset = PackedLM(make_split(100), 7, masked_lm(SPANS))
+    passed = list(valid_batches(dataset, 1, 0, 1))
+    chosen = window_batch(dataset, [3, 0, 11])
+    for row, window in enumerate([3, 0, 11]):
+        assert np.array_equal(chosen.targets[row], passed[window].targets[0])
+        assert np.array_equal(chosen.inputs[0][row], passed[window].inputs[0][0])

@@ -11,7 +11,7 @@ import pytest
 from data.masked_lm import num_masked
 from data.prepare import PrepareConfig, prepare
 from data.token_files import open_prepared
-from launchers import evaluate, generate
+from launchers import evaluate, generate, plot
 from tests.runs import launch, make_corpus, records, write_config
 
 pytestmark = pytest.mark.slow
@@ -82,6 +82,16 @@ def test_training_and_validation_loss_fall(run: Run) -> None:
     assert before == pytest.approx(math.log(vocab_size), abs=0.1)
     assert sum(losses[-5:]) / 5 < losses[0] - run.gain
     assert after < before - run.gain
+
+
+def test_every_moe_layer_of_every_stack_reports(run: Run) -> None:
+    last = [record for record in records(run.folder) if "loss" in record][-1]
+    found = {name.split("/")[0] for name in last if name.endswith("/load_max")}
+    stacks = {"encoder_decoder": {"encoder_layer_2", "decoder_layer_2"}}
+    assert found == stacks.get(run.architecture, {"layer_2"})
+    assert not {"z_loss", "router_z_loss"} & last.keys()
+    plot.main([str(run.folder)])
+    assert (run.folder / "curves.png").stat().st_size > 10_000
 
 
 def test_validation_asks_as_often_as_the_objective_says(run: Run) -> None:
