@@ -326,6 +326,16 @@ def test_what_stands_in_padding_changes_nothing(
     assert not torch.allclose(plain.logits[~padding], first.logits[~padding], atol=1e-3)
 
 
+def test_padding_that_is_routed_enters_an_encoder_as_zeros() -> None:
+    model = random_model(architecture="encoder", moe=MOE | {"route_padding": True})
+    tokens, padding = token_ids(3), padded(3, T)
+    first = model(tokens, padding)
+    second = model(torch.where(padding, (tokens + 3) % VOCAB, tokens), padding)
+    assert first.routing[0].load.sum() == 2 * 3 * T
+    assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.routing[0].aux_loss, second.routing[0].aux_loss)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_padding_at_the_end_equals_a_shorter_sequence(architecture: str) -> None:
     model = random_model(architecture=architecture, moe=MOE)
