@@ -145,6 +145,23 @@ def expert_gradients_are_reduced_apart(
     ]
 
 
+def zero_has_experts_to_divide(zero_optimization: ZeroConfig, model: ModelConfig) -> list[Problem]:
+    """DeepSpeed's ZeRO insists on experts that train."""
+    if model.moe is None or model.moe.frozen != "router_and_experts":
+        return []
+    if zero_optimization.stage == 0:
+        return []
+    path = "magnetar.model.moe.frozen"
+    return [
+        Problem(
+            path,
+            f'{path}="router_and_experts" does not go with zero_optimization.stage='
+            f"{zero_optimization.stage}: DeepSpeed 0.19.8 stops where no expert trains: use stage "
+            '0, or frozen "router"',
+        )
+    ]
+
+
 def experts_fit_grouped_matmuls(
     model: ModelConfig, bf16: Bf16Config | None, fp16: Fp16Config | None
 ) -> list[Problem]:
@@ -274,6 +291,7 @@ RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
     (norm_is_computed, ("zero_optimization",)),
     (experts_are_aligned, ("zero_optimization", "model")),
     (expert_gradients_are_reduced_apart, ("zero_optimization", "model")),
+    (zero_has_experts_to_divide, ("zero_optimization", "model")),
     (experts_fit_grouped_matmuls, ("model", "bf16", "fp16")),
     (sequences_fit, ("data", "model")),
     (a_decoder_masks_nothing, ("data", "model")),

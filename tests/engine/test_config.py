@@ -205,6 +205,7 @@ WRONG = [
     ("zero_optimization.reduce_scatter", False, ["gradients of different experts", "remove it"]),
     ("magnetar.model.d_ff", 510, ["multiple of 4", "rows of 16 bytes", "use 512"]),
     ("gradient_clipping", 1e40, ["1e+30"]),
+    ("magnetar.model.moe.frozen", "router_and_experts", ["stage=1", "use stage 0, or frozen"]),
     ("zero_optimization.compute_grad_norm", False, ["without a norm", "remove it"]),
     ("zero_optimization.overlap_com", True, ["did you mean zero_optimization.overlap_comm?"]),
     ("data_types.grad_accum_dtype", "bf16", ["weights in fp32", "leave it out"]),
