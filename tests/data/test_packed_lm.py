@@ -81,6 +81,7 @@ def test_validation_predicts_each_token_but_the_first_once(
         # The mask is there where something is padding, and says where nothing counts.
         assert len(padding) == (not counts.all())
         assert all(np.array_equal(mask, ~counts) for mask in padding)
+        assert (inputs[~counts] == 0).all()
     assert sorted(seen) == list(range(1, num_tokens))
 
 
