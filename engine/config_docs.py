@@ -21,6 +21,8 @@ SHIPPED = {
     "lm_xmoe.json": "The paper's sparse model: every second of 12 layers has 64 experts.",
     "lm_xmoe_16.json": "The same with 16 experts.",
     "lm_xmoe_256.json": "The same with 256 experts, 13 billion parameters.",
+    "subln_200.json": "200 Sub-LN layers, narrow, for 100 steps: depth, not language.",
+    "deepnorm_1000.json": "1,000 DeepNorm layers, likewise.",
     "mlm_dense.json": "A masked language model: an encoder of 12 layers, 768 wide.",
     "mlm_xmoe.json": "The same with the X-MoE paper's router and its 32 experts.",
 }

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from engine.admin import start_omegas
 from engine.config import LRSchedule, RunConfig
 from engine.sparse_clip import SparseClip
 from models.moe import RoutingStats
@@ -170,6 +171,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     """
     with torch.device(device):
         model = build_model(config.model, config.training.seed)
+    if config.model.norm == "admin":
+        start_omegas(model, config)
     if config.training.activation_checkpointing:
         section = config.deepspeed.get("activation_checkpointing", {})
         deepspeed.checkpointing.configure(

@@ -52,7 +52,7 @@ def open_run(run_dir: Path, checkpoint: str | None = None, data: Path | None = N
         UserError: for a folder that is no run, a checkpoint that is not there, or data that is
             missing or of another vocabulary.
     """
-    chosen = _choose_checkpoint(run_dir, checkpoint)
+    chosen = choose_checkpoint(run_dir, checkpoint)
     config, problems = check_config(chosen.manifest["config"])
     if config is None:
         listed = "\n  ".join(problem.text for problem in problems)
@@ -89,7 +89,12 @@ def _vocabulary_of(folder: Path, fingerprint: str) -> str:
     return str(folder / manifest.tokenizer_file)
 
 
-def _choose_checkpoint(run_dir: Path, name: str | None) -> Checkpoint:
+def choose_checkpoint(run_dir: Path, name: str | None) -> Checkpoint:
+    """The checkpoint of a run by its name; None: the newest complete one.
+
+    Raises:
+        UserError: for a folder that is no run, or a checkpoint that is not there.
+    """
     if not run_dir.is_dir():
         siblings = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
         there = f"{run_dir.parent} holds {', '.join(siblings)}" if siblings else "train one first"

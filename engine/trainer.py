@@ -14,6 +14,7 @@ from torch import Tensor
 from data.errors import UserError
 from data.packed_lm import PackedLM, train_micro_batch
 from data.token_files import Prepared, open_prepared
+from engine.admin import require_profile
 from engine.checkpoint import check_fits, complete_checkpoints, load_checkpoint, save_checkpoint
 from engine.config import RunConfig, check_config
 from engine.engine import (
@@ -41,8 +42,29 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
         The config with vocab_size filled in and outputs placed in the run's folder; the data.
 
     Raises:
-        UserError: for data that is missing or does not fit, a run folder of another config, or a
-            checkpoint of another model, layout or data.
+        UserError: for data that is missing or does not fit, a run folder of another config, an
+            Admin model without its profile, or a checkpoint of another model, layout or data.
+    """
+    result, prepared = resolve_run(config, world_size)
+    check_run_folder(result)
+    require_profile(result)
+    run_dir = Path(result.training.run_dir)
+    for checkpoint in complete_checkpoints(run_dir)[-1:]:
+        check_fits(checkpoint, result, prepared, world_size)
+        if checkpoint.step > result.training.num_steps:
+            raise UserError(
+                f"magnetar.training.num_steps={result.training.num_steps} is less than the "
+                f"{checkpoint.step} steps that {run_dir} has done: use {checkpoint.step} or more, "
+                "or name another training.run_dir"
+            )
+    return result, prepared
+
+
+def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared]:
+    """The config with what depends on the data filled in, and the data.
+
+    Raises:
+        UserError: for data that is missing or does not fit, or a monitor's missing package.
     """
     prepared = open_prepared(Path(config.data.path))
     windows(prepared.train, config)
@@ -61,15 +83,6 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
             section |= {"output_path": run_dir, "job_name": name}
     result, problems = check_config(resolved, world_size)
     assert result is not None, problems
-    check_run_folder(result)
-    for checkpoint in complete_checkpoints(Path(run_dir))[-1:]:
-        check_fits(checkpoint, result, prepared, world_size)
-        if checkpoint.step > result.training.num_steps:
-            raise UserError(
-                f"magnetar.training.num_steps={result.training.num_steps} is less than the "
-                f"{checkpoint.step} steps that {run_dir} has done: use {checkpoint.step} or more, "
-                "or name another training.run_dir"
-            )
     return result, prepared
 
 
@@ -165,9 +178,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
     with progress:
         for step in range(first_step + 1, training.num_steps + 1):
             seed_noise(training.seed, step)
-            result = train_step(
-                engine, micro_batches(engine, train_data, step, training.seed), weights
-            )
+            result = train_step(engine, micro_batches(config, train_data, step, device), weights)
             is_logged = due(step, training.log_every, training.num_steps)
             is_saved = due(step, training.save_every, training.num_steps)
             if is_logged or is_saved:
@@ -201,22 +212,23 @@ def due(step: int, every: int | None, last: int) -> bool:
 
 
 def micro_batches(
-    engine: Any, dataset: PackedLM, step: int, seed: int
+    config: RunConfig, dataset: PackedLM, step: int, device: torch.device
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """This rank's part of the samples of an optimizer step (from 1): inputs and targets."""
 
     def on_device(array: Any) -> Tensor:
-        return torch.from_numpy(array).to(engine.device, non_blocking=True)
+        return torch.from_numpy(array).to(device, non_blocking=True)
 
-    for micro_step in range(engine.gradient_accumulation_steps()):
+    sizes = config.deepspeed
+    for micro_step in range(sizes["gradient_accumulation_steps"]):
         inputs, targets = train_micro_batch(
             dataset,
-            first_sample=(step - 1) * engine.train_batch_size(),
+            first_sample=(step - 1) * sizes["train_batch_size"],
             micro_step=micro_step,
-            micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+            micro_batch_size=sizes["train_micro_batch_size_per_gpu"],
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
-            seed=seed,
+            seed=config.training.seed,
         )
         yield tuple(map(on_device, inputs)), on_device(targets)
 

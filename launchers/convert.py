@@ -1,15 +1,18 @@
-"""Turns the weights of other programs into a Magnetar folder of weights.
+"""Makes a Magnetar folder of weights from the weights of other programs, or from a trained run.
 
 python -m launchers.convert import-torchscale decoder.pt --config decoder.json --out imported/lm
 python -m launchers.convert import-torchscale checkpoint_last-shared.pt --out imported/moe
+python -m launchers.convert fold-admin runs/admin --out folded/admin
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.errors import UserError
 from launchers.quiet import quiet_deepspeed
 from launchers.user_errors import user_errors
 
@@ -45,18 +48,68 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "needed where the checkpoint holds tensors alone",
     )
     add("--trust", action="store_true", help="let the file run code: only for files of your own")
+    command = commands.add_parser(
+        "fold-admin",
+        help="a trained Admin model as a plain Post-LN one",
+        description="Write an Admin model as a Post-LN model with the same function, in a folder "
+        "that models.weights.load_model loads.",
+    )
+    add = command.add_argument
+    add("source", type=Path, help="a run's folder (its newest checkpoint), or a folder of weights")
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     return parser.parse_args(arguments)
 
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Import, and say what came out."""
+    """Convert, and say what came out."""
     options = parse_arguments(arguments)
     quiet_deepspeed()
+    if options.command == "fold-admin":
+        print("\n".join(fold_admin(options.source, options.out)))
+        return
     from convert.import_torchscale import import_torchscale
 
     imported = import_torchscale(options.checkpoint, options.out, options.config, options.trust)
     print("\n".join(report(imported, options.out)))
+
+
+def fold_admin(source: Path, out: Path) -> list[str]:
+    """Fold the Admin model of a run or of a folder of weights; the lines that say so."""
+    from models import admin
+    from models.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
+
+    try:
+        if (source / WEIGHTS_FILE).is_file():
+            config, tensors = load_weights(source)
+        elif source.is_dir() and not (source / "checkpoints").is_dir():
+            raise UserError(
+                f"{source} holds neither checkpoints/ nor {WEIGHTS_FILE}: name a run's folder, or "
+                "a folder that launchers.convert has written"
+            )
+        else:
+            from engine.checkpoint import load_model
+            from engine.trained_run import choose_checkpoint
+
+            model = load_model(choose_checkpoint(source, None))
+            config, tensors = model.config, model.state_dict()
+        folded_config, folded = admin.fold_admin(config, tensors)
+        save_weights(out, folded_config, folded)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    changed = {
+        key: value
+        for key, value in folded_config.model_dump().items()
+        if value != getattr(config, key)
+    }
+    keys = ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items() if key != "moe")
+    return [
+        f"folded   {source}",
+        f"changed  {keys}",
+        f"wrote    {out} ({CONFIG_FILE}, {WEIGHTS_FILE})",
+        "",
+        *_snippet(out, folded_config.architecture),
+    ]
 
 
 def report(imported: "Imported", out: Path) -> list[str]:
@@ -77,15 +130,18 @@ def report(imported: "Imported", out: Path) -> list[str]:
     return [
         *(f"{name:<{width}}  {text}" for name, text in rows),
         "",
-        "from models.weights import load_model",
-        f"model = load_model({str(out)!r})",
-        _call(config.architecture),
+        *_snippet(out, config.architecture),
     ]
 
 
-def _call(architecture: str) -> str:
+def _snippet(out: Path, architecture: str) -> list[str]:
+    """Python that loads the folder."""
     tokens = "source, target" if architecture == "encoder_decoder" else "tokens"
-    return f"logits = model({tokens}).logits  # tokens: (batch, length) int64"
+    return [
+        "from models.weights import load_model",
+        f"model = load_model({str(out)!r})",
+        f"logits = model({tokens}).logits  # tokens: (batch, length) int64",
+    ]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from pathlib import Path
 from launchers.user_errors import user_errors
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; the deepspeed launcher adds --local_rank."""
-    parser = argparse.ArgumentParser(prog="launchers.train", description=__doc__)
+def parse_arguments(prog: str, description: str | None) -> argparse.Namespace:
+    """The command line of what the deepspeed launcher starts; it adds --local_rank."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument(
         "--deepspeed_config", type=Path, required=True, metavar="JSON", help="the run's JSON"
     )
@@ -36,7 +36,7 @@ def launched_world_size() -> int:
 @user_errors()
 def main() -> None:
     """Check everything, then join the other ranks and train."""
-    arguments = parse_arguments()
+    arguments = parse_arguments("launchers.train", __doc__)
     from engine.config import load_config
 
     world_size = launched_world_size()

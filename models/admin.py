@@ -23,6 +23,7 @@ from models.config import ModelConfig
 from models.moe import MoE
 from models.multiway import pools
 from models.norms import Residual
+from models.router import XMoERouter
 from models.transformer import Block, Transformer, empty_model
 
 SUBLAYERS = ("attention", "cross_attention", "ffn")
@@ -126,7 +127,7 @@ def fold_admin(
         tensors: its state dict, tied tensors at least once.
 
     Returns:
-        Config and state dict of the folded model.
+        Config and float32 state dict of the folded model.
 
     Raises:
         ValueError: if the model is not an Admin model, or an omega is too near to 0.
@@ -159,12 +160,8 @@ def fold_admin(
             _scale_inputs(module, 1.0 / omega)
             producer = residual.norm
     state = {name: t for name, t in model.state_dict().items() if not name.endswith(".omega")}
-    dtype = next(iter(tensors.values())).dtype
-    state = {name: tensor.to(dtype) for name, tensor in (state | folded).items()}
-    if config.tie_embeddings and changes.get("tie_embeddings", True):
-        state.pop("decoder.output.weight" if "decoder.output.weight" in state else "output.weight")
-    if config.share_embeddings and changes.get("share_embeddings", True):
-        state.pop("encoder.embedding.weight")
+    # In 16 bits the folded weights would be rounded to another function.
+    state = {name: tensor.float() for name, tensor in (state | folded).items()}
     return config.model_copy(update=changes), state
 
 
@@ -198,7 +195,7 @@ def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
     """Multiply what a sublayer's first matrices read, column by column."""
     if isinstance(module, MoE):
         gate, experts = module.deepspeed_moe.gate, module.deepspeed_moe.experts
-        router = gate.projection if hasattr(gate, "projection") else gate.wg
+        router = gate.projection if isinstance(gate, XMoERouter) else gate.wg
         router.weight *= factor
         for name in ("w1", "w3"):
             weight = getattr(experts, name, None)
@@ -212,4 +209,4 @@ def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
     for _, pool in pools(module, ""):
         for linear in (pool,) if isinstance(pool, nn.Linear) else (pool.w1, pool.w3):
             if linear is not None:
-                linear.weight *= factor  # type: ignore[operator]
+                linear.weight *= factor  # type: ignore[operator, union-attr]

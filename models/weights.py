@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.transformer import EncoderDecoder, Transformer, empty_model
@@ -27,7 +27,7 @@ def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor
     Args:
         folder: must not exist, or be empty.
         config: of the model, vocab_size not None.
-        tensors: by their names in the state dict. What is tied in the model is written once.
+        tensors: its state dict, where what is tied may stand once or under each of its names.
 
     Raises:
         ValueError: if the folder holds something, or a tensor is missing, unknown or of another
@@ -35,6 +35,9 @@ def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: name another one")
+    with torch.device("meta"):
+        tied = tied_names(empty_model(_on_one_rank(config)))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
     check_tensors(tensor_shapes(config), {name: t.shape for name, t in tensors.items()})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
@@ -44,6 +47,8 @@ def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor
         save_file(kept, path / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps({"model": config.model_dump(mode="json")}, indent=1)
         (path / CONFIG_FILE).write_text(text + "\n")
+        # safetensors writes for the owner alone, a person's umask says who else may read.
+        os.chmod(path / WEIGHTS_FILE, (path / CONFIG_FILE).stat().st_mode)
         os.replace(path, folder)  # onto an empty folder, if it is there
 
 
@@ -102,9 +107,14 @@ def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a model, tied ones once, under their first name."""
     with torch.device("meta"):
         model = empty_model(_on_one_rank(config))
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied -= {name for name, _ in model.named_parameters()}
+    tied = tied_names(model)
     return {name: t.shape for name, t in model.state_dict().items() if name not in tied}
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """The further names of parameters that have several."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names - {name for name, _ in model.named_parameters()}
 
 
 def _on_one_rank(config: ModelConfig) -> ModelConfig:

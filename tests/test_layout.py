@@ -23,6 +23,7 @@ MAY_IMPORT_DEEPSPEED = {
     "engine/engine.py",
     "engine/evaluation.py",
     "engine/metrics.py",
+    "engine/profile_admin.py",
     "engine/report.py",
     "engine/sparse_clip.py",
     "engine/trainer.py",

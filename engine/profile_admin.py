@@ -1,0 +1,52 @@
+"""Admin's profiling pass: one batch through the initial model, on any number of ranks."""
+
+import deepspeed.comm as dist
+import torch
+
+from data.errors import UserError
+from data.token_files import Prepared
+from engine.admin import profile_path, write_profile
+from engine.config import RunConfig
+from engine.engine import start_distributed
+from engine.trainer import micro_batches
+from engine.windows import windows
+from models.admin import omegas, recorded_moments, variances
+from models.transformer import build_model
+
+
+def profile(config: RunConfig, prepared: Prepared) -> dict[str, list[float]]:
+    """Run the first training batch through the initial model and write the run's profile.
+
+    Every rank calls this; the batch is the first that training will read, whole, so the profile
+    does not depend on the layout.
+
+    Args:
+        config: resolved for this world size, vocab_size known.
+        prepared: the data.
+
+    Returns:
+        For each stack, omega of every sublayer.
+
+    Raises:
+        UserError: if a run has begun in the folder.
+    """
+    run_dir = profile_path(config).parent
+    if (run_dir / "config.json").exists():
+        raise UserError(
+            f"training.run_dir={run_dir} already holds a run, which goes on from its "
+            "checkpoints: name another folder for a new one"
+        )
+    device = start_distributed()
+    with torch.device(device):
+        model = build_model(config.model, config.training.seed).eval()
+    data = windows(prepared.train, config)
+    with recorded_moments(model) as moments, torch.no_grad():
+        for inputs, _ in micro_batches(config, data, 1, device):
+            model(*inputs)
+    for table in moments.values():
+        dist.all_reduce(table)
+    found = {name: variances(table) for name, table in moments.items()}
+    if dist.get_rank() == 0:
+        write_profile(config, found)
+    dist.barrier()
+    return {name: omegas(values) for name, values in found.items()}
