@@ -1,7 +1,8 @@
-"""The picture of a run: loss, gradient norm and routing over its steps."""
+"""The picture of a run: loss, gradient norm and routing over its steps; or of several runs."""
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,31 @@ def layer_extremes(record: Record) -> tuple[float, float] | None:
     return (max(highest), min(lowest)) if highest else None
 
 
+def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
+    """Draw the losses and the gradient norms of several runs side by side.
+
+    Args:
+        run_dirs: the runs' folders, which name the curves.
+        out: the picture; its suffix chooses the format.
+
+    Raises:
+        UserError: see `read_records`.
+    """
+    figure, (losses, norms) = _figure(1, 2)
+    for run_dir in run_dirs:
+        train, _ = read_records(run_dir)
+        losses.plot(_steps(train), [r["loss"] for r in train], label=run_dir.name)
+        norms.plot(_steps(train), [r["grad_norm"] for r in train], label=run_dir.name)
+    unigram_losses = {loss for loss in map(_unigram_loss, run_dirs) if loss is not None}
+    for loss in unigram_losses if len(unigram_losses) == 1 else ():
+        losses.axhline(loss, color="gray", linestyle="--", label="unigram model")
+    losses.set_title("training loss (nats a token)")
+    losses.legend(frameon=False)
+    norms.set_title("gradient norm before clipping")
+    norms.set_yscale("log")
+    _save(figure, (losses, norms), out)
+
+
 def plot_run(run_dir: Path, out: Path) -> None:
     """Draw a run's metrics.jsonl, with the threshold of its config and the unigram loss if known.
 
@@ -45,23 +71,33 @@ def plot_run(run_dir: Path, out: Path) -> None:
     Raises:
         UserError: see `read_records`.
     """
+    train, valid = read_records(run_dir)
+    is_sparse = layer_extremes(train[0]) is not None
+    figure, panels = _figure(2 if is_sparse else 1, 2)
+    _draw_loss(panels[0], train, valid, _unigram_loss(run_dir))
+    _draw_gradient_norm(panels[1], train, _threshold(run_dir))
+    if is_sparse:
+        _draw_entropy(panels[2], train)
+        _draw_load(panels[3], train)
+    _save(figure, panels, out)
+
+
+def _figure(rows: int, columns: int) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train, valid = read_records(run_dir)
-    is_sparse = layer_extremes(train[0]) is not None
-    rows, columns = (2, 2) if is_sparse else (1, 2)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(10, 3.2 * rows), layout="constrained", squeeze=False
     )
-    _draw_loss(axes[0, 0], train, valid, _unigram_loss(run_dir))
-    _draw_gradient_norm(axes[0, 1], train, _threshold(run_dir))
-    if is_sparse:
-        _draw_entropy(axes[1, 0], train)
-        _draw_load(axes[1, 1], train)
-    for panel in axes.flat:
+    return figure, axes.flatten()
+
+
+def _save(figure: Any, panels: Iterable[Any], out: Path) -> None:
+    from matplotlib import pyplot
+
+    for panel in panels:
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

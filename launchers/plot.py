@@ -1,6 +1,7 @@
-"""Draws a run: loss, gradient norm, routing entropy, load of the experts.
+"""Draws a run: loss, gradient norm, routing entropy, load of the experts; or several, compared.
 
 python -m launchers.plot runs/quickstart [--out curves.png]
+python -m launchers.plot runs/subln_200 runs/post_200 --out depth.png
 """
 
 import argparse
@@ -8,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.plot import plot_run
+from data.errors import UserError
+from engine.plot import plot_run, plot_runs
 from launchers.user_errors import user_errors
 
 
@@ -17,11 +19,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Draw, and say where."""
     parser = argparse.ArgumentParser(prog="python -m launchers.plot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("run", type=Path, help="the run's folder, such as runs/quickstart")
-    parser.add_argument("--out", type=Path, help="the picture (default: curves.png in that folder)")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="run", help="a run's folder, such as runs/quickstart"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the picture (default: curves.png in the folder of a single run)"
+    )
     options = parser.parse_args(arguments)
-    out = options.out or options.run / "curves.png"
-    plot_run(options.run, out)
+    if len(options.runs) == 1:
+        out = options.out or options.runs[0] / "curves.png"
+        plot_run(options.runs[0], out)
+    elif options.out is None:
+        raise UserError("several runs need --out: name the picture, such as --out compared.png")
+    else:
+        out = options.out
+        plot_runs(options.runs, out)
     print(f"wrote {out}")
 
 

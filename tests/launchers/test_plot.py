@@ -24,6 +24,21 @@ def test_a_run_that_still_trains_is_drawn(
     assert f"wrote {tmp_path / 'curves.png'}" in capsys.readouterr().out
 
 
+def test_several_runs_are_drawn_into_one_picture_that_must_be_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("deep", "shallow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
+    runs = [str(tmp_path / "deep"), str(tmp_path / "shallow")]
+    with pytest.raises(SystemExit) as ended:
+        main(runs)
+    assert ended.value.code == 2
+    assert "several runs need --out: name the picture" in capsys.readouterr().err
+    main([*runs, "--out", str(tmp_path / "both.png")])
+    assert (tmp_path / "both.png").read_bytes().startswith(PNG)
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "does not exist"), ("", "no training record yet")]
 )
