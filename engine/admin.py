@@ -41,12 +41,12 @@ def require_admin(config: RunConfig) -> None:
 
 
 def require_profile(config: RunConfig) -> None:
-    """Refuse an Admin model without a profile of its own.
+    """Refuse an Admin model that starts anew without a profile of its own.
 
     Raises:
         UserError: if the run's folder has none, or one of another model.
     """
-    if config.model.norm == "admin":
+    if config.model.norm == "admin" and config.training.init_from is None:
         _read_profile(config)
 
 

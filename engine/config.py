@@ -131,6 +131,12 @@ class TrainingConfig(StrictModel):
     """The loop: how long, how often, where to."""
 
     run_dir: str = Field(min_length=1, description="Folder of the run's output.")
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What the weights start from, for fine-tuning: another run's folder (its "
+        "newest checkpoint), or a folder that launchers.convert has written. null: drawn anew.",
+    )
     seed: int = Field(default=1, ge=0, description="Seed of weights, data order and dropout.")
     num_steps: int = Field(ge=1, description="Optimizer steps of the whole run.")
     z_loss_weight: float = Field(

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from engine.admin import start_omegas
 from engine.config import LRSchedule, RunConfig
 from engine.sparse_clip import SparseClip
+from engine.starting_weights import load_starting_weights, starts_from_weights
 from models.moe import RoutingStats
 from models.transformer import build_model, set_checkpointing, token_losses
 
@@ -171,7 +172,9 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     """
     with torch.device(device):
         model = build_model(config.model, config.training.seed)
-    if config.model.norm == "admin":
+    if starts_from_weights(config):
+        load_starting_weights(model, config)
+    elif config.model.norm == "admin" and config.training.init_from is None:
         start_omegas(model, config)
     if config.training.activation_checkpointing:
         section = config.deepspeed.get("activation_checkpointing", {})

@@ -32,6 +32,7 @@ from engine.progress import ProgressLine
 from engine.report import describe, finish
 from engine.run_folder import check_run_folder, claim_run_folder, write_whole
 from engine.sparse_clip import SparseClip
+from engine.starting_weights import require_starting_weights
 from engine.windows import predicted_bytes, windows
 
 
@@ -47,6 +48,7 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
     """
     result, prepared = resolve_run(config, world_size)
     check_run_folder(result)
+    require_starting_weights(result)
     require_profile(result)
     run_dir = Path(result.training.run_dir)
     for checkpoint in complete_checkpoints(run_dir)[-1:]:

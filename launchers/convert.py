@@ -76,23 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def fold_admin(source: Path, out: Path) -> list[str]:
     """Fold the Admin model of a run or of a folder of weights; the lines that say so."""
+    from engine.starting_weights import read_model
     from models import admin
-    from models.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
+    from models.weights import CONFIG_FILE, WEIGHTS_FILE, save_weights
 
+    config, tensors = read_model(source)
     try:
-        if (source / WEIGHTS_FILE).is_file():
-            config, tensors = load_weights(source)
-        elif source.is_dir() and not (source / "checkpoints").is_dir():
-            raise UserError(
-                f"{source} holds neither checkpoints/ nor {WEIGHTS_FILE}: name a run's folder, or "
-                "a folder that launchers.convert has written"
-            )
-        else:
-            from engine.checkpoint import load_model
-            from engine.trained_run import choose_checkpoint
-
-            model = load_model(choose_checkpoint(source, None))
-            config, tensors = model.config, model.state_dict()
         folded_config, folded = admin.fold_admin(config, tensors)
         save_weights(out, folded_config, folded)
     except ValueError as error:

@@ -385,9 +385,13 @@ class MoE(DeepSpeedMoE):
 
     def init_weights(self, source: RandomSource) -> None:
         """Draw this rank's experts by their global indices."""
+        self.deepspeed_moe.experts.init_weights(source, self.first_expert)
+
+    @property
+    def first_expert(self) -> int:
+        """Global index of this rank's first expert."""
         rank = dist.get_rank() if self.ep_size > 1 else 0
-        first_expert = (rank % self.ep_size) * self.num_local_experts
-        self.deepspeed_moe.experts.init_weights(source, first_expert)
+        return (rank % self.ep_size) * self.num_local_experts
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """Send every token to its experts.

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.moe import MoE
 from models.transformer import EncoderDecoder, Transformer, empty_model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -98,9 +99,30 @@ def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
     model = empty_model(_on_one_rank(config))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    # strict=False: tied tensors are written once. `load_weights` has compared all names.
-    model.load_state_dict(tensors, strict=False)
+    load_tensors(model, tensors)
     return model.eval()
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a whole model's tensors into a model that may hold a part of its experts.
+
+    Args:
+        model: of the tensors' config; its expert parallelism may differ.
+        tensors: every expert by its global index; tied tensors at least once.
+    """
+    found = dict(tensors)
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            prefix = f"{name}.deepspeed_moe.experts.deepspeed_experts."
+            every = {key: found.pop(key) for key in tuple(found) if key.startswith(prefix)}
+            for key, tensor in every.items():
+                expert, _, parameter = key[len(prefix) :].partition(".")
+                local = int(expert) - module.first_expert
+                if 0 <= local < module.num_local_experts:
+                    found[f"{prefix}{local}.{parameter}"] = tensor
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= tied_names(model), missing
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:

@@ -1,0 +1,106 @@
+"""Weights that a run starts from: another run's, or a folder that launchers.convert has written."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from data.errors import UserError
+from engine.checkpoint import Checkpoint, complete_checkpoints, load_model
+from engine.config import RunConfig
+from engine.run_folder import flat_keys
+from engine.trained_run import choose_checkpoint
+from models.config import ModelConfig
+from models.weights import CONFIG_FILE, WEIGHTS_FILE, load_tensors, load_weights
+
+# What may differ from the model that the weights come from: noise, training's own losses and
+# dropping, where experts lie. Everything else is the function that was learned.
+_FREE_KEYS = {
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "drop_path",
+    "moe.ep_size",
+    "moe.frozen",
+    "moe.jitter",
+    "moe.second_expert",
+    "moe.dispatch",
+    "moe.capacity_factor",
+    "moe.capacity_order",
+    "moe.aux_loss_weight",
+    "moe.router_z_loss_weight",
+}
+
+
+def read_model(source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and tensors of a run's newest checkpoint, or of a folder of weights.
+
+    Raises:
+        UserError: if it is neither, or a file of it is missing or damaged.
+    """
+    if not (source / WEIGHTS_FILE).is_file():
+        model = load_model(_checkpoint_of(source))
+        return model.config, model.state_dict()
+    try:
+        return load_weights(source)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _checkpoint_of(source: Path) -> Checkpoint:
+    if source.is_dir() and not (source / "checkpoints").is_dir():
+        raise UserError(
+            f"{source} holds neither checkpoints/ nor {WEIGHTS_FILE}: name a run's folder, or a "
+            "folder that launchers.convert has written"
+        )
+    return choose_checkpoint(source, None)
+
+
+def starts_from_weights(config: RunConfig) -> bool:
+    """Whether the run will read other weights: not once it has a checkpoint of its own."""
+    begun = complete_checkpoints(Path(config.training.run_dir))
+    return config.training.init_from is not None and not begun
+
+
+def require_starting_weights(config: RunConfig) -> None:
+    """Refuse weights of another model.
+
+    Raises:
+        UserError: naming each key that differs, or what is missing.
+    """
+    if not starts_from_weights(config):
+        return
+    assert config.training.init_from is not None
+    source = Path(config.training.init_from)
+    if (source / WEIGHTS_FILE).is_file():
+        try:
+            saved = json.loads((source / CONFIG_FILE).read_text())["model"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{source / CONFIG_FILE} does not describe a model ({error}): convert it again"
+            ) from error
+    else:
+        saved = _checkpoint_of(source).manifest["config"]["magnetar"]["model"]
+    there, here = dict(flat_keys(saved)), dict(flat_keys(config.model.model_dump(mode="json")))
+    different = [
+        f"magnetar.model.{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
+        for key in sorted(there.keys() | here.keys())
+        if key not in _FREE_KEYS and there.get(key) != here.get(key)
+    ]
+    if different:
+        listed = "\n  ".join(different)
+        raise UserError(
+            f"magnetar.training.init_from={source} holds the weights of another model:\n  "
+            f"{listed}\nuse those keys, or other weights"
+        )
+
+
+def load_starting_weights(model: nn.Module, config: RunConfig) -> None:
+    """Give a model the weights of `training.init_from`, on every rank its own experts.
+
+    Raises:
+        UserError: see `read_model`.
+    """
+    assert config.training.init_from is not None
+    _, tensors = read_model(Path(config.training.init_from))
+    load_tensors(model, tensors)
