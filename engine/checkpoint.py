@@ -19,6 +19,7 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from data.errors import UserError
@@ -229,7 +230,7 @@ def check_fits(
         UserError: naming each key that differs.
     """
     manifest = checkpoint.manifest
-    saved_model = manifest["config"]["magnetar"]["model"]
+    saved_model = with_defaults(manifest["config"]["magnetar"]["model"])
     model = config.model.model_dump(mode="json")
     data = {"fingerprint": prepared.fingerprint[:12]}
     for kind, saved, now in (
@@ -247,6 +248,14 @@ def check_fits(
                 f"{checkpoint.path} was saved with another {kind}: {', '.join(different)}: go on "
                 f"with the {kind} that it was saved with, or start in another training.run_dir"
             )
+
+
+def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
+    """A saved model section with the keys added since, if this version can read it."""
+    try:
+        return ModelConfig.model_validate(model).model_dump(mode="json")
+    except ValidationError:
+        return model
 
 
 def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> dict:

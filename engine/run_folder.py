@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.errors import UserError
-from engine.config import RunConfig
+from engine.config import RunConfig, check_config
 
 # What may change when a run goes on: how long it is, how often it reports, where it runs.
 _FREE_KEYS = {
@@ -71,7 +71,7 @@ def check_run_folder(config: RunConfig) -> None:
             "name another folder, delete this one, or use resume 'auto' to go on with it"
         )
     try:
-        begun = dict(flat_keys(_trained_part(json.loads(file.read_text()))))
+        begun = dict(flat_keys(_trained_part(_with_defaults(json.loads(file.read_text())))))
     except (json.JSONDecodeError, AttributeError) as error:
         raise UserError(
             f"{file} cannot be read as JSON ({error}): copy the config of a checkpoint's "
@@ -91,6 +91,12 @@ def check_run_folder(config: RunConfig) -> None:
             f"use that config, name another folder (--set magnetar.training.run_dir=...), or "
             f"delete {run_dir}"
         )
+
+
+def _with_defaults(begun: dict) -> dict:
+    """A saved config with the keys that have been added since, if this version can read it."""
+    config, _ = check_config(begun)
+    return begun if config is None else config.to_dict()
 
 
 def _trained_part(config: dict) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from data.errors import UserError
-from engine.checkpoint import Checkpoint, complete_checkpoints, load_model
+from engine.checkpoint import Checkpoint, complete_checkpoints, load_model, with_defaults
 from engine.config import RunConfig
 from engine.run_folder import flat_keys
 from engine.trained_run import choose_checkpoint
@@ -81,7 +81,8 @@ def require_starting_weights(config: RunConfig) -> None:
             ) from error
     else:
         saved = _checkpoint_of(source).manifest["config"]["magnetar"]["model"]
-    there, here = dict(flat_keys(saved)), dict(flat_keys(config.model.model_dump(mode="json")))
+    there = dict(flat_keys(with_defaults(saved)))
+    here = dict(flat_keys(config.model.model_dump(mode="json")))
     different = [
         f"magnetar.model.{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
         for key in sorted(there.keys() | here.keys())

@@ -81,6 +81,22 @@ def test_another_model_is_refused_key_by_key(saved: Checkpoint) -> None:
     assert "training.run_dir" in str(refused.value)
 
 
+def test_a_model_saved_before_keys_existed_has_their_defaults(saved: Checkpoint) -> None:
+    model = saved.manifest["config"]["magnetar"]["model"]
+    del model["drop_path"], model["norm_eps"], model["attention_positions"]
+    check_fits(saved, config(), SAME_DATA, 2)
+    with pytest.raises(
+        UserError, match=r"another model: drop_path 0\.0 there and 0\.1 here: go on"
+    ):
+        check_fits(saved, config(magnetar__model__drop_path=0.1), SAME_DATA, 2)
+
+
+def test_a_model_with_a_key_given_up_since_is_refused_by_that_key(saved: Checkpoint) -> None:
+    saved.manifest["config"]["magnetar"]["model"]["given_up"] = 1
+    with pytest.raises(UserError, match="another model: given_up 1 there and absent here"):
+        check_fits(saved, config(), SAME_DATA, 2)
+
+
 def test_another_number_of_ranks_is_refused(saved: Checkpoint) -> None:
     with pytest.raises(UserError, match="another layout: world_size 2 there and 1 here"):
         check_fits(saved, config(), SAME_DATA, 1)

@@ -131,3 +131,63 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_whole(tmp_path / "config.json", "new")
     assert (tmp_path / "config.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+ADDED_LATER = [
+    "model.drop_path",
+    "model.norm_eps",
+    "model.moe.jitter",
+    "model.moe.frozen",
+    "training.init_from",
+    "training.z_loss_weight",
+    "sparse_clip",
+]
+
+
+def begin_with_an_older_version(run_dir: Path, begun: RunConfig) -> None:
+    saved = begun.to_dict()
+    for path in ADDED_LATER:
+        *sections, key = path.split(".")
+        section = saved["magnetar"]
+        for name in sections:
+            section = section[name]
+        del section[key]
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps(saved))
+
+
+MOE = {"num_experts": 4, "every": 1}
+
+
+def test_a_run_begun_before_keys_existed_goes_on_with_their_defaults(tmp_path: Path) -> None:
+    now = config(tmp_path / "run", magnetar__model__moe=MOE)
+    begin_with_an_older_version(tmp_path / "run", now)
+    check_run_folder(now)
+
+
+def test_a_run_begun_before_a_key_existed_is_refused_with_another_value(tmp_path: Path) -> None:
+    begun = config(tmp_path / "run", magnetar__model__moe=MOE)
+    begin_with_an_older_version(tmp_path / "run", begun)
+    other = config(
+        tmp_path / "run",
+        magnetar__model__moe=MOE | {"jitter": 0.1},
+        magnetar__model__drop_path=0.2,
+        magnetar__training__seed=7,
+    )
+    with pytest.raises(UserError) as refused:
+        check_run_folder(other)
+    assert str(refused.value).splitlines()[1:-1] == [
+        "  magnetar.model.drop_path: 0.0 there, 0.2 here",
+        "  magnetar.model.moe.jitter: 0.0 there, 0.1 here",
+        "  magnetar.training.seed: 1 there, 7 here",
+    ]
+
+
+def test_a_config_that_this_version_cannot_read_is_compared_as_it_is(tmp_path: Path) -> None:
+    now = config(tmp_path / "run")
+    saved = now.to_dict()
+    saved["magnetar"]["model"]["given_up"] = 1
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"model\.given_up: 1 there, absent here"):
+        check_run_folder(now)

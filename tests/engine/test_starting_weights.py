@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.errors import UserError
 from engine.checkpoint import load_model, newest_checkpoint
+from engine.config import load_config
+from engine.starting_weights import require_starting_weights
 from models.weights import save_weights
 from tests.ranks import ROOT
 from tests.runs import environment, launch, make_corpus, records, write_config
@@ -99,3 +102,18 @@ def test_weights_of_another_model_are_refused_by_key(tmp_path: Path, corpus: Pat
     assert "magnetar.model.moe.top_k: 1 there, 2 here" in result.stderr
     assert "magnetar.model.norm: deepnorm there, subln here" in result.stderr
     assert "dropout" not in result.stderr
+
+
+def test_weights_saved_before_a_key_existed_have_its_default(tmp_path: Path, corpus: Path) -> None:
+    source = tmp_path / "folder"
+    config = write_config(tmp_path, corpus, "run", {"magnetar.training.init_from": str(source)})
+    run = load_config(config, [], 2)
+    saved = run.model.model_dump(mode="json")
+    del saved["norm_eps"], saved["qk_norm"], saved["moe"]["normalize_weights"]
+    source.mkdir()
+    (source / "model.safetensors").write_text("")
+    (source / "config.json").write_text(json.dumps({"model": saved}))
+    require_starting_weights(run)
+    other = load_config(config, ["magnetar.model.qk_norm=true"], 2)
+    with pytest.raises(UserError, match=r"model\.qk_norm: False there, True here"):
+        require_starting_weights(other)
