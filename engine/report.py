@@ -137,19 +137,27 @@ def asked_about(config: RunConfig, num_tokens: int) -> str:
 
 
 def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float) -> Table:
-    """Evaluations, as dictionaries, below the unigram perplexity of the same data."""
-    cells = [["unigram model", f"{math.log(unigram):.4f}", f"{unigram:,.2f}", "1.000", ""]]
+    """Evaluations, as dictionaries, below the unigram perplexity of the same data.
+
+    Masked models have no bits per byte, and then no such column.
+    """
+    columns = ["", "loss (nats)", "perplexity", "of unigram"]
+    cells = [["unigram model", f"{math.log(unigram):.4f}", f"{unigram:,.2f}", "1.000"]]
     cells += [
         [
             name,
             f"{values['loss']:.4f}",
             f"{values['perplexity']:,.2f}",
             f"{values['perplexity'] / unigram:.3f}",
-            f"{values['bits_per_byte']:.3f}" if "bits_per_byte" in values else "-",
         ]
         for name, values in rows.items()
     ]
-    return table(title, ["", "loss (nats)", "perplexity", "of unigram", "bits per byte"], cells)
+    if all("bits_per_byte" in values for values in rows.values()):
+        columns.append("bits per byte")
+        cells[0].append("")
+        for row, values in zip(cells[1:], rows.values(), strict=True):
+            row.append(f"{values['bits_per_byte']:.3f}")
+    return table(title, columns, cells)
 
 
 def continuation_text(prompt: str, continuation: str) -> Text:

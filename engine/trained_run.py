@@ -13,6 +13,7 @@ from engine.config import RunConfig, check_config
 from models.transformer import EncoderDecoder, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHOWN_SIBLINGS = 5
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ def choose_checkpoint(run_dir: Path, name: str | None) -> Checkpoint:
     """
     if not run_dir.is_dir():
         siblings = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
-        there = f"{run_dir.parent} holds {', '.join(siblings)}" if siblings else "train one first"
+        shown = ", ".join(siblings[:SHOWN_SIBLINGS])
+        if len(siblings) > SHOWN_SIBLINGS:
+            shown += f", ... ({len(siblings)} runs)"
+        there = f"{run_dir.parent} holds {shown}" if siblings else "train one first"
         raise UserError(f"run folder {run_dir} does not exist: {there}")
     if name is None:
         return newest_checkpoint(run_dir)

@@ -44,7 +44,10 @@ def shown(rows: dict[str, dict]) -> str:
     return captured.get()
 
 
-def test_a_model_without_bits_per_byte_has_a_dash() -> None:
-    row = {"loss": 1.0, "perplexity": 2.718, "num_tokens": 5}
-    assert shown({"after": row}).splitlines()[-2].split()[-1] == "-"
-    assert shown({"after": row | {"bits_per_byte": 1.5}}).splitlines()[-2].split()[-1] == "1.500"
+def test_only_models_with_bits_per_byte_have_the_column() -> None:
+    row = {"loss": 1.0, "perplexity": 20.0, "num_tokens": 5}
+    without, with_bits = shown({"after": row}), shown({"after": row | {"bits_per_byte": 1.5}})
+    assert "bits per byte" in with_bits
+    assert "bits per byte" not in without
+    assert without.splitlines()[-2].split() == ["after", "1.0000", "20.00", "1.000"]
+    assert with_bits.splitlines()[-2].split() == ["after", "1.0000", "20.00", "1.000", "1.500"]

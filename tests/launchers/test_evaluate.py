@@ -152,6 +152,11 @@ def test_a_missing_run_is_refused_with_those_beside_it(
     (tmp_path / "yours/config.json").write_text("{}")
     message = refusal(capsys, tmp_path / "mine")
     assert f"run folder {tmp_path / 'mine'} does not exist: {tmp_path} holds yours" in message
+    for number in range(1, 8):
+        (tmp_path / f"run_{number}").mkdir()
+        (tmp_path / f"run_{number}/config.json").write_text("{}")
+    message = refusal(capsys, tmp_path / "mine")
+    assert f"{tmp_path} holds run_1, run_2, run_3, run_4, run_5, ... (8 runs)" in message
 
 
 def test_a_run_without_a_checkpoint_is_refused_without_a_traceback(tmp_path: Path) -> None:
