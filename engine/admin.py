@@ -1,15 +1,17 @@
 """The profile that an Admin model starts from: one batch through the initial model."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, ValidationError
 from torch import nn
 
 from data.errors import UserError
+from engine.checkpoint import complete_checkpoints
 from engine.config import RunConfig
 from engine.run_folder import write_whole
 from models.admin import set_omegas
+from models.config import StrictModel
 
 PROFILE_FILE = "admin_profile.json"
 
@@ -19,12 +21,29 @@ def profile_path(config: RunConfig) -> Path:
     return Path(config.training.run_dir) / PROFILE_FILE
 
 
-def profiled_model(config: RunConfig) -> dict[str, Any]:
-    """What a profile depends on: the initial model, wherever its experts lie."""
+class Profile(StrictModel):
+    """What admin_profile.json holds.
+
+    Attributes:
+        seed: of the initial weights.
+        model: the model's section, without where its experts lie.
+        data: what a sequence is and how it is masked.
+        variances: for each stack those of its embedding and of every sublayer's output.
+    """
+
+    seed: int
+    model: dict[str, Any]
+    data: dict[str, Any]
+    variances: dict[str, list[Annotated[float, Field(gt=0)]]]
+
+
+def new_profile(config: RunConfig, variances: dict[str, list[float]]) -> Profile:
+    """A profile and what it depends on."""
     model = config.model.model_dump(mode="json")
     if model["moe"] is not None:
         model["moe"].pop("ep_size")
-    return {"seed": config.training.seed, "model": model}
+    data = config.data.model_dump(mode="json", exclude={"path"})
+    return Profile(seed=config.training.seed, model=model, data=data, variances=variances)
 
 
 def require_admin(config: RunConfig) -> None:
@@ -40,46 +59,73 @@ def require_admin(config: RunConfig) -> None:
         )
 
 
+def needs_profile(config: RunConfig) -> bool:
+    """Whether omegas start from the run's profile: not where a checkpoint or weights hold them."""
+    begun = complete_checkpoints(Path(config.training.run_dir))
+    return config.model.norm == "admin" and config.training.init_from is None and not begun
+
+
 def require_profile(config: RunConfig) -> None:
     """Refuse an Admin model that starts anew without a profile of its own.
 
     Raises:
         UserError: if the run's folder has none, or one of another model.
     """
-    if config.model.norm == "admin" and config.training.init_from is None:
+    if needs_profile(config):
         _read_profile(config)
 
 
 def start_omegas(model: nn.Module, config: RunConfig) -> None:
     """Start an Admin model from the run's profile."""
-    set_omegas(model, _read_profile(config)["variances"])
+    set_omegas(model, _read_profile(config).variances)
 
 
-def _read_profile(config: RunConfig) -> dict[str, Any]:
+def _read_profile(config: RunConfig) -> Profile:
     path = profile_path(config)
-    command = "deepspeed --module launchers.profile_admin --deepspeed_config ..."
+    command = (
+        "deepspeed --module launchers.profile_admin --deepspeed_config ... with the same JSON and "
+        "--set"
+    )
     if not path.is_file():
         raise UserError(
-            f"magnetar.model.norm='admin' starts from a profile, and {path} is missing: make it "
-            f"with the same JSON, {command}"
+            f"magnetar.model.norm='admin' starts from a profile, and {path} is missing: make it, "
+            f"{command}"
         )
+    again = f"delete it and make it again, {command}"
     try:
-        profile = json.loads(path.read_text())
-        found = {key: profile[key] for key in ("seed", "model")}
-        assert isinstance(profile["variances"], dict)
-    except (json.JSONDecodeError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path} is no profile: delete it and make it again, {command}") from error
-    if found != profiled_model(config):
+        profile = Profile.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the whole file"
+        raise UserError(f"{path} is no profile ({key}: {first['msg']}): {again}") from error
+    expected = new_profile(config, profile.variances)
+    different = [
+        name
+        for name in ("seed", "model", "data")
+        if getattr(profile, name) != getattr(expected, name)
+    ]
+    if different:
         raise UserError(
-            f"{path} is the profile of another model or training.seed: delete it and make it "
-            f"again, {command}, or name another training.run_dir"
+            f"{path} was made with another {' and another '.join(different)}: {again}, or name "
+            "another training.run_dir"
+        )
+    sizes = {
+        name: 1 + depth * (3 if name == "decoder" and len(profile.variances) == 2 else 2)
+        for name, depth in (
+            ("encoder", config.model.encoder_depth),
+            ("decoder", config.model.decoder_depth),
+        )
+        if depth
+    }
+    if {name: len(values) for name, values in profile.variances.items()} != sizes:
+        raise UserError(
+            f"{path} is no profile (variances: must be {sizes} numbers for this model): {again}"
         )
     return profile
 
 
-def write_profile(config: RunConfig, found: dict[str, list[float]]) -> None:
+def write_profile(config: RunConfig, variances: dict[str, list[float]]) -> None:
     """Keep a profile with the run: for each stack the variances of embedding and sublayers."""
     path = profile_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**profiled_model(config), "variances": found}, indent=1)
-    write_whole(path, text + "\n")
+    write_whole(path, new_profile(config, variances).model_dump_json(indent=1) + "\n")

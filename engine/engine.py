@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine.admin import start_omegas
+from engine.admin import needs_profile, start_omegas
 from engine.config import LRSchedule, RunConfig
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
@@ -174,7 +174,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         model = build_model(config.model, config.training.seed)
     if starts_from_weights(config):
         load_starting_weights(model, config)
-    elif config.model.norm == "admin" and config.training.init_from is None:
+    elif needs_profile(config):
         start_omegas(model, config)
     if config.training.activation_checkpointing:
         section = config.deepspeed.get("activation_checkpointing", {})

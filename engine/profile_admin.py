@@ -6,6 +6,7 @@ import torch
 from data.errors import UserError
 from data.token_files import Prepared
 from engine.admin import profile_path, write_profile
+from engine.checkpoint import complete_checkpoints
 from engine.config import RunConfig
 from engine.engine import start_distributed
 from engine.trainer import micro_batches
@@ -31,10 +32,10 @@ def profile(config: RunConfig, prepared: Prepared) -> dict[str, list[float]]:
         UserError: if a run has begun in the folder.
     """
     run_dir = profile_path(config).parent
-    if (run_dir / "config.json").exists():
+    if complete_checkpoints(run_dir):
         raise UserError(
             f"training.run_dir={run_dir} already holds a run, which goes on from its "
-            "checkpoints: name another folder for a new one"
+            "checkpoints without a profile: name another folder for a new one"
         )
     device = start_distributed()
     with torch.device(device):

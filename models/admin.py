@@ -27,8 +27,8 @@ from models.router import XMoERouter
 from models.transformer import Block, Transformer, empty_model
 
 SUBLAYERS = ("attention", "cross_attention", "ffn")
-# Below this, folding would multiply weights by more than float32 has digits for.
-MIN_OMEGA = 1e-4
+# Folding divides by omega. A residual weight of this size adds nothing in float32, like 0.
+MIN_OMEGA = 1e-12
 
 
 def stacks(model: nn.Module) -> dict[str, Transformer]:
@@ -130,7 +130,7 @@ def fold_admin(
         Config and float32 state dict of the folded model.
 
     Raises:
-        ValueError: if the model is not an Admin model, or an omega is too near to 0.
+        ValueError: if the model is not an Admin model, or an omega is no number.
     """
     if config.norm != "admin":
         raise ValueError(
@@ -145,14 +145,14 @@ def fold_admin(
         prefix = "" if stack is model else f"{name}."
         producer = stack.embedding_norm
         for index, (module, residual) in enumerate(sublayers(stack)):
-            omega = residual.omega
-            assert omega is not None
-            if omega.abs().min() < MIN_OMEGA:
+            assert residual.omega is not None
+            if not residual.omega.isfinite().all():
                 raise ValueError(
-                    f"an omega of sublayer {index + 1} of the {name} is {omega.abs().min():.1e}: "
-                    f"folding divides by it, and needs at least {MIN_OMEGA:g}: use the model as it "
-                    "is"
+                    f"omega of sublayer {index + 1} of the {name} is not finite: this model has "
+                    "diverged, use an earlier checkpoint"
                 )
+            omega = residual.omega.abs().clamp_min(MIN_OMEGA)
+            omega = torch.where(residual.omega < 0, -omega, omega)
             if producer is not None:
                 _scale_norm(producer, omega)
             else:

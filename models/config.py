@@ -158,6 +158,11 @@ class MoEConfig(StrictModel):
                 for name in ("normalize_tokens", "learned_temperature")
                 if not getattr(self, name)
             ]
+        if self.num_experts == 1 and self.gate == "sigmoid":
+            wrong.append(
+                "gate='sigmoid' would weigh a single expert by its score, and there is nothing to "
+                "choose: use gate 'softmax', which makes it the dense network, or more experts"
+            )
         if self.second_expert != "all" and self.top_k != 2:
             wrong.append(
                 f"second_expert={self.second_expert!r} needs top_k 2, not {self.top_k}: use "
@@ -216,7 +221,8 @@ class ModelConfig(StrictModel):
         default="subln",
         description="Where the LayerNorms stand, how residuals are scaled and how weights start: "
         "`subln` (Magneto, arXiv 2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv "
-        "2110.09456), `admin` (arXiv 2004.08249; profile first, with launchers.profile_admin), "
+        "2110.09456), `admin` (arXiv 2004.08249; profile first, with launchers.profile_admin, and "
+        "give it embedding_norm or stable_embedding), "
         "`pre` (Pre-LN) or `post` (Post-LN).",
     )
     norm_eps: float = Field(default=1e-5, gt=0, description="Epsilon of the LayerNorms.")
@@ -242,9 +248,7 @@ class ModelConfig(StrictModel):
         "one table for all layers (T5). `rotary` (arXiv 2104.09864). `xpos`: rotary with decay "
         "(arXiv 2212.10554). `xpos_relative`: both.",
     )
-    relative_buckets: int = Field(
-        default=32, ge=4, description="Buckets of `relative` positions; even."
-    )
+    relative_buckets: int = Field(default=32, ge=4, description="Buckets of `relative` positions.")
     relative_max_distance: int = Field(
         default=128,
         ge=2,
@@ -360,35 +364,46 @@ class ModelConfig(StrictModel):
             )
         if not self.output_projection and self.tie_embeddings:
             wrong.append(
-                "output_projection=false leaves nothing to tie: set tie_embeddings false as well"
+                "output_projection=false leaves nothing to tie, and launchers.train nothing to "
+                "learn: set tie_embeddings false as well for a model that is not trained"
             )
         wrong += self._position_problems()
+        is_xpos = self.is_rotary and self.attention_positions != "rotary"
+        for name, fits, place in (
+            ("relative_buckets", self.is_relative, "attention_positions 'relative'"),
+            ("relative_max_distance", self.is_relative, "attention_positions 'relative'"),
+            ("relative_bidirectional", self.is_relative, "attention_positions 'relative'"),
+            ("xpos_scale_base", is_xpos, "attention_positions 'xpos'"),
+        ):
+            value = getattr(self, name)
+            if not fits and value != type(self).model_fields[name].default:
+                wrong.append(
+                    f"{name}={str(value).lower()} belongs to {place}, but attention_positions is "
+                    f"{self.attention_positions!r}: leave it out"
+                )
         return wrong
 
     def _position_problems(self) -> list[str]:
         wrong = []
         if self.is_rotary and (self.d_model // self.num_heads) % 2:
+            fitting = [str(n) for n in range(1, self.d_model) if self.d_model % (2 * n) == 0]
+            way_out = f"a num_heads among {', '.join(fitting)}" if fitting else "an even d_model"
             wrong.append(
                 f"attention_positions={self.attention_positions!r} turns pairs of numbers, but a "
-                f"head has d_model / num_heads = {self.d_model // self.num_heads}: use another "
-                "num_heads, or an even d_model"
+                f"head has d_model / num_heads = {self.d_model // self.num_heads}: use {way_out}"
             )
         positions = max(self.max_seq_len, self.max_target_len or 0)
         if self.is_rotary and self.attention_positions != "rotary":
-            # 3.5^64 and its inverse are float32; 3.5 is the inverse of the smallest zeta.
-            least = positions / (2 * 64)
+            # A query times a key reaches 3.5^(positions / base), 3.5 being the inverse of the
+            # smallest zeta, and 3.5^64 leaves room for what queries and keys are themselves.
+            least = positions / 64
             if self.xpos_scale_base < least:
                 wrong.append(
                     f"xpos_scale_base={self.xpos_scale_base} is too small for {positions} "
-                    "positions, whose factors of 3.5^(positions / 2 / xpos_scale_base) leave "
+                    "positions, whose products reach 3.5^(positions / xpos_scale_base) and leave "
                     f"float32: use at least {least}, or fewer positions"
                 )
         if self.is_relative:
-            if self.relative_buckets % 2:
-                wrong.append(
-                    f"relative_buckets={self.relative_buckets} must be even: use "
-                    f"{self.relative_buckets + 1}"
-                )
             both = self.architecture == "encoder" or self.relative_bidirectional
             exact = self.relative_buckets // (4 if both else 2)
             if self.relative_max_distance <= exact:

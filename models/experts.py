@@ -117,7 +117,11 @@ class Experts(nn.Module):
         h = F.dropout(h, self.activation_dropout, self.training)
         w2: Tensor = self.w2
         b2: Tensor = self.b2
-        if self.inner_norm:
+        if self.inner_norm and self.num_local_experts == 1:
+            # As the dense network does it, to the last bit.
+            norm = (self.norm_weight[0], self.norm_bias[0])
+            h = F.layer_norm(h, (self.d_ff,), *norm, eps=self.norm_eps)
+        elif self.inner_norm:
             # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part
             # into the weights touches L*F*D numbers in place of R*F.
             h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps)

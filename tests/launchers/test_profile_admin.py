@@ -64,6 +64,11 @@ def test_a_profile_is_made_trained_from_and_folded_away(tmp_path: Path, corpus: 
     assert refused.returncode == 2
     assert "already holds a run, which goes on from its checkpoints" in refused.stderr
 
+    # The checkpoints hold the omegas: the profile is needed no more.
+    path.unlink()
+    result = launch(config, "--set", "magnetar.training.num_steps=5")
+    assert result.returncode == 0, result.stdout
+
     out = tmp_path / "folded"
     convert = [sys.executable, "-m", "launchers.convert", "fold-admin"]
     result = run(*convert, str(tmp_path / "run"), "--out", str(out))
@@ -93,15 +98,33 @@ def test_an_admin_model_without_a_profile_does_not_start(tmp_path: Path, corpus:
     assert "--module launchers.profile_admin" in result.stderr
     folder = tmp_path / "run"
     folder.mkdir()
-    for text, message in (
-        ("{", "is no profile: delete it and make it again"),
-        ("[]", "is no profile"),
-        ('{"seed": 1, "model": {}, "variances": {}}', "is the profile of another model"),
+    good = {"seed": 1, "model": {}, "data": {}, "variances": {"decoder": [1.0, 2.0]}}
+    for content, message in (
+        (b"{", "is no profile (the whole file: Invalid JSON"),
+        (b"\xff\xfe", "is no profile"),
+        (b"[]", "is no profile"),
+        (json.dumps(good | {"variances": "wide"}).encode(), "is no profile (variances: Input"),
+        (
+            json.dumps(good | {"seed": 7}).encode(),
+            "another seed and another model and another data",
+        ),
     ):
-        (folder / "admin_profile.json").write_text(text)
+        (folder / "admin_profile.json").write_bytes(content)
         result = train_alone(config)
         assert (result.returncode, "Traceback" in result.stderr) == (2, False)
         assert message in result.stderr
+
+
+def test_a_profile_of_too_few_sublayers_does_not_start(tmp_path: Path, corpus: Path) -> None:
+    config = write_config(tmp_path, corpus, changes=ADMIN | {"magnetar.model.moe": None})
+    assert profile(config).returncode == 0
+    path = tmp_path / "run" / "admin_profile.json"
+    made = json.loads(path.read_text())
+    made["variances"]["decoder"].pop()
+    path.write_text(json.dumps(made))
+    result = train_alone(config)
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False)
+    assert "variances: must be {'decoder': 5} numbers for this model" in result.stderr
 
 
 def test_a_model_of_another_norm_needs_no_profile(tmp_path: Path, corpus: Path) -> None:

@@ -91,11 +91,26 @@ def test_a_model_of_another_norm_has_nothing_to_fold() -> None:
         fold_admin(model.config, model.state_dict())
 
 
-def test_an_omega_of_zero_cannot_be_folded() -> None:
+@torch.no_grad()
+def test_omegas_of_any_size_and_sign_are_folded() -> None:
+    """Training moves some of them through 0."""
     model = trained()
     assert isinstance(model, Transformer)
-    model.blocks[1].attention_residual.omega.data[3] = 0.0
-    with pytest.raises(ValueError, match=r"an omega of sublayer 3 of the decoder is 0\.0e"):
+    for block in model.blocks:
+        omega = block.attention_residual.omega
+        omega[:6] = torch.tensor([0.0, -0.0, 1e-7, -1e-7, -0.5, 1e3])
+    config, tensors = fold_admin(model.config, model.state_dict())
+    folded = empty_model(config).eval()
+    folded.load_state_dict(tensors, strict=False)
+    inputs = inputs_of(model)
+    torch.testing.assert_close(folded(*inputs).logits, model(*inputs).logits, rtol=0, atol=1e-5)
+
+
+def test_an_omega_that_is_no_number_is_not_folded() -> None:
+    model = trained()
+    assert isinstance(model, Transformer)
+    model.blocks[1].attention_residual.omega.data[3] = math.nan
+    with pytest.raises(ValueError, match="omega of sublayer 3 of the decoder is not finite"):
         fold_admin(model.config, model.state_dict())
 
 

@@ -190,7 +190,8 @@ def test_multiway_and_moe_contradict_each_other() -> None:
 
 def test_nothing_is_tied_to_an_output_that_is_not_there() -> None:
     message = model_message(output_projection=False)
-    assert "output_projection=false leaves nothing to tie: set tie_embeddings false" in message
+    assert "output_projection=false leaves nothing to tie, and launchers.train" in message
+    assert "set tie_embeddings false as well for a model that is not trained" in message
     accept(output_projection=False, tie_embeddings=False)
     accept(tie_embeddings=False)
 
@@ -200,7 +201,7 @@ def test_turning_needs_heads_of_even_width(kind: str) -> None:
     message = model_message(attention_positions=kind, num_heads=4)  # 12 / 4 = 3
     assert (
         f"attention_positions='{kind}' turns pairs of numbers, but a head has d_model / num_heads "
-        "= 3: use another num_heads, or an even d_model"
+        "= 3: use a num_heads among 1, 2, 3, 6"
     ) in message
     accept(attention_positions=kind, num_heads=3)
     accept(attention_positions="relative", num_heads=4)
@@ -215,8 +216,8 @@ def test_factors_of_xpos_fit_float32(kind: str) -> None:
         keys["max_seq_len"] = more.get("max_seq_len", 8)
         message = model_message(**keys)
         found = re.search(
-            rf"xpos_scale_base=512.0 is too small for {positions} positions, whose factors of "
-            r"3.5\^\(positions / 2 / xpos_scale_base\) leave float32: use at least ([\d.]+), or "
+            rf"xpos_scale_base=512.0 is too small for {positions} positions, whose products reach "
+            r"3.5\^\(positions / xpos_scale_base\) and leave float32: use at least ([\d.]+), or "
             "fewer positions",
             message,
         )
@@ -231,12 +232,29 @@ def test_factors_of_xpos_fit_float32(kind: str) -> None:
             assert (turned_q * turned_k).sum().item() == pytest.approx(-5.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["relative", "xpos_relative"])
-def test_buckets_are_even(kind: str) -> None:
-    message = model_message(attention_positions=kind, relative_buckets=7)
-    assert "relative_buckets=7 must be even: use 8" in message
-    accept(attention_positions=kind, relative_buckets=8)
-    accept(attention_positions="none", relative_buckets=7)
+@pytest.mark.parametrize(
+    ("keys", "fitting"),
+    [
+        ({"relative_buckets": 7}, {"attention_positions": "relative"}),
+        ({"relative_max_distance": 99}, {"attention_positions": "xpos_relative"}),
+        ({"relative_bidirectional": True}, {"attention_positions": "relative"}),
+        ({"xpos_scale_base": 64.0}, {"attention_positions": "xpos"}),
+    ],
+    ids=str,
+)
+def test_what_shapes_positions_belongs_to_positions_of_that_kind(keys: dict, fitting: dict) -> None:
+    keys, fitting = keys | {"num_heads": 3}, fitting | {"num_heads": 3}
+    (name, value), *_ = keys.items()
+    message = model_message(**keys)
+    assert f"{name}={str(value).lower()} belongs to " in message
+    assert "but attention_positions is 'none': leave it out" in message
+    accept(**keys | fitting)
+
+
+def test_a_single_expert_is_weighed_by_softmax() -> None:
+    message = moe_message(num_experts=1, top_k=1, gate="sigmoid")
+    assert "gate='sigmoid' would weigh a single expert by its score" in message
+    MoEConfig(num_experts=1, top_k=1)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +302,6 @@ def test_all_contradictions_of_two_sections_are_listed_at_once() -> None:
         multiway=True,
         output_projection=False,
         max_target_len=3,
-        attention_positions="relative",
         relative_buckets=7,
     )
     for key in ("multiway=true", "output_projection=false", "max_target_len=3", "buckets=7"):
