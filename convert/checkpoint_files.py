@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from convert.torchscale_weights import NOT_WEIGHTS
 from data.errors import UserError
 
 # Keys that only fairseq writes beside "args" and "model".
@@ -251,12 +252,17 @@ def _read_torch(path: Path, trust: bool) -> Any:
             return torch.load(
                 path, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path)
             )
+    except PermissionError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}): ask its owner for the right to read it"
+        ) from None
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"{path}: holds an object whose class is not here ({error}): install its package, or "
             "save the tensors alone"
         ) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:
+        # Wrong bytes can end a pickle, a zip and a map of the file in almost any exception.
         found = _GLOBAL.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if found is None:
             raise UserError(
@@ -281,8 +287,27 @@ def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds no tensors: give the file with the model's state dict")
     tensors = {str(name): tensor for name, tensor in held.items()}
     if all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        kind = _strange_kind(tensor)
+        if kind is not None and not NOT_WEIGHTS.fullmatch(name):
+            raise UserError(
+                f"{path}: {name} is {kind}, and every tensor of a model must be a dense one of a "
+                "floating type of 16 bits or more: convert it, or take it out if it is no weight"
+            )
     return tensors
+
+
+def _strange_kind(tensor: Tensor) -> str | None:
+    """What a tensor is that cannot be a weight; None if it can be one."""
+    if tensor.is_meta:
+        return "a meta tensor, a shape without numbers"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        return f"a {layout} tensor"
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return f"of type {str(tensor.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _options(
@@ -332,8 +357,19 @@ def read_options(path: Path) -> dict[str, Any]:
         options = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give the JSON with the model's options") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder: give the JSON with the model's options") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is no JSON: {error}") from None
+    except RecursionError:
+        raise UserError(
+            f"{path}: nests its lists and objects too deeply, and options are names with values: "
+            'write them as {"decoder_layers": 6}'
+        ) from None
+    except ValueError:  # of an integer
+        raise UserError(
+            f"{path}: holds a number of thousands of digits, which is no option's: correct it"
+        ) from None
     if not isinstance(options, dict):
         raise UserError(
             f"{path}: holds a {type(options).__name__}, not options by name, such as "

@@ -1,8 +1,12 @@
 """Files of TorchScale models: what is read from them, how ranks are joined, what is refused."""
 
 import argparse
+import errno
 import fractions
 import json
+import random
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +192,9 @@ def test_files_that_hold_no_tensors_by_name_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = save(tmp_path / "whole.pt", {"x": torch.zeros(1000)}).read_bytes()
-    for content in (b"", b"version https://git-lfs.github.com/spec/v1", whole[: len(whole) // 2]):
+    cuts = (1, 10, 22, 200, len(whole) // 2, len(whole) - 3)
+    broken = [whole[:-cut] for cut in cuts] + [whole[:500] + whole[700:]]
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1", *broken):
         (tmp_path / "m.pt").write_bytes(content)
         for trust in (False, True):
             with pytest.raises(UserError, match=r"m.pt: is not a whole file that torch.save wrote"):
@@ -196,6 +202,82 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(UserError, match=r"m.safetensors: cannot be read as safetensors"):
         read_checkpoint([tmp_path / "m.safetensors"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_bytes_end_in_a_message_and_in_nothing_else(tmp_path: Path) -> None:
+    path, draw = tmp_path / "m.pt", random.Random(0)
+    refused = 0
+    for zipped in (True, False):
+        held = {"x": torch.zeros(9, 9), "y": torch.ones(5)}
+        torch.save(held, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for _ in range(400):
+            content = bytearray(whole)
+            for _ in range(draw.choice([1, 3, 20])):
+                content[draw.randrange(len(whole))] = draw.randrange(256)
+            path.write_bytes(content)
+            try:
+                for read in read_checkpoint([path]).tensors.values():
+                    read.sum()
+            except UserError:
+                refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("error", [AssertionError, MemoryError, OSError, struct.error])
+def test_whatever_damage_raises_says_that_the_file_is_damaged(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "m.pt", {"x": tensor(1.0)})
+    monkeypatch.setattr(torch, "load", raising(error("wrong")))
+    with pytest.raises(UserError, match=r"m.pt: is not a whole file that torch.save wrote"):
+        read_checkpoint([path])
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "m.pt", {"x": tensor(1.0)})
+    monkeypatch.setattr(torch, "load", raising(PermissionError(errno.EACCES, "Not yours")))
+    with pytest.raises(UserError, match=r"m.pt: cannot be read \(Not yours\): ask its owner"):
+        read_checkpoint([path])
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("strange", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "a sparse_coo tensor"),
+        (torch.zeros(3, device="meta"), "a meta tensor, a shape without numbers"),
+        (torch.zeros(3, dtype=torch.complex64), "of type complex64"),
+        (torch.zeros(3, dtype=torch.int64), "of type int64"),
+        (torch.zeros(3, dtype=torch.bool), "of type bool"),
+        (torch.zeros(3).to(torch.float8_e4m3fn), "of type float8_e4m3fn"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(
+    strange: Tensor, kind: str, tmp_path: Path
+) -> None:
+    state = {"a": tensor(1.0), "b": strange, "c": strange}
+    expected = f"m.pt: b is {kind}, and every tensor of a model must be a dense one of a floating"
+    with pytest.raises(UserError, match=expected):
+        read_checkpoint([save(tmp_path / "m.pt", state)])
+    # Not even where two files' copies would be compared.
+    shared = save(tmp_path / "c_last-shared.pt", {"model": {"b": strange}})
+    save(tmp_path / "c_last-rank-0.pt", {"model": {"b": strange}})
+    with pytest.raises(UserError, match=f"c_last-shared.pt: b is {kind}"):
+        read_checkpoint([shared])
+    # What is no weight may be of any type.
+    state = {"a": tensor(1.0), "decoder.version": strange}
+    assert read_checkpoint([save(tmp_path / "m.pt", state)]).tensors.keys() == state.keys()
 
 
 def test_options_are_read_from_json(tmp_path: Path) -> None:
@@ -210,3 +292,11 @@ def test_options_are_read_from_json(tmp_path: Path) -> None:
         read_options(path)
     with pytest.raises(UserError, match=r"none.json: no such file"):
         read_options(tmp_path / "none.json")
+    with pytest.raises(UserError, match=f"{tmp_path.name}: is a folder: give the JSON"):
+        read_options(tmp_path)
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(UserError, match=r"o.json: nests its lists and objects too deeply"):
+        read_options(path)
+    path.write_text('{"decoder_layers": ' + "9" * 5000 + "}")
+    with pytest.raises(UserError, match=r"o.json: holds a number of thousands of digits"):
+        read_options(path)
