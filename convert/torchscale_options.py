@@ -7,6 +7,7 @@ function of the weights in evaluation.
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -148,6 +149,12 @@ def resolve(
     if options["subln"]:
         options |= {f"{side}_normalize_before": True for side in sides}
     if options["use_xmoe"]:
+        if options["moe_freq"] < 1 or options["moe_expert_count"] < 1:
+            raise UserError(
+                f"{source}: use_xmoe=true, moe_freq={options['moe_freq']}, moe_expert_count="
+                f"{options['moe_expert_count']}: TorchScale asks for 1 or more of both with "
+                "X-MoE: give them, or leave use_xmoe out for a dense model"
+            )
         options["moe_normalize_gate_prob_before_dropping"] = True
         options["moe_second_expert_policy"] = "random"
     return options
@@ -157,6 +164,11 @@ def _check_type(name: str, value: Any, default: Any, source: str) -> None:
     fits, kind = isinstance(value, type(default)), type(default).__name__
     if isinstance(default, float) or name == "xpos_scale_base":
         fits, kind = isinstance(value, int | float), "number"
+    if kind == "number" and fits and not abs(value) <= sys.float_info.max:
+        shown = str(value)[:20]
+        raise UserError(
+            f"{source}: {name}={shown} must be a finite number, as in {name}={default!r}"
+        )
     if not fits or (isinstance(value, bool) and not isinstance(default, bool)):
         kinds = {"int": "a whole number", "bool": "true or false", "str": "a name"}
         raise UserError(
@@ -225,10 +237,13 @@ def _refuse_the_foreign(
                     "and Magnetar's encoder and decoder are alike: this model cannot be imported"
                 )
     if options["multiway"] and "decoder" in sides:
+        place, whose = "a decoder", "whose second pool"
+        if architecture == "encoder_decoder":
+            place, whose = "an encoder and its decoder", "whose second pools"
         raise UserError(
-            f"{source}: multiway=true in a decoder, whose second pool TorchScale never reaches: "
-            "Magnetar has Multiway encoders only; save the model with multiway off and pool A's "
-            "tensors under the plain names"
+            f"{source}: multiway=true in {place}, {whose} TorchScale never reaches: Magnetar has "
+            "Multiway only in an encoder without decoder; save the model with multiway off and "
+            "pool A's tensors under the plain names"
         )
     ends_with_norm = "encoder" in sides and options["encoder_normalize_before"]
     if ends_with_norm and not options["normalize_output"]:
@@ -298,19 +313,19 @@ def _moe_keys(deepest: int, options: Mapping[str, Any], source: str) -> ModelKey
             f"{source}: moe_second_expert_policy={policy!r} is none of TorchScale's: use 'all', "
             "'sampling' or 'random'"
         )
-    before = options["moe_normalize_gate_prob_before_dropping"]
     keys: dict[str, Any] = {
         "num_experts": num_experts,
         "every": every,
         "top_k": top_k,
         "router": "xmoe" if options["use_xmoe"] else "linear",
         "second_expert": _SECOND_EXPERT[policy] if top_k == 2 else "all",
-        "normalize_weights": "before_dropping" if before else "after_dropping",
         "dispatch": "capacity",
         "capacity_factor": 1.0,
         "eval_capacity_fraction": _eval_capacity_fraction(top_k, num_experts, options, source),
         "route_padding": True,
     }
+    if top_k == 2 and not options["moe_normalize_gate_prob_before_dropping"]:
+        keys["normalize_weights"] = "after_dropping"
     notes = ["moe.route_padding=true: padding is routed and takes capacity"]
     if options["use_xmoe"]:
         keys |= {"d_router": 16, "normalize_tokens": False, "learned_temperature": False}

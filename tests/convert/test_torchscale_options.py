@@ -16,6 +16,7 @@ from convert.torchscale_options import (
     resolve,
 )
 from data.errors import UserError
+from models.config import MoEConfig
 
 ARCHITECTURES: list[Architecture] = ["encoder", "decoder", "encoder_decoder"]
 
@@ -55,9 +56,9 @@ def test_options_decide_each_other_as_in_torchscales_constructor(
 
 
 def test_all_options_together_are_taken_as_they_are() -> None:
+    moe = {"moe_freq": 1, "moe_expert_count": 4}
     changed = DEFAULTS["decoder"] | {
-        "moe_freq": 1,
-        "moe_expert_count": 4,
+        **moe,
         "use_xmoe": True,
         "moe_second_expert_policy": "all",
     }
@@ -65,7 +66,7 @@ def test_all_options_together_are_taken_as_they_are() -> None:
     assert (
         resolve("decoder", changed | {"ddp_rank": None, "lr": 3}, "o.json", final=True) == changed
     )
-    few = {"use_xmoe": True, "moe_second_expert_policy": "all", "subln": True, "deepnorm": True}
+    few = {**moe, "use_xmoe": True, "moe_second_expert_policy": "all", "deepnorm": True}
     assert resolve("decoder", few, "o.json")["moe_second_expert_policy"] == "random"
     assert resolve("decoder", few, "o.json", final=True)["moe_second_expert_policy"] == "all"
 
@@ -93,6 +94,9 @@ def test_unknown_options_are_refused_with_the_nearest_name() -> None:
         ({"decoder_layers": 6.0}, "decoder_layers=6.0 must be a whole number"),
         ({"dropout": "0.1"}, "dropout='0.1' must be a number"),
         ({"dropout": False}, "dropout=False must be a number"),
+        ({"dropout": 10**400}, "dropout=10000000000000000000 must be a finite number"),
+        ({"layernorm_eps": math.nan}, "layernorm_eps=nan must be a finite number"),
+        ({"moe_eval_capacity_token_fraction": math.inf}, "moe_.*_fraction=inf must be a finite"),
         ({"xpos_scale_base": "512"}, "xpos_scale_base='512' must be a number"),
         ({"subln": 1}, "subln=1 must be true or false"),
         ({"activation_fn": 3}, "activation_fn=3 must be a name"),
@@ -139,7 +143,7 @@ def test_three_options_become_one_norm(given: dict[str, Any], norm: str) -> None
         ("encoder", {"normalize_output": False}, "normalize_output=false leaves out the norm"),
         ("decoder", {"activation_fn": "gelu_fast"}, "activation_fn='gelu_fast' is none of Torch"),
         ("decoder", {"multiway": True}, "multiway=true in a decoder"),
-        ("encoder_decoder", {"multiway": True}, "multiway=true in a decoder"),
+        ("encoder_decoder", {"multiway": True}, "multiway=true in an encoder and its decoder, wh"),
         ("encoder_decoder", {"encoder_embed_dim": 8}, "encoder_embed_dim=8 and decoder_embed_dim="),
         ("encoder_decoder", {"decoder_ffn_embed_dim": 8}, "encoder_ffn_embed_dim=3072 and decoder"),
         ("encoder_decoder", {"decoder_attention_heads": 8}, "encoder_attention_heads=12 and dec"),
@@ -163,6 +167,32 @@ def test_what_magnetar_has_no_key_for_is_refused_by_name(
     options = resolve(architecture, given, "o.json", final=True)
     with pytest.raises(UserError, match=f"o.json: {message}"):
         model_keys(architecture, options, "o.json")
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"moe_expert_count": 4}, {"moe_freq": 2}, {"moe_freq": 0, "moe_expert_count": 4}]
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_x_moe_without_experts_is_refused_as_in_torchscales_constructor(
+    architecture: Architecture, given: dict[str, int], torchscale: None
+) -> None:
+    from torchscale.architecture import config
+
+    with pytest.raises(AssertionError):
+        getattr(config, CLASSES[architecture])(use_xmoe=True, **given)
+    with pytest.raises(UserError, match=r"o.json: use_xmoe=true, moe_freq=\d, moe_expert_count=\d"):
+        resolve(architecture, {"use_xmoe": True, **given}, "o.json")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keys_without_effect_are_left_at_their_defaults(architecture: Architecture) -> None:
+    keys = keys_of(architecture, xpos_scale_base=64, rel_pos_buckets=16)
+    assert not [name for name in keys if name.startswith(("relative_", "xpos_"))]
+    moe = {"moe_freq": 1, "moe_expert_count": 4}
+    single = keys_of(architecture, **moe, moe_top1_expert=True)["moe"]
+    assert "normalize_weights" not in single
+    assert single["second_expert"] == "all"
+    assert keys_of(architecture, **moe)["moe"]["normalize_weights"] == "after_dropping"
 
 
 def test_a_post_ln_encoder_has_no_norm_at_its_end_to_leave_out() -> None:
@@ -235,7 +265,8 @@ def test_departures_from_the_papers_become_keys_and_notes() -> None:
     assert moe["route_padding"]
     assert moe["time_major"]
     assert (moe["dispatch"], moe["capacity_factor"]) == ("capacity", 1.0)
-    assert (moe["second_expert"], moe["normalize_weights"]) == ("random", "before_dropping")
+    assert moe["second_expert"] == "random"
+    assert MoEConfig.model_validate(moe).normalize_weights == "before_dropping"
     for name in ("cross_attention_inner_norm", "normalize_tokens", "route_padding", "time_major"):
         assert any(f"{name}=" in note for note in notes)
     decoder = keys_of("decoder", **given)
