@@ -17,6 +17,7 @@ _WAYS_OUT = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.EEXIST: "a file has the name of a folder that is to be made; choose another folder",
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
 }
 

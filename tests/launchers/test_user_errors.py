@@ -35,6 +35,7 @@ def test_only_the_first_rank_of_a_machine_prints_what_concerns_all(
         (errno.EACCES, "may write to"),
         (errno.EPERM, "may write to"),
         (errno.EROFS, "can be written to"),
+        (errno.EEXIST, "choose another folder"),
         (errno.ENOTDIR, "choose another folder"),
     ],
 )
