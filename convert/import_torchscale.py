@@ -124,14 +124,19 @@ def translate(
     options = _all_options(checkpoint, given)
     source = str(given_path or path)
     architecture = _architecture(tensors, options, path)
+    is_fairseqs = checkpoint.kind == "fairseq"
+    if is_fairseqs and architecture != "encoder":
+        # Its language models take the length of their samples for the number of positions.
+        length = options.get("max_target_positions") or options.get("tokens_per_sample")
+        options["max_target_positions"] = length or _FAIRSEQ_POSITIONS
     for some, place in ((given, source), (checkpoint.options, str(path))):
         # Among a program's other arguments an option of another class means nothing.
         if some is not None and (some is given or checkpoint.kind == "options"):
             check_belonging(some, architecture, place)
     stacks = _stacks(tensors, architecture)
-    is_fairseqs = checkpoint.kind == "fairseq"
     resolved = resolve(architecture, options, source, final=is_fairseqs)
     keys, notes = model_keys(architecture, resolved, source)
+    _check_tables(stacks, tensors, resolved["vocab_size"], path)
     embeddings = _embedding_keys(stacks, tensors, resolved, path)
     positions = _position_keys(stacks, checkpoint, options, resolved)
     config = _model_config({**keys, **embeddings.keys, **positions.keys}, source)
@@ -158,12 +163,7 @@ def _all_options(checkpoint: Checkpoint, given: Mapping[str, Any] | None) -> dic
         )
     if checkpoint.kind == "options":
         check_names(checkpoint.options or (), str(checkpoint.path))
-    options = dict(checkpoint.options or {}) | dict(given or {})
-    if checkpoint.kind == "fairseq":
-        # Its language models take the length of their samples for the number of positions.
-        length = options.get("max_target_positions") or options.get("tokens_per_sample")
-        options["max_target_positions"] = length or _FAIRSEQ_POSITIONS
-    return options
+    return dict(checkpoint.options or {}) | dict(given or {})
 
 
 def _classes() -> str:
@@ -219,6 +219,29 @@ def _stacks(tensors: Mapping[str, Tensor], architecture: Architecture) -> list[S
     prefix = f"{architecture}."
     has_prefix = any(name.startswith(prefix) for name in tensors)
     return [Stack(architecture, prefix if has_prefix else "", "")]
+
+
+def _check_tables(
+    stacks: list[Stack], tensors: Mapping[str, Tensor], vocab_size: int, path: Path
+) -> None:
+    """Tables by token or position have rows, and those by token as many as the options say."""
+    for stack in stacks:
+        for table in ("embed_tokens", "output_projection", "embed_positions"):
+            name = f"{stack.theirs}{table}.weight"
+            if name not in tensors:
+                continue
+            shape = tuple(tensors[name].shape)
+            if len(shape) != 2:
+                raise UserError(
+                    f"{path}: {name} is of shape {shape}, and a table has two dimensions, its rows "
+                    "and their width: give the state dict as the model has it"
+                )
+            if table != "embed_positions" and vocab_size > 0 and vocab_size != shape[0]:
+                raise UserError(
+                    f"{path}: {name} has {shape[0]} rows, and by the options vocab_size is "
+                    f"{vocab_size}: give vocab_size={shape[0]} with --config, or this model's "
+                    "own options"
+                )
 
 
 class _Embeddings(NamedTuple):

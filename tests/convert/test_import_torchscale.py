@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from convert.checkpoint_files import Checkpoint
 from convert.import_torchscale import Imported, import_torchscale, translate
+from convert.torchscale_options import DEFAULTS, Architecture
 from data.errors import UserError
 from launchers.convert import main
 from models.weights import load_model, load_weights
@@ -173,7 +174,6 @@ def test_the_options_name_the_class_where_the_tensors_do_not() -> None:
             {"layers.0.ffn.fc1.bias": 5},
             "shape, the first is layers.0.ffn.fc1.bias, .5,. where .*12",
         ),
-        ({"embed_positions.weight": 2}, "embed_positions.weight has 2 rows, and positions start"),
     ],
 )
 def test_tensors_that_magnetar_has_no_place_for_are_refused(
@@ -182,6 +182,42 @@ def test_tensors_that_magnetar_has_no_place_for_are_refused(
     tensors = stack_tensors() | {name: torch.zeros(size) for name, size in change.items()}
     with pytest.raises(UserError, match=f"m.pt: (the tensors do not fit the model: )?.*{message}"):
         imported(tensors)
+
+
+@pytest.mark.parametrize(
+    "name", ["embed_tokens.weight", "embed_positions.weight", "output_projection.weight"]
+)
+@pytest.mark.parametrize("shape", [(), (11,), (11, 8, 1)])
+def test_tables_have_rows(name: str, shape: tuple[int, ...]) -> None:
+    expected = re.escape(f"m.pt: {name} is of shape {shape}, and a table has two dimensions")
+    with pytest.raises(UserError, match=expected):
+        imported(stack_tensors() | {name: torch.zeros(shape)})
+
+
+def test_a_table_of_positions_has_one_from_its_third_row_on() -> None:
+    with pytest.raises(UserError, match=r"m.pt: embed_positions.weight has 2 rows, and positions"):
+        imported(stack_tensors(rows=2))
+
+
+def test_a_vocabulary_that_the_tables_contradict_is_refused() -> None:
+    for size in (-1, 11):
+        assert imported(stack_tensors(), small_options(vocab_size=size)).config.vocab_size == 11
+    with pytest.raises(UserError, match=r"embed_tokens.weight has 11 rows, .* vocab_size is 64"):
+        imported(stack_tensors(), small_options(vocab_size=64))
+    longer = stack_tensors() | {"output_projection.weight": torch.zeros(12, 8)}
+    with pytest.raises(UserError, match=r"output_projection.weight has 12 rows, .* is 11: give"):
+        imported(longer, small_options(vocab_size=11))
+    tensors, options = two_stacks(vocab_size=9)
+    with pytest.raises(UserError, match=r"encoder.embed_tokens.weight has 11 rows, .* is 9"):
+        imported(tensors, options)
+
+
+def test_xpos_over_more_positions_than_float32_holds_is_refused() -> None:
+    bare = without(stack_tensors(), "embed_positions.weight")
+    options = small_options(xpos_rel_pos=True, xpos_scale_base=2)
+    assert imported(bare, options | {"max_target_positions": 128}).config.xpos_scale_base == 2.0
+    with pytest.raises(UserError, match=r"m.pt: its options make no .*: xpos_scale_base=2"):
+        imported(bare, options | {"max_target_positions": 129})
 
 
 def test_every_tensor_of_the_model_must_be_there() -> None:
@@ -370,6 +406,44 @@ def test_experts_of_any_number_of_ranks_make_the_same_model(num_ranks: int, tmp_
     torch.testing.assert_close(found, theirs(batch)[0], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_bare_stack_in_a_checkpoint_of_fairseq_is_of_the_class_of_its_options(
+    side: Architecture, experts: int, tmp_path: Path
+) -> None:
+    options = DEFAULTS[side] | small_options(side)
+    if experts:
+        options |= {"moe_freq": 1, "moe_expert_count": experts}
+    state = stack_tensors(experts=experts)
+    held = {"args": None, "cfg": {"model": argparse.Namespace(**options)}, "extra_state": {}}
+    shared = {name: tensor for name, tensor in state.items() if ".experts." not in name}
+    path = tmp_path / ("c_last-shared.pt" if experts else "c_last.pt")
+    torch.save(held | {"model": shared}, path)
+    for rank in range(experts // 2):
+        local = {
+            name.replace(f".experts.{2 * rank + i}.", f".experts.{i}."): tensor
+            for name, tensor in state.items()
+            for i in range(2)
+            if f".experts.{2 * rank + i}." in name
+        }
+        torch.save(held | {"model": local}, tmp_path / f"c_last-rank-{rank}.pt")
+    model = import_torchscale([path], tmp_path / "out")
+    assert model.config.architecture == side
+    expected = imported(state, options, "fairseq")
+    assert model.config == expected.config
+    assert all(torch.equal(model.tensors[name], expected.tensors[name]) for name in model.tensors)
+    # The length of the samples is that of a decoder's positions.
+    bare = without(state, "embed_positions.weight")
+    options |= {"max_source_positions": 33, "max_target_positions": None, "tokens_per_sample": 44}
+    options = {
+        name: value
+        for name, value in options.items()
+        if name in DEFAULTS[side] or name == "tokens_per_sample"
+    }
+    length = imported(bare, options, "fairseq").config.max_seq_len
+    assert length == (33 if side == "encoder" else 44)
+
+
 @torch.no_grad()
 def test_safetensors_keep_ties_that_they_write_once(tmp_path: Path, torchscale: None) -> None:
     options = {
@@ -451,5 +525,14 @@ def test_bad_input_ends_the_command_with_one_message(
     assert (tmp_path / "out" / "mine").read_text() == "keep"
     (tmp_path / "out" / "mine").unlink()
     (tmp_path / "o.json").write_text(json.dumps(small_options()))
+    for inside in ("o.json/z", "o.json/y/z"):
+        beside = [*arguments[:-1], str(tmp_path / inside), *config]
+        assert "o.json" in (printed := error(*beside))
+        assert "choose another folder" in printed
+    whole = (tmp_path / "m.pt").read_bytes()
+    for length in (len(whole) // 2, len(whole) - 10):
+        (tmp_path / "m.pt").write_bytes(whole[:length])
+        assert "m.pt: is not a whole file that torch.save wrote" in error(*arguments, *config)
+    (tmp_path / "m.pt").write_bytes(whole)
     main([*arguments, *config])
     assert load_weights(tmp_path / "out")[0].num_layers == 1
