@@ -28,6 +28,7 @@ from engine.config import RunConfig
 from engine.run_folder import flat_keys
 from models.config import ModelConfig
 from models.transformer import EncoderDecoder, Transformer, empty_model
+from models.weights import check_tensors
 
 MANIFEST = "manifest.json"
 
@@ -259,7 +260,13 @@ def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> dict:
-    """Load weights, optimizer states and schedule into the engine; return the trainer's state."""
+    """Load weights, optimizer states and schedule into the engine; return the trainer's state.
+
+    Raises:
+        UserError: on every rank alike, if another version has named or ordered the tensors.
+    """
+    model = {name: value for name, value in engine.module.state_dict().items() if _is_dense(name)}
+    _require_same_tensors(checkpoint, model, _read_dense(checkpoint.path, mmap=True))
     path, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     assert path is not None, f"DeepSpeed did not load {checkpoint.path}"
     return state
@@ -269,7 +276,7 @@ def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
     """The model of a checkpoint with its weights, every expert in this one process.
 
     Raises:
-        UserError: if a file cannot be read, or is not what the manifest says.
+        UserError: if a file is not what the manifest says, or another version has saved it.
     """
     damaged = damaged_files(checkpoint)
     if damaged:
@@ -281,18 +288,46 @@ def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
     if config.moe is not None:
         config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
     model = empty_model(config)
-    model.load_state_dict(_read_weights(checkpoint.path))
+    weights = _read_dense(checkpoint.path)
+    dense = {name: value for name, value in model.state_dict().items() if _is_dense(name)}
+    _require_same_tensors(checkpoint, dense, weights)
+    for file in checkpoint.path.glob("layer_*_expert_*_model_states.pt"):
+        weights |= _read(file)
+    model.load_state_dict(weights)
     return model
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Dense parameters and every expert, under their global names."""
+def _require_same_tensors(
+    checkpoint: Checkpoint, model: dict[str, Tensor], saved: dict[str, Tensor]
+) -> None:
+    """Refuse other names or shapes, and another order: the optimizer's states follow it."""
+    problem = ""
+    try:
+        check_tensors(
+            {name: value.shape for name, value in model.items()},
+            {name: value.shape for name, value in saved.items()},
+        )
+    except ValueError as error:
+        problem = str(error)
+    if not problem and list(model) != list(saved):
+        problem = "the tensors are in another order"
+    if problem:
+        raise UserError(
+            f"{checkpoint.path} was saved by a version with another model inside ({problem}): use "
+            "that version of Magnetar, or train anew in another training.run_dir",
+            on_every_rank=True,
+        )
 
-    def read(file: Path) -> dict:
-        # DeepSpeed pickles plain Python objects beside the tensors; the file is the user's own.
-        return torch.load(file, map_location="cpu", weights_only=False)
 
-    weights = dict(read(path / "mp_rank_00_model_states.pt")["module"])
-    for file in path.glob("layer_*_expert_*_model_states.pt"):
-        weights |= read(file)
-    return weights
+def _is_dense(name: str) -> bool:
+    return ".deepspeed_experts." not in name
+
+
+def _read_dense(path: Path, mmap: bool = False) -> dict[str, Tensor]:
+    """All but the experts' parameters; with mmap, values are read from the disk when used."""
+    return dict(_read(path / "mp_rank_00_model_states.pt", mmap)["module"])
+
+
+def _read(file: Path, mmap: bool = False) -> dict:
+    # DeepSpeed pickles plain Python objects beside the tensors; the file is the user's own.
+    return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from data.errors import UserError
 from engine.checkpoint import (
@@ -11,10 +12,12 @@ from engine.checkpoint import (
     Checkpoint,
     check_fits,
     complete_checkpoints,
+    load_checkpoint,
     load_model,
     newest_checkpoint,
 )
 from engine.config import RunConfig, check_config
+from models.transformer import empty_model
 from tests.engine.programs import BASE, with_keys
 
 
@@ -116,3 +119,34 @@ def test_a_damaged_checkpoint_is_named_by_its_file(tmp_path: Path) -> None:
     (folder / "weights.pt").write_bytes(b"123")
     with pytest.raises(UserError, match=r"weights\.pt: missing or not of the size.*another"):
         load_model(checkpoint)
+
+
+def save_tensors(run_dir: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    folder = write_checkpoint(run_dir, 3, config=config(magnetar__model__moe=None).to_dict())
+    torch.save({"module": tensors}, folder / "mp_rank_00_model_states.pt")
+    return newest_checkpoint(run_dir)
+
+
+def refusal(action: Any, *arguments: Any) -> str:
+    with pytest.raises(UserError) as refused:
+        action(*arguments)
+    assert refused.value.on_every_rank
+    return str(refused.value)
+
+
+def test_tensors_that_another_version_named_or_ordered_are_refused(tmp_path: Path) -> None:
+    model = empty_model(config(magnetar__model__moe=None).model)
+    tensors = model.state_dict()
+    engine = SimpleNamespace(module=model)
+    load_model(save_tensors(tmp_path / "same", tensors))
+
+    first = next(iter(tensors))
+    renamed = {f"old_{name}" * (name == first) or name: value for name, value in tensors.items()}
+    saved = save_tensors(tmp_path / "renamed", renamed)
+    for message in (refusal(load_model, saved), refusal(load_checkpoint, engine, saved)):
+        assert "step_00000003 was saved by a version with another model inside" in message
+        assert f"1 missing, the first is {first}; 1 unexpected, the first is old_{first}" in message
+        assert "train anew in another training.run_dir" in message
+
+    saved = save_tensors(tmp_path / "reordered", dict(reversed(tensors.items())))
+    assert "the tensors are in another order" in refusal(load_checkpoint, engine, saved)
