@@ -23,8 +23,9 @@ from engine.admin import needs_profile, start_omegas
 from engine.config import LRSchedule, RunConfig
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
+from models.losses import token_losses
 from models.moe import RoutingStats
-from models.transformer import build_model, set_checkpointing, token_losses
+from models.transformer import build_model, set_checkpointing
 
 
 class LossWeights(NamedTuple):

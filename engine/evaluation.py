@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data.packed_lm import PackedLM, valid_batches
-from models.transformer import token_losses
+from models.losses import token_losses
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from engine.engine import StepResult, loss_weights
 from engine.run_folder import write_whole
 from engine.sparse_clip import SparseClip
 from models.config import ModelConfig
+from models.cost import flops_per_token
 from models.moe import RoutingStats
-from models.transformer import flops_per_token
 
 LOSSES = ("loss", "aux_loss", "z_loss", "router_z_loss")  # of a StepResult
 

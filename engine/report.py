@@ -20,8 +20,8 @@ from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.progress import ProgressLine, duration, table
 from engine.windows import unigram_perplexity
+from models.cost import num_parameters
 from models.generation import sample
-from models.transformer import num_parameters
 
 NUM_SAMPLES = 3
 PROMPT_TOKENS = 16

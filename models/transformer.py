@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import Cache, CrossAttention, LayerCache, SelfAttention
@@ -25,7 +24,6 @@ from models.positions import (
     sinusoidal_table,
 )
 
-IGNORE_INDEX = -100
 # GPT-2's. The papers leave it open; TorchScale's 1/sqrt(D) starts a small model well above ln V.
 EMBEDDING_STD = 0.02
 
@@ -499,78 +497,3 @@ def set_checkpointing(model: nn.Module, checkpoint: Callable[..., Any] | None) -
     for module in model.modules():
         if isinstance(module, Transformer):
             module.checkpoint = checkpoint
-
-
-class TokenLosses(NamedTuple):
-    """Sums over the targets that count.
-
-    Attributes:
-        cross_entropy: () float32, nats.
-        z_loss: () float32, log^2 Z of the output logits (arXiv 2309.14322); 0 if not asked for.
-        num_tokens: () int64, targets that are not IGNORE_INDEX.
-    """
-
-    cross_entropy: Tensor
-    z_loss: Tensor
-    num_tokens: Tensor
-
-
-def token_losses(logits: Tensor, targets: Tensor, with_z_loss: bool = False) -> TokenLosses:
-    """The losses of a batch, summed over its tokens.
-
-    Args:
-        logits: (B, T, V) of any float dtype; the softmax is float32.
-        targets: (B, T) int64; IGNORE_INDEX does not count.
-        with_z_loss: whether to compute it.
-    """
-    flat, flat_targets = logits.flatten(0, 1).float(), targets.flatten()
-    total = F.cross_entropy(flat, flat_targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    counted = flat_targets != IGNORE_INDEX
-    z_loss = torch.zeros_like(total)
-    if with_z_loss:
-        z_loss = (flat.logsumexp(-1).square() * counted).sum()
-    return TokenLosses(total, z_loss, counted.sum())
-
-
-def num_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of the whole model over all ranks, and those that one token passes through.
-
-    The second number counts top_k experts a MoE layer and leaves embedding and position tables
-    out (a look-up costs nothing), but not the output projection: 6 FLOPs a token each, forward
-    and backward.
-    """
-    if config.moe is not None:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
-    with torch.device("meta"):
-        model = empty_model(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    active = total
-    for module in model.modules():
-        if isinstance(module, MoE):
-            assert config.moe is not None
-            experts = sum(p.numel() for p in module.deepspeed_moe.experts.parameters())
-            active -= (
-                experts * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
-            )
-    tables = {
-        id(module.weight): module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    }
-    active -= sum(table.numel() for table in tables.values())
-    if config.output_projection and config.tie_embeddings:
-        assert config.vocab_size is not None
-        active += config.vocab_size * config.d_model
-    return total, active
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Useful FLOPs of one training token, forward and backward, causal attention counted half.
-
-    In an encoder-decoder a token is one of the source and one of the target, of equal lengths.
-    """
-    _, active = num_parameters(config)
-    # Pairs of tokens, in units of seq_len: all in an encoder and in cross-attention, else half.
-    crossed = config.decoder_depth if config.architecture == "encoder_decoder" else 0
-    pairs = config.encoder_depth + config.decoder_depth / 2 + crossed
-    return 6.0 * active + 6.0 * 2 * pairs * seq_len * config.d_model

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models.config import ModelConfig
-from models.transformer import EncoderDecoder, build_model, token_losses
+from models.losses import token_losses
+from models.transformer import EncoderDecoder, build_model
 
 # The theory is one of averages over width, tokens and draws: at width 32 single ones scatter by 3.
 WIDTH, VOCAB, LENGTH, BATCH, SEEDS = 128, 64, 64, 8, (1, 2, 3)

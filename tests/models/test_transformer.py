@@ -15,17 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import data.packed_lm
 from models.attention import CrossAttention, SelfAttention
 from models.config import ModelConfig
+from models.cost import flops_per_token, num_parameters
+from models.losses import IGNORE_INDEX, token_losses
 from models.transformer import (
-    IGNORE_INDEX,
     EncoderDecoder,
     ModelOutput,
     Transformer,
     build_model,
     empty_model,
-    flops_per_token,
-    num_parameters,
     set_checkpointing,
-    token_losses,
 )
 from tests.models import brute_force
 

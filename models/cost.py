@@ -1,0 +1,52 @@
+"""How large a model is, and how much it computes."""
+
+import torch
+from torch import nn
+
+from models.config import ModelConfig
+from models.moe import MoE
+from models.transformer import empty_model
+
+
+def num_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of the whole model over all ranks, and those that one token passes through.
+
+    The second number counts top_k experts a MoE layer and leaves embedding and position tables
+    out (a look-up costs nothing), but not the output projection: 6 FLOPs a token each, forward
+    and backward.
+    """
+    if config.moe is not None:
+        config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+    with torch.device("meta"):
+        model = empty_model(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    active = total
+    for module in model.modules():
+        if isinstance(module, MoE):
+            assert config.moe is not None
+            experts = sum(p.numel() for p in module.deepspeed_moe.experts.parameters())
+            active -= (
+                experts * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
+            )
+    tables = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    active -= sum(table.numel() for table in tables.values())
+    if config.output_projection and config.tie_embeddings:
+        assert config.vocab_size is not None
+        active += config.vocab_size * config.d_model
+    return total, active
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Useful FLOPs of one training token, forward and backward, causal attention counted half.
+
+    In an encoder-decoder a token is one of the source and one of the target, of equal lengths.
+    """
+    _, active = num_parameters(config)
+    # Pairs of tokens, in units of seq_len: all in an encoder and in cross-attention, else half.
+    crossed = config.decoder_depth if config.architecture == "encoder_decoder" else 0
+    pairs = config.encoder_depth + config.decoder_depth / 2 + crossed
+    return 6.0 * active + 6.0 * 2 * pairs * seq_len * config.d_model
