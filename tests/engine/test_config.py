@@ -55,7 +55,10 @@ def user_error(path: Path, *overrides: str, world_size: int | None = None) -> st
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_every_shipped_config_loads(name: str) -> None:
-    worlds = {"quickstart.json": (2, 4)}.get(name, (8, 16, 64))
+    small_batches = {"quickstart.json": (2, 4)} | dict.fromkeys(
+        ("subln_200.json", "deepnorm_1000.json"), (1, 2, 32)
+    )
+    worlds = small_batches.get(name, (8, 16, 64))
     for world_size in (None, *worlds):
         config = load_config(CONFIGS / name, world_size=world_size)
         assert isinstance(config, RunConfig)
