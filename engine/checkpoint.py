@@ -25,7 +25,7 @@ from torch import Tensor
 from data.errors import UserError
 from data.token_files import Prepared
 from engine.config import RunConfig
-from engine.run_folder import flat_keys
+from engine.run_folder import differing, flat_keys
 from models.config import ModelConfig
 from models.transformer import EncoderDecoder, Transformer, empty_model
 from models.weights import check_tensors
@@ -240,9 +240,7 @@ def check_fits(
         ("data set", {"fingerprint": manifest["data_fingerprint"][:12]}, data),
     ):
         different = [
-            f"{key} {saved.get(key, 'absent')} there and {now.get(key, 'absent')} here"
-            for key in sorted(saved.keys() | now.keys())
-            if saved.get(key) != now.get(key)
+            f"{key} {value} there and {own} here" for key, value, own in differing(saved, now)
         ]
         if different:
             raise UserError(

@@ -11,7 +11,7 @@ runs/NAME/
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +52,17 @@ def flat_keys(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], free: Container[str] = ()
+) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, with both values ("absent" for none), but for the free ones."""
+    return [
+        (key, there.get(key, "absent"), here.get(key, "absent"))
+        for key in sorted(there.keys() | here.keys())
+        if key not in free and there.get(key) != here.get(key)
+    ]
+
+
 def check_run_folder(config: RunConfig) -> None:
     """Refuse a run folder that another config has begun.
 
@@ -79,13 +90,9 @@ def check_run_folder(config: RunConfig) -> None:
             "another training.run_dir"
         ) from error
     now = dict(flat_keys(_trained_part(config.to_dict())))
-    different = [
-        f"{key}: {begun.get(key, 'absent')} there, {now.get(key, 'absent')} here"
-        for key in sorted(begun.keys() | now.keys())
-        if key not in _FREE_KEYS and begun.get(key) != now.get(key)
-    ]
+    different = differing(begun, now, _FREE_KEYS)
     if different:
-        listed = "\n  ".join(different)
+        listed = "\n  ".join(f"{key}: {there} there, {here} here" for key, there, here in different)
         raise UserError(
             f"training.run_dir={run_dir} belongs to another config:\n  {listed}\n"
             f"use that config, name another folder (--set magnetar.training.run_dir=...), or "

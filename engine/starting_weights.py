@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from data.errors import UserError
 from engine.checkpoint import Checkpoint, complete_checkpoints, load_model, with_defaults
 from engine.config import RunConfig
-from engine.run_folder import flat_keys
+from engine.run_folder import differing, flat_keys
 from engine.trained_run import choose_checkpoint
 from models.config import ModelConfig
 from models.weights import CONFIG_FILE, WEIGHTS_FILE, load_tensors, load_weights
@@ -84,9 +84,8 @@ def require_starting_weights(config: RunConfig) -> None:
     there = dict(flat_keys(with_defaults(saved)))
     here = dict(flat_keys(config.model.model_dump(mode="json")))
     different = [
-        f"magnetar.model.{key}: {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
-        for key in sorted(there.keys() | here.keys())
-        if key not in _FREE_KEYS and there.get(key) != here.get(key)
+        f"magnetar.model.{key}: {value} there, {own} here"
+        for key, value, own in differing(there, here, _FREE_KEYS)
     ]
     if different:
         listed = "\n  ".join(different)

@@ -3,6 +3,8 @@
 Letters: B batch, T queries, S keys, D d_model, H num_heads, d = D / H.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ class Cache:
                     setattr(layer, name, tuple(tensor.index_select(0, rows) for tensor in pair))
 
 
-class _Attention(nn.Module):
+class _Attention(nn.Module, ABC):
     """What self-attention and cross-attention share: heads, norms, output projection."""
 
     def __init__(
@@ -99,9 +101,9 @@ class _Attention(nn.Module):
         self.out_proj = _linear(d_model, d_model, multiway)
         self._build_projections(d_model, multiway)
 
+    @abstractmethod
     def _build_projections(self, d_model: int, multiway: bool) -> None:
         """Make the projections of queries, keys and values."""
-        raise NotImplementedError
 
     def _init_projection(self, source: RandomSource, name: str, gains: tuple[float, ...]) -> None:
         """Xavier-normal, each of the stacked matrices with its gain; biases 0."""
