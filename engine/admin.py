@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 from torch import nn
 
 from data.errors import UserError
-from engine.checkpoint import complete_checkpoints
+from engine.checkpoint_files import complete_checkpoints
 from engine.config import RunConfig
 from engine.run_folder import write_whole
 from models.admin import set_omegas

@@ -1,201 +1,249 @@
-"""Checkpoints of a run: written whole or not at all, found again, read without DeepSpeed.
+"""Saving a run while it trains on, and going on from what another layout has saved.
 
-    runs/NAME/checkpoints/step_00000400/
-        manifest.json                 step, layout, resolved config, size of every file
-        mp_rank_00_model_states.pt    dense parameters and the trainer's state
-        layer_<L>_expert_<G>_mp_rank_00_model_states.pt      expert G of MoE layer L
-        *_optim_states.pt             optimizer states, as DeepSpeed lays them out
-
-A checkpoint is written under another name and renamed when every rank has written its part, so
-a folder named step_* with a manifest is complete.
+`engine.checkpoint_files` has the format, `engine.shares` what a rank keeps of each parameter.
 """
 
-import json
-import os
 import shutil
-from dataclasses import dataclass
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed.comm as dist
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from data.errors import UserError
 from data.token_files import Prepared
+from engine.checkpoint_files import (
+    MOMENTS,
+    WEIGHT,
+    Checkpoint,
+    CheckpointWriter,
+    Piece,
+    checkpoint_folders,
+    complete_checkpoints,
+    damaged_files,
+    require_whole,
+    whole_tensors,
+)
 from engine.config import RunConfig
 from engine.run_folder import differing, flat_keys
+from engine.shares import Share, adam_step, shares, start_adam, whole_weights
 from models.config import ModelConfig
 from models.transformer import EncoderDecoder, Transformer, empty_model
-from models.weights import check_tensors
+from models.weights import check_tensors, load_tensors, tensor_shapes
 
-MANIFEST = "manifest.json"
+# Where experts lie belongs to the layout, not to the model.
+_LAYOUT_KEYS = {"moe.ep_size"}
+_POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk.
+def part_name(rank: int) -> str:
+    """The file of a rank's share."""
+    return f"rank_{rank:05d}.safetensors"
 
-    Attributes:
-        path: its folder.
-        manifest: `step`, `layout`, `config` (the resolved JSON), fingerprints of the data and
-            `files` (name -> bytes).
+
+class Saver:
+    """Writes checkpoints of one run in the background; only `training.keep_checkpoints` remain.
+
+    `save` copies what this rank keeps and returns; a thread writes the copy. When every rank's
+    part is on the disk, rank 0's thread commits the checkpoint. `wait` returns when it has.
+    As a context manager it waits at the end, and after an error that every rank has alike.
     """
 
-    path: Path
-    manifest: dict[str, Any]
+    def __init__(self, engine: Any, config: RunConfig, prepared: Prepared) -> None:
+        """Prepare the memory that copies go to, and clear away what a killed run left."""
+        self.engine, self.config, self.prepared = engine, config, prepared
+        self.folder = Path(config.training.run_dir) / "checkpoints"
+        self.is_first_rank = dist.get_rank() == 0
+        self.problem = ""
+        self.aborted = threading.Event()
+        self.writing: threading.Thread | None = None
+        self.committing: threading.Thread | None = None
+        num_states = 1 + len(MOMENTS)
+        numel = sum(num_states * (stop - start) for *_, (start, stop) in shares(engine))
+        self.copy = torch.empty(numel, pin_memory=engine.device.type == "cuda")
+        # A page is made when it is first written, which takes longer than the copy itself.
+        self.touching = _thread(self.copy.zero_)
+        if self.is_first_rank:
+            for leftover in self.folder.glob("partial_*"):
+                shutil.rmtree(leftover)
+        dist.barrier()
 
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return self.manifest["step"]
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        self.touching.join()
+        if error is None or (isinstance(error, UserError) and error.on_every_rank):
+            self.wait()
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin a checkpoint; every rank calls this.
+
+        Args:
+            step: optimizer steps done.
+            state: what the trainer needs to go on; plain numbers.
+
+        Raises:
+            UserError: on every rank alike if any could not write the one before.
+        """
+        self.wait()
+        self.touching.join()
+        pieces = self._copied_pieces()
+        writer = CheckpointWriter(self.folder / f"step_{step:08d}")
+        self.aborted.clear()
+        self.writing = _thread(self._write, writer, pieces)
+        if self.is_first_rank:
+            about = self._about(step, state)
+            self.committing = _thread(self._commit, writer, about)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is complete; every rank calls this.
+
+        Raises:
+            UserError: on every rank alike if any could not write it. Older ones are untouched.
+        """
+        if self.writing is None:
+            return
+        self.writing.join()
+        problems = _of_all_ranks(self.problem)
+        if any(problems):
+            self.aborted.set()
+        if self.committing is not None:
+            self.committing.join()
+        problems = problems if any(problems) else _of_all_ranks(self.problem)
+        self.writing = self.committing = None
+        self.problem = ""
+        for rank, problem in enumerate(problems):
+            if problem:
+                raise UserError(self._could_not_write(rank, problem), on_every_rank=True)
+
+    def _could_not_write(self, rank: int, problem: str) -> str:
+        disk = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(disk).free / 2**20
+        return (
+            f"{self.folder}: rank {rank} could not write the checkpoint ({problem}; "
+            f"{free:.0f} MiB free): older checkpoints are intact; free some space, or lower "
+            "training.keep_checkpoints, and start the same command again"
+        )
+
+    def _copied_pieces(self) -> list[Piece]:
+        """This rank's pieces, copied to the host."""
+        pieces, position = [], 0
+        for share in shares(self.engine):
+            for name, place, index, numel in share.tensors.stretches(*share.saved):
+                values = {}
+                for state, source in share.values.items():
+                    values[state] = self.copy[position : position + numel]
+                    position += numel
+                    at = index - share.start
+                    values[state].copy_(source[at : at + numel], non_blocking=True)
+                pieces.append(Piece(name, place, values))
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return pieces
+
+    def _about(self, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        engine = self.engine
+        scaler = vars(engine.optimizer.loss_scaler) if self.config.dtype == "fp16" else {}
+        return {
+            "step": step,
+            "layout": layout(self.config, dist.get_world_size()),
+            "config": self.config.to_dict(),
+            "tokenizer_fingerprint": self.prepared.manifest.tokenizer_fingerprint,
+            "data_fingerprint": self.prepared.fingerprint,
+            "trainer": dict(state),
+            "optimizer": {
+                "step": adam_step(engine),
+                "schedule_step": engine.lr_scheduler.last_epoch,
+                "skipped_steps": engine.skipped_steps,
+                "loss_scaler": {
+                    name: value for name, value in scaler.items() if isinstance(value, (int, float))
+                },
+            },
+        }
+
+    def _write(self, writer: CheckpointWriter, pieces: list[Piece]) -> None:
+        try:
+            writer.write_part(part_name(dist.get_rank()), pieces)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+
+    def _commit(self, writer: CheckpointWriter, about: dict[str, Any]) -> None:
+        parts = [part_name(rank) for rank in range(dist.get_world_size())]
+        while not all(writer.has_part(part) for part in parts):
+            if self.aborted.is_set():
+                writer.abandon()
+                return
+            time.sleep(_POLL_SECONDS)
+        try:
+            writer.commit(parts, tensor_shapes(self.config.model), about)
+            run_dir = Path(self.config.training.run_dir)
+            for old in complete_checkpoints(run_dir)[: -self.config.training.keep_checkpoints]:
+                shutil.rmtree(old.path)
+        except OSError as error:
+            self.problem = error.strerror or str(error)
+            writer.abandon()
 
 
-def save_checkpoint(
-    engine: Any, step: int, config: RunConfig, prepared: Prepared, state: dict
-) -> Path:
-    """Write a checkpoint on every rank; only the newest `training.keep_checkpoints` remain.
+def _thread(target: Callable[..., Any], *arguments: Any) -> threading.Thread:
+    # A daemon: when another rank has died, the commit would wait for its part for ever.
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
-    Args:
-        engine: the DeepSpeed engine.
-        step: optimizer steps done.
-        config: the resolved config, kept in the manifest.
-        prepared: the data; the manifest keeps its fingerprints, so that others are refused later.
-        state: what the trainer needs to go on; plain numbers.
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def newest_whole_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run without a damaged file; every rank calls this.
+
+    The ranks share the reading. What is damaged is named on stderr, and the one before it taken.
 
     Raises:
-        UserError: on every rank alike if any of them could not write (a full disk, say). Older
-            checkpoints are untouched then.
+        UserError: on every rank alike if there are checkpoints, and none is whole.
     """
-    run_dir = Path(config.training.run_dir)
-    folder = run_dir / "checkpoints"
-    partial, final = folder / f"partial_{step:08d}", folder / f"step_{step:08d}"
-    problem = ""
+    # One rank looks: another might see a folder that is just being renamed.
+    found: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        for leftover in folder.glob("partial_*"):
-            shutil.rmtree(leftover)
-        problem = _attempt(lambda: partial.mkdir(parents=True))
-    _raise_on_every_rank(problem, partial)
-
-    # DeepSpeed would leave zero_to_fp32.py beside the checkpoints, which refuses MoE models.
-    engine._copy_recovery_script = lambda save_path: None
-    writes = _GuardedWrites(engine.checkpoint_engine)
-    with writes:
-        engine.save_checkpoint(
-            str(folder), tag=partial.name, client_state={"trainer": state}, save_latest=False
+        found = [complete_checkpoints(run_dir), checkpoint_folders(run_dir)]
+    torch.distributed.broadcast_object_list(found, src=0)
+    complete, folders = found
+    whole = {checkpoint.path for checkpoint in complete}
+    problems = [f"{path}: a file is missing or truncated" for path in folders if path not in whole]
+    for checkpoint in reversed(complete):
+        mine = damaged_files(checkpoint, dist.get_rank(), dist.get_world_size())
+        damaged = [line for lines in _of_all_ranks(mine) for line in lines]
+        if not damaged:
+            _warn(problems)
+            return checkpoint
+        problems += damaged
+    if problems:
+        raise UserError(
+            "\n  ".join(
+                [
+                    f"{run_dir / 'checkpoints'}: no checkpoint is whole:",
+                    *problems,
+                    "bring the files back, or train anew in another training.run_dir",
+                ]
+            ),
+            on_every_rank=True,
         )
-    manifest = {
-        "step": step,
-        "layout": layout(config, dist.get_world_size()),
-        "config": config.to_dict(),
-        "tokenizer_fingerprint": prepared.manifest.tokenizer_fingerprint,
-        "data_fingerprint": prepared.fingerprint,
-    }
-    try:
-        _raise_on_every_rank(writes.problem, partial)
-        if dist.get_rank() == 0:
-            problem = _attempt(lambda: _commit(partial, final, manifest))
-        _raise_on_every_rank(problem, partial)
-    except UserError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return None
+
+
+def _warn(problems: list[str]) -> None:
     if dist.get_rank() == 0:
-        for old in complete_checkpoints(run_dir)[: -config.training.keep_checkpoints]:
-            shutil.rmtree(old.path)
-    dist.barrier()
-    return final
-
-
-class _GuardedWrites:
-    """Lets DeepSpeed's saver go on when a file cannot be written, and remembers why.
-
-    An exception on one rank would leave the others waiting in DeepSpeed's barriers.
-    """
-
-    def __init__(self, checkpoint_engine: Any) -> None:
-        self.checkpoint_engine, self.problem = checkpoint_engine, ""
-
-    def __enter__(self) -> None:
-        self.write = self.checkpoint_engine.save
-
-        def save(state_dict: dict, path: str) -> None:
-            self.problem = self.problem or _attempt(lambda: self.write(state_dict, path))
-
-        self.checkpoint_engine.save = save
-
-    def __exit__(self, *_exception: object) -> None:
-        del self.checkpoint_engine.save  # the class's own method again
-
-
-def _attempt(write: Any) -> str:
-    """Run a write; return what went wrong, or nothing."""
-    try:
-        write()
-    except OSError as error:
-        return error.strerror or str(error)
-    except RuntimeError as error:
-        # torch.save says so when a file did not grow as it should: a full disk, as a rule.
-        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
-            return "a file could not be written whole"
-        return str(error).splitlines()[0]
-    return ""
-
-
-def _raise_on_every_rank(problem: str, path: Path) -> None:
-    problems: list[str] = [""] * dist.get_world_size()
-    torch.distributed.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found:
-            disk = next(p for p in (path, *path.parents) if p.exists())
-            free = shutil.disk_usage(disk).free / 2**20
-            raise UserError(
-                f"{path.parent}: rank {rank} could not write the checkpoint ({found}; "
-                f"{free:.0f} MiB free): older checkpoints are intact; free some space, or lower "
-                "training.keep_checkpoints, and start the same command again",
-                on_every_rank=True,
-            )
-
-
-def _commit(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Make sure that the files are on the disk, write the manifest, give the folder its name."""
-    files = sorted(path for path in partial.iterdir())
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    manifest = manifest | {"files": {path.name: path.stat().st_size for path in files}}
-    with (partial / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():  # the same step, saved again after a resume
-        shutil.rmtree(final)
-    partial.rename(final)
-
-
-def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """The run's complete checkpoints, oldest first, without those of damaged files."""
-    found = []
-    for path in (run_dir / "checkpoints").glob("step_*"):
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except (OSError, ValueError):  # no manifest, or half of one
-            continue
-        checkpoint = Checkpoint(path, manifest)
-        if isinstance(manifest, dict) and not damaged_files(checkpoint):
-            found.append(checkpoint)
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
-def damaged_files(checkpoint: Checkpoint) -> list[str]:
-    """Names of the files that are missing or of another size than the manifest says."""
-    files = checkpoint.manifest.get("files") or {MANIFEST: -1}
-    return [
-        name
-        for name, size in files.items()
-        if not (checkpoint.path / name).is_file() or (checkpoint.path / name).stat().st_size != size
-    ]
+        for problem in problems:
+            print(f"warning: {problem}: going on from an older one", file=sys.stderr, flush=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint:
@@ -207,14 +255,14 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
     found = complete_checkpoints(run_dir)
     if not found:
         raise UserError(
-            f"{run_dir}: holds no complete checkpoint (looked for checkpoints/step_*/"
-            f"{MANIFEST}): name a run folder that training has saved to"
+            f"{run_dir}: holds no complete checkpoint (looked for checkpoints/step_*): name a run "
+            "folder that training has saved to"
         )
     return found[-1]
 
 
 def layout(config: RunConfig, world_size: int) -> dict[str, int]:
-    """What DeepSpeed's files of optimizer states depend on."""
+    """Who wrote a checkpoint; nothing depends on it."""
     return {
         "world_size": world_size,
         "ep_size": config.model.moe.ep_size if config.model.moe else 1,
@@ -222,25 +270,23 @@ def layout(config: RunConfig, world_size: int) -> dict[str, int]:
     }
 
 
-def check_fits(
-    checkpoint: Checkpoint, config: RunConfig, prepared: Prepared, world_size: int
-) -> None:
-    """Refuse to go on from a checkpoint of another model, layout or data.
+def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: Prepared) -> None:
+    """Refuse to go on from a checkpoint of another model or other data.
 
     Raises:
         UserError: naming each key that differs.
     """
     manifest = checkpoint.manifest
-    saved_model = with_defaults(manifest["config"]["magnetar"]["model"])
-    model = config.model.model_dump(mode="json")
+    saved_model = dict(flat_keys(with_defaults(manifest["config"]["magnetar"]["model"])))
+    model = dict(flat_keys(config.model.model_dump(mode="json")))
     data = {"fingerprint": prepared.fingerprint[:12]}
     for kind, saved, now in (
-        ("layout", manifest["layout"], layout(config, world_size)),
-        ("model", dict(flat_keys(saved_model)), dict(flat_keys(model))),
+        ("model", saved_model, model),
         ("data set", {"fingerprint": manifest["data_fingerprint"][:12]}, data),
     ):
         different = [
-            f"{key} {value} there and {own} here" for key, value, own in differing(saved, now)
+            f"{key} {value} there and {own} here"
+            for key, value, own in differing(saved, now, _LAYOUT_KEYS)
         ]
         if different:
             raise UserError(
@@ -257,17 +303,57 @@ def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
         return model
 
 
-def load_checkpoint(engine: Any, checkpoint: Checkpoint) -> dict:
-    """Load weights, optimizer states and schedule into the engine; return the trainer's state.
+@torch.no_grad()
+def load_checkpoint(engine: Any, config: RunConfig, checkpoint: Checkpoint) -> dict:
+    """Give this rank its share of weights, moments and counters; return the trainer's state.
 
     Raises:
-        UserError: on every rank alike, if another version has named or ordered the tensors.
+        UserError: on every rank alike, if another version has named the tensors.
     """
-    model = {name: value for name, value in engine.module.state_dict().items() if _is_dense(name)}
-    _require_same_tensors(checkpoint, model, _read_dense(checkpoint.path, mmap=True))
-    path, state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    assert path is not None, f"DeepSpeed did not load {checkpoint.path}"
-    return state
+    _require_same_tensors(checkpoint, config.model)
+    persistent = getattr(engine.optimizer, "persistent_parameters", [])  # ZeRO 3 keeps these whole
+    if persistent:
+        persistent[0].partition(persistent)
+    for tensors, start, values in whole_weights(engine):
+        _fill(checkpoint, Share(tensors, start, {WEIGHT: values}, (start, start + len(values))))
+    if persistent:
+        persistent[0].all_gather(persistent)
+    about = checkpoint.manifest["optimizer"]
+    if about["step"] > 0:
+        start_adam(engine, about["step"])
+    for share in shares(engine):
+        _fill(checkpoint, share)
+    _set_counters(engine, checkpoint.step, about)
+    return checkpoint.manifest["trainer"]
+
+
+def _fill(checkpoint: Checkpoint, share: Share) -> None:
+    """Read all that a rank keeps of a parameter."""
+    numel = len(next(iter(share.values.values())))
+    for name, place, index, length in share.tensors.stretches(share.start, share.start + numel):
+        for state, values in share.values.items():
+            if state in checkpoint.states(name):
+                saved = checkpoint.read(name, state, place, place + length)
+                at = index - share.start
+                values[at : at + length].copy_(saved)
+
+
+def _set_counters(engine: Any, step: int, about: dict[str, Any]) -> None:
+    """The counters of engine, schedule and loss scale, as after so many steps."""
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    engine.skipped_steps = about["skipped_steps"]
+    scheduler = engine.lr_scheduler
+    scheduler.last_epoch = about["schedule_step"]
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, lr in zip(engine.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr
+    for name, value in about["loss_scaler"].items():
+        setattr(engine.optimizer.loss_scaler, name, value)
 
 
 def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
@@ -276,56 +362,23 @@ def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
     Raises:
         UserError: if a file is not what the manifest says, or another version has saved it.
     """
-    damaged = damaged_files(checkpoint)
-    if damaged:
-        raise UserError(
-            f"{checkpoint.path / damaged[0]}: missing or not of the size that the manifest "
-            "says: use another checkpoint"
-        )
+    require_whole(checkpoint)
     config = ModelConfig.model_validate(checkpoint.manifest["config"]["magnetar"]["model"])
     if config.moe is not None:
         config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+    _require_same_tensors(checkpoint, config)
     model = empty_model(config)
-    weights = _read_dense(checkpoint.path)
-    dense = {name: value for name, value in model.state_dict().items() if _is_dense(name)}
-    _require_same_tensors(checkpoint, dense, weights)
-    for file in checkpoint.path.glob("layer_*_expert_*_model_states.pt"):
-        weights |= _read(file)
-    model.load_state_dict(weights)
+    load_tensors(model, dict(whole_tensors(checkpoint)))
     return model
 
 
-def _require_same_tensors(
-    checkpoint: Checkpoint, model: dict[str, Tensor], saved: dict[str, Tensor]
-) -> None:
-    """Refuse other names or shapes, and another order: the optimizer's states follow it."""
-    problem = ""
+def _require_same_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuse other names or shapes than the config's model has."""
     try:
-        check_tensors(
-            {name: value.shape for name, value in model.items()},
-            {name: value.shape for name, value in saved.items()},
-        )
+        check_tensors(tensor_shapes(config), checkpoint.shapes)
     except ValueError as error:
-        problem = str(error)
-    if not problem and list(model) != list(saved):
-        problem = "the tensors are in another order"
-    if problem:
         raise UserError(
-            f"{checkpoint.path} was saved by a version with another model inside ({problem}): use "
+            f"{checkpoint.path} was saved by a version with another model inside ({error}): use "
             "that version of Magnetar, or train anew in another training.run_dir",
             on_every_rank=True,
-        )
-
-
-def _is_dense(name: str) -> bool:
-    return ".deepspeed_experts." not in name
-
-
-def _read_dense(path: Path, mmap: bool = False) -> dict[str, Tensor]:
-    """All but the experts' parameters; with mmap, values are read from the disk when used."""
-    return dict(_read(path / "mp_rank_00_model_states.pt", mmap)["module"])
-
-
-def _read(file: Path, mmap: bool = False) -> dict:
-    # DeepSpeed pickles plain Python objects beside the tensors; the file is the user's own.
-    return torch.load(file, map_location="cpu", weights_only=False, mmap=mmap)
+        ) from None

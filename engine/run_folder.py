@@ -30,6 +30,7 @@ _FREE_KEYS = {
     "magnetar.training.sample_tokens",
     "magnetar.training.resume",
     "magnetar.training.activation_checkpointing",  # memory against time: the numbers stay
+    "magnetar.model.moe.ep_size",  # where experts lie: a checkpoint belongs to no layout
 }
 _TRAINED_SECTIONS = (
     "train_batch_size",

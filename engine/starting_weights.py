@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from data.errors import UserError
-from engine.checkpoint import Checkpoint, complete_checkpoints, load_model, with_defaults
+from engine.checkpoint import load_model, with_defaults
+from engine.checkpoint_files import Checkpoint, complete_checkpoints
 from engine.config import RunConfig
 from engine.run_folder import differing, flat_keys
 from engine.trained_run import choose_checkpoint

@@ -8,7 +8,8 @@ import torch
 
 from data.errors import UserError
 from data.token_files import Prepared, open_prepared, read_manifest
-from engine.checkpoint import Checkpoint, complete_checkpoints, load_model, newest_checkpoint
+from engine.checkpoint import load_model, newest_checkpoint
+from engine.checkpoint_files import Checkpoint, complete_checkpoints
 from engine.config import RunConfig, check_config
 from models.transformer import EncoderDecoder, Transformer
 

@@ -15,7 +15,8 @@ from data.errors import UserError
 from data.packed_lm import PackedLM, train_micro_batch
 from data.token_files import Prepared, open_prepared
 from engine.admin import require_profile
-from engine.checkpoint import check_fits, complete_checkpoints, load_checkpoint, save_checkpoint
+from engine.checkpoint import Saver, check_fits, load_checkpoint, newest_whole_checkpoint
+from engine.checkpoint_files import complete_checkpoints
 from engine.config import RunConfig, check_config
 from engine.engine import (
     StepResult,
@@ -44,7 +45,7 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
 
     Raises:
         UserError: for data that is missing or does not fit, a run folder of another config, an
-            Admin model without its profile, or a checkpoint of another model, layout or data.
+            Admin model without its profile, or a checkpoint of another model or other data.
     """
     result, prepared = resolve_run(config, world_size)
     check_run_folder(result)
@@ -52,7 +53,7 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
     require_profile(result)
     run_dir = Path(result.training.run_dir)
     for checkpoint in complete_checkpoints(run_dir)[-1:]:
-        check_fits(checkpoint, result, prepared, world_size)
+        check_fits(checkpoint, result, prepared)
         if checkpoint.step > result.training.num_steps:
             raise UserError(
                 f"magnetar.training.num_steps={result.training.num_steps} is less than the "
@@ -177,7 +178,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
         state.before = validate()
         metrics.write_validation(0, state.before)
     metrics.restart_clock()
-    with progress:
+    with progress, Saver(engine, config, prepared) as saver:
         for step in range(first_step + 1, training.num_steps + 1):
             seed_noise(training.seed, step)
             result = train_step(engine, micro_batches(config, train_data, step, device), weights)
@@ -200,7 +201,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                 with metrics.paused_clock():
                     state.seconds += metrics.lap()
                     state.num_clipped = int(sparse_clip.num_clipped)
-                    save_checkpoint(engine, step, config, prepared, asdict(state))
+                    saver.save(step, asdict(state))
     state.after = state.after or validate()
     finish(engine, config, prepared, valid_data, asdict(state), progress)
     dist.destroy_process_group()
@@ -236,19 +237,16 @@ def micro_batches(
 
 
 def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerState:
-    """Load the run's newest complete checkpoint, if there is one, on every rank alike."""
+    """Load the run's newest whole checkpoint, if there is one, on every rank alike."""
     run_dir = Path(config.training.run_dir)
-    found: list[Any] = [None]
+    checkpoint = newest_whole_checkpoint(run_dir)
     if dist.get_rank() == 0:
-        # One rank looks: another might see a folder that is just being renamed.
-        found = [next(reversed(complete_checkpoints(run_dir)), None)]
-        keep_records_up_to(run_dir / "metrics.jsonl", found[0].step if found[0] else -1)
-    torch.distributed.broadcast_object_list(found, src=0)
-    if found[0] is None:
+        keep_records_up_to(run_dir / "metrics.jsonl", checkpoint.step if checkpoint else -1)
+    if checkpoint is None:
         return TrainerState()
-    state = TrainerState(**load_checkpoint(engine, found[0])["trainer"])
+    state = TrainerState(**load_checkpoint(engine, config, checkpoint))
     sparse_clip.num_clipped += state.num_clipped
-    purge_tensorboard(engine.monitor, found[0].step)
+    purge_tensorboard(engine.monitor, checkpoint.step)
     return state
 
 

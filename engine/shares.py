@@ -1,0 +1,203 @@
+"""What this rank keeps of each parameter, whatever the ZeRO stage: DeepSpeed's layouts, read once.
+
+| mode | master weights and Adam's moments of a parameter |
+|---|---|
+| ZeRO 0 (fp32) | whole, in the parameter itself, on each rank that holds it |
+| ZeRO 1, 2 | a stretch of it, on one rank of its data-parallel group, in a flat buffer |
+| ZeRO 3 | the rank's even share of it, padded at the end, in a flat buffer |
+
+Parameters that do not train have no states but their weights.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import deepspeed.comm as dist
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint_files import MOMENTS, WEIGHT, evenly_cut
+from models.experts import Experts
+
+
+class Tensors(NamedTuple):
+    """How a parameter of this rank is called in the whole model.
+
+    Attributes:
+        names: its tensors' names, each `numel` elements of the parameter one after the other: one
+            for a dense parameter, one for each local expert of a stacked one.
+        numel: elements of each.
+    """
+
+    names: list[str]
+    numel: int
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
+        """Elements [start, stop) of the parameter, tensor by tensor.
+
+        Yields:
+            The tensor's name, the stretch's first element in it and in the parameter, its length.
+        """
+        for index, name in enumerate(self.names):
+            first = index * self.numel
+            begin, end = max(start, first), min(stop, first + self.numel)
+            if begin < end:
+                yield name, begin - first, begin, end - begin
+
+
+class Share(NamedTuple):
+    """What this rank keeps of a parameter.
+
+    Attributes:
+        tensors: the parameter's names.
+        start: index in the flattened parameter of the first element kept.
+        values: state -> (n,) views of what is kept, which may be read and written.
+        saved: the stretch of the parameter that this rank saves: what it keeps, or its part of
+            that where several ranks keep the same.
+    """
+
+    tensors: Tensors
+    start: int
+    values: dict[str, Tensor]
+    saved: tuple[int, int]
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[Any, Tensors]]:
+    """Every parameter of this rank's model with its tensors' names, in the model's order."""
+    first_experts = {
+        f"{name}.deepspeed_moe.experts.": module.first_expert
+        for name, module in model.named_modules()
+        if hasattr(module, "first_expert")
+    }
+    for name, parameter in model.named_parameters():
+        prefix = next((p for p in first_experts if name.startswith(p)), None)
+        numel = getattr(parameter, "ds_numel", parameter.numel())
+        if prefix is None:
+            yield parameter, Tensors([name], numel)
+            continue
+        experts = model.get_submodule(prefix.removesuffix("."))
+        assert isinstance(experts, Experts)
+        count, first = experts.num_local_experts, first_experts[prefix]
+        names = [
+            f"{prefix}deepspeed_experts.{first + local}.{name.removeprefix(prefix)}"
+            for local in range(count)
+        ]
+        yield parameter, Tensors(names, numel // count)
+
+
+def shares(engine: Any) -> Iterator[Share]:
+    """This rank's share of every parameter that it keeps anything of."""
+    for parameter, tensors in named_tensors(engine.module):
+        if not parameter.requires_grad:
+            yield _frozen_share(parameter, tensors)
+        elif hasattr(parameter, "ds_id"):
+            yield from _zero3_share(engine.optimizer, parameter, tensors)
+        elif engine.optimizer is engine.basic_optimizer:
+            values = {WEIGHT: parameter.data.view(-1)} | {
+                state: value.view(-1) for state, value in _adam_states(engine, parameter).items()
+            }
+            yield Share(tensors, 0, values, _own_part(parameter, 0, parameter.numel()))
+        elif (mapping := parameter._hp_mapping) is not None:
+            flat = _flat_groups(engine.optimizer)[mapping.param_group_index]
+            place, kept = mapping.hp_fragment_address, mapping.lp_fragment_address
+            values = _narrowed(engine, flat, place.start, place.numel)
+            yield Share(tensors, kept.start, values, (kept.start, kept.start + kept.numel))
+
+
+def _frozen_share(parameter: Any, tensors: Tensors) -> Share:
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        saved = _own_part(parameter, 0, parameter.numel())
+        return Share(tensors, 0, {WEIGHT: parameter.data.view(-1)}, saved)
+    start, numel = _zero3_stretch(parameter)
+    return Share(tensors, start, {WEIGHT: partition.data[:numel]}, (start, start + numel))
+
+
+def _zero3_share(optimizer: Any, parameter: Any, tensors: Tensors) -> Iterator[Share]:
+    start, numel = _zero3_stretch(parameter)
+    if numel > 0:
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        values = {WEIGHT: flat.data.narrow(0, offset, numel)}
+        states = optimizer.optimizer.state[flat]
+        values |= {s: states[s].narrow(0, offset, numel) for s in MOMENTS if s in states}
+        yield Share(tensors, start, values, (start, start + numel))
+
+
+def _zero3_stretch(parameter: Any) -> tuple[int, int]:
+    """First element and number of elements of this rank's share, without the padding."""
+    size = parameter.ds_tensor.ds_numel
+    start = size * dist.get_rank(group=parameter.ds_process_group)
+    return start, max(0, min(size, parameter.ds_numel - start))
+
+
+def _own_part(parameter: Any, start: int, stop: int) -> tuple[int, int]:
+    """This rank's part of what several ranks keep alike."""
+    group_name = getattr(parameter, "group_name", None)
+    if group_name is None:
+        return evenly_cut(stop - start, dist.get_rank(), dist.get_world_size())
+    from deepspeed.utils import groups
+
+    group = groups._get_expert_data_parallel_group(group_name)
+    rank, size = dist.get_rank(group=group), dist.get_world_size(group=group)
+    return evenly_cut(stop - start, rank, size)
+
+
+def _flat_groups(optimizer: Any) -> list[Tensor]:
+    """The flat float32 buffers of ZeRO 1 and 2, one for each parameter group."""
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return optimizer.single_partition_of_fp32_groups
+    return optimizer.fp32_groups_flat_partition  # BF16_Optimizer
+
+
+def _narrowed(engine: Any, flat: Tensor, start: int, numel: int) -> dict[str, Tensor]:
+    values = {WEIGHT: flat.data.narrow(0, start, numel)}
+    states = _adam_states(engine, flat)
+    return values | {state: value.narrow(0, start, numel) for state, value in states.items()}
+
+
+def _adam_states(engine: Any, key: Tensor) -> dict[str, Tensor]:
+    states = engine.basic_optimizer.state.get(key, {})
+    return {state: states[state] for state in MOMENTS if state in states}
+
+
+def adam_step(engine: Any) -> int:
+    """Updates that Adam has done; 0 before the first."""
+    return max((int(s["step"]) for s in engine.basic_optimizer.state.values() if s), default=0)
+
+
+def start_adam(engine: Any, step: int) -> None:
+    """Give every parameter the states that Adam would make at its first update, and its count."""
+    adam = engine.basic_optimizer
+    is_torchs = isinstance(adam, torch.optim.Adam)
+    for flat in _keys_of_states(engine):
+        adam.state[flat] = {
+            # DeepSpeed's own Adams count in Python.
+            "step": torch.tensor(float(step)) if is_torchs else step,
+            **{state: torch.zeros_like(flat.data) for state in MOMENTS},
+        }
+
+
+def _keys_of_states(engine: Any) -> list[Tensor]:
+    """The tensors by which Adam finds its states."""
+    optimizer = engine.optimizer
+    if optimizer is engine.basic_optimizer:
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return list(_flat_groups(optimizer))
+
+
+def whole_weights(engine: Any) -> Iterator[tuple[Tensors, int, Tensor]]:
+    """What the forward pass reads on this rank, beside the master weights.
+
+    Yields:
+        A parameter's tensors, the first element kept and (n,) a view of the values, in the
+        model's dtype.
+    """
+    for parameter, tensors in named_tensors(engine.module):
+        if hasattr(parameter, "ds_id"):
+            start, numel = _zero3_stretch(parameter)
+            yield tensors, start, parameter.ds_tensor.data[:numel]
+        else:
+            yield tensors, 0, parameter.data.view(-1)
