@@ -2,14 +2,12 @@
 
 import copy
 import hashlib
-import io
 import logging
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -23,6 +21,7 @@ from engine.admin import needs_profile, start_omegas
 from engine.config import LRSchedule, RunConfig
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
+from models.deepspeed_moe import moe_class
 from models.losses import token_losses
 from models.moe import RoutingStats
 from models.transformer import build_model, set_checkpointing
@@ -172,7 +171,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         SparseClip.
     """
     with torch.device(device):
-        model = build_model(config.model, config.training.seed)
+        model = build_model(config.model, config.training.seed, moe_class(config.zero_stage))
     if starts_from_weights(config):
         load_starting_weights(model, config)
     elif needs_profile(config):
@@ -196,33 +195,16 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     deepspeed_config["gradient_clipping"] = config.gradient_clipping or 1.0
     # The trainer reports; DeepSpeed's own lines would tear the progress display.
     deepspeed_config.setdefault("steps_per_print", 2**62)
-    with _without_line("No existing process group found"):
-        engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            config=deepspeed_config,
-            model_parameters=parameter_groups(model, weight_decay),
-            lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
-            dist_init_required=False,
-        )
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        config=deepspeed_config,
+        model_parameters=parameter_groups(model, weight_decay),
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
+        dist_init_required=False,
+    )
     sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)
     sparse_clip.install(engine)
     return engine, sparse_clip
-
-
-@contextmanager
-def _without_line(beginning: str) -> Iterator[None]:
-    """Hold back what is printed inside, and leave out lines with this beginning.
-
-    DeepSpeed's MoE layer prints such a line on every rank whenever it makes a process group.
-    """
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed):
-            yield
-    finally:
-        kept = [line for line in printed.getvalue().splitlines() if not line.startswith(beginning)]
-        if kept:
-            print("\n".join(kept), flush=True)
 
 
 def seed_noise(seed: int, step: int) -> None:

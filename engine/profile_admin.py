@@ -12,6 +12,7 @@ from engine.engine import start_distributed
 from engine.trainer import micro_batches
 from engine.windows import windows
 from models.admin import omegas, recorded_moments, variances
+from models.deepspeed_moe import join_expert_groups, moe_class
 from models.transformer import build_model
 
 
@@ -39,7 +40,8 @@ def profile(config: RunConfig, prepared: Prepared) -> dict[str, list[float]]:
         )
     device = start_distributed()
     with torch.device(device):
-        model = build_model(config.model, config.training.seed).eval()
+        model = build_model(config.model, config.training.seed, moe_class(config.zero_stage)).eval()
+    join_expert_groups(model)
     data = windows(prepared.train, config)
     with recorded_moments(model) as moments, torch.no_grad():
         for inputs, _ in micro_batches(config, data, 1, device):

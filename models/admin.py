@@ -195,8 +195,8 @@ def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
     """Multiply what a sublayer's first matrices read, column by column."""
     if isinstance(module, MoE):
         gate, experts = module.deepspeed_moe.gate, module.deepspeed_moe.experts
-        router = gate.projection if isinstance(gate, XMoERouter) else gate.wg
-        router.weight *= factor
+        router = "projection" if isinstance(gate, XMoERouter) else "wg"
+        gate.get_parameter(f"{router}.weight").mul_(factor)
         for name in ("w1", "w3"):
             weight = getattr(experts, name, None)
             if weight is not None:

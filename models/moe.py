@@ -1,19 +1,21 @@
-"""The mixture-of-experts layer: DeepSpeed's MoE with the X-MoE router and stacked experts.
+"""The mixture-of-experts layer: the X-MoE router and stacked experts.
 
 Letters: B batch, T tokens, N = B*T, D d_model, E experts, L = E / ep_size local experts,
 K top_k, A assignments (token, expert) that are kept, at most N*K, R rows this rank's experts get.
 
     x (B, T, D) -> router -> sort the assignments by expert -> all-to-all over the
     expert-parallel group -> grouped matmuls of the local experts -> all-to-all back -> weigh, sum
+
+Training uses the subclasses of models.deepspeed_moe; nothing here needs DeepSpeed.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
-import deepspeed.comm as dist
 import torch
-from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from deepspeed.moe.sharded_moe import MOELayer
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.config import MoEConfig
@@ -147,42 +149,49 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        comm: ModuleType,
         group: dist.ProcessGroup,
         rows: Tensor,
         receive_splits: list[int],
         send_splits: list[int],
     ) -> Tensor:
-        ctx.group, ctx.receive_splits, ctx.send_splits = group, receive_splits, send_splits
+        ctx.comm, ctx.group = comm, group
+        ctx.receive_splits, ctx.send_splits = receive_splits, send_splits
         received = rows.new_empty(sum(receive_splits), rows.size(1))
-        dist.all_to_all_single(
+        comm.all_to_all_single(
             received, rows.contiguous(), receive_splits, send_splits, group=group
         )
         return received
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        returned = _AllToAll.apply(ctx.group, grad, ctx.send_splits, ctx.receive_splits)
-        return None, returned, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None, None]:
+        splits = (ctx.send_splits, ctx.receive_splits)
+        return None, None, _AllToAll.apply(ctx.comm, ctx.group, grad, *splits), None, None
 
 
-class SparseFeedForward(MOELayer):
-    """Router, dispatch, experts, combine. DeepSpeed knows it as a MOELayer and times it."""
+class SparseFeedForward(nn.Module):
+    """Router, dispatch, experts, combine.
+
+    Attributes:
+        ep_group: the ranks that share one set of experts, to be set before the first forward pass
+            where there are several.
+        comm: the module whose collective functions are called: a subclass has them logged.
+    """
+
+    comm: ModuleType = dist
 
     def __init__(
-        self,
-        gate: nn.Module,
-        experts: Experts,
-        moe: MoEConfig,
-        ep_group_name: str,
-        time_major: bool = False,
+        self, gate: nn.Module, experts: Experts, moe: MoEConfig, time_major: bool = False
     ) -> None:
-        """Build the layer; DeepSpeed sets its group when the engine starts."""
-        super().__init__(gate, experts, ep_group_name, moe.ep_size, experts.num_local_experts)
+        """Build the layer."""
+        nn.Module.__init__(self)  # not super(): a subclass is DeepSpeed's layer as well
+        self.gate = gate
+        self.experts = experts
         self.moe = moe
         self.time_major = time_major
-
-    def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:
-        self.ep_group = ep_group
+        self.ep_size = moe.ep_size
+        self.num_local_experts = experts.num_local_experts
+        self.ep_group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, T, D) and (B, T) bool -> (B, T, D), 0 at padding, and this rank's statistics."""
@@ -234,12 +243,14 @@ class SparseFeedForward(MOELayer):
             return self.experts(rows, assignments.counts)
         send_counts = assignments.counts.view(self.ep_size, -1)  # (ep_size, L)
         receive_counts = torch.empty_like(send_counts)
-        dist.all_to_all_single(receive_counts, send_counts.contiguous(), group=self.ep_group)
+        comm, group = self.comm, self.ep_group
+        assert group is not None, "no ranks to exchange tokens with"
+        comm.all_to_all_single(receive_counts, send_counts.contiguous(), group=group)
         splits = torch.stack([receive_counts.sum(1), send_counts.sum(1)])
         receive_splits, send_splits = splits.tolist()
 
         with self._timed("time_falltoall"):
-            rows = _AllToAll.apply(self.ep_group, rows, receive_splits, send_splits)  # (R, D)
+            rows = _AllToAll.apply(comm, group, rows, receive_splits, send_splits)  # (R, D)
         # Rows come sorted by (sender, expert); the grouped matmul wants (expert, sender).
         expert_of = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
         expert_of = expert_of.repeat_interleave(receive_counts.view(-1), output_size=rows.size(0))
@@ -247,7 +258,7 @@ class SparseFeedForward(MOELayer):
         rows = self.experts(rows.index_select(0, by_expert), receive_counts.sum(0))
         rows = torch.empty_like(rows).index_copy(0, by_expert, rows)
         with self._timed("time_salltoall"):
-            return _AllToAll.apply(self.ep_group, rows, send_splits, receive_splits)
+            return _AllToAll.apply(comm, group, rows, send_splits, receive_splits)
 
     def _combine(self, rows: Tensor, assignments: Assignments, weights: Tensor) -> Tensor:
         """(A, D) and weights (N, K) -> (N, D), each token's weighted sum; dropped ones add 0."""
@@ -267,7 +278,7 @@ class SparseFeedForward(MOELayer):
         num_ranks = 1
         if self.training and dist.is_initialized():
             # t_i of the whole batch: with a rank's own t_i the loss would depend on the layout.
-            dist.all_reduce(counts)
+            self.comm.all_reduce(counts)
             num_ranks = dist.get_world_size()
         total = counts[-1].clamp(min=1)  # a batch may be all padding
         # A rank's share of a mean over the whole batch: the mean over the ranks is that mean.
@@ -284,25 +295,9 @@ class SparseFeedForward(MOELayer):
             z_loss=routing.log_z.square().sum() / num_tokens,
         )
 
-    def _timed(self, name: str) -> "_Timed":
-        return _Timed(self, name)
-
-
-class _Timed:
-    """Fills in the times that DeepSpeed's wall_clock_breakdown prints; free when that is off."""
-
-    def __init__(self, layer: SparseFeedForward, name: str) -> None:
-        self.layer, self.name = layer, name
-
-    def __enter__(self) -> None:
-        if self.layer.wall_clock_breakdown:
-            self.layer.timers(self.name).start()
-
-    def __exit__(self, *_exception: object) -> None:
-        if self.layer.wall_clock_breakdown:
-            timer = self.layer.timers(self.name)
-            timer.stop()
-            setattr(self.layer, self.name, timer.elapsed(reset=True))
+    def _timed(self, name: str) -> AbstractContextManager[None]:
+        """What a subclass measures: time_moe, and time_falltoall and time_salltoall within it."""
+        return nullcontext()
 
 
 def build_router(d_model: int, moe: MoEConfig) -> Router:
@@ -321,12 +316,16 @@ def build_router(d_model: int, moe: MoEConfig) -> Router:
     )
 
 
-class MoE(DeepSpeedMoE):
-    """A MoE feed-forward layer that DeepSpeed knows as its own.
+class MoE(nn.Module):
+    """A MoE feed-forward layer.
 
-    DeepSpeed makes its process groups, reduces its experts' gradients over the ranks that hold
-    the same experts, and writes one checkpoint file per expert.
+    Attributes:
+        num_experts, num_local_experts: of the whole job, and those that lie on this rank.
+        ep_size: ranks that share one set of experts.
+        deepspeed_moe: what it consists of. The name is in every state dict, as DeepSpeed has it.
     """
+
+    layer_class = SparseFeedForward
 
     def __init__(
         self,
@@ -354,13 +353,9 @@ class MoE(DeepSpeedMoE):
             activation_dropout: probability of dropping an expert's activation in training.
             time_major: capacity is filled position by position, not sequence by sequence.
         """
-        super().__init__(
-            hidden_size=d_model,
-            expert=nn.Identity(),
-            num_experts=moe.num_experts,
-            ep_size=moe.ep_size,
-            k=moe.top_k,
-        )
+        nn.Module.__init__(self)  # not super(): a subclass is DeepSpeed's layer as well
+        self.num_experts, self.ep_size = moe.num_experts, moe.ep_size
+        self.num_local_experts = moe.num_experts // moe.ep_size
         experts = Experts(
             self.num_local_experts,
             d_model,
@@ -371,17 +366,10 @@ class MoE(DeepSpeedMoE):
             norm_eps=norm_eps,
             activation_dropout=activation_dropout,
         )
-        for parameter in experts.parameters():
-            # DeepSpeed's marks of an expert's parameter, and E for SparseClip.
-            vars(parameter).update(
-                allreduce=False, group_name=self.expert_group_name, num_experts=moe.num_experts
-            )
         gate = build_router(d_model, moe)
         gate.requires_grad_(moe.frozen == "none")
         experts.requires_grad_(moe.frozen != "router_and_experts")
-        self.deepspeed_moe = SparseFeedForward(
-            gate, experts, moe, self.expert_group_name, time_major
-        )
+        self.deepspeed_moe = self.layer_class(gate, experts, moe, time_major)
 
     def init_weights(self, source: RandomSource) -> None:
         """Draw this rank's experts by their global indices."""

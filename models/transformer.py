@@ -71,8 +71,10 @@ class Block(nn.Module):
     `models.norms` has the picture of each sublayer's residual stream.
     """
 
-    def __init__(self, config: ModelConfig, depths: Depths, index: int) -> None:
-        """Build the layer of this index (from 0) of a stack."""
+    def __init__(
+        self, config: ModelConfig, depths: Depths, index: int, moe_class: type[MoE] = MoE
+    ) -> None:
+        """Build the layer of this index (from 0) of a stack, with MoE layers of a class."""
         super().__init__()
         style = NORM_STYLES[config.norm]
         alpha, gain = style.alpha(depths), style.gain(depths)
@@ -116,7 +118,7 @@ class Block(nn.Module):
         has_inner_norm = "ffn" in style.inner
         self.ffn: nn.Module
         if config.moe is not None and config.is_moe_layer(index):
-            self.ffn = MoE(
+            self.ffn = moe_class(
                 *shape,
                 config.moe,
                 config.activation,
@@ -179,6 +181,7 @@ class Transformer(nn.Module):
         *,
         has_output: bool = True,
         embedding: nn.Embedding | None = None,
+        moe_class: type[MoE] = MoE,
     ) -> None:
         """Build a stack of a resolved config (vocab_size not None), weights not yet drawn.
 
@@ -187,6 +190,7 @@ class Transformer(nn.Module):
             depths: which stack of it.
             has_output: whether logits follow.
             embedding: the other stack's, to share; None: an own one.
+            moe_class: of the MoE layers.
         """
         super().__init__()
         assert config.vocab_size is not None
@@ -207,7 +211,9 @@ class Transformer(nn.Module):
             layer_norm(d_model, norm_eps, config.multiway) if config.embedding_norm else None
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, depths, index) for index in range(depths.own))
+        self.blocks = nn.ModuleList(
+            Block(config, depths, index, moe_class) for index in range(depths.own)
+        )
         ends_with_norm = NORM_STYLES[config.norm].before
         self.final_norm = layer_norm(d_model, norm_eps, config.multiway) if ends_with_norm else None
         self.output: nn.Linear | None = None
@@ -435,15 +441,19 @@ def _checkpointed(
 class EncoderDecoder(nn.Module):
     """A bidirectional encoder and a causal decoder that attends to its output."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, moe_class: type[MoE] = MoE) -> None:
         """Build the model of a resolved config (vocab_size not None), weights not yet drawn."""
         super().__init__()
         self.config = config
         sizes = (config.encoder_depth, config.decoder_depth)
-        self.decoder = Transformer(config, Depths(*sizes, in_encoder=False))
+        self.decoder = Transformer(config, Depths(*sizes, in_encoder=False), moe_class=moe_class)
         shared = self.decoder.embedding if config.share_embeddings else None
         self.encoder = Transformer(
-            config, Depths(*sizes, in_encoder=True), has_output=False, embedding=shared
+            config,
+            Depths(*sizes, in_encoder=True),
+            has_output=False,
+            embedding=shared,
+            moe_class=moe_class,
         )
 
     def forward(
@@ -468,13 +478,20 @@ class EncoderDecoder(nn.Module):
         return ModelOutput(logits, routing + more)
 
 
-def build_model(config: ModelConfig, seed: int) -> Transformer | EncoderDecoder:
+def build_model(
+    config: ModelConfig, seed: int, moe_class: type[MoE] = MoE
+) -> Transformer | EncoderDecoder:
     """The model of a resolved config with its initial weights, on the default device.
 
     The weights depend on the seed, on the parameters' names and, for experts, on their global
     indices; not on the number of ranks.
+
+    Args:
+        config: vocab_size not None.
+        seed: of the weights.
+        moe_class: of the MoE layers: models.deepspeed_moe has those that DeepSpeed trains.
     """
-    model = empty_model(config)
+    model = empty_model(config, moe_class)
     for name, module in model.named_modules():
         if hasattr(module, "init_weights"):
             # An Experts module is drawn by its MoE layer, which knows the global indices.
@@ -484,12 +501,12 @@ def build_model(config: ModelConfig, seed: int) -> Transformer | EncoderDecoder:
     return model
 
 
-def empty_model(config: ModelConfig) -> Transformer | EncoderDecoder:
+def empty_model(config: ModelConfig, moe_class: type[MoE] = MoE) -> Transformer | EncoderDecoder:
     """The model of a resolved config with weights that nobody has drawn, to be loaded."""
     if config.architecture == "encoder_decoder":
-        return EncoderDecoder(config)
-    in_encoder = config.architecture == "encoder"
-    return Transformer(config, Depths(config.encoder_depth, config.decoder_depth, in_encoder))
+        return EncoderDecoder(config, moe_class)
+    depths = Depths(config.encoder_depth, config.decoder_depth, config.architecture == "encoder")
+    return Transformer(config, depths, moe_class=moe_class)
 
 
 def set_checkpointing(model: nn.Module, checkpoint: Callable[..., Any] | None) -> None:

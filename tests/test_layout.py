@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": {"data"},
 }
 MAY_IMPORT_DEEPSPEED = {
-    "models/moe.py",
+    "models/deepspeed_moe.py",
     "engine/checkpoint.py",
     "engine/engine.py",
     "engine/evaluation.py",

@@ -8,6 +8,7 @@ from torch import nn
 from engine.config import LRSchedule
 from engine.engine import LossWeights, lr_factor, parameter_groups, train_step
 from models.config import ModelConfig, MoEConfig
+from models.deepspeed_moe import moe_class
 from models.moe import RoutingStats
 from models.transformer import ModelOutput, build_model
 from tests.ranks import run_on_ranks
@@ -55,7 +56,7 @@ def model() -> nn.Module:
     config = ModelConfig(
         vocab_size=50, num_layers=2, d_model=16, d_ff=32, num_heads=2, max_seq_len=8, moe=moe
     )
-    return build_model(config, seed=1)
+    return build_model(config, 1, moe_class(zero_stage=0))
 
 
 def test_every_parameter_is_in_exactly_one_group(model: nn.Module) -> None:

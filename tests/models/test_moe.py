@@ -327,17 +327,6 @@ def test_a_bf16_layer_routes_like_float32_and_returns_bf16() -> None:
     torch.testing.assert_close(out.float(), exact, rtol=0, atol=0.1)
 
 
-def test_only_the_experts_carry_deepspeeds_marks() -> None:
-    layer = build(num_experts=4)
-    for name, parameter in layer.named_parameters():
-        marks = {key: vars(parameter).get(key) for key in ("allreduce", "num_experts")}
-        if ".experts." in name:
-            assert marks == {"allreduce": False, "num_experts": 4}, name
-            assert vars(parameter)["group_name"] == "ep_size_1"
-        else:
-            assert marks == {"allreduce": None, "num_experts": None}, name
-
-
 def test_checkpoint_names_are_the_ones_that_deepspeed_splits() -> None:
     names = set(build(num_experts=2, inner_norm=False).state_dict())
     assert names == {
