@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from convert.checkpoint_files import Checkpoint, are_equal, read_checkpoint, read_options
+from convert.report import how_to_load
 from convert.torchscale_options import (
     CLASSES,
     Architecture,
@@ -425,3 +426,25 @@ def _check_experts(config: ModelConfig, found: Mapping[str, Any], path: Path) ->
             f"{config.moe.num_experts}: of a model that was trained on several ranks, give the "
             "shared file and the file of every rank"
         )
+
+
+def report(imported: Imported, out: Path) -> list[str]:
+    """The lines that say what was imported, and how to load it."""
+    config = imported.config
+    rows = [("was", imported.source), ("is", f"{config.architecture}, norm {config.norm}")]
+    rows.append(("parameters", f"{imported.num_parameters:,}"))
+    if config.moe is not None:
+        num_layers = sum(
+            config.is_moe_layer(index)
+            for depth in (config.encoder_depth, config.decoder_depth)
+            for index in range(depth)
+        )
+        rows.append(("experts", f"{config.moe.num_experts} in each of {num_layers} MoE layers"))
+    rows += [("note", note) for note in imported.notes]
+    rows.append(("wrote", str(out)))
+    width = max(len(name) for name, _ in rows)
+    return [
+        *(f"{name:<{width}}  {text}" for name, text in rows),
+        "",
+        *how_to_load(out, config.architecture),
+    ]

@@ -1,0 +1,38 @@
+"""A trained Admin model as a Post-LN one with the same function."""
+
+import json
+from pathlib import Path
+
+from convert.report import how_to_load
+from data.errors import UserError
+from engine.starting_weights import read_model
+from models import admin
+from models.weights import CONFIG_FILE, WEIGHTS_FILE, save_weights
+
+
+def fold_admin(source: Path, out: Path) -> list[str]:
+    """Fold the Admin model of a run or of a folder of weights; the lines that say so.
+
+    Raises:
+        UserError: for a source that cannot be read, a model of another norm, or a folder that
+            holds something.
+    """
+    config, tensors = read_model(source)
+    try:
+        folded_config, folded = admin.fold_admin(config, tensors)
+        save_weights(out, folded_config, folded)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    changed = {
+        key: value
+        for key, value in folded_config.model_dump().items()
+        if value != getattr(config, key)
+    }
+    keys = ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items() if key != "moe")
+    return [
+        f"folded   {source}",
+        f"changed  {keys}",
+        f"wrote    {out} ({CONFIG_FILE}, {WEIGHTS_FILE})",
+        "",
+        *how_to_load(out, folded_config.architecture),
+    ]
