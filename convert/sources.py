@@ -1,0 +1,132 @@
+"""Weights to convert, wherever they lie, read one tensor at a time."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from data.errors import UserError
+from engine.checkpoint_files import (
+    MANIFEST,
+    Checkpoint,
+    checkpoint_folders,
+    complete_checkpoints,
+    read_checkpoint,
+)
+from models.config import ModelConfig
+from models.weights import CONFIG_FILE, check_tensors, load_weights, tensor_shapes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's weights on disk.
+
+    Attributes:
+        path: a checkpoint's folder, or a folder of weights.
+        config: the model's, all its experts on one rank.
+        shapes: name -> shape of every tensor, in the model's order, tied ones once.
+        tensor: a whole tensor by its name, as it was saved.
+        checkpoint: None for a folder of weights.
+    """
+
+    path: Path
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    tensor: Callable[[str], Tensor]
+    checkpoint: Checkpoint | None = None
+
+
+def open_source(path: Path) -> Source:
+    """A run's newest complete checkpoint, a checkpoint's folder, or a folder of weights.
+
+    Only names and shapes are looked at: `engine.checkpoint_files.require_whole` reads a
+    checkpoint's files, and compares their hashes.
+
+    Raises:
+        UserError: if it is none of these, or not of this version.
+    """
+    if (path / CONFIG_FILE).is_file() and not is_run(path):
+        return _folder_of_weights(path)
+    return source_of(find_checkpoint(path))
+
+
+def _folder_of_weights(path: Path) -> Source:
+    try:
+        config, tensors = load_weights(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    shapes = {name: tuple(tensors[name].shape) for name in tensor_shapes(config)}
+    return Source(path, _on_one_rank(config), shapes, tensors.__getitem__)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (path / "checkpoints").is_dir()
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """A run's newest complete checkpoint, or the checkpoint of a folder step_...
+
+    Raises:
+        UserError: if it is neither, or the run has no complete checkpoint.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: name a run, a checkpoint step_..., or weights")
+    if not is_run(path):
+        if not (path / MANIFEST).is_file():
+            raise UserError(
+                f"{path} holds neither checkpoints/ (a run) nor {MANIFEST} (a checkpoint) nor "
+                f"{CONFIG_FILE} (weights): name a folder of one of these"
+            )
+        return read_checkpoint(path)
+    found = complete_checkpoints(path)
+    if not found:
+        damaged = checkpoint_folders(path)
+        way_out = f"python -m launchers.convert inspect {damaged[-1]}" if damaged else "train first"
+        raise UserError(f"{path} holds no complete checkpoint: {way_out}")
+    return found[-1]
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """The weights of a checkpoint.
+
+    Raises:
+        UserError: if this version cannot read its model.
+    """
+    config = model_of(checkpoint)
+    try:
+        check_tensors(tensor_shapes(config), checkpoint.shapes)
+    except ValueError as error:
+        raise UserError(
+            f"{checkpoint.path} was saved by a version with another model inside ({error}): use "
+            "that version of Magnetar"
+        ) from None
+    return Source(checkpoint.path, config, checkpoint.shapes, checkpoint.tensor, checkpoint)
+
+
+def model_of(checkpoint: Checkpoint) -> ModelConfig:
+    """A checkpoint's model, all its experts on one rank; keys added since have their defaults.
+
+    Raises:
+        UserError: if it is not one that this version knows.
+    """
+    section = checkpoint.manifest["config"]["magnetar"]["model"]
+    try:
+        config = ModelConfig.model_validate_json(json.dumps(section))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("magnetar", "model", *first["loc"])))
+        raise UserError(
+            f"{checkpoint.path}: its model is not one that this version can read ({key}: "
+            f"{first['msg']}): use the version of Magnetar that wrote it"
+        ) from None
+    return _on_one_rank(config)
+
+
+def _on_one_rank(config: ModelConfig) -> ModelConfig:
+    if config.moe is None:
+        return config
+    return config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
