@@ -20,7 +20,7 @@ from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.progress import ProgressLine, duration, table
 from engine.windows import unigram_perplexity
-from models.cost import num_parameters
+from models.cost import in_words, num_parameters
 from models.generation import sample
 
 NUM_SAMPLES = 3
@@ -30,21 +30,7 @@ PROMPT_TOKENS = 16
 def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
     """A few lines: the model, its experts, the layout, the data, the run."""
     model, training = config.model, config.training
-    total, active = num_parameters(model)
-    depth = f"{model.num_layers}"
-    if model.architecture == "encoder_decoder":
-        depth = f"{model.encoder_depth} + {model.decoder_depth}"
-    lines = {
-        "model": f"{model.architecture}, {depth} layers, d_model {model.d_model}, {model.norm}",
-        "size": f"{total:,} parameters, {active:,} a token",
-    }
-    if model.moe is not None:
-        moe = model.moe
-        nth = {1: "", 2: "2nd ", 3: "3rd "}.get(moe.every, f"{moe.every}th ")
-        lines["experts"] = (
-            f"{moe.num_experts} in every {nth}layer, {moe.router} router, top-{moe.top_k}, "
-            f"{moe.dispatch}"
-        )
+    lines = in_words(model)
     world_size = dist.get_world_size()
     ep_size = model.moe.ep_size if model.moe else 1
     lines["layout"] = (

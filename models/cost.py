@@ -40,6 +40,25 @@ def num_parameters(config: ModelConfig) -> tuple[int, int]:
     return total, active
 
 
+def in_words(config: ModelConfig) -> dict[str, str]:
+    """A few lines for a person, by what they say: `model`, `size` and, if there are, `experts`."""
+    total, active = num_parameters(config)
+    depth = f"{config.num_layers}"
+    if config.architecture == "encoder_decoder":
+        depth = f"{config.encoder_depth} + {config.decoder_depth}"
+    lines = {
+        "model": f"{config.architecture}, {depth} layers, d_model {config.d_model}, {config.norm}",
+        "size": f"{total:,} parameters, {active:,} a token",
+    }
+    if (moe := config.moe) is not None:
+        nth = {1: "", 2: "2nd ", 3: "3rd "}.get(moe.every, f"{moe.every}th ")
+        lines["experts"] = (
+            f"{moe.num_experts} in every {nth}layer, {moe.router} router, top-{moe.top_k}, "
+            f"{moe.dispatch}"
+        )
+    return lines
+
+
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Useful FLOPs of one training token, forward and backward, causal attention counted half.
 
