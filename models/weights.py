@@ -1,7 +1,8 @@
 """A model on disk that needs neither DeepSpeed nor a run: one folder with two files.
 
 config.json          {"model": {...}}, the keys of `magnetar.model`
-model.safetensors    every parameter under its name in the state dict, every expert by its index
+model.safetensors    every parameter under its name in the state dict, every expert by its index;
+                     or shards of that, see models.weight_files
 """
 
 import json
@@ -9,17 +10,26 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.moe import MoE
 from models.transformer import EncoderDecoder, Transformer, empty_model
+from models.weight_files import (
+    WEIGHTS_FILE,
+    LazyTensors,
+    Watch,
+    has_weights,
+    in_memory,
+    open_files,
+    unwatched,
+    write_files,
+)
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 
 
 def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -34,59 +44,117 @@ def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor
         ValueError: if the folder holds something, or a tensor is missing, unknown or of another
             shape.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: name another one")
     with torch.device("meta"):
-        tied = tied_names(empty_model(_on_one_rank(config)))
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
-    check_tensors(tensor_shapes(config), {name: t.shape for name, t in tensors.items()})
+        tied = tied_names(empty_model(on_one_rank(config)))
+    kept = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    write_weights(folder, config, in_memory(kept))
+
+
+def write_weights(
+    folder: Path,
+    config: ModelConfig,
+    tensors: LazyTensors,
+    *,
+    shard_bytes: int | None = None,
+    about: Mapping[str, Any] | None = None,
+    other_files: Mapping[str, bytes] | None = None,
+    watch: Watch = unwatched,
+) -> None:
+    """Write a folder of weights with one tensor in memory at a time, and read it back.
+
+    Args:
+        folder: must not exist, or be empty; it appears whole or not at all.
+        config: of the model, vocab_size not None.
+        tensors: its tensors in any order, what is tied once.
+        shard_bytes: see `write_files`.
+        about: further keys of config.json.
+        other_files: name -> content of what else the folder holds.
+        watch: shows the progress.
+
+    Raises:
+        ValueError: if the folder holds something, or a tensor is missing, unknown or of another
+            shape.
+        OSError: if it cannot be written, or is not what was written.
+    """
+    require_free(folder)
+    shapes = tensor_shapes(config)
+    check_tensors(shapes, tensors.shapes)
+    in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
         path = Path(partial, "weights")
         path.mkdir()
-        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(kept, path / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps({"model": config.model_dump(mode="json")}, indent=1)
+        write_files(path, in_order, shard_bytes, watch)
+        text = json.dumps({"model": config.model_dump(mode="json"), **(about or {})}, indent=1)
         (path / CONFIG_FILE).write_text(text + "\n")
-        # safetensors writes for the owner alone, a person's umask says who else may read.
-        os.chmod(path / WEIGHTS_FILE, (path / CONFIG_FILE).stat().st_mode)
+        for name, content in (other_files or {}).items():
+            (path / name).write_bytes(content)
         os.replace(path, folder)  # onto an empty folder, if it is there
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: name another one")
+
+
+def open_weights(folder: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]]:
+    """The config, the tensors and the further keys of config.json of a folder of weights.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or a tensor is missing, unknown or of another
+            shape.
+    """
+    config, about = read_config(folder)
+    tensors = open_files(folder)
+    shapes = tensor_shapes(config)
+    try:
+        check_tensors(shapes, tensors.shapes)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
+    specs = {name: tensors.specs[name] for name in shapes}
+    return config, LazyTensors(specs, tensors.read), about
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config and the further keys of config.json of a folder of weights.
+
+    Raises:
+        ValueError: if a file is missing, or it describes no model.
+    """
+    for name, is_there in (
+        (CONFIG_FILE, (folder / CONFIG_FILE).is_file()),
+        (WEIGHTS_FILE, has_weights(folder)),
+    ):
+        if not is_there:
+            raise ValueError(
+                f"{folder / name} is missing, so {folder} is not a folder of weights: name one "
+                "that launchers.convert has written"
+            )
+    try:
+        about = json.loads((folder / CONFIG_FILE).read_text())
+        config = ModelConfig.model_validate_json(json.dumps(about.pop("model")))
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is null")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not a model's
+        raise ValueError(
+            f"{folder / CONFIG_FILE} does not describe a model ({error}): convert it again"
+        ) from error
+    return config, about
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config and the tensors of a folder of weights.
 
     Raises:
-        ValueError: if a file is missing or damaged, or a tensor is missing, unknown or of another
-            shape.
+        ValueError: see `open_weights`.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder / name} is missing, so {folder} is not a folder of weights: name one "
-                "that launchers.convert has written"
-            )
-    try:
-        section = json.loads((folder / CONFIG_FILE).read_text())["model"]
-        config = ModelConfig.model_validate_json(json.dumps(section))
-        if config.vocab_size is None:
-            raise ValueError("vocab_size is null")
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, not text, not a model's
-        raise ValueError(
-            f"{folder / CONFIG_FILE} does not describe a model ({error}): convert it again"
-        ) from error
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE} cannot be read ({error}): copy it again, or convert it again"
-        ) from error
-    try:
-        check_tensors(tensor_shapes(config), {name: t.shape for name, t in tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
-    return config, tensors
+    config, tensors, _ = open_weights(folder)
+    return config, {name: tensors.read(name) for name in tensors.specs}
 
 
 def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
@@ -96,7 +164,7 @@ def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
         ValueError: see `load_weights`.
     """
     config, tensors = load_weights(Path(folder))
-    model = empty_model(_on_one_rank(config))
+    model = empty_model(on_one_rank(config))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
     load_tensors(model, tensors)
@@ -128,7 +196,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a model, tied ones once, under their first name."""
     with torch.device("meta"):
-        model = empty_model(_on_one_rank(config))
+        model = empty_model(on_one_rank(config))
     tied = tied_names(model)
     return {name: t.shape for name, t in model.state_dict().items() if name not in tied}
 
@@ -139,7 +207,7 @@ def tied_names(model: nn.Module) -> set[str]:
     return names - {name for name, _ in model.named_parameters()}
 
 
-def _on_one_rank(config: ModelConfig) -> ModelConfig:
+def on_one_rank(config: ModelConfig) -> ModelConfig:
     """The same model with all its experts here, not those of one rank of many."""
     if config.moe is None:
         return config
