@@ -22,9 +22,10 @@ from engine.config import LRSchedule, RunConfig
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
 from models.deepspeed_moe import moe_class
-from models.losses import token_losses
+from models.losses import IGNORE_INDEX, token_losses
 from models.moe import RoutingStats
-from models.transformer import build_model, set_checkpointing
+from models.router import balance_loss
+from models.transformer import ModelOutput, build_model, set_checkpointing
 
 
 class LossWeights(NamedTuple):
@@ -34,30 +35,34 @@ class LossWeights(NamedTuple):
         aux: of the balance loss, averaged over MoE layers.
         z: of the mean of log^2 Z of the output logits (arXiv 2309.14322).
         router_z: of the mean of log^2 Z of the router logits, averaged over MoE layers (ST-MoE).
+        balances_batch: whether the balance loss is that of the whole batch, and not of each
+            accumulation step by itself.
     """
 
     aux: float = 0.0
     z: float = 0.0
     router_z: float = 0.0
+    balances_batch: bool = False
 
 
 def loss_weights(config: RunConfig) -> LossWeights:
     """The weights that a config asks for."""
     moe, z = config.model.moe, config.training.z_loss_weight
-    return (
-        LossWeights(moe.aux_loss_weight, z, moe.router_z_loss_weight) if moe else LossWeights(z=z)
-    )
+    if moe is None:
+        return LossWeights(z=z)
+    balances_batch = moe.balance_scope == "batch"
+    return LossWeights(moe.aux_loss_weight, z, moe.router_z_loss_weight, balances_batch)
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did, over this rank's samples.
+    """What one optimizer step did. The mean over the ranks of a loss is the whole batch's.
 
     Attributes:
-        loss: () float32, mean cross entropy a counted token, in nats.
+        loss: () float32, cross entropy in nats, a mean over all tokens that count.
         aux_loss: () float32, balance loss averaged over MoE layers, before its weight.
         z_loss: () float32, mean log^2 Z of the logits before its weight; 0 if that is 0.
         router_z_loss: () float32, that of the routers, averaged over MoE layers.
-        routing: one RoutingStats a MoE layer, of the last micro-batch.
+        routing: one RoutingStats a MoE layer, of this rank's last micro-batch.
         lr: the learning rate of the update.
     """
 
@@ -207,51 +212,130 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     return engine, sparse_clip
 
 
-def seed_noise(seed: int, step: int) -> None:
-    """Seed dropout for one optimizer step on this rank.
-
-    The noise is a function of (seed, step, rank): a resumed run draws what an uninterrupted one
-    would have drawn, and no generator's state needs saving.
-    """
-    key = f"{seed}/{step}/{dist.get_rank()}".encode()
-    torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+MicroBatch = tuple[tuple[Tensor, ...], Tensor]  # the model's inputs, and its targets
 
 
 def train_step(
-    engine: Any,
-    micro_batches: Iterable[tuple[tuple[Tensor, ...], Tensor]],
-    weights: LossWeights,
+    engine: Any, micro_batches: Iterable[MicroBatch], weights: LossWeights, seed: int, step: int
 ) -> StepResult:
     """One optimizer step: forward and backward of each micro-batch, then clip and update.
 
+    What is minimised is a mean over the tokens of the whole batch that count, whatever share of
+    them a rank has: a rank, or the batch, may be all padding.
+
     Args:
         engine: from `build_engine`.
-        micro_batches: gradient_accumulation_steps pairs of the model's inputs and its targets,
-            on the engine's device. Every rank's have the same number of counted targets.
+        micro_batches: gradient_accumulation_steps of them, on the engine's device.
         weights: of what is added to the cross entropy.
+        seed: of the noise.
+        step: of the noise, too: a resumed run draws what an uninterrupted one would have drawn.
     """
-    reported = []
+    batch = list(micro_batches)
     lr = engine.get_lr()[0]
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in batch])
+    counts = sum_over_ranks(counts)  # (gradient_accumulation_steps,)
+    num_targets = counts.sum().clamp(min=1)
+
+    def output_of(micro_step: int) -> ModelOutput:
+        (inputs, targets), rank = batch[micro_step], dist.get_rank() if num_ranks > 1 else 0
+        seed_dropout(seed, step, micro_step, rank)
+        first = (micro_step * num_ranks + rank) * len(targets)
+        return engine(*inputs, sample_keys=sample_keys(seed, step, first, targets))
+
+    chosen = None  # each MoE layer's first choices in the whole batch
+    if weights.balances_batch and len(batch) > 1:
+        with torch.no_grad():
+            chosen = first_choices([output_of(micro_step)[1] for micro_step in range(len(batch))])
+    # DeepSpeed divides by both of them; what is reported is a mean over the ranks.
+    scale = len(batch) * num_ranks
+    reported = []
     routing: list[RoutingStats] = []
-    for inputs, targets in micro_batches:
-        logits, routing = engine(*inputs)
+    for micro_step, (_, targets) in enumerate(batch):
+        logits, routing = output_of(micro_step)
         sums = token_losses(logits, targets, with_z_loss=weights.z > 0)
-        loss, z_loss = sums.cross_entropy / sums.num_tokens, sums.z_loss / sums.num_tokens
-        aux_loss = _mean([stats.aux_loss for stats in routing], loss)
-        router_z_loss = _mean([stats.z_loss for stats in routing], loss)
-        total = loss + weights.aux * aux_loss
+        # A rank's share of a mean over all ranks; a micro-batch weighs as much as its targets.
+        aux_loss, router_z_loss = routing_losses(
+            routing, chosen or first_choices([routing]), sums.cross_entropy
+        )
+        if chosen is None:
+            share = counts[micro_step] / num_targets
+            aux_loss, router_z_loss = share * aux_loss, share * router_z_loss
+        parts = [sums.cross_entropy / num_targets, aux_loss, sums.z_loss / num_targets]
+        losses = torch.stack([*parts, router_z_loss]) * scale
+        total = losses[0] + weights.aux * losses[1]
         if weights.z:
-            total = total + weights.z * z_loss
+            total = total + weights.z * losses[2]
         if weights.router_z:
-            total = total + weights.router_z * router_z_loss
+            total = total + weights.router_z * losses[3]
         engine.backward(total)
         engine.step()  # updates at the last micro-batch
-        reported.append(torch.stack([loss, aux_loss, z_loss, router_z_loss]).detach())
+        reported.append(losses.detach())
     loss, aux_loss, z_loss, router_z_loss = torch.stack(reported).mean(0)
     routing = [RoutingStats(*(value.detach() for value in stats)) for stats in routing]
     return StepResult(loss, aux_loss, z_loss, router_z_loss, routing, lr)
 
 
-def _mean(of_layers: list[Tensor], like: Tensor) -> Tensor:
-    """The mean over the MoE layers; 0 for a dense model."""
-    return torch.stack(of_layers).mean() if of_layers else torch.zeros_like(like)
+def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seed torch's generators, which draw dropout and skipped sublayers.
+
+    A resumed run draws what an uninterrupted one would have drawn, and no generator's state needs
+    saving; another layout draws otherwise.
+    """
+    torch.manual_seed(_hashed(seed, step, micro_step, rank))
+
+
+def sample_keys(seed: int, step: int, first: int, targets: Tensor) -> Tensor:
+    """(B,) int64: keys of the routers' noise, functions of (seed, step, place in the batch).
+
+    Args:
+        seed: of the noise.
+        step: the optimizer step.
+        first: place of the first of these samples in the whole batch.
+        targets: (B, ...) of the samples.
+    """
+    return torch.arange(len(targets), device=targets.device) + (_hashed(seed, step) + first)
+
+
+def _hashed(*numbers: int) -> int:
+    """62 bits that depend on all numbers and their order."""
+    key = "/".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 2
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The values, with those of the other ranks added in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def first_choices(routings: list[list[RoutingStats]]) -> list[Tensor]:
+    """Each MoE layer's first choices (E,) int64, of some micro-batches of all ranks together."""
+    layers = [sum(stats.first_choices for stats in layer) for layer in zip(*routings, strict=True)]
+    if not layers:
+        return []
+    sizes = [len(layer) for layer in layers]
+    return list(sum_over_ranks(torch.cat(layers)).split(sizes))
+
+
+def routing_losses(
+    routing: list[RoutingStats], chosen: list[Tensor], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a rank's micro-batch adds to the balance loss and the router z-loss of a batch.
+
+    Args:
+        routing: of the micro-batch.
+        chosen: `first_choices` of the batch.
+        like: a scalar of the losses' device.
+
+    Returns:
+        Two () float32, means over the MoE layers; 0 for a dense model.
+    """
+    if not routing:
+        return torch.zeros_like(like), torch.zeros_like(like)
+    aux_losses, z_losses = [], []
+    for stats, counts in zip(routing, chosen, strict=True):
+        aux_losses.append(balance_loss(stats.probs, counts))
+        z_losses.append(stats.log_z_squared / counts.sum().clamp(min=1))
+    return torch.stack(aux_losses).mean(), torch.stack(z_losses).mean()

@@ -44,36 +44,20 @@ def reduce_over_ranks(result: StepResult) -> tuple[dict[str, float], list[Routin
     """Losses and routing of the whole batch, in one all-reduce and one read.
 
     Returns:
-        The losses by their names in a StepResult, and one RoutingStats of the whole micro-batch
+        The losses by their names in a StepResult, and one RoutingStats of the whole micro-step
         for each MoE layer.
     """
-    scalars = [getattr(result, name) for name in LOSSES]
-    for stats in result.routing:
-        scalars += [stats.aux_loss, stats.z_loss]
-        scalars += [stats.entropy, stats.temperature, stats.dropped]
-    loads = [stats.load for stats in result.routing]
-    packed = torch.cat([torch.stack(scalars), *loads]).double()
+    losses = torch.stack([getattr(result, name) for name in LOSSES])
+    values = [losses, *(value for stats in result.routing for value in stats)]
+    packed = torch.cat([value.double().flatten() for value in values])
     dist.all_reduce(packed)
-    packed = packed.cpu()
-    world_size = dist.get_world_size()
-    first = len(LOSSES)
-    losses = dict(zip(LOSSES, (packed[:first] / world_size).tolist(), strict=True))
-    routing, start = [], first + 5 * len(result.routing)
-    for index, stats in enumerate(result.routing):
-        aux, z_loss, entropy, temperature, dropped = packed[first + 5 * index :][:5]
-        load = packed[start : start + stats.load.numel()]
-        start += stats.load.numel()
-        routing.append(
-            RoutingStats(
-                aux / world_size,
-                entropy / world_size,
-                load,
-                dropped,
-                temperature / world_size,
-                z_loss / world_size,
-            )
-        )
-    return losses, routing
+    parts = iter(packed.cpu().split([value.numel() for value in values]))
+    means = (next(parts) / dist.get_world_size()).tolist()
+    routing = []
+    for stats in result.routing:
+        whole = RoutingStats(*(next(parts).view(value.shape) for value in stats))
+        routing.append(whole._replace(temperature=whole.temperature / dist.get_world_size()))
+    return dict(zip(LOSSES, means, strict=True)), routing
 
 
 def moe_layers(model: ModelConfig) -> list[str]:
@@ -95,10 +79,10 @@ def routing_record(layer: str, stats: RoutingStats) -> dict[str, float]:
     `load_max` and `load_min` are the busiest and the idlest expert's load in even shares (1 is
     even); `dropped` is the share of assignments dropped.
     """
-    total = stats.load.sum()
+    total = stats.load.sum().clamp(min=1)  # a batch may be all padding
     even = total / stats.load.numel()
     return {
-        f"{layer}/routing_entropy": float(stats.entropy),
+        f"{layer}/routing_entropy": float(stats.mean_entropy),
         f"{layer}/load_max": float(stats.load.max() / even),
         f"{layer}/load_min": float(stats.load.min() / even),
         f"{layer}/dropped": float(stats.dropped / total),
@@ -173,7 +157,7 @@ class Metrics:
         }
         if self.moe_layers:
             record["balance_loss"] = losses["aux_loss"]
-            entropies = [float(stats.entropy) for stats in routing]
+            entropies = [float(stats.mean_entropy) for stats in routing]
             record["routing_entropy"] = sum(entropies) / len(entropies)
         if self.loss_weights.z > 0:
             record["z_loss"] = losses["z_loss"]

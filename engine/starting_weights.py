@@ -28,7 +28,9 @@ _FREE_KEYS = {
     "moe.dispatch",
     "moe.capacity_factor",
     "moe.capacity_order",
+    "moe.capacity_scope",
     "moe.aux_loss_weight",
+    "moe.balance_scope",
     "moe.router_z_loss_weight",
 }
 

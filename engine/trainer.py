@@ -23,7 +23,6 @@ from engine.engine import (
     build_engine,
     launched_rank,
     loss_weights,
-    seed_noise,
     start_distributed,
     train_step,
 )
@@ -180,8 +179,8 @@ def train(config: RunConfig, prepared: Prepared) -> None:
     metrics.restart_clock()
     with progress, Saver(engine, config, prepared) as saver:
         for step in range(first_step + 1, training.num_steps + 1):
-            seed_noise(training.seed, step)
-            result = train_step(engine, micro_batches(config, train_data, step, device), weights)
+            batch = micro_batches(config, train_data, step, device)
+            result = train_step(engine, batch, weights, training.seed, step)
             is_logged = due(step, training.log_every, training.num_steps)
             is_saved = due(step, training.save_every, training.num_steps)
             if is_logged or is_saved:

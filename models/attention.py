@@ -235,3 +235,36 @@ class CrossAttention(_Attention):
         if cache is not None:
             cache.cross = k, v
         return self._attend(self.q_norm(q), k, v, mask, is_causal=False)
+
+
+def attention_mask(
+    bias: Tensor | None,
+    padding: Tensor | None,
+    causal_from: int | None,
+    shape: tuple[int, int],
+    like: Tensor,
+) -> Tensor | None:
+    """What is added to attention logits; None where plain (causal) attention needs nothing.
+
+    Hidden keys get the lowest finite number: a row that sees nothing at all must stay a number.
+
+    Args:
+        bias: (1, H, T, S), or None.
+        padding: (B, S) bool, keys that nobody sees, or None.
+        causal_from: position of the first query where only the past is seen, else None.
+        shape: (T, S).
+        like: a tensor of the mask's dtype and device.
+
+    Returns:
+        Broadcasts to (B, H, T, S).
+    """
+    if bias is None and padding is None and not causal_from:
+        return None
+    hidden = torch.zeros(1, 1, *shape, dtype=torch.bool, device=like.device)
+    if causal_from is not None:
+        queries = torch.arange(causal_from, causal_from + shape[0], device=like.device)
+        hidden = hidden | (torch.arange(shape[1], device=like.device) > queries.unsqueeze(1))
+    if padding is not None:
+        hidden = hidden | padding[:, None, None, :]
+    values = like.new_zeros(1) if bias is None else bias.to(like.dtype)
+    return values.masked_fill(hidden, torch.finfo(like.dtype).min)

@@ -80,8 +80,8 @@ class MoEConfig(StrictModel):
     dispatch: Literal["dropless", "capacity"] = Field(
         default="dropless",
         description="`dropless`: every token reaches its experts. `capacity`: in training, each "
-        "expert takes at most capacity_factor * top_k * tokens / num_experts tokens of a rank's "
-        "micro-batch, first choices first, then in capacity_order; the rest are dropped.",
+        "expert takes at most capacity_factor * top_k * tokens / num_experts tokens of what "
+        "capacity_scope names, first choices first, then in capacity_order; the rest are dropped.",
     )
     capacity_factor: float | None = Field(
         default=None,
@@ -93,6 +93,12 @@ class MoEConfig(StrictModel):
         description="Who gets the places of a full expert: `first_come`: the earlier position. "
         "`batch_prioritized`: the token whose first choice has the higher probability (arXiv "
         "2106.05974). `random`: drawn. Only with dispatch `capacity`.",
+    )
+    capacity_scope: Literal["global", "rank"] = Field(
+        default="global",
+        description="Whose tokens share an expert's places. `global`: those of the micro-batches "
+        "of all ranks together, so that the number of ranks changes nothing. `rank`: each rank's "
+        "own, as in GShard, without an exchange of choices. Only with dispatch `capacity`.",
     )
     eval_capacity_fraction: float | None = Field(
         default=None,
@@ -113,6 +119,13 @@ class MoEConfig(StrictModel):
     )
     aux_loss_weight: float = Field(
         default=0.01, ge=0, description="Weight of the balance loss, averaged over MoE layers."
+    )
+    balance_scope: Literal["micro_step", "batch"] = Field(
+        default="micro_step",
+        description="Whose tokens the balance loss is about: those of each accumulation step by "
+        "itself, over all ranks, or those of the whole `batch`. That makes the loss independent "
+        "of gradient_accumulation_steps, and costs a third more compute where there are several: "
+        "a pass without gradients counts before the training pass. Not with dispatch `capacity`.",
     )
     router_z_loss_weight: float = Field(
         default=0.0,
@@ -146,6 +159,17 @@ class MoEConfig(StrictModel):
             wrong.append(
                 f"capacity_order={self.capacity_order!r} belongs to dispatch 'capacity': leave it "
                 "out, or use dispatch 'capacity' with a capacity_factor"
+            )
+        if self.dispatch == "dropless" and self.capacity_scope != "global":
+            wrong.append(
+                f"capacity_scope={self.capacity_scope!r} belongs to dispatch 'capacity': leave it "
+                "out, or use dispatch 'capacity' with a capacity_factor"
+            )
+        if self.dispatch == "capacity" and self.balance_scope == "batch":
+            wrong.append(
+                "balance_scope='batch' does not go with dispatch 'capacity', where each "
+                "accumulation step drops its own tokens: use balance_scope 'micro_step', or "
+                "dispatch 'dropless'"
             )
         if self.router == "linear":
             if self.d_router is not None:

@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, N = B*T, D d_model, E experts, L = E / ep_size local experts,
 K top_k, A assignments (token, expert) that are kept, at most N*K, R rows this rank's experts get.
 
-    x (B, T, D) -> router -> sort the assignments by expert -> all-to-all over the
+    x (B, T, D) -> router -> drop and sort the assignments by expert -> all-to-all over the
     expert-parallel group -> grouped matmuls of the local experts -> all-to-all back -> weigh, sum
 
 Training uses the subclasses of models.deepspeed_moe; nothing here needs DeepSpeed.
@@ -19,128 +19,66 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.config import MoEConfig
+from models.dispatch import (
+    Assignments,
+    Choices,
+    expert_capacity,
+    gather_tokens,
+    gathered_choices,
+    kept_choices,
+    routed_tokens,
+    sort_assignments,
+)
 from models.experts import Experts
 from models.init import RandomSource
+from models.noise import CAPACITY_ORDER, JITTER, drawn_sample_keys, token_keys, uniform
 from models.router import LinearRouter, Router, Routing, XMoERouter, balance_loss, normalized
 
 
 class RoutingStats(NamedTuple):
-    """What one MoE layer reports of one forward pass, over this rank's routed tokens.
+    """What one MoE layer reports of one forward pass: sums over this rank's routed tokens.
 
-    In training, the means over tokens are of the whole batch once averaged over the ranks, even
-    where the ranks have unequal numbers of tokens.
+    Being sums, they add up over ranks and micro-batches; only the temperature is the same on every
+    rank.
 
     Attributes:
-        aux_loss: () float32 with gradient, the balance loss before its weight.
-        entropy: () float32, mean entropy of the gate, in nats; ln E is indifferent, 0 decided.
+        probs: (E,) float32 with gradient, the distributions that the balance loss sees.
+        first_choices: (E,) int64, tokens whose first choice is an expert; sums to all tokens.
+        entropy: () float32, of the gate, in nats.
+        log_z_squared: () float32 with gradient, log^2 sum exp(router logits) (ST-MoE, arXiv
+            2202.08906, eq. 5).
         load: (E,) float32, assignments to each expert before any is dropped.
         dropped: () float32, assignments dropped.
         temperature: () float32, the router's tau; 1 for a router without one.
-        z_loss: () float32 with gradient, mean of log^2 sum exp(router logits) before its weight
-            (ST-MoE, arXiv 2202.08906, eq. 5).
     """
 
-    aux_loss: Tensor
+    probs: Tensor
+    first_choices: Tensor
     entropy: Tensor
+    log_z_squared: Tensor
     load: Tensor
     dropped: Tensor
     temperature: Tensor
-    z_loss: Tensor
 
+    @property
+    def num_tokens(self) -> Tensor:
+        """() int64, at least 1: a batch may be all padding."""
+        return self.first_choices.sum().clamp(min=1)
 
-def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Tokens that one expert takes of one rank's micro-batch, at least 1 (GShard, sec. 3.1)."""
-    return max(1, math.ceil(capacity_factor * top_k * num_tokens / num_experts))
+    @property
+    def aux_loss(self) -> Tensor:
+        """() float32, the balance loss of these tokens alone."""
+        return balance_loss(self.probs, self.first_choices)
 
+    @property
+    def z_loss(self) -> Tensor:
+        """() float32, the router z-loss of these tokens alone."""
+        return self.log_z_squared / self.num_tokens
 
-def routed_tokens(x: Tensor, padding: Tensor | None, time_major: bool) -> Tensor | None:
-    """Indices into the B*T tokens of those that are routed, in the order that capacity sees.
-
-    Args:
-        x: (B, T, D).
-        padding: (B, T) bool, True where a token is not routed; None: all are.
-        time_major: all tokens of a position before the next position.
-
-    Returns:
-        (N,) int64, or None: all, in the order in which they lie.
-    """
-    if padding is None and not time_major:
-        return None
-    index = torch.arange(x.size(0) * x.size(1), device=x.device).view(x.shape[:2])
-    if time_major:
-        index, padding = index.t(), None if padding is None else padding.t()
-    return index.reshape(-1) if padding is None else index[~padding]
-
-
-class Assignments(NamedTuple):
-    """The kept (token, expert) pairs in the order in which they are dispatched.
-
-    Attributes:
-        order: (A,) int64, indices into the K*N assignments in choice-major order (all first
-            choices, then all second ones), sorted by expert.
-        counts: (E,) int64, kept assignments of each expert; sums to A.
-        load: (E,) int64, assignments of each expert before dropping.
-    """
-
-    order: Tensor
-    counts: Tensor
-    load: Tensor
-
-
-def sort_assignments(
-    experts: Tensor,
-    num_experts: int,
-    capacity: int | None,
-    priority: Tensor | None = None,
-    used: Tensor | None = None,
-) -> Assignments:
-    """Sort assignments by expert and drop what exceeds the capacity.
-
-    The sort is stable and first choices precede second ones, so an expert fills up with first
-    choices in order of priority or position, then with second choices.
-
-    Args:
-        experts: (N, K) int64, the routers' choices.
-        num_experts: E.
-        capacity: most assignments an expert takes; None: no limit.
-        priority: (N,), the larger, the earlier a token is served (V-MoE, arXiv 2106.05974);
-            None: the earlier position.
-        used: (N, K) bool, False where a choice is no assignment; None: all are.
-    """
-    num_tokens, top_k = experts.shape
-    expert_of = experts.t().reshape(-1)  # (K*N,)
-    order = torch.arange(expert_of.numel(), device=experts.device)
-    if priority is not None:
-        by_priority = priority.argsort(descending=True, stable=True)  # (N,)
-        order = order.view(top_k, num_tokens)[:, by_priority].reshape(-1)
-    if used is not None:
-        order = order[used.t().reshape(-1)[order]]
-    order = order[expert_of[order].argsort(stable=True)]
-    load = expert_of[order].bincount(minlength=num_experts)
-    if capacity is None:
-        return Assignments(order, load, load)
-    starts = load.cumsum(0) - load
-    rank_in_expert = torch.arange(order.numel(), device=order.device) - starts[expert_of[order]]
-    return Assignments(order[rank_in_expert < capacity], load.clamp(max=capacity), load)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """Rows of h for the assignments; the backward adds a token's K gradients in a fixed order.
-
-    index_select's own backward adds with atomics on a GPU: from K = 3 on, other bits every run.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, order: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k, ctx.num_tokens = top_k, h.size(0)
-        return h.index_select(0, order % max(1, h.size(0)))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        slots = grad.new_zeros(ctx.top_k * ctx.num_tokens, grad.size(1)).index_copy(0, order, grad)
-        return slots.unflatten(0, (ctx.top_k, ctx.num_tokens)).sum(0), None, None
+    @property
+    def mean_entropy(self) -> Tensor:
+        """() float32, nats a token; ln E is indifferent, 0 decided."""
+        return self.entropy / self.num_tokens
 
 
 class _AllToAll(torch.autograd.Function):
@@ -181,64 +119,93 @@ class SparseFeedForward(nn.Module):
     comm: ModuleType = dist
 
     def __init__(
-        self, gate: nn.Module, experts: Experts, moe: MoEConfig, time_major: bool = False
+        self,
+        gate: nn.Module,
+        experts: Experts,
+        moe: MoEConfig,
+        time_major: bool = False,
+        layer: int = 0,
     ) -> None:
-        """Build the layer."""
+        """Build the layer; see MoE."""
         nn.Module.__init__(self)  # not super(): a subclass is DeepSpeed's layer as well
         self.gate = gate
         self.experts = experts
         self.moe = moe
         self.time_major = time_major
+        self.layer = layer
         self.ep_size = moe.ep_size
         self.num_local_experts = experts.num_local_experts
         self.ep_group: dist.ProcessGroup | None = None
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
-        """(B, T, D) and (B, T) bool -> (B, T, D), 0 at padding, and this rank's statistics."""
+    def forward(
+        self, x: Tensor, padding: Tensor | None = None, sample_keys: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStats]:
+        """See MoE."""
         tokens = x.reshape(-1, x.size(-1))  # (B*T, D)
         index = routed_tokens(x, None if self.moe.route_padding else padding, self.time_major)
         h = tokens if index is None else tokens.index_select(0, index)  # (N, D)
+        keys = self._keys(x, index, sample_keys)
         with self._timed("time_moe"):
-            routing: Routing = self.gate(self._jittered(h))
-            capacity = self._capacity(h.size(0))
-            priority = None if capacity is None else self._priority(routing)
-            assignments = sort_assignments(
-                routing.experts, self.moe.num_experts, capacity, priority, routing.used
-            )
+            routing: Routing = self.gate(self._jittered(h, keys), keys)
+            kept = self._kept(routing, index, x.shape[:2], keys)
+            assignments = sort_assignments(routing.experts, self.moe.num_experts, kept)
             out = self._combine(self._apply_experts(h, assignments), assignments, routing.weights)
         if index is not None:
             out = out.new_zeros(tokens.shape).index_copy(0, index, out)
         return out.view_as(x), self._stats(routing, assignments)
 
-    def _jittered(self, h: Tensor) -> Tensor:
-        """(N, D) -> (N, D), in training times noise from [1 - jitter, 1 + jitter] in float32."""
-        if not self.training or self.moe.jitter == 0:
-            return h
-        noise = torch.empty_like(h, dtype=torch.float32)
-        return h.float() * noise.uniform_(1 - self.moe.jitter, 1 + self.moe.jitter)
-
-    def _capacity(self, num_tokens: int) -> int | None:
-        """None where nothing is dropped."""
+    def _keys(self, x: Tensor, index: Tensor | None, sample_keys: Tensor | None) -> Tensor | None:
+        """(N,) int64, what the routed tokens' noise is a function of; None: nothing is drawn."""
         moe = self.moe
-        if self.training:
-            if moe.capacity_factor is None:
-                return None
-            return expert_capacity(num_tokens, moe.num_experts, moe.top_k, moe.capacity_factor)
-        if moe.eval_capacity_fraction is None:
+        is_noisy = moe.jitter or moe.second_expert != "all" or moe.capacity_order == "random"
+        if not (self.training and is_noisy):
             return None
-        return math.ceil(moe.eval_capacity_fraction * num_tokens)
+        if sample_keys is None:
+            sample_keys = drawn_sample_keys(x.size(0), x.device)
+        keys = token_keys(sample_keys, x.size(1), self.layer).view(-1)  # (B*T,)
+        return keys if index is None else keys[index]
 
-    def _priority(self, routing: Routing) -> Tensor | None:
+    def _jittered(self, h: Tensor, keys: Tensor | None) -> Tensor:
+        """(N, D) -> (N, D), in training times noise from [1 - jitter, 1 + jitter] in float32."""
+        jitter = self.moe.jitter
+        if keys is None or jitter == 0:
+            return h
+        noise = uniform(keys, h.size(-1), JITTER)  # (N, D)
+        return h.float() * noise.mul_(2 * jitter).add_(1 - jitter)
+
+    def _kept(
+        self, routing: Routing, index: Tensor | None, shape: torch.Size, keys: Tensor | None
+    ) -> Tensor | None:
+        """(N, K) bool, False where a choice is no assignment or dropped; None: all are kept."""
+        moe, (num_tokens, top_k) = self.moe, routing.experts.shape
+        choices = Choices(routing.experts, routing.used, self._priority(routing, keys))
+        if not self.training:
+            if moe.eval_capacity_fraction is None:
+                return routing.used
+            capacity = math.ceil(moe.eval_capacity_fraction * num_tokens)
+            return kept_choices(choices, moe.num_experts, capacity)
+        if moe.capacity_factor is None:
+            return routing.used
+        rows, total = None, torch.full((), num_tokens, device=routing.experts.device)
+        if moe.capacity_scope == "global" and dist.is_initialized() and dist.get_world_size() > 1:
+            choices, rows = gathered_choices(choices, index, shape, self.time_major, self.comm)
+            assert choices.used is not None
+            total = choices.used[:, 0].sum()
+        capacity_of_all = expert_capacity(total, moe.num_experts, top_k, moe.capacity_factor)
+        kept = kept_choices(choices, moe.num_experts, capacity_of_all)
+        return kept if rows is None else kept[rows]
+
+    def _priority(self, routing: Routing, keys: Tensor | None) -> Tensor | None:
         """(N,) whom a full expert serves first; None: the earlier position."""
         if self.moe.capacity_order == "batch_prioritized":
             return routing.first_probs
-        if self.moe.capacity_order == "random" and self.training:
-            return torch.rand_like(routing.first_probs)
+        if self.moe.capacity_order == "random" and keys is not None:
+            return uniform(keys, 1, CAPACITY_ORDER).squeeze(-1)
         return None
 
     def _apply_experts(self, h: Tensor, assignments: Assignments) -> Tensor:
         """(N, D) -> (A, D), the experts' outputs in the order of the assignments."""
-        rows = _GatherTokens.apply(h, assignments.order, self.moe.top_k)  # (A, D)
+        rows = gather_tokens(h, assignments.order, self.moe.top_k)  # (A, D)
         if self.ep_size == 1:
             return self.experts(rows, assignments.counts)
         send_counts = assignments.counts.view(self.ep_size, -1)  # (ep_size, L)
@@ -271,28 +238,19 @@ class SparseFeedForward(nn.Module):
         return (slots * weights.t().unsqueeze(-1).to(rows.dtype)).sum(0)
 
     def _stats(self, routing: Routing, assignments: Assignments) -> RoutingStats:
-        num_experts = self.moe.num_experts
-        counts = routing.experts.new_empty(num_experts + 1)  # first choices, tokens
-        counts[:-1] = routing.experts[:, 0].bincount(minlength=num_experts)
-        counts[-1] = routing.experts.size(0)
-        num_ranks = 1
-        if self.training and dist.is_initialized():
-            # t_i of the whole batch: with a rank's own t_i the loss would depend on the layout.
-            self.comm.all_reduce(counts)
-            num_ranks = dist.get_world_size()
-        total = counts[-1].clamp(min=1)  # a batch may be all padding
-        # A rank's share of a mean over the whole batch: the mean over the ranks is that mean.
-        num_tokens = total / num_ranks
-        temperature = getattr(self.gate, "temperature", None)
+        num_experts, wanted = self.moe.num_experts, routing.experts
+        load = assignments.counts
+        if self.moe.capacity_factor is not None or self.moe.eval_capacity_fraction is not None:
+            flat = wanted if routing.used is None else wanted[routing.used]
+            load = flat.reshape(-1).bincount(minlength=num_experts)
         return RoutingStats(
-            aux_loss=balance_loss(routing.balance_probs, counts[:-1] / total, num_tokens),
-            entropy=routing.entropy.sum() / num_tokens,
-            load=assignments.load.float(),
-            dropped=(assignments.load - assignments.counts).sum().float(),
-            temperature=routing.weights.new_ones(())
-            if temperature is None
-            else temperature.detach().float().squeeze(),
-            z_loss=routing.log_z.square().sum() / num_tokens,
+            probs=routing.balance_probs.sum(0),
+            first_choices=wanted[:, 0].bincount(minlength=num_experts),
+            entropy=routing.entropy.sum(),
+            log_z_squared=routing.log_z.square().sum(),
+            load=load.float(),
+            dropped=(load - assignments.counts).sum().float(),
+            temperature=routing.temperature,
         )
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
@@ -339,6 +297,7 @@ class MoE(nn.Module):
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
         time_major: bool = False,
+        layer: int = 0,
     ) -> None:
         """Build the layer.
 
@@ -352,6 +311,7 @@ class MoE(nn.Module):
             norm_eps: epsilon of the experts' LayerNorms.
             activation_dropout: probability of dropping an expert's activation in training.
             time_major: capacity is filled position by position, not sequence by sequence.
+            layer: its index in the model, which keys its noise.
         """
         nn.Module.__init__(self)  # not super(): a subclass is DeepSpeed's layer as well
         self.num_experts, self.ep_size = moe.num_experts, moe.ep_size
@@ -369,7 +329,7 @@ class MoE(nn.Module):
         gate = build_router(d_model, moe)
         gate.requires_grad_(moe.frozen == "none")
         experts.requires_grad_(moe.frozen != "router_and_experts")
-        self.deepspeed_moe = self.layer_class(gate, experts, moe, time_major)
+        self.deepspeed_moe = self.layer_class(gate, experts, moe, time_major, layer)
 
     def init_weights(self, source: RandomSource) -> None:
         """Draw this rank's experts by their global indices."""
@@ -381,14 +341,18 @@ class MoE(nn.Module):
         rank = dist.get_rank() if self.ep_size > 1 else 0
         return (rank % self.ep_size) * self.num_local_experts
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+    def forward(
+        self, x: Tensor, padding: Tensor | None = None, sample_keys: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStats]:
         """Send every token to its experts.
 
         Args:
             x: (B, T, D).
             padding: (B, T) bool, True at padding, which is not routed unless `route_padding`.
+            sample_keys: (B,) int64, what a sample's noise in training is a function of; None:
+                drawn from torch's generator.
 
         Returns:
             (B, T, D), 0 at padding that is not routed, and this rank's statistics.
         """
-        return self.deepspeed_moe(x, padding)
+        return self.deepspeed_moe(x, padding, sample_keys)

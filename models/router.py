@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.init import RandomSource
+from models.noise import SECOND_EXPERT, uniform
 
 # The fixed temperature tau_0 of the balance loss, and where the learnable tau starts
 # (arXiv 2204.09179, sec. 4.1).
@@ -33,6 +34,7 @@ class Routing(NamedTuple):
         balance_probs: (N, E) float32, the distribution that the balance loss sees.
         entropy: (N,) float32 without gradient, entropy of softmax(scores), in nats.
         log_z: (N,) float32, log sum exp(scores).
+        temperature: () float32 without gradient, the router's tau; 1 for a router without one.
     """
 
     experts: Tensor
@@ -42,6 +44,15 @@ class Routing(NamedTuple):
     balance_probs: Tensor
     entropy: Tensor
     log_z: Tensor
+    temperature: Tensor
+
+
+class WideLinear(nn.Linear):
+    """A matrix that multiplies in float32, whatever the type of its weight and its input."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(N, d_in) of any float dtype -> (N, d_out) float32."""
+        return F.linear(h.float(), self.weight.float())
 
 
 def route(
@@ -51,6 +62,7 @@ def route(
     balance_probs: Tensor,
     second_expert: str = "all",
     normalize: bool = True,
+    keys: Tensor | None = None,
 ) -> Routing:
     """Choose the top_k experts of every token by score.
 
@@ -64,12 +76,16 @@ def route(
             the second best. "sampled": drawn from the softmax over the others. "random": the
             second best, used with probability min(1, 2 * its weight).
         normalize: with top_k > 1, the weights of a token are made to sum 1 (GShard).
+        keys: (N,) int64, what is drawn is a function of them; needed if second_expert draws.
     """
     log_probs = F.log_softmax(scores, dim=-1)
     probs = log_probs.exp()
     top_scores, experts = scores.topk(top_k, dim=-1)  # (N, K)
     if second_expert == "sampled":
-        experts = torch.cat([experts[:, :1], sample_other(scores.detach(), experts[:, :1])], dim=-1)
+        first = experts[:, :1]
+        assert keys is not None
+        draws = uniform(keys, scores.size(-1), SECOND_EXPERT)  # (N, E)
+        experts = torch.cat([first, sample_other(scores.detach(), first, draws)], dim=-1)
         top_scores = scores.gather(-1, experts)
     weights = top_scores.sigmoid() if gate == "sigmoid" else probs.gather(-1, experts)
     if normalize:
@@ -77,26 +93,29 @@ def route(
     used = None
     if second_expert == "random":
         used = torch.ones_like(experts, dtype=torch.bool)
-        used[:, 1] = 2 * weights.detach()[:, 1] > torch.rand_like(weights[:, 1])
+        assert keys is not None
+        used[:, 1:] = 2 * weights.detach()[:, 1:] > uniform(keys, 1, SECOND_EXPERT)
         weights = weights * used
     with torch.no_grad():
         first_probs = probs.gather(-1, experts[:, :1]).squeeze(-1)
         entropy = -(probs * log_probs).sum(-1)
     log_z = scores.logsumexp(-1)
-    return Routing(experts, weights, used, first_probs, balance_probs, entropy, log_z)
+    one = scores.new_ones(())
+    return Routing(experts, weights, used, first_probs, balance_probs, entropy, log_z, one)
 
 
-def sample_other(scores: Tensor, first: Tensor) -> Tensor:
+def sample_other(scores: Tensor, first: Tensor, draws: Tensor) -> Tensor:
     """Draw an expert other than the first from the softmax over the others, by Gumbel-max.
 
     Args:
         scores: (N, E) float32.
         first: (N, 1) int64, the experts that are not drawn.
+        draws: (N, E) float32, uniform in (0, 1).
 
     Returns:
         (N, 1) int64.
     """
-    gumbel = -torch.empty_like(scores).exponential_().clamp_min(TINY).log()
+    gumbel = -draws.log().neg().log()
     return (scores + gumbel).scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
 
 
@@ -118,10 +137,12 @@ class Router(nn.Module):
         self.second_expert = second_expert
         self.normalize = normalize
 
-    def decide(self, scores: Tensor, balance_probs: Tensor) -> Routing:
-        """Two (N, E) float32 -> Routing."""
+    def decide(self, scores: Tensor, balance_probs: Tensor, keys: Tensor | None) -> Routing:
+        """Two (N, E) float32 and keys of (N,) int64 -> Routing; see `route`."""
         second_expert = self.second_expert if self.training else "all"
-        return route(scores, self.top_k, self.gate, balance_probs, second_expert, self.normalize)
+        return route(
+            scores, self.top_k, self.gate, balance_probs, second_expert, self.normalize, keys
+        )
 
 
 class LinearRouter(Router):
@@ -139,16 +160,16 @@ class LinearRouter(Router):
     ) -> None:
         """Build the router; see `route` for the other arguments."""
         super().__init__(top_k, gate, second_expert, normalize)
-        self.wg = nn.Linear(d_model, num_experts, bias=False)
+        self.wg = WideLinear(d_model, num_experts, bias=False)
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal, gain 1."""
         source.xavier_normal_(self.wg.weight.data, "wg.weight")
 
-    def forward(self, h: Tensor) -> Routing:
-        """(N, D) of any float dtype -> Routing."""
-        scores = F.linear(h.float(), self.wg.weight.float())  # (N, E)
-        return self.decide(scores, scores.softmax(-1))
+    def forward(self, h: Tensor, keys: Tensor | None = None) -> Routing:
+        """(N, D) of any float dtype and (N,) int64, for what is drawn -> Routing."""
+        scores = self.wg(h)  # (N, E)
+        return self.decide(scores, scores.softmax(-1), keys)
 
 
 class XMoERouter(Router):
@@ -195,7 +216,7 @@ class XMoERouter(Router):
         super().__init__(top_k, gate, second_expert, normalize)
         self.normalize_tokens = normalize_tokens
         self.balance_temperature = BALANCE_TEMPERATURE[gate] if learned_temperature else 1.0
-        self.projection = nn.Linear(d_model, d_router, bias=False)
+        self.projection = WideLinear(d_model, d_router, bias=False)
         self.centroids = nn.Parameter(torch.empty(num_experts, d_router))
         # Shape (1,), not (): ZeRO cannot flatten a 0-dimensional bf16 tensor.
         self.temperature = nn.Parameter(torch.empty(1)) if learned_temperature else None
@@ -209,40 +230,37 @@ class XMoERouter(Router):
 
     def cosine_scores(self, h: Tensor) -> Tensor:
         """(N, D) of any float dtype -> (N, E) float32, cosines (eq. 6) with normalize_tokens."""
-        projected = F.linear(h.float(), self.projection.weight.float())  # (N, d_router)
+        projected = self.projection(h)  # (N, d_router)
         if self.normalize_tokens:
             projected = F.normalize(projected, dim=-1)
         return F.linear(projected, F.normalize(self.centroids.float(), dim=-1))
 
-    def forward(self, h: Tensor) -> Routing:
-        """(N, D) of any float dtype -> Routing."""
+    def forward(self, h: Tensor, keys: Tensor | None = None) -> Routing:
+        """(N, D) of any float dtype and (N,) int64, for what is drawn -> Routing."""
         scores = self.cosine_scores(h)
         balance_probs = (scores / self.balance_temperature).softmax(-1)
         if self.temperature is not None:
             tau = self.temperature.float()
             # Straight through: below the minimum the loss must still be able to raise tau again.
             scores = scores / (tau + (tau.clamp_min(MIN_TEMPERATURE) - tau).detach())
-        return self.decide(scores, balance_probs)
+        routing = self.decide(scores, balance_probs, keys)
+        if self.temperature is not None:
+            routing = routing._replace(temperature=tau.detach().squeeze())
+        return routing
 
 
-def balance_loss(
-    balance_probs: Tensor, first_choice_fraction: Tensor, num_tokens: Tensor | None = None
-) -> Tensor:
+def balance_loss(probs: Tensor, first_choices: Tensor) -> Tensor:
     """E * sum_i t_i * mean_tokens(p_i), 1 when the load is even (arXiv 2204.09179, eq. 9).
 
+    Being linear in p, it is the sum of what any parts of the batch add to it: t_i, the share of
+    tokens whose first choice is expert i, is the whole batch's and carries no gradient.
+
     Args:
-        balance_probs: (N, E) float32, this rank's tokens.
-        first_choice_fraction: (E,) float32, t_i: the share of the whole batch's tokens, over all
-            ranks, whose first choice is expert i. It carries no gradient, so the mean over the
-            ranks of this loss is the loss of the whole batch, gradient included.
-        num_tokens: () what the sum over tokens is divided by, where the ranks have unequal
-            numbers of tokens: the whole batch's tokens a rank. None: N.
+        probs: (E,) float32, p summed over the tokens of a part of the batch, or of all of it.
+        first_choices: (E,) int64, the whole batch's first choices; they sum to its tokens.
 
     Returns:
-        () float32.
+        () float32, what the part adds; 0 where there are no tokens.
     """
-    num_experts = balance_probs.size(-1)
-    mean_probs = balance_probs.sum(0) / (
-        balance_probs.size(0) if num_tokens is None else num_tokens
-    )
-    return num_experts * (first_choice_fraction * mean_probs).sum()
+    num_tokens = first_choices.sum().clamp(min=1)
+    return probs.size(-1) * (first_choices / num_tokens * probs).sum() / num_tokens

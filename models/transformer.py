@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.attention import Cache, CrossAttention, LayerCache, SelfAttention
+from models.attention import Cache, CrossAttention, LayerCache, SelfAttention, attention_mask
 from models.config import ModelConfig
 from models.feed_forward import FeedForward
 from models.init import RandomSource
@@ -53,6 +53,7 @@ class Context(NamedTuple):
         padding: (B, T) bool, tokens that no MoE layer routes, or None.
         memory: (B, S, D), the encoder's output, or None.
         memory_mask: added to cross-attention's logits, broadcast to (B, H, T, S), or None.
+        sample_keys: (B,) int64, what the routers' noise is a function of, or None.
     """
 
     mask: Tensor | None
@@ -63,6 +64,7 @@ class Context(NamedTuple):
     padding: Tensor | None
     memory: Tensor | None
     memory_mask: Tensor | None
+    sample_keys: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -127,6 +129,7 @@ class Block(nn.Module):
                 norm_eps=config.norm_eps,
                 activation_dropout=config.activation_dropout,
                 time_major=config.moe.time_major and depths.in_encoder,
+                layer=index if depths.in_encoder else depths.encoder + index,
             )
         else:
             ffn = FeedForward(
@@ -153,17 +156,17 @@ class Block(nn.Module):
             cache=cache,
             split_position=split,
         )
-        x = self.attention_residual.add(x, h, split)
+        x = self.attention_residual(x, h, split)
         if self.cross_attention is not None:
             h = self.cross_attention_residual.before(x)
             h = self.cross_attention(h, context.memory, context.memory_mask, cache)
-            x = self.cross_attention_residual.add(x, h)
+            x = self.cross_attention_residual(x, h)
         h, routing = self.ffn_residual.before(x, split), None
         if isinstance(self.ffn, MoE):
-            h, routing = self.ffn(h, context.padding)
+            h, routing = self.ffn(h, context.padding, context.sample_keys)
         else:
             h = per_modality(self.ffn, h, split)
-        return self.ffn_residual.add(x, h, split), routing
+        return self.ffn_residual(x, h, split), routing
 
 
 class Transformer(nn.Module):
@@ -267,6 +270,7 @@ class Transformer(nn.Module):
         split_position: int | None = None,
         memory: Tensor | None = None,
         memory_padding: Tensor | None = None,
+        sample_keys: Tensor | None = None,
         cache: Cache | None = None,
     ) -> ModelOutput:
         """Logits at every position.
@@ -279,6 +283,8 @@ class Transformer(nn.Module):
             split_position: tokens of the first modality of a multiway encoder; None: all.
             memory: (B, S', D), the encoder's output.
             memory_padding: (B, S') bool, True at the encoder's padding.
+            sample_keys: (B,) int64, what the routers' noise in training is a function of, one for
+                each sample of each step; None: drawn from torch's generator.
             cache: of the positions before these; it grows by T.
 
         Raises:
@@ -293,7 +299,7 @@ class Transformer(nn.Module):
             source_len = memory.size(1)
         context = self._context(
             x, first, padding, split_position, memory, memory_padding, source_len
-        )
+        )._replace(sample_keys=sample_keys)
         recomputes = self.training and torch.is_grad_enabled() and cache is None
         routing = []
         for index, block in enumerate(self.blocks):
@@ -333,7 +339,8 @@ class Transformer(nn.Module):
         if self.config.scale_embedding:
             x = x * math.sqrt(x.size(-1))
         if self.positions is not None:
-            x = x + self.positions.weight[first_position:last]
+            # Called, not indexed: ZeRO 3 collects a module's weights when the module is called.
+            x = x + self.positions(torch.arange(first_position, last, device=x.device))
         elif self.sinusoids is not None:
             x = x + self.sinusoids[first_position:last].to(x.dtype)
         if self.embedding_norm is not None:
@@ -379,39 +386,6 @@ class Transformer(nn.Module):
             memory=memory,
             memory_mask=memory_mask,
         )
-
-
-def attention_mask(
-    bias: Tensor | None,
-    padding: Tensor | None,
-    causal_from: int | None,
-    shape: tuple[int, int],
-    like: Tensor,
-) -> Tensor | None:
-    """What is added to attention logits; None where plain (causal) attention needs nothing.
-
-    Hidden keys get the lowest finite number: a row that sees nothing at all must stay a number.
-
-    Args:
-        bias: (1, H, T, S), or None.
-        padding: (B, S) bool, keys that nobody sees, or None.
-        causal_from: position of the first query where only the past is seen, else None.
-        shape: (T, S).
-        like: a tensor of the mask's dtype and device.
-
-    Returns:
-        Broadcasts to (B, H, T, S).
-    """
-    if bias is None and padding is None and not causal_from:
-        return None
-    hidden = torch.zeros(1, 1, *shape, dtype=torch.bool, device=like.device)
-    if causal_from is not None:
-        queries = torch.arange(causal_from, causal_from + shape[0], device=like.device)
-        hidden = hidden | (torch.arange(shape[1], device=like.device) > queries.unsqueeze(1))
-    if padding is not None:
-        hidden = hidden | padding[:, None, None, :]
-    values = like.new_zeros(1) if bias is None else bias.to(like.dtype)
-    return values.masked_fill(hidden, torch.finfo(like.dtype).min)
 
 
 def _checkpointed(
@@ -462,6 +436,8 @@ class EncoderDecoder(nn.Module):
         target: Tensor,
         source_padding: Tensor | None = None,
         target_padding: Tensor | None = None,
+        *,
+        sample_keys: Tensor | None = None,
     ) -> ModelOutput:
         """Logits of the token after each target position.
 
@@ -470,10 +446,15 @@ class EncoderDecoder(nn.Module):
             target: (B, T) int64, the tokens so far.
             source_padding: (B, S) bool, True at padding.
             target_padding: (B, T) bool, True at padding.
+            sample_keys: (B,) int64, see Transformer.
         """
-        memory, routing = self.encoder(source, source_padding)
+        memory, routing = self.encoder(source, source_padding, sample_keys=sample_keys)
         logits, more = self.decoder(
-            target, target_padding, memory=memory, memory_padding=source_padding
+            target,
+            target_padding,
+            memory=memory,
+            memory_padding=source_padding,
+            sample_keys=sample_keys,
         )
         return ModelOutput(logits, routing + more)
 

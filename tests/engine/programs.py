@@ -96,15 +96,15 @@ def losses_and_norms(cases: list[dict[str, Any]], num_steps: int) -> list[dict[s
     """Train each case; the whole batch's losses, the clipping norms and the coefficients."""
     import deepspeed.comm as dist
 
-    from engine.engine import loss_weights, seed_noise, train_step
+    from engine.engine import loss_weights, train_step
 
     results = []
     for changes in cases:
         engine, clip, config = start(changes)
         curve: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
         for step in range(num_steps):
-            seed_noise(1, step)
-            result = train_step(engine, batches(engine, step, config), loss_weights(config))
+            batch = batches(engine, step, config)
+            result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
             loss = result.loss.double()
             dist.all_reduce(loss)
             curve["loss"].append(float(loss) / dist.get_world_size())
@@ -133,7 +133,7 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
         seen = record_gradients_of_adam(engine.basic_optimizer)
         moe = config.model.moe
         scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if config.dtype == "fp16" else 1
-        train_step(engine, batches(engine, 0, config), loss_weights(config))
+        train_step(engine, batches(engine, 0, config), loss_weights(config), seed=1, step=0)
         everyone: list[Any] = [None] * dist.get_world_size()
         torch.distributed.all_gather_object(everyone, (raw, seen))
         raw_dense, raw_expert = brute_force_norms([r for r, _ in everyone], moe.ep_size)
@@ -231,7 +231,8 @@ def weights_under_decay(
     )
     found, factors = [weight.detach().clone()], []
     for step in range(num_steps):
-        result = train_step(engine, batches(engine, step, config), loss_weights(config))
+        batch = batches(engine, step, config)
+        result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
         factors.append(result.lr / 3e-3)
         found.append(weight.detach().clone())
     return found, gradients, factors

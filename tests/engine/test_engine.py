@@ -1,12 +1,12 @@
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
 from engine.config import LRSchedule
-from engine.engine import LossWeights, lr_factor, parameter_groups, train_step
+from engine.engine import LossWeights, StepResult, lr_factor, parameter_groups, train_step
 from models.config import ModelConfig, MoEConfig
 from models.deepspeed_moe import moe_class
 from models.moe import RoutingStats
@@ -98,8 +98,13 @@ class FakeEngine:
 
     def __init__(self, outputs: list[ModelOutput]) -> None:
         self.outputs, self.minimised = outputs, []
+        self.seen: list[dict[str, Any]] = []
 
-    def __call__(self, tokens: torch.Tensor) -> ModelOutput:
+    def __call__(self, tokens: torch.Tensor, sample_keys: torch.Tensor) -> ModelOutput:
+        has_gradients = torch.is_grad_enabled()
+        self.seen.append(
+            {"keys": sample_keys.tolist(), "draw": torch.rand(()), "has_gradients": has_gradients}
+        )
         return self.outputs[int(tokens)]
 
     def get_lr(self) -> list[float]:
@@ -112,53 +117,105 @@ class FakeEngine:
         pass
 
 
-def fake_step(weights: LossWeights) -> tuple[Any, FakeEngine, list[dict[str, float]]]:
-    """A step of two micro-batches, and what its losses should be, in float64 loops."""
+class FakeStep(NamedTuple):
+    """What train_step made of two micro-batches, and what float64 loops make of them."""
+
+    result: StepResult
+    engine: FakeEngine
+    losses: dict[str, list[float]]  # of each micro-batch: its share of the mean over all tokens
+
+
+def fake_step(weights: LossWeights, counts: tuple[int, int] = (7, 3), step: int = 4) -> FakeStep:
+    """Micro-batches of so many targets, and of 6 and 10 routed tokens."""
     torch.manual_seed(0)
-    outputs, batches, expected = [], [], []
-    for index in range(2):
+    outputs, batches = [], []
+    names = ("loss", "z_loss", "aux_loss", "router_z_loss")
+    losses: dict[str, list[float]] = {name: [0.0, 0.0] for name in names}
+    routed = (6, 10)
+    first = torch.tensor([[[1, 2, 3], [6, 0, 0]], [[4, 4, 2], [0, 5, 5]]])  # micro-step, layer
+    probs = torch.rand(2, 2, 3)
+    log_z = torch.rand(2, 2)
+    for index, count in enumerate(counts):
         logits = 3 * torch.randn(2, 5, 7)
         targets = torch.randint(0, 7, (2, 5))
-        targets[0, :3] = -100
-        layers = torch.rand(2, 2).double()
+        targets.view(-1)[torch.randperm(10)[count:]] = -100
         routing = [
-            RoutingStats(aux, *([torch.zeros(())] * 4), z_loss=z) for aux, z in layers.float()
+            RoutingStats(
+                probs=probs[index, layer],
+                first_choices=first[index, layer],
+                entropy=torch.zeros(()),
+                log_z_squared=log_z[index, layer],
+                load=torch.zeros(3),
+                dropped=torch.zeros(()),
+                temperature=torch.ones(()),
+            )
+            for layer in range(2)
         ]
         outputs.append(ModelOutput(logits, routing))
         batches.append(((torch.tensor(index),), targets))
-        losses, z_losses = [], []
         for row, target in zip(logits.flatten(0, 1).double(), targets.flatten(), strict=True):
             if target != -100:
-                log_z = math.log(sum(math.exp(x) for x in row))
-                losses.append(log_z - float(row[target]))
-                z_losses.append(log_z**2)
-        expected.append(
-            {
-                "loss": sum(losses) / len(losses),
-                "z_loss": sum(z_losses) / len(z_losses),
-                "aux_loss": float(layers[:, 0].mean()),
-                "router_z_loss": float(layers[:, 1].mean()),
-            }
-        )
+                z = math.log(sum(math.exp(x) for x in row))
+                losses["loss"][index] += (z - float(row[target])) / sum(counts)
+                losses["z_loss"][index] += z**2 / sum(counts)
+        for layer in range(2):
+            if weights.balances_batch:
+                share, tokens, chosen = 1.0, sum(routed), first[:, layer].sum(0)
+            else:
+                share, tokens = counts[index] / max(1, sum(counts)), routed[index]
+                chosen = first[index, layer]
+            for expert in range(3):
+                t, p = float(chosen[expert]) / tokens, float(probs[index, layer, expert]) / tokens
+                losses["aux_loss"][index] += share * 3 * t * p / 2
+            losses["router_z_loss"][index] += share * float(log_z[index, layer]) / tokens / 2
     engine = FakeEngine(outputs)
-    return train_step(engine, batches, weights), engine, expected
+    return FakeStep(train_step(engine, batches, weights, 3, step), engine, losses)
 
 
-def test_a_step_minimises_the_weighted_sum_of_its_losses() -> None:
-    result, engine, expected = fake_step(LossWeights(aux=0.3, z=0.2, router_z=0.7))
-    for found, parts in zip(engine.minimised, expected, strict=True):
-        total = parts["loss"] + 0.3 * parts["aux_loss"] + 0.2 * parts["z_loss"]
-        # float32 sums of ten terms.
-        assert found == pytest.approx(total + 0.7 * parts["router_z_loss"], rel=1e-6)
-    for name in expected[0]:
-        mean = sum(parts[name] for parts in expected) / 2
-        assert float(getattr(result, name)) == pytest.approx(mean, rel=1e-6)
+@pytest.mark.parametrize("balances_batch", [False, True])
+@pytest.mark.parametrize("counts", [(7, 3), (0, 4), (10, 10)])
+def test_a_step_minimises_means_over_all_tokens_of_its_micro_batches(
+    counts: tuple[int, int], balances_batch: bool
+) -> None:
+    weights = LossWeights(aux=0.3, z=0.2, router_z=0.7, balances_batch=balances_batch)
+    result, engine, losses = fake_step(weights, counts)
+    for index, found in enumerate(engine.minimised):
+        total = losses["loss"][index] + 0.3 * losses["aux_loss"][index]
+        total += 0.2 * losses["z_loss"][index] + 0.7 * losses["router_z_loss"][index]
+        # DeepSpeed divides by the two micro-batches. float32 sums of ten terms.
+        assert found / 2 == pytest.approx(total, rel=1e-6)
+    for name, parts in losses.items():
+        assert float(getattr(result, name)) == pytest.approx(sum(parts), rel=1e-6), name
+
+
+def test_a_step_without_any_target_has_losses_of_0() -> None:
+    result, engine, _ = fake_step(LossWeights(aux=0.3, z=0.2, router_z=0.7), (0, 0))
+    assert engine.minimised == [0.0, 0.0]
+    assert [float(loss) for loss in result[:4]] == [0.0] * 4
 
 
 def test_losses_without_weight_are_not_minimised() -> None:
-    result, engine, expected = fake_step(LossWeights())
-    assert engine.minimised == pytest.approx([parts["loss"] for parts in expected], rel=1e-6)
+    result, engine, losses = fake_step(LossWeights())
+    assert engine.minimised == pytest.approx([2 * loss for loss in losses["loss"]], rel=1e-6)
     assert float(result.z_loss) == 0
+
+
+def test_a_balance_loss_of_the_whole_batch_counts_first_with_the_same_noise() -> None:
+    seen = fake_step(LossWeights(aux=0.3, balances_batch=True)).engine.seen
+    assert [each.pop("has_gradients") for each in seen] == [False, False, True, True]
+    assert seen[:2] == seen[2:]
+    assert seen[0]["draw"] != seen[1]["draw"], "each micro-batch has a dropout of its own"
+    assert len(fake_step(LossWeights(aux=0.3)).engine.seen) == 2
+
+
+def test_samples_have_keys_by_their_place_in_the_batch_and_by_step() -> None:
+    seen = fake_step(LossWeights()).engine.seen
+    keys = seen[0]["keys"] + seen[1]["keys"]
+    assert keys == list(range(keys[0], keys[0] + 4))
+    again, other = (fake_step(LossWeights(), step=step).engine.seen for step in (4, 5))
+    assert again == seen
+    assert abs(other[0]["keys"][0] - keys[0]) > 2**40
+    assert other[0]["draw"] != seen[0]["draw"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,16 @@ CASES: dict[str, dict[str, Any]] = {
     "top 3, SwiGLU": {"top_k": 3, "activation": "swiglu"},
     "padding": {},
     "padding, capacity": {"dispatch": "capacity", "capacity_factor": 0.6},
+    "padding, capacity, prioritized": {
+        "dispatch": "capacity",
+        "capacity_factor": 0.6,
+        "capacity_order": "batch_prioritized",
+    },
+    "capacity of each rank": {
+        "dispatch": "capacity",
+        "capacity_factor": 0.6,
+        "capacity_scope": "rank",
+    },
     "rank 0 is padding": {"top_k": 1},
     "rank 1 is padding": {"normalize_weights": "after_dropping"},
     "all is padding": {},
@@ -73,7 +83,7 @@ def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
 
 def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
     """Of each case and ep_size: this rank's outputs, statistics and gradients of its own tokens."""
-    from engine.engine import start_distributed
+    from engine.engine import first_choices, routing_losses, start_distributed
 
     start_distributed()
     rank = torch.distributed.get_rank()
@@ -83,7 +93,10 @@ def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
             layer = build(case, ep_size)
             x = tokens(rank).requires_grad_()
             out, stats = layer(x, padding(case, rank))
-            ((out * tokens(rank + 10)).sum() + stats.aux_loss + stats.z_loss).backward()
+            (chosen,) = first_choices([[stats]])
+            # Shares of the whole batch's means, so that their mean over the two ranks is that.
+            aux_loss, z_loss = (2 * loss for loss in routing_losses([stats], [chosen], x))
+            ((out * tokens(rank + 10)).sum() + aux_loss + z_loss).backward()
             layer.eval()
             with torch.no_grad():
                 length = 3 + 5 * rank
@@ -94,9 +107,9 @@ def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
                 "input_grad": x.grad,
                 "load": stats.load,
                 "dropped": stats.dropped,
-                "aux_loss": stats.aux_loss.detach(),
-                "z_loss": stats.z_loss.detach(),
-                "entropy": stats.entropy,
+                "aux_loss": aux_loss.detach(),
+                "z_loss": z_loss.detach(),
+                "entropy": 2 * stats.entropy / chosen.sum().clamp(min=1),
                 "grads": {
                     name: torch.zeros_like(p) if p.grad is None else p.grad
                     for name, p in layer.named_parameters()

@@ -3,25 +3,17 @@
 import math
 from collections.abc import Callable
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from models.config import MoEConfig
 from models.feed_forward import FeedForward
 from models.init import RandomSource
-from models.moe import (
-    Assignments,
-    MoE,
-    RoutingStats,
-    _GatherTokens,
-    expert_capacity,
-    sort_assignments,
-)
+from models.moe import MoE, RoutingStats
+from models.noise import token_keys
 from tests.models import brute_force
 
 B, T, D, F = 2, 12, 8, 16
@@ -65,7 +57,7 @@ def assert_same_stats(stats: RoutingStats, expected: brute_force.MoEResult) -> N
     assert stats.load.tolist() == expected.load
     assert stats.dropped.item() == expected.dropped
     assert stats.aux_loss.item() == pytest.approx(expected.aux_loss.item(), rel=1e-4)
-    assert stats.entropy.item() == pytest.approx(expected.entropy.item(), rel=1e-4)
+    assert stats.mean_entropy.item() == pytest.approx(expected.entropy.item(), rel=1e-4)
     assert stats.z_loss.item() == pytest.approx(expected.z_loss.item(), rel=1e-4)
 
 
@@ -96,7 +88,7 @@ def test_one_expert_equals_the_dense_feed_forward(
     )
     torch.testing.assert_close(sparse_grad, dense_grad, rtol=1e-5, atol=1e-6)
     assert stats.aux_loss.item() == pytest.approx(1.0, abs=1e-6)
-    assert stats.entropy.item() == pytest.approx(0.0, abs=1e-6)
+    assert stats.mean_entropy.item() == pytest.approx(0.0, abs=1e-6)
 
 
 AFTER = {"normalize_weights": "after_dropping"}
@@ -165,75 +157,6 @@ def test_output_statistics_and_all_gradients_equal_a_loop_over_tokens(case: dict
         torch.testing.assert_close(
             parameter.grad.double(), reference, rtol=1e-4, atol=5e-5 * max(1, scale), msg=name
         )
-
-
-def test_first_choices_come_before_second_ones_and_then_position_decides() -> None:
-    # Expert 0 is the first choice of tokens 1, 2, 3 and the second of token 0; it takes two.
-    experts = torch.tensor([[1, 0], [0, 1], [0, 1], [0, 1]])
-    found = sort_assignments(experts, 2, capacity=2)
-    by_expert = found.order.split(found.counts.tolist())
-    # An index counts first choices of tokens 0..3, then second ones: 4 + token.
-    assert [part.tolist() for part in by_expert] == [[1, 2], [0, 5]]
-    assert found.load.tolist() == [4, 4]
-
-
-def test_the_capacity_is_rounded_up_and_never_0() -> None:
-    assert expert_capacity(num_tokens=10, num_experts=4, top_k=1, capacity_factor=1.0) == 3
-    assert expert_capacity(num_tokens=10, num_experts=4, top_k=2, capacity_factor=1.0) == 5
-    assert expert_capacity(num_tokens=10, num_experts=4, top_k=2, capacity_factor=1.25) == 7
-    assert expert_capacity(num_tokens=3, num_experts=64, top_k=1, capacity_factor=0.5) == 1
-
-
-class Case(NamedTuple):
-    """Experts of each token, all different, and what decides which of them are kept."""
-
-    experts: list[list[int]]
-    num_experts: int
-    capacity: int | None
-    priority: list[int] | None
-    used: list[list[bool]] | None
-
-
-@st.composite
-def choices(draw: st.DrawFn) -> Case:
-    num_experts = draw(st.integers(1, 9))
-    top_k = draw(st.integers(1, min(4, num_experts)))
-
-    def row(element: st.SearchStrategy, unique: bool) -> st.SearchStrategy:
-        return st.lists(element, min_size=top_k, max_size=top_k, unique=unique)
-
-    experts = draw(st.lists(row(st.integers(0, num_experts - 1), True), min_size=1, max_size=30))
-    count = len(experts)
-    priority = draw(st.none() | st.lists(st.integers(0, 5), min_size=count, max_size=count))
-    used = draw(st.none() | st.lists(row(st.booleans(), False), min_size=count, max_size=count))
-    return Case(experts, num_experts, draw(st.none() | st.integers(1, 12)), priority, used)
-
-
-@settings(max_examples=300, deadline=None)
-@given(choices())
-def test_sorted_assignments_are_the_ones_that_a_loop_keeps(case: Case) -> None:
-    experts, num_experts = case.experts, case.num_experts
-    found: Assignments = sort_assignments(
-        torch.tensor(experts),
-        num_experts,
-        case.capacity,
-        None if case.priority is None else torch.tensor(case.priority),
-        None if case.used is None else torch.tensor(case.used),
-    )
-    token_order = list(range(len(experts)))
-    if case.priority is not None:
-        token_order.sort(key=lambda token: -case.priority[token])  # stable, as ours
-    kept = brute_force.kept_choices(experts, num_experts, case.capacity, token_order, case.used)
-    used = case.used or [[True] * len(chosen) for chosen in experts]
-    flat = [e for row, uses in zip(experts, used, strict=True) for e in compress(row, uses)]
-    assert found.load.tolist() == [flat.count(e) for e in range(num_experts)]
-    expected: list[list[int]] = [[] for _ in range(num_experts)]
-    for choice in range(len(experts[0])):
-        for token in token_order:
-            if kept[token][choice]:
-                expected[experts[token][choice]].append(choice * len(experts) + token)
-    assert found.counts.tolist() == [len(part) for part in expected]
-    assert [part.tolist() for part in found.order.split(found.counts.tolist())] == expected
 
 
 @pytest.mark.parametrize("normalize", ["before_dropping", "after_dropping"])
@@ -384,9 +307,8 @@ def test_padding_is_as_if_it_were_not_there(keys: dict) -> None:
     for with_padding, nan_padding, alone in zip(*results, strict=True):
         assert torch.equal(with_padding, alone)
         assert torch.equal(nan_padding, alone)
-    stats = results[0][2:8]
-    assert stats[2].sum() == layer.deepspeed_moe.moe.top_k * num_real
-    assert (stats[3] > 0) == ("dispatch" in keys)
+    assert stats.load.sum() == layer.deepspeed_moe.moe.top_k * num_real
+    assert (stats.dropped > 0) == ("dispatch" in keys)
 
 
 def test_a_mask_without_padding_changes_nothing() -> None:
@@ -414,7 +336,7 @@ def test_nothing_but_padding_gives_zeros_and_no_gradient(keys: dict) -> None:
     out, stats = layer(x, torch.ones(B, T, dtype=torch.bool))
     (out.sum() + stats.aux_loss + stats.z_loss).backward()
     assert (out == 0).all()
-    for name in ("aux_loss", "entropy", "dropped", "z_loss", "load"):
+    for name in ("aux_loss", "mean_entropy", "dropped", "z_loss", "load"):
         assert (getattr(stats, name) == 0).all(), name
     for gradient in (x.grad, *(p.grad for p in layer.parameters())):
         assert gradient is None or (gradient == 0).all()
@@ -484,7 +406,8 @@ def test_a_random_order_serves_first_choices_before_second_ones() -> None:
             num_first = min(capacity, int((first == expert).sum()))
             assert (part[:num_first] < N).all()
             assert (part[num_first:] >= N).all()
-    assert len({tuple(kept.order.tolist()) for kept in found}) == 20
+    # Two or three of at most 14 second choices are dropped: some draws agree.
+    assert len({tuple(kept.order.tolist()) for kept in found}) > 10
 
 
 NOISE = [
@@ -528,13 +451,12 @@ def test_jitter_reaches_the_router_and_not_the_experts() -> None:
     assert torch.equal(seen[1], x.view(N, D))
 
 
-def test_an_unused_second_expert_is_no_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unused_second_expert_is_no_assignment() -> None:
     keys: dict[str, Any] = {"second_expert": "random"} | capacity_of(0.7)
     layer, x = build(**keys), tokens()
-    drawn = torch.rand(N, generator=torch.Generator().manual_seed(8))
-    monkeypatch.setattr(torch, "rand_like", lambda like: drawn.view_as(like))
-    out, stats = layer(x)
-    routing = layer.deepspeed_moe.gate(x.view(N, D))
+    sample_keys = torch.arange(B)
+    out, stats = layer(x, sample_keys=sample_keys)
+    routing = layer.deepspeed_moe.gate(x.view(N, D), token_keys(sample_keys, T, 0).view(N))
     assert routing.used is not None
     used = routing.used.tolist()
     assert 0 < sum(second for _, second in used) < N
@@ -580,18 +502,6 @@ def test_what_is_frozen_gets_no_gradient_and_the_input_still_does(
     for name, parameter in layer.named_parameters():
         assert parameter.requires_grad == is_trained(name), name
         assert (parameter.grad is not None) == is_trained(name), name
-
-
-@pytest.mark.parametrize("top_k", [2, 3, 4])
-def test_a_tokens_gradients_are_summed_over_its_experts_and_not_by_atomics(top_k: int) -> None:
-    h = tokens().view(N, D).requires_grad_()
-    order = torch.randperm(top_k * N)[: top_k * N - 5]
-    upstream = torch.randn(len(order), D)
-    rows = _GatherTokens.apply(h, order, top_k)
-    assert torch.equal(rows, h[order % N])
-    rows.backward(upstream)
-    expected = torch.zeros(N, D).index_add_(0, order % N, upstream)
-    torch.testing.assert_close(h.grad, expected, rtol=1e-6, atol=1e-6)  # another order
 
 
 def test_a_layer_without_temperature_has_no_such_parameter() -> None:

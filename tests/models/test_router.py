@@ -182,6 +182,7 @@ def test_without_a_temperature_gate_and_balance_loss_see_the_scores_themselves(g
 
 
 DRAWS = 20000
+KEYS = torch.arange(DRAWS)
 
 
 def one_token_many_times(tau: float) -> Tensor:
@@ -190,8 +191,7 @@ def one_token_many_times(tau: float) -> Tensor:
 
 def test_a_sampled_second_expert_follows_the_softmax_over_the_others() -> None:
     scores = one_token_many_times(tau=0.5)
-    torch.manual_seed(0)
-    routing = route(scores, 2, "softmax", scores, second_expert="sampled", normalize=False)
+    routing = route(scores, 2, "softmax", scores, "sampled", normalize=False, keys=KEYS)
     probs = scores[0].softmax(-1)
     assert (routing.experts[:, 0] == 0).all()
     others = probs.clone()
@@ -205,7 +205,7 @@ def test_a_sampled_second_expert_follows_the_softmax_over_the_others() -> None:
 
 def test_a_sampled_second_expert_weighs_the_sigmoid_of_its_own_score() -> None:
     scores = one_token_many_times(tau=0.5)
-    routing = route(scores, 2, "sigmoid", scores, second_expert="sampled", normalize=False)
+    routing = route(scores, 2, "sigmoid", scores, "sampled", normalize=False, keys=KEYS)
     assert set(routing.experts[:, 1].tolist()) == {1, 2, 3}
     expected = 1 / (1 + (-scores[0][routing.experts]).exp())
     torch.testing.assert_close(routing.weights, expected, rtol=1e-6, atol=0)
@@ -214,7 +214,7 @@ def test_a_sampled_second_expert_weighs_the_sigmoid_of_its_own_score() -> None:
 @pytest.mark.parametrize("spread", [1e3, 1e30])
 def test_a_second_expert_is_sampled_even_where_every_other_probability_is_0(spread: float) -> None:
     scores = torch.tensor([[0.0, -spread, -1.1 * spread]])
-    routing = route(scores, 2, "softmax", scores, second_expert="sampled")
+    routing = route(scores, 2, "softmax", scores, "sampled", keys=KEYS[:1])
     assert routing.experts.tolist() == [[0, 1]]
     assert routing.weights.isfinite().all()
 
@@ -224,8 +224,7 @@ def test_a_random_second_expert_is_used_with_twice_its_weight_as_probability(
     normalize: bool,
 ) -> None:
     scores = one_token_many_times(tau=0.3)
-    torch.manual_seed(0)
-    routing = route(scores, 2, "softmax", scores, second_expert="random", normalize=normalize)
+    routing = route(scores, 2, "softmax", scores, "random", normalize, KEYS)
     first, second = scores[0].softmax(-1)[[0, 3]].tolist()
     if normalize:
         first, second = first / (first + second), second / (first + second)
@@ -240,7 +239,7 @@ def test_a_random_second_expert_is_used_with_twice_its_weight_as_probability(
 
 def test_a_random_second_expert_of_half_the_weight_is_always_used() -> None:
     scores = torch.zeros(1000, 2)
-    routing = route(scores, 2, "softmax", scores, second_expert="random")
+    routing = route(scores, 2, "softmax", scores, "random", keys=KEYS[:1000])
     assert routing.used is not None
     assert routing.used.all()
 
@@ -249,8 +248,7 @@ def test_a_random_second_expert_of_half_the_weight_is_always_used() -> None:
 @pytest.mark.parametrize("policy", ["sampled", "random"])
 def test_the_second_experts_policy_is_for_training(make: Any, policy: str) -> None:
     router, plain, h = make(second_expert=policy), make(), tokens()
-    torch.manual_seed(0)
-    assert not torch.equal(router(h).weights, plain(h).weights)
+    assert not torch.equal(router(h, KEYS[:N]).weights, plain(h).weights)
     router.eval()
     for ours, theirs in zip(router(h), plain(h), strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)
@@ -289,29 +287,33 @@ def test_a_sigmoid_that_underflows_does_not_divide_by_zero() -> None:
 def test_balance_loss_equals_a_double_loop(num_experts: int) -> None:
     probs = torch.randn(N, num_experts, generator=torch.Generator().manual_seed(2)).softmax(-1)
     first = probs.argmax(-1)
-    share = first.bincount(minlength=num_experts).float() / N
+    first_choices = first.bincount(minlength=num_experts)
     expected = brute_force.balance_loss(probs.double(), first.tolist()).item()
-    assert balance_loss(probs, share).item() == pytest.approx(expected, rel=1e-5)
+    assert balance_loss(probs.sum(0), first_choices).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_balance_losses_of_unequal_parts_have_the_whole_batchs_mean() -> None:
+def test_the_balance_losses_of_unequal_parts_add_up_to_the_whole_batchs() -> None:
     probs = torch.randn(N, E, generator=torch.Generator().manual_seed(2)).softmax(-1)
-    share = probs.argmax(-1).bincount(minlength=E).float() / N
-    a_rank = torch.tensor(N / 3)
-    parts = [balance_loss(part, share, a_rank).item() for part in probs.split([7, 33, 0])]
-    assert sum(parts) / 3 == pytest.approx(balance_loss(probs, share).item(), rel=1e-5)
+    first_choices = probs.argmax(-1).bincount(minlength=E)
+    parts = [balance_loss(part.sum(0), first_choices).item() for part in probs.split([7, 33, 0])]
+    assert parts[2] == 0
+    whole = balance_loss(probs.sum(0), first_choices).item()
+    assert sum(parts) == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_balance_loss_of_no_token_is_0() -> None:
+    assert balance_loss(torch.zeros(E), torch.zeros(E, dtype=torch.int64)).item() == 0
 
 
 def test_balance_loss_is_1_when_even_more_when_skewed_and_e_when_collapsed() -> None:
-    even = torch.full((N, E), 1 / E)
-    share = torch.full((E,), 1 / E)
-    assert balance_loss(even, share).item() == pytest.approx(1.0, abs=1e-6)
-    skewed = torch.tensor([0.5] + [0.5 / (E - 1)] * (E - 1))
-    loss = balance_loss(skewed.expand(N, E), skewed).item()
+    even = torch.full((E,), 7.0)
+    assert balance_loss(even, even.long()).item() == pytest.approx(1.0, abs=1e-6)
+    skewed = torch.tensor([5.0] + [1.0] * (E - 1))  # half of ten tokens
+    loss = balance_loss(skewed, skewed.long()).item()
     assert loss == pytest.approx(E * (0.25 + 0.25 / (E - 1)), rel=1e-6)
     assert 1.0 < loss < E
-    collapsed = torch.eye(E)[0]
-    assert balance_loss(collapsed.expand(N, E), collapsed).item() == pytest.approx(E, rel=1e-6)
+    collapsed = N * torch.eye(E)[0]
+    assert balance_loss(collapsed, collapsed.long()).item() == pytest.approx(E, rel=1e-6)
 
 
 def test_lowering_the_balance_loss_evens_out_the_router() -> None:
@@ -325,9 +327,9 @@ def test_lowering_the_balance_loss_evens_out_the_router() -> None:
     before = busiest()
     for _ in range(40):
         routing = router(h)
-        share = routing.experts[:, 0].bincount(minlength=E).float() / N
+        first_choices = routing.experts[:, 0].bincount(minlength=E)
         optimizer.zero_grad()
-        balance_loss(routing.balance_probs, share).backward()
+        balance_loss(routing.balance_probs.sum(0), first_choices).backward()
         optimizer.step()
     assert before > 0.5
     assert busiest() < 0.7 * before

@@ -1,5 +1,6 @@
 """Experts spread over two ranks compute what one rank computes: the same tokens, the same sums."""
 
+import math
 import re
 
 import pytest
@@ -86,18 +87,31 @@ def real_tokens(case: str, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if "capacity" not in case and case != "all is padding"]
+    "case", [case for case in CASES if case not in ("capacity of each rank", "all is padding")]
 )
-def test_the_mean_losses_are_those_of_the_whole_batch(ranks: list, case: str) -> None:
+def test_two_ranks_compute_what_one_would_of_both_their_tokens(ranks: list, case: str) -> None:
     layer = programs.build(case, ep_size=1)
     parameters = brute_force.float64_parameters(layer.deepspeed_moe)
     moe = MoEConfig(num_experts=NUM_EXPERTS, **programs.moe_keys(case))
     activation = CASES[case].get("activation", "gelu")
-    expected = brute_force.moe_layer(parameters, real_tokens(case, 0), moe, activation, None)
+    h = real_tokens(case, 0)
+    capacity = None
+    if moe.capacity_factor is not None:
+        capacity = math.ceil(moe.capacity_factor * moe.top_k * len(h) / NUM_EXPERTS)
+    expected = brute_force.moe_layer(parameters, h, moe, activation, capacity)
     # Each rank adds the sum over its tokens to its own losses, and the mean is trained on.
     own = (expected.output * real_tokens(case, 10)).sum() / 2
     (own + expected.aux_loss + expected.z_loss).backward()
     layers = [rank["layers"][case, 1] for rank in ranks]
+    outputs = []
+    for index, layer in enumerate(layers):
+        mask, out = programs.padding(case, index), layer["output"]
+        outputs.append(out.flatten(0, 1) if mask is None else out[~mask])
+    torch.testing.assert_close(
+        torch.cat(outputs).double(), expected.output.detach(), rtol=1e-4, atol=1e-4
+    )
+    assert sum(layer["load"] for layer in layers).tolist() == expected.load
+    assert sum(layer["dropped"].item() for layer in layers) == expected.dropped
     for name in ("aux_loss", "z_loss", "entropy"):
         mean = sum(layer[name].item() for layer in layers) / 2
         assert mean == pytest.approx(getattr(expected, name).item(), rel=1e-5), name
@@ -119,6 +133,18 @@ def global_names(state: dict[str, Tensor], first_expert: int) -> dict[str, Tenso
         ): tensor
         for name, tensor in state.items()
     }
+
+
+def test_a_capacity_of_each_rank_drops_other_tokens(ranks: list) -> None:
+    for rank in ranks:
+        own, shared = (rank["layers"][case, 1] for case in ("capacity of each rank", "capacity"))
+        assert torch.equal(own["load"], shared["load"])
+        assert own["dropped"] == sum((own["load"] - 6).clamp(min=0))  # ceil(0.6 * 2 * 18 / 4)
+    dropped = {
+        case: [rank["layers"][case, 1]["dropped"].item() for rank in ranks]
+        for case in ("capacity of each rank", "capacity")
+    }
+    assert len(set(map(tuple, dropped.values()))) == 2, "both scopes drop the same"
 
 
 def test_initial_weights_are_equal_by_global_index(ranks: list) -> None:
