@@ -122,7 +122,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Hex digest of all of a manifest's entries but that of the digest itself."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -148,7 +149,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{file}: checkpoint format {version}, where this version reads {FORMAT}: use the "
             "version of Magnetar that wrote it, or another checkpoint"
         )
-    if manifest.get("sha256") != _manifest_digest(manifest):
+    if manifest.get("sha256") != manifest_digest(manifest):
         raise UserError(
             f"{file} is not what was saved (its own sha256 differs): use another checkpoint"
         )
@@ -298,7 +299,7 @@ class CheckpointWriter:
             _require_whole_tensor(name, prod(shape), pieces[name])
             tensors[name] = {"shape": list(shape), "states": states[name], "pieces": pieces[name]}
         manifest = {"format": FORMAT, **about, "files": files, "tensors": tensors}
-        manifest["sha256"] = _manifest_digest(manifest)
+        manifest["sha256"] = manifest_digest(manifest)
         path = self.partial / MANIFEST
         path.write_text(json.dumps(manifest, indent=1) + "\n")
         _flush(path)

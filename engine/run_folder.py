@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from data.errors import UserError
 from engine.config import RunConfig, check_config
+from models.config import ModelConfig
 
 # What may change when a run goes on: how long it is, how often it reports, where it runs.
 _FREE_KEYS = {
@@ -34,7 +35,7 @@ _FREE_KEYS = {
 }
 _TRAINED_SECTIONS = (
     "train_batch_size",
-    "gradient_accumulation_steps",  # the balance loss is one of a micro-batch
+    "gradient_accumulation_steps",
     "gradient_clipping",
     "optimizer",
     "bf16",
@@ -64,6 +65,18 @@ def differing(
     ]
 
 
+def accumulation_counts(model: ModelConfig) -> bool:
+    """Whether the numbers depend on how many micro-steps an optimizer step is cut into.
+
+    Capacity and, with balance_scope "micro_step", the balance loss are a micro-step's.
+    """
+    moe = model.moe
+    if moe is None:
+        return False
+    balances_each = moe.aux_loss_weight > 0 and moe.balance_scope == "micro_step"
+    return moe.dispatch == "capacity" or balances_each
+
+
 def check_run_folder(config: RunConfig) -> None:
     """Refuse a run folder that another config has begun.
 
@@ -91,7 +104,10 @@ def check_run_folder(config: RunConfig) -> None:
             "another training.run_dir"
         ) from error
     now = dict(flat_keys(_trained_part(config.to_dict())))
-    different = differing(begun, now, _FREE_KEYS)
+    free = _FREE_KEYS
+    if not accumulation_counts(config.model):
+        free = free | {"gradient_accumulation_steps"}
+    different = differing(begun, now, free)
     if different:
         listed = "\n  ".join(f"{key}: {there} there, {here} here" for key, there, here in different)
         raise UserError(

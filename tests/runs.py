@@ -77,11 +77,11 @@ def write_config(
     return path
 
 
-def launcher_command(config: Path, *arguments: str) -> list[str]:
-    """The deepspeed launcher with two ranks, as a user calls it."""
+def launcher_command(config: Path, *arguments: str, ranks: int = 2) -> list[str]:
+    """The deepspeed launcher, as a user calls it."""
     return [
         str(Path(sys.executable).parent / "deepspeed"),
-        *("--num_gpus", "2", "--master_port", str(free_port())),
+        *("--num_gpus", str(ranks), "--master_port", str(free_port())),
         *("--module", "launchers.train", "--deepspeed_config", str(config)),
         *arguments,
     ]
@@ -93,10 +93,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}
 
 
-def launch(config: Path, *arguments: str) -> subprocess.CompletedProcess:
+def launch(config: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
     """Train to the end of the command; output holds stdout and stderr."""
     return subprocess.run(
-        launcher_command(config, *arguments),
+        launcher_command(config, *arguments, ranks=ranks),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -105,6 +105,14 @@ def launch(config: Path, *arguments: str) -> subprocess.CompletedProcess:
         timeout=300,
         check=False,
     )
+
+
+def rewrite_manifest(file: Path, old: str, new: str) -> None:
+    """Replace text in a manifest.json, and sign it again."""
+    from engine.checkpoint_files import manifest_digest
+
+    manifest = json.loads(file.read_text().replace(old, new))
+    file.write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:

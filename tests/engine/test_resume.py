@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from engine.checkpoint import complete_checkpoints, load_model
+from engine.checkpoint import load_model
+from engine.checkpoint_files import complete_checkpoints
 from engine.config import load_config
 from engine.trainer import prepare_run
 from tests.ranks import ROOT
@@ -200,22 +202,57 @@ def test_bad_input_ends_every_rank_with_status_2_and_one_message(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_layout_is_refused_before_anything_starts(
-    uninterrupted: Path, tmp_path: Path
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in records(run_dir) if "loss" in record]
+
+
+@pytest.mark.parametrize(("ranks", "ep_size", "stage"), [(1, 1, 0), (2, 1, 3)])
+def test_a_run_goes_on_in_another_layout(
+    ranks: int, ep_size: int, stage: int, corpus: Path, tmp_path: Path
 ) -> None:
-    before = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
-    failed = launch(
-        uninterrupted.parent / "run.json",
-        "--set",
-        "magnetar.training.num_steps=70",
-        "--set",
-        "zero_optimization.stage=2",
-    )
+    """Saved by 2 ranks with ep_size 2 and ZeRO 1; `python -m benchmarks.resume` runs 25 pairs."""
+    changes = {"magnetar.model.dropout": 0.0, "magnetar.training.num_steps": 24}
+    config = write_config(tmp_path, corpus, changes=changes)
+    assert launch(config).returncode == 0
+    whole = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+
+    assert launch(config, "--set", "magnetar.training.num_steps=4").returncode == 0
+    other = {"zero_optimization.stage": stage, "magnetar.model.moe.ep_size": ep_size}
+    settings = [part for key, value in other.items() for part in ("--set", f"{key}={value}")]
+    done = launch(config, *settings, ranks=ranks)
+    assert done.returncode == 0, done.stdout
+    assert "resuming after step 4" in done.stdout
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=0, abs=5e-5)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, corpus)
+    assert launch(config).returncode == 0
+    before = records(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    altered = folder / "step_00000008" / "rank_00001.safetensors"
+    content = bytearray(altered.read_bytes())
+    content[len(content) // 2] ^= 1
+    altered.write_bytes(content)
+    done = launch(config)
+    assert done.returncode == 0, done.stdout
+    assert f"warning: {altered} is not what was saved (its sha256 differs)" in done.stdout
+    assert "going on from an older one" in done.stdout
+    assert "resuming after step 4" in done.stdout
+    assert records(tmp_path / "run") == before
+
+    for step in (4, 8):
+        (folder / f"step_{step:08d}" / "rank_00000.safetensors").unlink()
+    failed = launch(config)
     assert failed.returncode == 2, failed.stdout
-    assert "another layout: zero_stage 1 there and 2 here" in failed.stdout
-    assert "training.run_dir" in failed.stdout
+    assert f"{folder}: no checkpoint is whole" in failed.stdout
+    assert "step_00000004: a file is missing or truncated" in failed.stdout
+    assert "train anew in another training.run_dir" in failed.stdout
     assert "Traceback" not in failed.stdout
-    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == before
+    assert records(tmp_path / "run") == before
 
 
 def test_the_events_of_a_resumed_run_count_once(corpus: Path, tmp_path: Path) -> None:

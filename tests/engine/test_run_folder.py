@@ -46,6 +46,42 @@ def test_a_longer_run_and_other_reports_may_go_on(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("moe", "refused"),
+    [
+        (None, False),
+        ({"num_experts": 4}, True),
+        ({"num_experts": 4, "aux_loss_weight": 0.0}, False),
+        ({"num_experts": 4, "balance_scope": "batch"}, False),
+        (
+            {
+                "num_experts": 4,
+                "aux_loss_weight": 0.0,
+                "dispatch": "capacity",
+                "capacity_factor": 1.0,
+            },
+            True,
+        ),
+    ],
+)
+def test_accumulation_may_change_where_it_changes_no_number(
+    moe: dict | None, refused: bool, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    begin(run_dir, config(run_dir, magnetar__model__moe=moe, gradient_accumulation_steps=1))
+    other = config(run_dir, magnetar__model__moe=moe, gradient_accumulation_steps=2)
+    if not refused:
+        check_run_folder(other)
+        return
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 1 there, 2 here"):
+        check_run_folder(other)
+
+
+def test_where_experts_lie_may_change(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    check_run_folder(config(tmp_path / "run", magnetar__model__moe__ep_size=2))
+
+
 def test_another_config_is_refused_and_each_key_named(tmp_path: Path) -> None:
     begin(tmp_path / "run", config(tmp_path / "run"))
     other = config(

@@ -14,6 +14,7 @@ from data.prepare import PrepareConfig, prepare
 from data.token_files import open_prepared
 from launchers.evaluate import main
 from tests.ranks import ROOT
+from tests.runs import rewrite_manifest
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -112,7 +113,7 @@ def test_a_vocabulary_that_is_gone_is_described(
     run, own = tmp_path / "run", tmp_path / "own"
     shutil.copytree(trained.folder, run)
     for file in run.glob("checkpoints/*/manifest.json"):
-        file.write_text(file.read_text().replace(str(trained.corpus), str(own)))
+        rewrite_manifest(file, str(trained.corpus), str(own))
     given: tuple[object, ...] = ()
     other, text = tmp_path / "other", tmp_path / "text.txt"
     text.write_text(" ".join(f"word{number} and {7 * number}" for number in range(2000)))
@@ -140,8 +141,23 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.folder, run)
-    (run / "checkpoints/step_00000008/mp_rank_00_model_states.pt").write_bytes(b"cut short")
+    (run / "checkpoints/step_00000008/rank_00001.safetensors").write_bytes(b"cut short")
     assert evaluation(capsys, run)["step"] == 4
+
+
+@pytest.mark.slow
+def test_an_altered_checkpoint_is_refused_by_its_file(
+    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.folder, run)
+    file = run / "checkpoints/step_00000008/rank_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    message = refusal(capsys, run)
+    assert f"{file} is not what was saved (its sha256 differs)" in message
+    assert "use another checkpoint" in message
 
 
 def test_a_missing_run_is_refused_with_those_beside_it(
@@ -203,12 +219,12 @@ def test_data_that_is_gone_and_a_config_of_another_version_are_described(
     shutil.copytree(trained.folder, run)
     manifests = list(run.glob("checkpoints/*/manifest.json"))
     for file in manifests:
-        file.write_text(file.read_text().replace(str(trained.corpus), str(gone)))
+        rewrite_manifest(file, str(trained.corpus), str(gone))
     message = refusal(capsys, run)
     assert f"prepared folder {gone}" in message
     assert "copy the folder back" in message
     for file in manifests:
-        file.write_text(file.read_text().replace('"d_ff"', '"d_of_tomorrow"'))
+        rewrite_manifest(file, '"d_ff"', '"d_of_tomorrow"')
     message = refusal(capsys, run)
     assert "not one that this version can read" in message
     assert "d_of_tomorrow" in message
