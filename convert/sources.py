@@ -1,12 +1,11 @@
 """Weights to convert, wherever they lie, read one tensor at a time."""
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from data.errors import UserError
 from engine.checkpoint_files import (
@@ -17,7 +16,8 @@ from engine.checkpoint_files import (
     read_checkpoint,
 )
 from models.config import ModelConfig
-from models.weights import CONFIG_FILE, check_tensors, load_weights, tensor_shapes
+from models.weight_files import LazyTensors, Spec
+from models.weights import CONFIG_FILE, check_tensors, on_one_rank, open_weights, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,13 @@ class Source:
     Attributes:
         path: a checkpoint's folder, or a folder of weights.
         config: the model's, all its experts on one rank.
-        shapes: name -> shape of every tensor, in the model's order, tied ones once.
-        tensor: a whole tensor by its name, as it was saved.
+        tensors: every tensor in the model's order, tied ones once, as it was saved.
         checkpoint: None for a folder of weights.
     """
 
     path: Path
     config: ModelConfig
-    shapes: Mapping[str, tuple[int, ...]]
-    tensor: Callable[[str], Tensor]
+    tensors: LazyTensors
     checkpoint: Checkpoint | None = None
 
 
@@ -55,11 +53,10 @@ def open_source(path: Path) -> Source:
 
 def _folder_of_weights(path: Path) -> Source:
     try:
-        config, tensors = load_weights(path)
+        config, tensors, _ = open_weights(path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    shapes = {name: tuple(tensors[name].shape) for name in tensor_shapes(config)}
-    return Source(path, _on_one_rank(config), shapes, tensors.__getitem__)
+    return Source(path, on_one_rank(config), tensors)
 
 
 def is_run(path: Path) -> bool:
@@ -104,7 +101,9 @@ def source_of(checkpoint: Checkpoint) -> Source:
             f"{checkpoint.path} was saved by a version with another model inside ({error}): use "
             "that version of Magnetar"
         ) from None
-    return Source(checkpoint.path, config, checkpoint.shapes, checkpoint.tensor, checkpoint)
+    specs = {name: Spec(torch.float32, shape) for name, shape in checkpoint.shapes.items()}
+    tensors = LazyTensors(specs, checkpoint.tensor)
+    return Source(checkpoint.path, config, tensors, checkpoint)
 
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
@@ -123,10 +122,4 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
             f"{checkpoint.path}: its model is not one that this version can read ({key}: "
             f"{first['msg']}): use the version of Magnetar that wrote it"
         ) from None
-    return _on_one_rank(config)
-
-
-def _on_one_rank(config: ModelConfig) -> ModelConfig:
-    if config.moe is None:
-        return config
-    return config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+    return on_one_rank(config)

@@ -1,11 +1,13 @@
 """What is in a checkpoint, and how it becomes something else.
 
+python -m launchers.convert inspect runs/lm
 python -m launchers.convert import-torchscale decoder.pt --config decoder.json --out imported/lm
 python -m launchers.convert import-torchscale checkpoint_last-shared.pt --out imported/moe
 python -m launchers.convert fold-admin runs/admin --out folded/admin
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     for add_command in (
+        _inspect,
         _import_torchscale,
         _fold_admin,
     ):
@@ -34,6 +37,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     quiet_deepspeed()
     options.call(options)
+
+
+def _inspect(commands: Any) -> None:
+    command = commands.add_parser(
+        "inspect",
+        help="what is in a checkpoint, and whether it is whole",
+        description="Read every file, compare the hashes, and show what is there. Exit status 2 "
+        "if a file is damaged.",
+    )
+    add = command.add_argument
+    add(
+        "source",
+        type=Path,
+        help="a run's folder (its newest checkpoint), a checkpoint's, or a folder of weights",
+    )
+    add("--tensors", action="store_true", help="list every tensor")
+    add("--json", action="store_true", help="print the same as JSON")
+
+    def call(options: argparse.Namespace) -> None:
+        from rich.console import Console
+        from rich.text import Text
+
+        from convert.inspect import inspect, require_undamaged, shown
+
+        contents = inspect(options.source)
+        if options.json:
+            print(json.dumps(contents.to_dict(options.tensors), indent=1))
+        else:
+            console = Console(highlight=False)
+            for part in shown(contents, options.tensors):
+                console.print(part, soft_wrap=isinstance(part, Text))
+        require_undamaged(contents)
+
+    command.set_defaults(call=call)
 
 
 def _import_torchscale(commands: Any) -> None:

@@ -31,6 +31,8 @@ def write_checkpoint(
     changes: dict[str, Any] | None = None,
     seed: int = 1,
     tensors: dict[str, torch.Tensor] | None = None,
+    moments: dict[str, torch.Tensor] | None = None,
+    manifest_model: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """A checkpoint of BASE's model with random moments, as `world_size` ranks would write it.
 
@@ -41,6 +43,8 @@ def write_checkpoint(
         changes: dotted keys of the config.
         seed: of the weights and the moments.
         tensors: weights that replace drawn ones.
+        moments: the same for both moments.
+        manifest_model: keys of the model that the manifest claims.
     """
     config = run_config(run_dir, world_size, changes)
     weights = small_model(config, seed) | (tensors or {})
@@ -50,6 +54,8 @@ def write_checkpoint(
         | {state: torch.rand(weight.numel(), generator=generator) for state in MOMENTS}
         for name, weight in weights.items()
     }
+    for name, moment in (moments or {}).items():
+        states[name] |= dict.fromkeys(MOMENTS, moment.flatten())
     writer = CheckpointWriter(run_dir / "checkpoints" / f"step_{step:08d}")
     parts = [f"rank_{rank:05d}.safetensors" for rank in range(world_size)]
     for rank, part in enumerate(parts):
@@ -64,7 +70,9 @@ def write_checkpoint(
     with (run_dir / "metrics.jsonl").open("w") as file:
         for at in range(1, step + 3):
             file.write(json.dumps({"step": at, "loss": 5.0 / at}) + "\n")
-    return writer.commit(parts, tensor_shapes(config.model), about(config, world_size, step))
+    claimed = about(config, world_size, step)
+    claimed["config"]["magnetar"]["model"] |= manifest_model or {}
+    return writer.commit(parts, tensor_shapes(config.model), claimed)
 
 
 def small_model(config: RunConfig, seed: int) -> dict[str, torch.Tensor]:
