@@ -1,6 +1,11 @@
 """What is in a checkpoint, and how it becomes something else.
 
 python -m launchers.convert inspect runs/lm
+python -m launchers.convert export runs/lm --out exported/lm
+python -m launchers.convert import exported/lm --out runs/lm_again
+python -m launchers.convert upcycle runs/lm --out upcycled/lm --num-experts 8
+python -m launchers.convert densify runs/moe --out dense/lm --mean
+python -m launchers.convert shrink runs/lm --out small/lm --layers 0,2,4
 python -m launchers.convert import-torchscale decoder.pt --config decoder.json --out imported/lm
 python -m launchers.convert import-torchscale checkpoint_last-shared.pt --out imported/moe
 python -m launchers.convert fold-admin runs/admin --out folded/admin
@@ -24,6 +29,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", required=True)
     for add_command in (
         _inspect,
+        _export,
+        _import,
+        _upcycle,
+        _densify,
+        _shrink,
         _import_torchscale,
         _fold_admin,
     ):
@@ -71,6 +81,171 @@ def _inspect(commands: Any) -> None:
         require_undamaged(contents)
 
     command.set_defaults(call=call)
+
+
+def _export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="a run's weights as plain files",
+        description="Write a run's weights, its tokenizer and its config as a folder that "
+        "models.weights.load_model loads without DeepSpeed, launchers.generate continues texts "
+        "with, and `import` turns into a run again.",
+    )
+    _add_source(command)
+    command.add_argument(
+        "--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)"
+    )
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="the vocabulary or its folder, if it is no longer where the run read it",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="float32 is what was saved, to the last bit (%(default)s)",
+    )
+    _add_out(command)
+
+    def call(options: argparse.Namespace) -> None:
+        from convert.export import export
+        from convert.folders import parse_size
+
+        lines = export(
+            options.source,
+            options.out,
+            checkpoint=options.checkpoint,
+            tokenizer=options.tokenizer,
+            dtype=options.dtype,
+            shard_bytes=parse_size(options.shard_size),
+        )
+        print("\n".join(lines))
+
+    command.set_defaults(call=call)
+
+
+def _import(commands: Any) -> None:
+    command = commands.add_parser(
+        "import",
+        help="an exported folder as a run again",
+        description="Write a run's folder with one checkpoint that holds the weights of an "
+        "exported folder; training goes on from it, with new moments of Adam.",
+    )
+    add = command.add_argument
+    add("folder", type=Path, help="what export has written")
+    add("--out", type=Path, required=True, metavar="RUN", help="the run's folder to make")
+
+    def call(options: argparse.Namespace) -> None:
+        from convert.import_weights import import_weights
+
+        print("\n".join(import_weights(options.folder, options.out)))
+
+    command.set_defaults(call=call)
+
+
+def _upcycle(commands: Any) -> None:
+    command = commands.add_parser(
+        "upcycle",
+        help="a dense model as a MoE model with the same function",
+        description="Copy the feed-forward networks of a dense model into experts, and draw "
+        "routers. Training goes on with training.init_from.",
+    )
+    _add_source(command)
+    add = command.add_argument
+    add("--num-experts", type=int, required=True, metavar="E", help="experts in a MoE layer")
+    add("--every", type=int, default=2, metavar="N", help="every N-th layer (%(default)s)")
+    add("--top-k", type=int, default=2, metavar="K", help="experts a token (%(default)s)")
+    add("--router", choices=("xmoe", "linear"), default="xmoe", help="(%(default)s)")
+    add("--seed", type=int, default=1, metavar="N", help="of the routers (%(default)s)")
+    _add_out(command)
+
+    def call(options: argparse.Namespace) -> None:
+        from convert.folders import parse_size
+        from convert.upcycle import upcycle
+
+        keys = ("num_experts", "every", "top_k", "router")
+        moe = {key: getattr(options, key) for key in keys}
+        shard_bytes = parse_size(options.shard_size)
+        print("\n".join(upcycle(options.source, options.out, moe, options.seed, shard_bytes)))
+
+    command.set_defaults(call=call)
+
+
+def _densify(commands: Any) -> None:
+    command = commands.add_parser(
+        "densify",
+        help="a MoE model as a dense one",
+        description="Make each MoE layer a dense feed-forward network: one of its experts, or "
+        "their mean. The function changes.",
+    )
+    _add_source(command)
+    chosen = command.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--expert", type=int, metavar="I", help="index of the one that remains")
+    chosen.add_argument("--mean", action="store_true", help="the mean of all experts")
+    _add_out(command)
+
+    def call(options: argparse.Namespace) -> None:
+        from convert.densify import densify
+        from convert.folders import parse_size
+
+        shard_bytes = parse_size(options.shard_size)
+        print("\n".join(densify(options.source, options.out, options.expert, shard_bytes)))
+
+    command.set_defaults(call=call)
+
+
+def _shrink(commands: Any) -> None:
+    command = commands.add_parser(
+        "shrink",
+        help="some layers of a model as a shallower one",
+        description="Copy the layers that are named, counted from 0, into a shallower model, to "
+        "be fine-tuned. The function changes; DeepNorm's residual scale is that of the new depth.",
+    )
+    _add_source(command)
+    options_of_stacks = ("--layers", "--encoder-layers", "--decoder-layers")
+    whose = (
+        "of a decoder or an encoder",
+        "of an encoder-decoder's encoder (default: all)",
+        "of an encoder-decoder's decoder (default: all)",
+    )
+    for option, text in zip(options_of_stacks, whose, strict=True):
+        command.add_argument(option, metavar="0,2,4", help=text)
+    _add_out(command)
+
+    def call(options: argparse.Namespace) -> None:
+        from convert.folders import parse_size
+        from convert.shrink import shrink
+
+        layers = {
+            option: getattr(options, option.strip("-").replace("-", "_"))
+            for option in options_of_stacks
+        }
+        shard_bytes = parse_size(options.shard_size)
+        print("\n".join(shrink(options.source, options.out, layers, shard_bytes)))
+
+    command.set_defaults(call=call)
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "source",
+        type=Path,
+        help="a run's folder (its newest checkpoint), a checkpoint's, or a folder of weights",
+    )
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder to make"
+    )
+    command.add_argument(
+        "--shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of a file of tensors at most, such as 500MB (%(default)s)",
+    )
 
 
 def _import_torchscale(commands: Any) -> None:

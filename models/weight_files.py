@@ -77,9 +77,19 @@ def in_memory(tensors: Mapping[str, Tensor]) -> LazyTensors:
 
 
 def as_type(tensors: LazyTensors, dtype: torch.dtype) -> LazyTensors:
-    """The same tensors in another type."""
-    specs = {name: Spec(dtype, spec.shape) for name, spec in tensors.specs.items()}
-    return LazyTensors(specs, lambda name: tensors.read(name).to(dtype))
+    """The same tensors in another type; reading one that it cannot hold raises ValueError."""
+
+    def read(name: str) -> Tensor:
+        tensor = tensors.read(name)
+        converted = tensor.to(dtype)
+        if not torch.equal(converted.isfinite(), tensor.isfinite()):
+            raise ValueError(
+                f"{name} reaches {tensor.abs().max().item():g}, and {str(dtype)[6:]} ends at "
+                f"{torch.finfo(dtype).max:g}: use float32 or bfloat16"
+            )
+        return converted
+
+    return LazyTensors({name: Spec(dtype, s.shape) for name, s in tensors.specs.items()}, read)
 
 
 def grouped(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
@@ -112,7 +122,8 @@ def write_files(
         watch: shows the progress.
 
     Raises:
-        OSError: if they cannot be written, or are not what was written.
+        ValueError: if they are not what was written.
+        OSError: if they cannot be written.
     """
     groups = grouped({name: spec.num_bytes for name, spec in tensors.specs.items()}, shard_bytes)
     count = len(groups)
@@ -139,7 +150,7 @@ def write_files(
     written = open_files(folder)
     for name in watch("checking", list(tensors.specs)):
         if _digest(written.read(name)) != digests[name]:
-            raise OSError(f"{folder}: {name} is not what was written: use another disk")
+            raise ValueError(f"{folder}: {name} is not what was written: use another disk")
 
 
 def _laid_out(names: Iterable[str], specs: Mapping[str, Spec]) -> list[str]:

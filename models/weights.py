@@ -72,9 +72,9 @@ def write_weights(
         watch: shows the progress.
 
     Raises:
-        ValueError: if the folder holds something, or a tensor is missing, unknown or of another
-            shape.
-        OSError: if it cannot be written, or is not what was written.
+        ValueError: if the folder holds something, a tensor is missing, unknown or of another
+            shape, or what was written is not what stands there.
+        OSError: if it cannot be written.
     """
     require_free(folder)
     shapes = tensor_shapes(config)

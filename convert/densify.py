@@ -1,0 +1,85 @@
+"""A MoE model as a dense one: of each MoE layer one expert remains, or the mean of all."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convert.expert_tensors import Place, name_at, place_of, turned
+from convert.folders import open_whole, vocabulary_file, write_folder
+from convert.report import how_to_load
+from data.errors import UserError
+from models.config import ModelConfig
+from models.weight_files import LazyTensors, Spec
+from models.weights import tensor_shapes
+
+
+def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) -> list[str]:
+    """Write the dense model to a new folder; the lines that say so.
+
+    Args:
+        path: the MoE model; see `open_source`.
+        out: must not exist, or be empty.
+        expert: index of the expert that remains; None: the mean of all.
+        shard_bytes: see `write_files`.
+
+    Raises:
+        UserError: for a source that cannot be read or has no experts, an expert that is not there,
+            or a folder that holds something.
+    """
+    source = open_whole(path, out)
+    moe = source.config.moe
+    if moe is None:
+        raise UserError(f"{path} is dense already: name a model with MoE layers")
+    if expert is not None and not 0 <= expert < moe.num_experts:
+        raise UserError(
+            f"--expert {expert}: the experts of {path} are 0 to {moe.num_experts - 1}: use one of "
+            "these, or --mean"
+        )
+    config = source.config.model_copy(update={"moe": None})
+    tensors = dense_tensors(source.tensors, config, moe.num_experts, expert)
+    write_folder(out, config, tensors, shard_bytes, other_files=vocabulary_file(source))
+    return [
+        f"densified  {source.path}",
+        f"remains    {'the mean of' if expert is None else f'expert {expert} of'} "
+        f"{moe.num_experts} in each MoE layer",
+        f'train      "moe": null, and training.init_from={out}',
+        "",
+        *how_to_load(out, config.architecture),
+    ]
+
+
+def dense_tensors(
+    sparse: LazyTensors, config: ModelConfig, num_experts: int, expert: int | None
+) -> LazyTensors:
+    """The dense model's tensors.
+
+    Args:
+        sparse: the MoE model's.
+        config: the dense model's.
+        num_experts: of each MoE layer.
+        expert: see `densify`.
+    """
+
+    def expert_name(place: Place, index: int) -> str:
+        return name_at(place._replace(expert=index))
+
+    def read(name: str) -> Tensor:
+        if name in sparse.specs:
+            return sparse.read(name)
+        place = place_of(name)
+        assert place is not None, name
+        if expert is not None:
+            return turned(sparse.read(expert_name(place, expert)))
+        # Summed in float64: equal experts give the expert itself, to the last bit.
+        total = torch.zeros(tuple(reversed(specs[name].shape)), dtype=torch.float64)
+        for index in range(num_experts):
+            total += sparse.read(expert_name(place, index))
+        return turned((total / num_experts).to(specs[name].dtype))
+
+    specs = {}
+    for name, shape in tensor_shapes(config).items():
+        place = place_of(name)
+        kept = name if name in sparse.specs or place is None else expert_name(place, expert or 0)
+        specs[name] = Spec(sparse.specs[kept].dtype, tuple(shape))
+    return LazyTensors(specs, read)

@@ -1,0 +1,61 @@
+"""The tensors of a dense feed-forward network, and those of an expert of the same shape.
+
+Letters: D d_model, F d_ff.
+"""
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor
+
+# An expert's parameter -> the dense network's. Matrices of experts are transposed: (D, F) there,
+# (F, D) in a Linear.
+DENSE = {
+    "w1": "w1.weight",
+    "b1": "w1.bias",
+    "w3": "w3.weight",
+    "b3": "w3.bias",
+    "norm_weight": "inner_norm.weight",
+    "norm_bias": "inner_norm.bias",
+    "w2": "w2.weight",
+    "b2": "w2.bias",
+}
+EXPERT = {dense: expert for expert, dense in DENSE.items()}
+_EXPERT_NAME = re.compile(r"(.*\.ffn)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)")
+_DENSE_NAME = re.compile(r"(.*\.ffn)\.(" + "|".join(map(re.escape, EXPERT)) + ")")
+
+
+class Place(NamedTuple):
+    """Where a tensor of a feed-forward network stands.
+
+    Attributes:
+        ffn: the network's name, such as "blocks.1.ffn".
+        parameter: an expert's name of it: a key of DENSE.
+        expert: index of the expert; None in a dense network.
+    """
+
+    ffn: str
+    parameter: str
+    expert: int | None = None
+
+
+def place_of(name: str) -> Place | None:
+    """Where a tensor stands; None if it belongs to no feed-forward network."""
+    if found := _EXPERT_NAME.fullmatch(name):
+        return Place(found[1], found[3], int(found[2]))
+    if found := _DENSE_NAME.fullmatch(name):
+        return Place(found[1], EXPERT[found[2]])
+    return None
+
+
+def name_at(place: Place) -> str:
+    """The name of the tensor at a place."""
+    ffn, parameter, expert = place
+    if expert is None:
+        return f"{ffn}.{DENSE[parameter]}"
+    return f"{ffn}.deepspeed_moe.experts.deepspeed_experts.{expert}.{parameter}"
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """A dense network's tensor as an expert's, or the other way round, in memory of its own."""
+    return tensor.t().contiguous() if tensor.dim() == 2 else tensor

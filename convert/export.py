@@ -1,0 +1,105 @@
+"""A checkpoint as a folder of weights that says where it comes from, so that `import` can go back.
+
+config.json            model, and run: see `Run`
+model.safetensors      or shards of it, see models.weight_files
+tokenizer.model|json   the vocabulary
+load.py                loads the model and computes logits
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.folders import open_whole, vocabulary, write_folder
+from convert.report import how_to_load
+from convert.sources import Source
+from data.errors import UserError
+from models.config import StrictModel
+from models.weight_files import as_type
+from models.weights import read_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RUN_KEY = "run"
+_LOAD = '''\
+"""Logits of some token ids: python load.py 5 17 3, with Magnetar's folder in PYTHONPATH."""
+
+import sys
+from pathlib import Path
+import torch
+from models.weights import load_model
+
+model = load_model(Path(__file__).parent)
+tokens = torch.tensor([[int(token) for token in sys.argv[1:]]])
+print(model({arguments}).logits)
+'''
+
+
+class Run(StrictModel):
+    """What a checkpoint knows beside weights and moments: its manifest's entries."""
+
+    step: int
+    config: dict[str, Any]
+    tokenizer_fingerprint: str
+    data_fingerprint: str
+    trainer: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
+def export(
+    path: Path,
+    out: Path,
+    *,
+    checkpoint: str | None = None,
+    tokenizer: Path | None = None,
+    dtype: str = "float32",
+    shard_bytes: int | None = None,
+) -> list[str]:
+    """Write a run's weights to a new folder; the lines that say so.
+
+    Args:
+        path: a run's folder, a checkpoint's, or a folder of weights, which is written anew.
+        out: must not exist, or be empty.
+        checkpoint: its name; None: the newest complete one.
+        tokenizer: where the vocabulary is, if it is no longer where the run found it.
+        dtype: a key of DTYPES; float32 is what was saved, to the last bit.
+        shard_bytes: see `write_files`.
+
+    Raises:
+        UserError: for a source that cannot be read, weights that the type cannot hold, a
+            vocabulary that is not there, or a folder that holds something.
+    """
+    source = open_whole(path, out, checkpoint)
+    found = vocabulary(source, tokenizer)
+    about = _about(source)
+    if found is None and source.checkpoint is not None:
+        prepared = source.checkpoint.manifest["config"]["magnetar"]["data"]["path"]
+        raise UserError(
+            f"the tokenizer of {path} is not in {prepared}, which it was trained on: start the "
+            "command where training was started, or say where it is with --tokenizer"
+        )
+    files: dict[str, bytes] = {} if found is None else {found.file_name: found.file_content}
+    both = source.config.architecture == "encoder_decoder"
+    load = _LOAD.replace("{arguments}", "tokens, tokens" if both else "tokens")
+    files["load.py"] = load.encode()
+    tensors = as_type(source.tensors, DTYPES[dtype])
+    write_folder(out, source.config, tensors, shard_bytes, about, files)
+    step = about.get(RUN_KEY, {}).get("step")
+    return [
+        f"exported  {source.path}" + (f", step {step}" if step is not None else ""),
+        f"tensors   {len(tensors.specs)}, "
+        f"{sum(spec.num_bytes for spec in tensors.specs.values()):,} bytes of {dtype}",
+        f"wrote     {out} ({', '.join(sorted(file.name for file in out.iterdir()))})",
+        "",
+        *how_to_load(out, source.config.architecture),
+    ]
+
+
+def _about(source: Source) -> dict[str, Any]:
+    """Where the weights come from: the further keys of config.json."""
+    if source.checkpoint is None:
+        return read_config(source.path)[1]
+    entries = {key: source.checkpoint.manifest[key] for key in Run.model_fields}
+    # Adam starts anew where its moments are not; the schedule goes on.
+    adams = {key: value for key, value in entries["optimizer"].items() if key != "step"}
+    return {RUN_KEY: entries | {"optimizer": adams}}

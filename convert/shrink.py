@@ -1,0 +1,150 @@
+"""Some layers of a model as a shallower one, to be fine-tuned (arXiv 2010.13002)."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from convert.folders import checked_model, open_whole, vocabulary_file, write_folder
+from convert.report import how_to_load
+from data.errors import UserError
+from models.config import ModelConfig
+from models.weight_files import LazyTensors, Spec
+from models.weights import tensor_shapes
+
+_LAYER_NAME = re.compile(r"((?:encoder\.|decoder\.)?)blocks\.(\d+)\.(.+)")
+
+
+def shrink(
+    path: Path, out: Path, layers: dict[str, str | None], shard_bytes: int | None
+) -> list[str]:
+    """Write the shallower model to a new folder; the lines that say so.
+
+    Args:
+        path: the deeper model; see `open_source`.
+        out: must not exist, or be empty.
+        layers: by option ("--layers", "--encoder-layers", "--decoder-layers") what it says.
+        shard_bytes: see `write_files`.
+
+    Raises:
+        UserError: for a source that cannot be read, layers that are not there or do not fit the
+            pattern of its MoE layers, or a folder that holds something.
+    """
+    source = open_whole(path, out)
+    chosen = chosen_layers(source.config, layers)
+    config = shrunk_config(source.config, chosen)
+    tensors = shrunk_tensors(source.tensors, config, chosen)
+    write_folder(out, config, tensors, shard_bytes, other_files=vocabulary_file(source))
+    keys = {"num_layers": config.num_layers}
+    if config.num_decoder_layers is not None:
+        keys["num_decoder_layers"] = config.num_decoder_layers
+    return [
+        f"shrunk  {source.path}",
+        *(
+            f"layers  {prefix.rstrip('.') or config.architecture}: "
+            f"{', '.join(map(str, indices))} of {_depths(source.config)[prefix]}"
+            for prefix, indices in chosen.items()
+        ),
+        f"train   {json.dumps(keys)[1:-1]}, and training.init_from={out}",
+        "",
+        *how_to_load(out, config.architecture),
+    ]
+
+
+def _depths(config: ModelConfig) -> dict[str, int]:
+    """Layers of each stack, by what its tensors' names begin with."""
+    if config.architecture == "encoder_decoder":
+        return {"encoder.": config.encoder_depth, "decoder.": config.decoder_depth}
+    return {"": config.num_layers}
+
+
+def chosen_layers(config: ModelConfig, layers: dict[str, str | None]) -> dict[str, list[int]]:
+    """The layers of each stack that remain, by what its tensors' names begin with.
+
+    Args:
+        config: of the deeper model.
+        layers: see `shrink`.
+
+    Raises:
+        UserError: for an option of another architecture, or layers that are not there.
+    """
+    depths = _depths(config)
+    options = {"--layers": ""} if "" in depths else {f"--{p[:-1]}-layers": p for p in depths}
+    given = {option: text for option, text in layers.items() if text is not None}
+    for option in given:
+        if option not in options:
+            raise UserError(
+                f"{option}: the model is of architecture {config.architecture!r}: use "
+                f"{' and '.join(options)}"
+            )
+    if not given:
+        raise UserError(f"no layers are named: use {' and '.join(options)}, such as 0,2,4")
+    chosen = {prefix: list(range(depth)) for prefix, depth in depths.items()}
+    for option, text in given.items():
+        chosen[options[option]] = _indices(option, text, depths[options[option]])
+    return chosen
+
+
+def _indices(option: str, text: str, depth: int) -> list[int]:
+    parts = text.split(",")
+    rule = f"give indices from 0 to {depth - 1}, rising, with commas between them, such as 0,2,4"
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"{option} {text} is no list of layers: {rule}")
+    indices = [int(part) for part in parts]
+    for index in indices:
+        if index >= depth:
+            raise UserError(f"{option} {text}: there is no layer {index}: {rule}")
+    if any(later <= earlier for earlier, later in pairwise(indices)):
+        raise UserError(f"{option} {text} does not rise: {rule}")
+    return indices
+
+
+def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> ModelConfig:
+    """The shallower model's config.
+
+    Raises:
+        UserError: if a dense layer would stand where `moe.every` wants a MoE layer, or the other
+            way round.
+    """
+    moe = config.moe
+    changes = {"num_layers": len(next(iter(chosen.values())))}
+    if "decoder." in chosen:
+        changes["num_decoder_layers"] = len(chosen["decoder."])
+    for prefix, indices in chosen.items():
+        for place, index in enumerate(indices):
+            if moe is not None and config.is_moe_layer(index) != config.is_moe_layer(place):
+                kinds = ("a dense", "a MoE")
+                raise UserError(
+                    f"layer {index}, {kinds[config.is_moe_layer(index)]} layer, would become layer "
+                    f"{place} of the student{f's {prefix[:-1]}' if prefix else ''}, where "
+                    f"moe.every={moe.every} wants {kinds[config.is_moe_layer(place)]} layer: "
+                    "choose layers that fit, or make the model dense first with `python -m "
+                    "launchers.convert densify`"
+                )
+    return checked_model(config, changes, "no such shallower model")
+
+
+def shrunk_tensors(
+    deep: LazyTensors, config: ModelConfig, chosen: Mapping[str, Sequence[int]]
+) -> LazyTensors:
+    """The shallower model's tensors.
+
+    Args:
+        deep: the deeper model's.
+        config: from `shrunk_config`.
+        chosen: from `chosen_layers`.
+    """
+
+    def source_of(name: str) -> str:
+        layer = _LAYER_NAME.fullmatch(name)
+        if layer is None:
+            return name
+        prefix, place, rest = layer.groups()
+        return f"{prefix}blocks.{chosen[prefix][int(place)]}.{rest}"
+
+    specs = {
+        name: Spec(deep.specs[source_of(name)].dtype, tuple(shape))
+        for name, shape in tensor_shapes(config).items()
+    }
+    return LazyTensors(specs, lambda name: deep.read(source_of(name)))

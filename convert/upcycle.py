@@ -1,0 +1,120 @@
+"""A dense model as a MoE model with the same function: sparse upcycling (arXiv 2212.05055).
+
+Every expert is a copy of the feed-forward network that it replaces, so what the router chooses does
+not matter as long as the weights of the chosen experts sum to 1. The experts drift apart in
+training, because they see other tokens.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.expert_tensors import name_at, place_of, turned
+from convert.folders import checked_model, open_whole, vocabulary_file, write_folder
+from convert.report import how_to_load
+from data.errors import UserError
+from models.config import ModelConfig
+from models.init import RandomSource
+from models.moe import build_router
+from models.router import LinearRouter, XMoERouter
+from models.weight_files import LazyTensors, Spec
+from models.weights import tensor_shapes
+
+_GATE_NAME = re.compile(r"(.*\.ffn\.deepspeed_moe\.gate)\.(.+)")
+
+
+def upcycle(
+    path: Path, out: Path, moe: dict[str, Any], seed: int, shard_bytes: int | None
+) -> list[str]:
+    """Write the upcycled model to a new folder; the lines that say so.
+
+    Args:
+        path: the dense model; see `open_source`.
+        out: must not exist, or be empty.
+        moe: the keys of `model.moe`.
+        seed: of the routers.
+        shard_bytes: see `write_files`.
+
+    Raises:
+        UserError: for a source that cannot be read or has experts already, keys that would change
+            its function or contradict each other, or a folder that holds something.
+    """
+    source = open_whole(path, out)
+    if source.config.moe is not None:
+        raise UserError(
+            f"{path} has {source.config.moe.num_experts} experts in its MoE layers already: name a "
+            "dense model, or make it one with `python -m launchers.convert densify`"
+        )
+    config = upcycled_config(source.config, moe)
+    tensors = upcycled_tensors(source.tensors, config, seed)
+    write_folder(out, config, tensors, shard_bytes, other_files=vocabulary_file(source))
+    assert config.moe is not None
+    count = sum(1 for name in tensors.specs if name.endswith(".experts.deepspeed_experts.0.w1"))
+    return [
+        f"upcycled  {source.path}",
+        f"experts   {config.moe.num_experts} in each of {count} MoE layers",
+        f'train     "moe": {json.dumps(moe)}, and training.init_from={out}',
+        "",
+        *how_to_load(out, config.architecture),
+    ]
+
+
+def upcycled_config(config: ModelConfig, moe: dict[str, Any]) -> ModelConfig:
+    """The MoE model's config.
+
+    Args:
+        config: of a dense model.
+        moe: the keys of `model.moe`.
+
+    Raises:
+        UserError: if the weights of a token's experts would not sum to 1, or a key contradicts
+            another.
+    """
+    if moe["top_k"] == 1 and moe["num_experts"] > 1:
+        raise UserError(
+            "--top-k 1 multiplies an expert's output by its probability, which is less than 1, so "
+            "the model would start with another function: use --top-k 2 or more, whose weights "
+            "sum to 1"
+        )
+    return checked_model(config, {"moe": moe}, "no such MoE model")
+
+
+def upcycled_tensors(dense: LazyTensors, config: ModelConfig, seed: int) -> LazyTensors:
+    """The MoE model's tensors.
+
+    Args:
+        dense: the dense model's.
+        config: from `upcycled_config`.
+        seed: of the routers, which are those that `build_model` would draw.
+    """
+
+    def source_of(name: str) -> str:
+        place = place_of(name)
+        return name if place is None else name_at(place._replace(expert=None))
+
+    def read(name: str) -> Tensor:
+        if gate := _GATE_NAME.fullmatch(name):
+            return _drawn(config, seed, gate[1])[gate[2]].to(specs[name].dtype)
+        source = source_of(name)
+        return dense.read(source) if source == name else turned(dense.read(source))
+
+    dtypes = {spec.dtype for spec in dense.specs.values()}
+    drawn_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    specs = {}
+    for name, shape in tensor_shapes(config).items():
+        source = dense.specs.get(source_of(name))
+        specs[name] = Spec(source.dtype if source else drawn_dtype, tuple(shape))
+    return LazyTensors(specs, read)
+
+
+def _drawn(config: ModelConfig, seed: int, gate: str) -> dict[str, Tensor]:
+    """A fresh router's tensors."""
+    assert config.moe is not None
+    router = build_router(config.d_model, config.moe)
+    assert isinstance(router, LinearRouter | XMoERouter)
+    router.init_weights(RandomSource(seed, gate))
+    return router.state_dict()
