@@ -1,6 +1,6 @@
 """A checkpoint as a folder of weights that says where it comes from, so that `import` can go back.
 
-config.json            model, and run: see `Run`
+config.json            model, and run: see engine.exported_run
 model.safetensors      or shards of it, see models.weight_files
 tokenizer.model|json   the vocabulary
 load.py                loads the model and computes logits
@@ -15,12 +15,11 @@ from convert.folders import open_whole, vocabulary, write_folder
 from convert.report import how_to_load
 from convert.sources import Source
 from data.errors import UserError
-from models.config import StrictModel
+from engine.exported_run import RUN_KEY, ExportedRun
 from models.weight_files import as_type
 from models.weights import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RUN_KEY = "run"
 _LOAD = '''\
 """Logits of some token ids: python load.py 5 17 3, with Magnetar's folder in PYTHONPATH."""
 
@@ -33,17 +32,6 @@ model = load_model(Path(__file__).parent)
 tokens = torch.tensor([[int(token) for token in sys.argv[1:]]])
 print(model({arguments}).logits)
 '''
-
-
-class Run(StrictModel):
-    """What a checkpoint knows beside weights and moments: its manifest's entries."""
-
-    step: int
-    config: dict[str, Any]
-    tokenizer_fingerprint: str
-    data_fingerprint: str
-    trainer: dict[str, Any]
-    optimizer: dict[str, Any]
 
 
 def export(
@@ -99,7 +87,7 @@ def _about(source: Source) -> dict[str, Any]:
     """Where the weights come from: the further keys of config.json."""
     if source.checkpoint is None:
         return read_config(source.path)[1]
-    entries = {key: source.checkpoint.manifest[key] for key in Run.model_fields}
+    entries = {key: source.checkpoint.manifest[key] for key in ExportedRun.model_fields}
     # Adam starts anew where its moments are not; the schedule goes on.
     adams = {key: value for key, value in entries["optimizer"].items() if key != "step"}
     return {RUN_KEY: entries | {"optimizer": adams}}

@@ -7,7 +7,8 @@ from convert.report import how_to_load
 from data.errors import UserError
 from engine.starting_weights import read_model
 from models import admin
-from models.weights import CONFIG_FILE, WEIGHTS_FILE, save_weights
+from models.weight_files import WEIGHTS_FILE
+from models.weights import CONFIG_FILE, save_weights
 
 
 def fold_admin(source: Path, out: Path) -> list[str]:

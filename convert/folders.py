@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 from engine.checkpoint_files import require_whole
 from engine.trained_run import choose_checkpoint
 from models.config import ModelConfig
-from models.weight_files import LazyTensors, has_weights
+from models.weight_files import LazyTensors
 from models.weights import require_free, write_weights
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -33,15 +33,9 @@ def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> Source:
         UserError: see `open_source`; or if a file is damaged, or the folder holds something.
     """
     require_new(out)
-    if checkpoint is None:
-        source = open_source(path)
-    elif has_weights(path):
-        raise UserError(
-            f"--checkpoint {checkpoint}: {path} is a folder of weights, which holds one model: "
-            "leave it out, or name a run"
-        )
-    else:
-        source = source_of(choose_checkpoint(path, checkpoint))
+    source = (
+        open_source(path) if checkpoint is None else source_of(choose_checkpoint(path, checkpoint))
+    )
     if source.checkpoint is not None:
         require_whole(source.checkpoint)
     return source

@@ -8,23 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from convert.export import RUN_KEY, Run
 from convert.folders import require_new
 from convert.progress import watched
 from data.errors import UserError
 from engine.checkpoint import part_name
 from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece
-from engine.config import check_config
-from engine.run_folder import differing, flat_keys
-from models.config import ModelConfig
+from engine.exported_run import RUN_KEY, ExportedRun, exported_run
 from models.weight_files import LazyTensors, as_type, grouped
 from models.weights import CONFIG_FILE, open_weights
 
 _PART_BYTES = 1 << 28  # of a checkpoint's file, whose tensors are in memory at once
-# An exported model belongs to no layout.
-_FREE_KEYS = {"moe.ep_size"}
 
 
 def import_weights(path: Path, out: Path) -> list[str]:
@@ -43,7 +37,13 @@ def import_weights(path: Path, out: Path) -> list[str]:
         config, tensors, about = open_weights(path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    run = _run(path, config, about)
+    if RUN_KEY not in about:
+        raise UserError(
+            f"{path / CONFIG_FILE} has no {RUN_KEY!r}, so it does not say which training these "
+            "weights are from: start a run of your own from them, with "
+            f"--set magnetar.training.init_from={path}"
+        )
+    run, _ = exported_run(path, config, about)
     tensors = as_type(tensors, torch.float32)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as partial:
@@ -64,38 +64,7 @@ def import_weights(path: Path, out: Path) -> list[str]:
     ]
 
 
-def _run(path: Path, config: ModelConfig, about: dict[str, Any]) -> Run:
-    file = path / CONFIG_FILE
-    if RUN_KEY not in about:
-        raise UserError(
-            f"{file} has no {RUN_KEY!r}, so it does not say which training these weights are from: "
-            "start a run of your own from them, with "
-            f"--set magnetar.training.init_from={path}"
-        )
-    try:
-        run = Run.model_validate(about[RUN_KEY])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, (RUN_KEY, *first["loc"])))
-        raise UserError(f"{file}: {key}: {first['msg']}: export it again") from None
-    trained, problems = check_config(run.config)
-    if trained is None:
-        listed = "\n  ".join(problem.text for problem in problems)
-        raise UserError(
-            f"{file}: its run.config is not one that this version can read:\n  {listed}"
-        )
-    there, here = (
-        dict(flat_keys(section.model_dump(mode="json"))) for section in (trained.model, config)
-    )
-    for key, in_run, in_model in differing(there, here, _FREE_KEYS):
-        raise UserError(
-            f"{file} contradicts itself: model.{key} is {in_model}, and {in_run} in run.config: "
-            "export it again"
-        )
-    return run
-
-
-def _write_checkpoint(folder: Path, run: Run, tensors: LazyTensors) -> Checkpoint:
+def _write_checkpoint(folder: Path, run: ExportedRun, tensors: LazyTensors) -> Checkpoint:
     writer = CheckpointWriter(folder / "checkpoints" / f"step_{run.step:08d}")
     sizes = {name: spec.num_bytes for name, spec in tensors.specs.items()}
     coming = iter(watched("writing", list(sizes)))

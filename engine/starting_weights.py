@@ -12,7 +12,8 @@ from engine.config import RunConfig
 from engine.run_folder import differing, flat_keys
 from engine.trained_run import choose_checkpoint
 from models.config import ModelConfig
-from models.weights import CONFIG_FILE, WEIGHTS_FILE, load_tensors, load_weights
+from models.weight_files import WEIGHTS_FILE, has_weights
+from models.weights import CONFIG_FILE, load_tensors, load_weights
 
 # What may differ from the model that the weights come from: noise, training's own losses and
 # dropping, where experts lie. Everything else is the function that was learned.
@@ -41,7 +42,7 @@ def read_model(source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Raises:
         UserError: if it is neither, or a file of it is missing or damaged.
     """
-    if not (source / WEIGHTS_FILE).is_file():
+    if not has_weights(source):
         model = load_model(_checkpoint_of(source))
         return model.config, model.state_dict()
     try:
@@ -75,7 +76,7 @@ def require_starting_weights(config: RunConfig) -> None:
         return
     assert config.training.init_from is not None
     source = Path(config.training.init_from)
-    if (source / WEIGHTS_FILE).is_file():
+    if has_weights(source):
         try:
             saved = json.loads((source / CONFIG_FILE).read_text())["model"]
         except (OSError, ValueError, KeyError, TypeError) as error:

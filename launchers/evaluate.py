@@ -24,7 +24,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launchers.evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("run", type=Path, help="the run's folder, such as runs/quickstart")
+    add(
+        "run",
+        type=Path,
+        help="the run's folder, such as runs/quickstart, or what convert export made of it",
+    )
     add("--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)")
     add("--data", type=Path, metavar="DIR", help="a prepared folder (default: the run's own)")
     add("--batch-size", type=int, default=16, metavar="N", help="sequences at once (%(default)s)")
@@ -65,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         answer = {
             "run": str(options.run),
-            "checkpoint": run.checkpoint.path.name,
-            "step": run.checkpoint.step,
+            "checkpoint": run.name,
+            "step": run.step,
             "data": str(run.prepared.path),
             **result.to_dict(),
             "unigram_perplexity": unigram,
@@ -76,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     title = f"Validation split of {run.prepared.path}, "
     title += asked_about(run.config, result.num_tokens)
-    rows = {run.checkpoint.path.name: result.to_dict()}
+    rows = {run.name: result.to_dict()}
     Console(highlight=False).print(evaluation_table(title, rows, unigram))
 
 

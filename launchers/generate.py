@@ -23,10 +23,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launchers.generate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("run", type=Path, help="the run's folder, such as runs/quickstart")
+    add("run", type=Path, help="the run's folder, such as runs/quickstart, or a folder of weights")
     add("--prompt", metavar="TEXT", help="what to continue (default: each line of the input)")
     add("--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)")
-    add("--data", type=Path, metavar="DIR", help="folder of the tokenizer (default: the run's)")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the tokenizer (default: the run's)",
+    )
     add("--tokens", type=int, default=100, metavar="N", help="tokens to add (%(default)s)")
     add(
         "--temperature",
@@ -109,26 +114,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     from engine.report import continuation_text, decode_continuation
-    from engine.trained_run import open_run
+    from engine.trained_run import open_text_model
     from models.generation import sample
     from models.transformer import Transformer
 
-    run = open_run(options.run, options.checkpoint, options.data)
-    architecture = run.config.model.architecture
+    model, tokenizer, device = open_text_model(options.run, options.checkpoint, options.data)
+    architecture = model.config.architecture
     if architecture != "decoder":
         raise UserError(
             f"{options.run} holds an {architecture.replace('_', '-')}, which continues no text: "
             f"use `python -m launchers.evaluate {options.run}`, or name the run of a decoder"
         )
-    tokenizer = run.prepared.tokenizer
     console = Console(highlight=False)
-    model = run.model
     assert isinstance(model, Transformer)
     for prompt in prompts_of(options.prompt):
         ids = tokenizer.encode(prompt)
         tokens = sample(
             model,
-            torch.tensor([ids] * options.num_samples, device=run.device),
+            torch.tensor([ids] * options.num_samples, device=device),
             options.tokens,
             options.temperature,
             options.top_p,

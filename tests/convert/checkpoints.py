@@ -33,6 +33,7 @@ def write_checkpoint(
     tensors: dict[str, torch.Tensor] | None = None,
     moments: dict[str, torch.Tensor] | None = None,
     manifest_model: dict[str, Any] | None = None,
+    entries: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """A checkpoint of BASE's model with random moments, as `world_size` ranks would write it.
 
@@ -45,6 +46,7 @@ def write_checkpoint(
         tensors: weights that replace drawn ones.
         moments: the same for both moments.
         manifest_model: keys of the model that the manifest claims.
+        entries: of the manifest, in place of what `about` makes up.
     """
     config = run_config(run_dir, world_size, changes)
     weights = small_model(config, seed) | (tensors or {})
@@ -70,7 +72,7 @@ def write_checkpoint(
     with (run_dir / "metrics.jsonl").open("w") as file:
         for at in range(1, step + 3):
             file.write(json.dumps({"step": at, "loss": 5.0 / at}) + "\n")
-    claimed = about(config, world_size, step)
+    claimed = about(config, world_size, step) | (entries or {})
     claimed["config"]["magnetar"]["model"] |= manifest_model or {}
     return writer.commit(parts, tensor_shapes(config.model), claimed)
 

@@ -1,0 +1,75 @@
+"""Small models and commands for the tests of conversions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from launchers.convert import main
+from models.config import ModelConfig
+from models.transformer import EncoderDecoder, empty_model
+from models.weights import load_model, save_weights, tensor_shapes
+from tests.models import brute_force
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 23,
+    "num_layers": 4,
+    "d_model": 16,
+    "d_ff": 24,
+    "num_heads": 4,
+    "max_seq_len": 12,
+}
+BOTH = {"architecture": "encoder_decoder"}
+
+
+def config(**keys: Any) -> ModelConfig:
+    return ModelConfig.model_validate(SHAPE | keys)
+
+
+def save_random(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> nn.Module:
+    """A model whose every number matters, written to a folder, in evaluation mode."""
+    model = empty_model(config(**keys))
+    brute_force.randomize(model, seed=3)
+    model.to(dtype)
+    state = model.state_dict()
+    names = tensor_shapes(model.config)
+    save_weights(folder, model.config, {name: state[name] for name in names})
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """Of two sequences of twelve tokens, one of them padded."""
+    tokens = torch.randint(23, (2, 12), generator=torch.Generator().manual_seed(0))
+    padding = torch.zeros(2, 12, dtype=torch.bool)
+    padding[1, 9:] = True
+    if isinstance(model, EncoderDecoder):
+        return model(tokens, tokens.flip(1), padding, padding).logits[~padding]
+    return model(tokens, padding).logits[~padding]
+
+
+def folder_logits(folder: Path) -> Tensor:
+    return logits(load_model(folder))
+
+
+def convert(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Name -> content of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+Refusal = Callable[..., str]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one message with which the command ends, with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        convert(*arguments)
+    assert ended.value.code == 2
+    return capsys.readouterr().err
