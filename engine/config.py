@@ -287,7 +287,7 @@ def _resolved(
         sizes = filled(BatchSizes(values[TRAIN], values[MICRO], values[ACCUMULATION]), world_size)
         out |= {TRAIN: sizes.train, MICRO: sizes.micro, ACCUMULATION: sizes.accumulation}
     zero = out["zero_optimization"]
-    if magnetar.model.moe is not None and zero["stage"] > 0:
+    if magnetar.model.moe is not None and zero["stage"] in (1, 2):
         zero.setdefault("parameter_alignment", True)
     return out
 

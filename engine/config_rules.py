@@ -50,7 +50,7 @@ def clipping_has_a_threshold(gradient_clipping: float, sparse_clip: Any) -> list
 def one_precision(
     bf16: Bf16Config | None, fp16: Fp16Config | None, zero_optimization: ZeroConfig
 ) -> list[Problem]:
-    """Bf16 and fp16 exclude each other, and both need ZeRO 1 or 2."""
+    """Bf16 and fp16 exclude each other, and both need ZeRO 1, 2 or 3."""
     problems = []
     if _on(bf16) and _on(fp16):
         problems.append(
@@ -114,7 +114,7 @@ def experts_are_aligned(zero_optimization: ZeroConfig, model: ModelConfig) -> li
     """Grouped matrix products need weights that start at multiples of 16 bytes."""
     if model.moe is None or zero_optimization.parameter_alignment is not False:
         return []
-    if zero_optimization.stage == 0:
+    if zero_optimization.stage not in (1, 2):
         return []
     path = "zero_optimization.parameter_alignment"
     return [
@@ -131,7 +131,7 @@ def expert_gradients_are_reduced_apart(
     zero_optimization: ZeroConfig, model: ModelConfig
 ) -> list[Problem]:
     """DeepSpeed keeps different experts' gradients apart on one of its paths alone."""
-    if model.moe is None or zero_optimization.stage == 0:
+    if model.moe is None or zero_optimization.stage not in (1, 2):
         return []
     return [
         Problem(
@@ -142,6 +142,21 @@ def expert_gradients_are_reduced_apart(
         )
         for name in ("contiguous_gradients", "reduce_scatter")
         if getattr(zero_optimization, name) is False
+    ]
+
+
+def offloading_needs_zero(zero_optimization: ZeroConfig) -> list[Problem]:
+    """DeepSpeed moves nothing to the host without ZeRO."""
+    offload = zero_optimization.offload_optimizer
+    if offload is None or offload.device == "none" or zero_optimization.stage > 0:
+        return []
+    path = "zero_optimization.offload_optimizer.device"
+    return [
+        Problem(
+            path,
+            f'{path}="{offload.device}" needs ZeRO, but zero_optimization.stage=0: set stage 1, 2 '
+            "or 3, or remove offload_optimizer",
+        )
     ]
 
 
@@ -291,6 +306,7 @@ RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
     (norm_is_computed, ("zero_optimization",)),
     (experts_are_aligned, ("zero_optimization", "model")),
     (expert_gradients_are_reduced_apart, ("zero_optimization", "model")),
+    (offloading_needs_zero, ("zero_optimization",)),
     (zero_has_experts_to_divide, ("zero_optimization", "model")),
     (experts_fit_grouped_matmuls, ("model", "bf16", "fp16")),
     (sequences_fit, ("data", "model")),

@@ -54,12 +54,26 @@ class OptimizerConfig(StrictModel):
     params: AdamParams = Field(description="The optimizer's numbers.")
 
 
+class OffloadConfig(StrictModel):
+    """Where the optimizer's states are and its update is computed (ZeRO-Offload)."""
+
+    device: Literal["none", "cpu"] = Field(
+        default="none",
+        description="`cpu`: in host memory, under ZeRO 1, 2 or 3. The update is DeepSpeed's CPU "
+        "Adam, compiled at its first use, or PyTorch's with `torch_adam`.",
+    )
+    pin_memory: bool = Field(
+        default=True, description="Page-locked memory: faster to copy, and never swapped out."
+    )
+
+
 class ZeroConfig(StrictModel):
     """ZeRO: what is divided among the data-parallel ranks."""
 
-    stage: Literal[0, 1, 2] = Field(
+    stage: Literal[0, 1, 2, 3] = Field(
         default=0,
-        description="0: nothing is divided. 1: the optimizer's states. 2: gradients too.",
+        description="0: nothing is divided. 1: the optimizer's states. 2: gradients too. 3: "
+        "weights too.",
     )
     contiguous_gradients: bool = Field(
         default=True, description="Copy gradients into one buffer as they appear."
@@ -91,6 +105,49 @@ class ZeroConfig(StrictModel):
     load_from_fp32_weights: bool = Field(
         default=True, description="On resuming, take master weights from their float32 copies."
     )
+    offload_optimizer: OffloadConfig | None = Field(
+        default=None, description="Optimizer states in host memory. null: on the device."
+    )
+    sub_group_size: Size = Field(
+        default=1_000_000_000,
+        ge=0,
+        description="Stage 3: elements of a rank that are updated at a time.",
+    )
+    stage3_prefetch_bucket_size: Size = Field(
+        default=50_000_000, ge=0, description="Stage 3: elements collected ahead of their use."
+    )
+    stage3_param_persistence_threshold: Size = Field(
+        default=100_000,
+        ge=0,
+        description="Stage 3: parameters of so many elements or fewer stay whole between uses.",
+    )
+    stage3_model_persistence_threshold: Size | None = Field(
+        default=None, ge=0, description="Stage 3: most elements that stay whole. null: no limit."
+    )
+    stage3_max_live_parameters: Size = Field(
+        default=1_000_000_000,
+        ge=0,
+        description="Stage 3: most elements that a rank holds whole at a time.",
+    )
+    stage3_max_reuse_distance: Size = Field(
+        default=1_000_000_000,
+        ge=0,
+        description="Stage 3: a parameter that is used again within so many elements stays whole.",
+    )
+    stage3_allgather_sequential: bool = Field(
+        default=False,
+        description="Stage 3: collect one parameter after the other: less memory, slower.",
+    )
+    stage3_use_all_reduce_for_fetch_params: bool = Field(
+        default=False, description="Stage 3: collect parameters by all-reduce, not by all-gather."
+    )
+    memory_efficient_linear: bool = Field(
+        default=True, description="Stage 3: DeepSpeed's matrix product in place of PyTorch's."
+    )
+    log_trace_cache_warnings: bool = Field(
+        default=False,
+        description="Stage 3: say when modules run in another order than was foreseen.",
+    )
     parameter_alignment: bool | None = Field(
         default=None,
         description="Let every parameter start at a multiple of 16 bytes. null: true for a MoE "
@@ -101,7 +158,7 @@ class ZeroConfig(StrictModel):
 class Bf16Config(StrictModel):
     """Weights and activations in bfloat16, master weights in float32."""
 
-    enabled: bool = Field(default=False, description="Needs ZeRO stage 1 or 2.")
+    enabled: bool = Field(default=False, description="Needs ZeRO stage 1, 2 or 3.")
     check_grad_overflow: bool = Field(
         default=True, description="Skip a step whose gradients are not finite."
     )
@@ -110,7 +167,7 @@ class Bf16Config(StrictModel):
 class Fp16Config(StrictModel):
     """Weights and activations in float16, with a scaled loss."""
 
-    enabled: bool = Field(default=False, description="Needs ZeRO stage 1 or 2.")
+    enabled: bool = Field(default=False, description="Needs ZeRO stage 1, 2 or 3.")
     loss_scale: float = Field(default=0.0, ge=0, description="0: found while training.")
     initial_scale_power: int = Field(
         default=16, ge=0, description="The first loss scale is 2 to this power."
@@ -294,14 +351,23 @@ class DeepSpeedKeys(StrictModel):
 
 _GONE = "this version of DeepSpeed no longer has it: remove it"
 _PRECISION = (
-    "only bf16 and fp16 are proven to keep the numbers: use `bf16.enabled` with ZeRO 1 or 2"
+    "only bf16 and fp16 are proven to keep the numbers: use `bf16.enabled` with ZeRO 1, 2 or 3"
 )
 _REDUCTION = "it changes how gradients are averaged, on which SparseClip's norm depends: remove it"
 _LOADER = "Magnetar reads its data itself (`magnetar.data`): remove it"
-_STAGE_3 = "it only acts in ZeRO stage 3, which Magnetar does not support: remove it"
+_CHECKPOINTS = "checkpoints are written and read by Magnetar, not by DeepSpeed: remove it"
+_LEAVES = (
+    "Magnetar's layers are collected one module at a time: remove it, and set "
+    "`stage3_prefetch_bucket_size` to collect more ahead"
+)
+_NVME = "optimizer states on a disk are not proven: remove it, and use device `cpu`"
+_PARTIAL = (
+    "a second optimizer would update a part of the parameters, for which SparseClip is not "
+    "proven: remove it"
+)
 _OFFLOAD = (
-    "offloading takes another path through the gradient norm, which is not proven: remove it, "
-    "and use ZeRO stage 2 or more ranks to save memory"
+    "of DeepSpeed's offloading only `zero_optimization.offload_optimizer` to `cpu` is proven: "
+    "remove it, and use that, or ZeRO 3"
 )
 _QUANTISED = "quantised communication changes the numbers: remove it"
 _PARALLEL = (
@@ -313,14 +379,14 @@ _MODEL_PARALLEL = (
 )
 _LOW_STATES = "master weights and optimizer states stay in float32: remove it"
 
-_STAGE_3_KEYS = (
+# DeepSpeed's fields have names without the prefix of their keys.
+_PREFIXED = (
     "prefetch_bucket_size",
     "param_persistence_threshold",
     "model_persistence_threshold",
     "max_live_parameters",
     "max_reuse_distance",
     "gather_16bit_weights_on_model_save",
-    "gather_fp16_weights_on_model_save",
     "module_granularity_threshold",
     "use_all_reduce_for_fetch_params",
     "allgather_sequential",
@@ -399,37 +465,49 @@ REFUSED: dict[str, str] = {
     "checkpoint.parallel_write": "it belongs to pipelines: remove it",
     "checkpoint.checkpoint_serialization": "only the usual format can be resumed: remove it",
     "checkpoint.writer": "only the usual writer is proven: remove it",
-    "zero_optimization.offload_optimizer": _OFFLOAD,
     "zero_optimization.offload_param": _OFFLOAD,
     "zero_optimization.cpu_offload": _OFFLOAD,
     "zero_optimization.cpu_offload_param": _OFFLOAD,
     "zero_optimization.cpu_offload_use_pin_memory": _OFFLOAD,
     "zero_optimization.zenflow": _OFFLOAD,
-    "zero_optimization.round_robin_gradients": "it reorders gradients for offloading, which is "
-    "refused: remove it",
+    "zero_optimization.round_robin_gradients": "it reorders the gradients of ZeRO 1 and 2, which "
+    "is not proven: remove it",
     "zero_optimization.zero_quantized_weights": _QUANTISED,
     "zero_optimization.zero_quantized_nontrainable_weights": _QUANTISED,
     "zero_optimization.zero_quantized_gradients": _QUANTISED,
     "zero_optimization.zeropp_loco_param": _GONE,
     "zero_optimization.mics_shard_size": _GONE,
     "zero_optimization.mics_hierarchical_params_gather": _GONE,
-    "zero_optimization.zero_hpz_partition_size": _STAGE_3,
-    "zero_optimization.elastic_checkpoint": "resuming needs the plain format: remove it",
+    "zero_optimization.zero_hpz_partition_size": "DeepSpeed 0.19.8 refuses a second partition "
+    "where there are MoE layers: remove it",
+    "zero_optimization.elastic_checkpoint": _CHECKPOINTS,
     "zero_optimization.legacy_stage1": _GONE,
-    "zero_optimization.enable_sanity_checks": _STAGE_3,
-    "zero_optimization.sub_group_size": _STAGE_3,
-    "zero_optimization.memory_efficient_linear": _STAGE_3,
-    "zero_optimization.pipeline_loading_checkpoint": _STAGE_3,
-    "zero_optimization.override_module_apply": _STAGE_3,
-    "zero_optimization.log_trace_cache_warnings": _STAGE_3,
-    "zero_optimization.save_muon_momentum_buffer_in_memory": _STAGE_3,
-    "zero_optimization.leaf_module": _STAGE_3,
-    **{f"zero_optimization.{name}": _STAGE_3 for name in _STAGE_3_KEYS},
-    **{f"zero_optimization.stage3_{name}": _STAGE_3 for name in _STAGE_3_KEYS},
+    "zero_optimization.enable_sanity_checks": "it checks DeepSpeed itself, at the cost of speed: "
+    "remove it",
+    "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINTS,
+    "zero_optimization.override_module_apply": "it is for models that are built under DeepSpeed's "
+    "zero.Init: remove it",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "only Adam and AdamW are supported: "
+    "remove it",
+    "zero_optimization.leaf_module": _LEAVES,
+    "zero_optimization.stage3_module_granularity_threshold": _LEAVES,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _CHECKPOINTS,
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": _CHECKPOINTS,
+    **{
+        f"zero_optimization.{name}": f"its name in JSON has a prefix: see `stage3_{name}`"
+        for name in _PREFIXED
+    },
+    **{
+        f"zero_optimization.offload_optimizer.{name}": _NVME
+        for name in ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")
+    },
+    "zero_optimization.offload_optimizer.ratio": _PARTIAL,
+    "zero_optimization.offload_optimizer.super_offload": _PARTIAL,
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": _PARTIAL,
 }
 
 VALUE_REASONS: dict[str, str] = {
     "optimizer.type": "SparseClip is proven with Adam's update only: use one of these",
-    "zero_optimization.stage": "under ZeRO 3 DeepSpeed refuses its own MoE layers, and gradient "
-    "clipping is not proven for dense models: use stage 1 or 2",
+    "zero_optimization.offload_optimizer.device": "optimizer states on a disk are not proven: use "
+    "`cpu`",
 }

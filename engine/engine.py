@@ -19,8 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from engine.admin import needs_profile, start_omegas
 from engine.config import LRSchedule, RunConfig
+from engine.partition import partition
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
+from engine.trained_run import DTYPES
 from models.deepspeed_moe import moe_class
 from models.losses import IGNORE_INDEX, token_losses
 from models.moe import RoutingStats
@@ -126,8 +128,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         key = (group_name, getattr(parameter, "num_experts", 0), is_matrix)
         found.setdefault(key, []).append(parameter)
     param_groups = []
+    # Experts first: ZeRO 3 lays out one parameter behind the other, and a temperature (one number)
+    # would misalign the experts' weights for grouped matrix products.
     for (group_name, num_experts, is_matrix), parameters in sorted(
-        found.items(), key=lambda item: item[0]
+        found.items(), key=lambda item: item[0], reverse=True
     ):
         group = {
             "params": parameters,
@@ -175,7 +179,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         The engine, whose module is a models.transformer.Transformer or EncoderDecoder, and its
         SparseClip.
     """
-    with torch.device(device):
+    with torch.device("cpu" if config.zero_stage == 3 else device):
         model = build_model(config.model, config.training.seed, moe_class(config.zero_stage))
     if starts_from_weights(config):
         load_starting_weights(model, config)
@@ -200,10 +204,13 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     deepspeed_config["gradient_clipping"] = config.gradient_clipping or 1.0
     # The trainer reports; DeepSpeed's own lines would tear the progress display.
     deepspeed_config.setdefault("steps_per_print", 2**62)
+    model_parameters = parameter_groups(model, weight_decay)  # while they have their shapes
+    if config.zero_stage == 3:
+        partition(model, deepspeed_config, DTYPES[config.dtype])
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         config=deepspeed_config,
-        model_parameters=parameter_groups(model, weight_decay),
+        model_parameters=model_parameters,
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
         dist_init_required=False,
     )

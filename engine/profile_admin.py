@@ -6,7 +6,7 @@ import torch
 from data.errors import UserError
 from data.token_files import Prepared
 from engine.admin import profile_path, write_profile
-from engine.checkpoint import complete_checkpoints
+from engine.checkpoint_files import complete_checkpoints
 from engine.config import RunConfig
 from engine.engine import start_distributed
 from engine.trainer import micro_batches

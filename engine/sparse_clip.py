@@ -21,13 +21,14 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from torch import Tensor
 
 from data.errors import UserError
 
-KNOWN_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam"}
+KNOWN_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,13 @@ def squared_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     gradients = list(gradients)
     if not gradients:
         return torch.zeros((), device=device)
-    if device.type == "cuda":
+    if gradients[0].is_cuda:
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # one pass, no copy
         return torch.stack(norms).square().sum()
     # torch's norm on a CPU adds up one after another: 4e-3 off at ten million elements. Its sum
     # adds pairwise: 1e-7.
-    return torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+    squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+    return squares.to(device)  # offloaded gradients lie on the host
 
 
 def clip_coefficient(norm: Tensor, threshold: float) -> Tensor:
@@ -98,7 +100,7 @@ class SparseClip:
         Args:
             gradient_groups: this rank's gradients, already averaged over the data.
             partitioned: True if every element of every gradient lies on exactly one rank of the
-                job (ZeRO 1 and 2); False if ranks hold whole gradients, an expert's on each rank
+                job (ZeRO 1, 2 and 3); False if ranks hold whole gradients, an expert's on each rank
                 that holds the expert.
             scale: loss scale that the gradients still carry.
         """
@@ -145,6 +147,8 @@ class SparseClip:
             )
         if type(optimizer) is DeepSpeedZeroOptimizer:
             self._install_zero(optimizer)
+        elif type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+            self._install_zero_3(optimizer)
         elif type(optimizer) is BF16_Optimizer:
             self._install_bf16(optimizer)
         elif optimizer is engine.basic_optimizer:
@@ -153,7 +157,7 @@ class SparseClip:
             raise UserError(
                 f"DeepSpeed wrapped the optimizer in a {type(optimizer).__name__}, which "
                 "SparseClip does not know, so its gradients would not be clipped: use "
-                "zero_optimization.stage 1 or 2 with bf16 or fp16, stage 0, 1 or 2 with fp32"
+                "zero_optimization.stage 1, 2 or 3 with bf16 or fp16, any stage with fp32"
             )
 
     def _install_zero(self, optimizer: DeepSpeedZeroOptimizer) -> None:
@@ -161,7 +165,12 @@ class SparseClip:
 
         def scaled_global_norm(norm_type: int = 2) -> Tensor:
             gradient_groups = [
-                _gradient_group(param_group, optimizer.averaged_gradients[index])
+                _gradient_group(
+                    param_group,
+                    [optimizer.single_partition_of_fp32_groups[index].grad]
+                    if optimizer.cpu_offload
+                    else optimizer.averaged_gradients[index],
+                )
                 for index, param_group in enumerate(optimizer.optimizer.param_groups)
             ]
             self.measure(gradient_groups, partitioned=True, scale=float(optimizer.loss_scale))
@@ -171,9 +180,33 @@ class SparseClip:
         def unscale_and_clip_grads(flat_gradients: Sequence[Tensor], total_norm: Tensor) -> None:
             factor = self.coefficient / optimizer.loss_scale
             for gradient in flat_gradients:
-                gradient.data.mul_(factor)
+                gradient.data.mul_(factor.to(gradient.device))
 
         optimizer.scaled_global_norm = scaled_global_norm
+        optimizer.unscale_and_clip_grads = unscale_and_clip_grads
+
+    def _install_zero_3(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+        """ZeRO 3: as ZeRO 1 and 2, but a parameter group is several groups of partitions."""
+
+        def norm_groups() -> list[Tensor]:
+            gradient_groups = [
+                _gradient_group(
+                    optimizer.optimizer.param_groups[group],
+                    [optimizer.fp32_partitioned_groups_flat[index].grad]
+                    if optimizer.offload_optimizer
+                    else optimizer.averaged_gradients[index],
+                )
+                for index, group in optimizer.sub_group_to_group_id.items()
+            ]
+            self.measure(gradient_groups, partitioned=True, scale=float(optimizer.loss_scale))
+            # DeepSpeed's step combines them, and takes what is not finite for an overflow.
+            return [self.norm * optimizer.loss_scale]
+
+        def unscale_and_clip_grads(index: int, total_norm: Tensor) -> None:
+            gradient = optimizer.fp32_partitioned_groups_flat[index].grad
+            gradient.mul_((self.coefficient / optimizer.loss_scale).to(gradient.device))
+
+        optimizer._get_norm_groups = norm_groups
         optimizer.unscale_and_clip_grads = unscale_and_clip_grads
 
     def _install_bf16(self, optimizer: BF16_Optimizer) -> None:

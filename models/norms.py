@@ -167,7 +167,7 @@ def layer_norm(width: int, eps: float, multiway: bool) -> nn.Module:
 class Residual(nn.Module):
     """Everything of a sublayer but the sublayer: its LayerNorms, its residual sum, its noise.
 
-    Use: `x = residual.add(x, sublayer(residual.before(x)))`.
+    Use: `x = residual(x, sublayer(residual.before(x)))`.
 
     Parameters: `norm`; `output_norm` with NormFormer; `omega` (D,) with Admin.
     """
@@ -210,7 +210,7 @@ class Residual(nn.Module):
         """What the sublayer sees of x (B, T, D)."""
         return per_modality(self.norm, x, split_position) if self.starts_with_norm else x
 
-    def add(self, x: Tensor, output: Tensor, split_position: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, output: Tensor, split_position: int | None = None) -> Tensor:
         """The residual stream after the sublayer's output is added: (B, T, D)."""
         if self.output_norm is not None:
             output = per_modality(self.output_norm, output, split_position)

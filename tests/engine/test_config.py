@@ -202,7 +202,9 @@ WRONG = [
     ("optimizer.params.beta", [0.9, 0.9], ["did you mean optimizer.params.betas?"]),
     ("optimizer.params.adam_w_mode", False, ['type="AdamW"', 'use type "Adam"']),
     ("zero_optimization", True, ["an object"]),
-    ("zero_optimization.stage", 3, ["ZeRO 3", "refuses its own MoE layers", "use stage 1 or 2"]),
+    ("zero_optimization.stage", 4, ["one of 0, 1, 2, 3"]),
+    ("zero_optimization.stage3_prefetch_bucket", 1, ["zero_optimization.stage3_prefetch_bucket_"]),
+    ("zero_optimization.offload_optimizer.device", "nvme", ["disk", "use `cpu`"]),
     ("zero_optimization.parameter_alignment", False, ["16 bytes", "set it to true"]),
     ("zero_optimization.contiguous_gradients", False, ["gradients of different experts", "remove"]),
     ("zero_optimization.reduce_scatter", False, ["gradients of different experts", "remove it"]),
@@ -308,6 +310,16 @@ def test_low_precision_needs_zero(precision: str, reason: str, section: dict) ->
     assert f"{precision}.enabled=true" in found
     assert reason in found
     assert "set zero_optimization.stage=1" in found
+
+
+def test_offloading_needs_zero() -> None:
+    raw = quickstart(zero_optimization={"stage": 0, "offload_optimizer": {"device": "cpu"}})
+    assert messages(raw) == [
+        'zero_optimization.offload_optimizer.device="cpu" needs ZeRO, but '
+        "zero_optimization.stage=0: set stage 1, 2 or 3, or remove offload_optimizer"
+    ]
+    raw["zero_optimization"]["stage"] = 3
+    assert messages(raw) == []
 
 
 @pytest.mark.parametrize("accumulate", ["fp32", "bf16", None])

@@ -51,7 +51,7 @@ def test_the_schema_refuses_unknown_keys_and_wrong_values() -> None:
     assert errors({**raw, "magnetar": {**magnetar, "model": {**magnetar["model"], "x": 1}}})
     assert errors({**raw, "scheduler": {}})
     assert errors({**raw, "gradient_clipping": "1"})
-    assert errors({**raw, "zero_optimization": {"stage": 3}})
+    assert errors({**raw, "zero_optimization": {"stage": 4}})
 
 
 def test_the_page_names_every_key_and_every_refusal() -> None:

@@ -40,7 +40,7 @@ def test_no_gradients_have_norm_zero() -> None:
 FP32 = [
     {"magnetar.model.moe.ep_size": ep_size, "zero_optimization.stage": stage}
     for ep_size in (1, 2)
-    for stage in (0, 1, 2)
+    for stage in (0, 1, 2, 3)
 ]
 BF16 = [
     case | {"bf16.enabled": True} | extra
@@ -48,17 +48,33 @@ BF16 = [
     for extra in ({}, {"data_types.grad_accum_dtype": "fp32"})
     if case["zero_optimization.stage"]
 ]
-ACCUMULATED = [case | {"train_micro_batch_size_per_gpu": 2} for case in (FP32[3], FP32[4], FP32[5])]
-VANILLA = [FP32[4] | {"magnetar.sparse_clip.enabled": False}]
+EP_2 = FP32[4:]
+ACCUMULATED = [case | {"train_micro_batch_size_per_gpu": 2} for case in EP_2]
+VANILLA = [case | {"magnetar.sparse_clip.enabled": False} for case in (EP_2[1], EP_2[3])]
 UNCLIPPED = [
-    case | {"gradient_clipping": 0.0, "magnetar.sparse_clip.enabled": False} for case in FP32[3:]
+    case | {"gradient_clipping": 0.0, "magnetar.sparse_clip.enabled": False} for case in EP_2
+]
+# Partitions that end in padding (heads of 3 numbers), and updates of many parts.
+UNEVEN = [
+    EP_2[3] | {"magnetar.model.num_heads": 4, "magnetar.model.d_model": 12, **extra}
+    for extra in (
+        {"magnetar.model.qk_norm": True},
+        {"zero_optimization.sub_group_size": 500},
+        {"zero_optimization.reduce_scatter": False},
+    )
+]
+OFFLOADED = [
+    case | {"zero_optimization.offload_optimizer": {"device": "cpu"}} | extra
+    for case in FP32
+    for extra in ({}, {"bf16.enabled": True}, {"train_micro_batch_size_per_gpu": 2})
+    if case["zero_optimization.stage"]
 ]
 FP16 = [
     case | {"fp16.enabled": True, "fp16.initial_scale_power": 8}
     for case in FP32
     if case["zero_optimization.stage"]
 ]
-CASES = FP32 + BF16 + FP16 + ACCUMULATED + VANILLA + UNCLIPPED
+CASES = FP32 + BF16 + FP16 + ACCUMULATED + VANILLA + UNCLIPPED + UNEVEN + OFFLOADED
 
 
 # On GPUs DeepSpeed's fused Adam is compiled when it is first used.
@@ -121,7 +137,11 @@ def test_expert_and_dense_gradients_shrink_alike_before_they_reach_adam(measured
 @pytest.mark.slow
 def test_every_wrapper_of_deepspeed_was_met(measured: list) -> None:
     wrappers = {found["optimizer"] for _, found in measured}
-    assert wrappers - {"AdamW", "FusedAdam"} == {"BF16_Optimizer", "DeepSpeedZeroOptimizer"}
+    assert wrappers - {"AdamW", "FusedAdam"} == {
+        "BF16_Optimizer",
+        "DeepSpeedZeroOptimizer",
+        "DeepSpeedZeroOptimizer_Stage3",
+    }
     assert wrappers & {"AdamW", "FusedAdam"}
 
 
@@ -135,7 +155,7 @@ def engine_with(basic_name: str, wrapper_name: str | None) -> Any:
     ("engine", "named", "way_out"),
     [
         (engine_with("FusedLamb", None), "FusedLamb", "use Adam or AdamW"),
-        (engine_with("FusedAdam", "FP16_Optimizer"), "FP16_Optimizer", "stage 1 or 2"),
+        (engine_with("FusedAdam", "FP16_Optimizer"), "FP16_Optimizer", "stage 1, 2 or 3"),
     ],
 )
 def test_an_optimizer_it_does_not_know_is_refused(engine: Any, named: str, way_out: str) -> None:

@@ -95,9 +95,7 @@ def test_the_measured_residual_scale_is_that_of_the_table(
         module.norm = nn.Identity()
         if module.output_norm is not None:
             module.output_norm = nn.Identity()
-        torch.testing.assert_close(
-            module.add(x, output), expected * x + output, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(module(x, output), expected * x + output, rtol=1e-5, atol=1e-5)
 
 
 def matrices(stack: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -244,18 +242,18 @@ def test_drop_path_drops_a_samples_whole_output_and_scales_the_others(norm: str)
     torch.manual_seed(0)
     module, samples = residual(norm, drop_path=0.4), 4000
     x, output = torch.randn(samples, 3, 5), 1 + torch.rand(samples, 3, 5)
-    ratio = (module.add(x, output) - x) / output
+    ratio = (module(x, output) - x) / output
     kept = ratio[:, 0, 0] > 0.5
     expected = kept.view(-1, 1, 1).expand_as(ratio) / 0.6
     torch.testing.assert_close(ratio, expected, rtol=1e-4, atol=1e-4)  # all or nothing
     # Four standard deviations of a binomial share: 4 * sqrt(0.24 / 4000) = 0.031.
     assert kept.float().mean().item() == pytest.approx(0.6, abs=0.031)
-    assert torch.equal(module.eval().add(x, output), x + output)
+    assert torch.equal(module.eval()(x, output), x + output)
 
 
 def test_drop_path_keeps_the_dtype() -> None:
     x = torch.randn(4, 3, 5, dtype=torch.bfloat16)
-    assert residual("pre", drop_path=0.5).add(x, x).dtype == torch.bfloat16
+    assert residual("pre", drop_path=0.5)(x, x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("architecture", "stack"), STACKS)
@@ -264,7 +262,7 @@ def test_drop_path_rises_linearly_from_0_in_the_first_layer(architecture: str, s
     model = empty_model(config(architecture=architecture, drop_path=0.6, norm="pre"))
     layers, output = STACKS[architecture, stack], torch.ones(3000, 1, 1)
     for index, module in residuals(stack_of(model, stack)):
-        dropped = (module.add(torch.zeros(1), output) == 0).float().mean().item()
+        dropped = (module(torch.zeros(1), output) == 0).float().mean().item()
         expected = 0.6 * index / (layers - 1)
         # Four standard deviations of a binomial share, at most 4 * 0.5 / sqrt(3000) = 0.037.
         assert dropped == pytest.approx(expected, abs=0.037 if index else 0.0)
@@ -273,13 +271,13 @@ def test_drop_path_rises_linearly_from_0_in_the_first_layer(architecture: str, s
 def test_the_only_layer_drops_no_path() -> None:
     model = empty_model(config(num_layers=1, drop_path=0.6, norm="pre"))
     for _, module in residuals(model):
-        assert bool((module.add(torch.zeros(1), torch.ones(99, 1, 1)) == 1).all())
+        assert bool((module(torch.zeros(1), torch.ones(99, 1, 1)) == 1).all())
 
 
 def test_dropout_acts_on_the_sublayers_output_and_not_on_the_residual() -> None:
     torch.manual_seed(0)
     module, x = residual("pre", dropout=0.3), torch.full((40, 30, 5), 10.0)
-    out = module.add(x, torch.ones_like(x))
+    out = module(x, torch.ones_like(x))
     dropped = out == 10
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.03)
     torch.testing.assert_close(out[~dropped], torch.full_like(out[~dropped], 10 + 1 / 0.7))
