@@ -203,7 +203,7 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                     saver.save(step, asdict(state))
     state.after = state.after or validate()
     finish(engine, config, prepared, valid_data, asdict(state), progress)
-    dist.destroy_process_group()
+    engine.destroy()  # its hooks are cycles that no garbage collection finds
     if lock is not None:
         lock.close()
 

@@ -17,11 +17,13 @@ def main() -> None:
     config = load_config(arguments.deepspeed_config, arguments.set, world_size)
     from engine.admin import profile_path, require_admin
     from engine.engine import launched_rank
+    from engine.process_groups import leave_distributed
     from engine.profile_admin import profile
     from engine.trainer import resolve_run
 
     require_admin(config)
     omegas = profile(*resolve_run(config, world_size))
+    leave_distributed()
     if launched_rank() == 0:
         for stack, values in omegas.items():
             shown = " ".join(f"{value:.3f}" for value in values)

@@ -41,9 +41,11 @@ def main() -> None:
 
     world_size = launched_world_size()
     config = load_config(arguments.deepspeed_config, arguments.set, world_size)
+    from engine.process_groups import leave_distributed
     from engine.trainer import prepare_run, train
 
     train(*prepare_run(config, world_size))
+    leave_distributed()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ MAY_IMPORT_DEEPSPEED = {
     "engine/evaluation.py",
     "engine/partition.py",
     "engine/metrics.py",
+    "engine/process_groups.py",
     "engine/profile_admin.py",
     "engine/report.py",
     "engine/shares.py",
