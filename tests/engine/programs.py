@@ -256,3 +256,64 @@ def losses_and_checkpointed_blocks(cases: list[dict[str, Any]], num_steps: int) 
         (curve,) = losses_and_norms([changes], num_steps)
         results.append(curve | {"checkpointed_blocks": len(calls)})
     return results
+
+
+def memory_of_engines(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Of two steps of each case: bytes that this rank's engine keeps, at their largest."""
+    from engine.engine import loss_weights, train_step
+
+    results = []
+    for changes in cases:
+        engine, _, config = start(changes)
+        largest: dict[str, int] = {}
+        update = engine.step
+
+        def measured(
+            engine: Any = engine, largest: dict[str, int] = largest, update: Any = update
+        ) -> None:
+            for name, tensors in kept_tensors(engine).items():
+                largest[name] = max(largest.get(name, 0), bytes_of(tensors))
+            update()
+
+        engine.step = measured
+        for step in range(2):
+            batch = batches(engine, step, config)
+            train_step(engine, batch, loss_weights(config), seed=1, step=step)
+        results.append(largest)
+        engine.destroy()
+    return results
+
+
+def kept_tensors(engine: Any) -> dict[str, list[Any]]:
+    """What an engine keeps between the last backward pass and the update, by purpose."""
+    optimizer = engine.optimizer
+    parameters = list(engine.module.parameters())
+    weights = [p.data for p in parameters]
+    weights += [p.ds_tensor.data for p in parameters if hasattr(p, "ds_tensor")]
+    # Under ZeRO 3 and in BF16_Optimizer gradients have buffers, under ZeRO 1 and 2 lists of parts.
+    gradients = [p.grad for p in parameters]
+    gradients += getattr(optimizer, "fp32_groups_gradients_flat", [])
+    gradients.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
+    for name in ("averaged_gradients", "all_grad_tensors"):
+        for parts in getattr(optimizer, name, {}).values():
+            gradients += parts or []
+    master: list[Any] = []
+    for name in (
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+    ):
+        master += getattr(optimizer, name, [])
+    moments = [
+        states[name]
+        for states in engine.basic_optimizer.state.values()
+        for name in ("exp_avg", "exp_avg_sq")
+        if name in states
+    ]
+    return {"weights": weights, "gradients": gradients, "master": master, "moments": moments}
+
+
+def bytes_of(tensors: list[Any]) -> int:
+    """Bytes of the storages that tensors lie in, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
