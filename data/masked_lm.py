@@ -3,8 +3,7 @@
 Letters: B rows, T seq_len, L tokens of one window.
 
 Of a window's L tokens, those after its first, EXACTLY max(1, round(p * L)) are masked, neither
-more nor fewer by chance: every rank and every micro-batch then counts the same number of targets,
-so the mean over ranks of their mean losses is the mean over the batch, in any layout. Which ones
+more nor fewer by chance: every batch of whole windows counts the same number of targets. Which ones
 is a function of (seed, key) alone: in training the key is the global sample, so each epoch masks
 anew; in validation it is the window, so every pass is the same.
 """

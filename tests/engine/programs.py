@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,13 @@ def start(changes: dict[str, Any]) -> tuple[Any, Any, Any]:
     return engine, sparse_clip, config
 
 
+# Tokens of the samples of a padded batch, step after step. In the first, the upper half is all
+# padding, so half the ranks have no token; in the third nobody has one.
+LENGTHS = [[16, 9, 1, 12, 0, 0, 0, 0], [3, 16, 7, 5, 11, 0, 2, 16], [0] * 8]
+
+
 def batches(
-    engine: Any, step: int, config: Any
+    engine: Any, step: int, config: Any, is_padded: bool = False
 ) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
     """This rank's micro-batches of a global batch that depends on the step alone."""
     import deepspeed.comm as dist
@@ -76,12 +82,11 @@ def batches(
     tokens = (97 * uniform**3).long()
     tokens[:, 1::2] = (tokens[:, 0:-1:2] * 3 + 1) % 97
     micro, ranks = engine.train_micro_batch_size_per_gpu(), dist.get_world_size()
-    keys = torch.arange(len(tokens)) + step * len(tokens)
-    mine = (-1, ranks, micro)
-    parts = tokens.view(*mine, 17)[:, dist.get_rank()], keys.view(mine)[:, dist.get_rank()]
+    lengths = np.array(LENGTHS[step % 3]) if is_padded else np.full(len(tokens), 16)
+    rows = Rows(tokens.numpy(), lengths, np.arange(len(tokens)) + step * len(tokens))
+    places = np.arange(len(tokens)).reshape(-1, ranks, micro)[:, dist.get_rank()]
     asked = [
-        objective(config, 97)(Rows(part.numpy(), np.full(micro, 16), key.numpy()), 1)
-        for part, key in zip(*parts, strict=True)
+        objective(config, 97)(Rows(*(values[place] for values in rows)), 1) for place in places
     ]
     return [
         (
@@ -92,22 +97,29 @@ def batches(
     ]
 
 
-def losses_and_norms(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, list[float]]]:
-    """Train each case; the whole batch's losses, the clipping norms and the coefficients."""
-    import deepspeed.comm as dist
+def losses_and_norms(
+    cases: list[dict[str, Any]], num_steps: int, padded: Collection[int] = ()
+) -> list[dict[str, list[float]]]:
+    """Train each case; the whole batch's losses, the clipping norms and the coefficients.
 
+    Args:
+        cases: dotted keys over BASE.
+        num_steps: optimizer steps.
+        padded: indices of the cases whose batches hold padding.
+    """
     from engine.engine import loss_weights, train_step
+    from engine.metrics import reduce_over_ranks
 
     results = []
-    for changes in cases:
+    for index, changes in enumerate(cases):
         engine, clip, config = start(changes)
-        curve: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
+        curve: dict[str, list[float]] = {"norm": [], "coefficient": []}
         for step in range(num_steps):
-            batch = batches(engine, step, config)
+            batch = batches(engine, step, config, is_padded=index in padded)
             result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
-            loss = result.loss.double()
-            dist.all_reduce(loss)
-            curve["loss"].append(float(loss) / dist.get_world_size())
+            losses, _ = reduce_over_ranks(result)
+            for name, value in losses.items():
+                curve.setdefault(name, []).append(value)
             curve["norm"].append(float(clip.norm))
             curve["coefficient"].append(float(clip.coefficient))
         results.append(curve)

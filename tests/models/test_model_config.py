@@ -319,6 +319,27 @@ def test_an_order_of_service_belongs_to_capacity(order: str) -> None:
     MoEConfig(num_experts=4, capacity_order=order, dispatch="capacity", capacity_factor=1.0)
 
 
+def test_a_scope_of_capacity_belongs_to_capacity() -> None:
+    message = moe_message(num_experts=4, capacity_scope="rank")
+    assert (
+        "capacity_scope='rank' belongs to dispatch 'capacity': leave it out, or use dispatch "
+        "'capacity' with a capacity_factor"
+    ) in message
+    keys = {"num_experts": 4, "dispatch": "capacity", "capacity_factor": 1.0}
+    assert MoEConfig.model_validate(keys).capacity_scope == "global"
+    MoEConfig.model_validate(keys | {"capacity_scope": "rank"})
+
+
+def test_a_balance_of_the_whole_batch_does_not_go_with_dropping_in_parts_of_it() -> None:
+    keys = {"num_experts": 4, "balance_scope": "batch"}
+    message = moe_message(**keys, dispatch="capacity", capacity_factor=1.0)
+    assert (
+        "balance_scope='batch' does not go with dispatch 'capacity', where each accumulation step "
+        "drops its own tokens: use balance_scope 'micro_step', or dispatch 'dropless'"
+    ) in message
+    MoEConfig.model_validate(keys)
+
+
 @pytest.mark.parametrize("key", ["normalize_tokens", "learned_temperature"])
 def test_what_the_xmoe_router_may_lack_the_linear_one_never_has(key: str) -> None:
     message = moe_message(num_experts=4, router="linear", **{key: False})

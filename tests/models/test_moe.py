@@ -23,7 +23,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 5e-5}
 
 
 # Keys of `build` that are no keys of `moe`.
-SHAPE = ("activation", "inner_norm", "norm_eps", "activation_dropout", "time_major")
+SHAPE = ("activation", "inner_norm", "norm_eps", "activation_dropout", "time_major", "layer")
 
 
 def build(activation: str = "gelu", inner_norm: bool = True, **keys: Any) -> MoE:
@@ -449,6 +449,51 @@ def test_jitter_reaches_the_router_and_not_the_experts() -> None:
     layer.eval()
     assert torch.equal(out, layer(x)[0]), "the only expert saw the noise"
     assert torch.equal(seen[1], x.view(N, D))
+
+
+NOISE: list[dict[str, Any]] = [
+    {"jitter": 0.3},
+    {"second_expert": "sampled"},
+    {"second_expert": "random"},
+    {"capacity_order": "random", "top_k": 1} | capacity_of(0.5),
+]
+
+
+@pytest.mark.parametrize("keys", NOISE, ids=str)
+def test_noise_is_a_function_of_the_samples_key(keys: dict[str, Any]) -> None:
+    layer, x, sample_keys = build(**keys), tokens(), torch.tensor([5, 2**40])
+    out = layer(x, None, sample_keys)[0]
+    assert torch.equal(layer(x, None, sample_keys)[0], out)
+    assert not torch.equal(layer(x, None, sample_keys + 1)[0], out)
+    assert not torch.equal(build(**keys, layer=1)(x, None, sample_keys)[0], out)
+    swapped = layer(x.flip(0), None, sample_keys.flip(0))[0].flip(0)
+    torch.testing.assert_close(swapped, out, rtol=1e-5, atol=1e-5)  # other blocks of rows
+
+
+@pytest.mark.parametrize("keys", NOISE[:3], ids=str)
+def test_padding_takes_no_noise_from_a_token(keys: dict[str, Any]) -> None:
+    layer, x, sample_keys = build(**keys), tokens(), torch.tensor([5, 2**40])
+    padding = some_padding()
+    real, whole = layer(x, padding, sample_keys)[0], layer(x, None, sample_keys)[0]
+    # Other blocks of rows.
+    torch.testing.assert_close(real[~padding], whole[~padding], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", NOISE, ids=str)
+def test_noise_without_keys_comes_from_torchs_generator(keys: dict[str, Any]) -> None:
+    layer, x = build(**keys), tokens()
+    torch.manual_seed(1)
+    first, second = layer(x)[0], layer(x)[0]
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(layer(x)[0], first)
+
+
+def test_a_layer_without_noise_draws_nothing() -> None:
+    for layer in (build(), build(**capacity_of(0.5)), build(jitter=0.3).eval()):
+        before = torch.get_rng_state()
+        layer(tokens())
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_unused_second_expert_is_no_assignment() -> None:

@@ -17,6 +17,7 @@ from models.attention import CrossAttention, SelfAttention
 from models.config import ModelConfig
 from models.cost import flops_per_token, num_parameters
 from models.losses import IGNORE_INDEX, token_losses
+from models.moe import SparseFeedForward
 from models.transformer import (
     EncoderDecoder,
     ModelOutput,
@@ -322,6 +323,25 @@ def test_what_stands_in_padding_changes_nothing(
         assert torch.equal(a.load, b.load)
     plain = run(model, tokens, None, source, None)
     assert not torch.allclose(plain.logits[~padding], first.logits[~padding], atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_moe_layer_draws_noise_of_its_own(architecture: str) -> None:
+    model = random_model(architecture=architecture, moe=MOE | {"every": 1}, num_layers=3)
+    layers = [module.layer for module in model.modules() if isinstance(module, SparseFeedForward)]
+    assert sorted(layers) == list(range(6 if architecture == "encoder_decoder" else 3))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_keys_of_samples_reach_every_stack(architecture: str) -> None:
+    moe = MOE | {"every": 1, "jitter": 0.5}
+    model = random_model(architecture=architecture, moe=moe, num_layers=1)
+    inputs = (token_ids(2, S), token_ids(2)) if "_" in architecture else (token_ids(2),)
+    keys = torch.tensor([1, 2])
+    first, again, other = (model(*inputs, sample_keys=k) for k in (keys, keys, keys + 1))
+    assert torch.equal(first.logits, again.logits)
+    for one, two in zip(first.routing, other.routing, strict=True):
+        assert not torch.equal(one.probs, two.probs)
 
 
 def test_padding_that_is_routed_enters_an_encoder_as_zeros() -> None:
