@@ -115,9 +115,10 @@ def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> M
         for place, index in enumerate(indices):
             if moe is not None and config.is_moe_layer(index) != config.is_moe_layer(place):
                 kinds = ("a dense", "a MoE")
+                student = f"the student's {prefix[:-1]}" if prefix else "the student"
                 raise UserError(
                     f"layer {index}, {kinds[config.is_moe_layer(index)]} layer, would become layer "
-                    f"{place} of the student{f's {prefix[:-1]}' if prefix else ''}, where "
+                    f"{place} of {student}, where "
                     f"moe.every={moe.every} wants {kinds[config.is_moe_layer(place)]} layer: "
                     "choose layers that fit, or make the model dense first with `python -m "
                     "launchers.convert densify`"

@@ -48,7 +48,9 @@ def test_logits_are_those_of_the_dense_model(tmp_path: Path, case: str, router: 
     torch.testing.assert_close(logits(sparse), logits(dense), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("experts", "every", "top_k"), [(3, 1, 3), (5, 4, 2), (8, 3, 4), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("experts", "every", "top_k"), [(3, 1, 3), (5, 4, 2), (8, 3, 4), (1, 1, 1)]
+)
 def test_any_number_of_experts_in_any_layers(
     tmp_path: Path, experts: int, every: int, top_k: int
 ) -> None:
