@@ -19,6 +19,7 @@ that. It is written last, before the folder gets its name.
 import hashlib
 import json
 import os
+import re
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -326,8 +327,9 @@ def _require_whole_tensor(name: str, numel: int, pieces: Sequence[tuple[int, int
 
 def _umask() -> int:
     """The process's, read without changing it: other threads make files too."""
-    line = next(x for x in Path("/proc/self/status").open() if x.startswith("Umask"))
-    return int(line.split()[1], 8)
+    status = Path("/proc/self/status").read_text()
+    (umask,) = re.findall(r"^Umask:\s*(\d+)", status, re.MULTILINE)
+    return int(umask, 8)
 
 
 def _flush(path: Path) -> None:

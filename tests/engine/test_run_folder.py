@@ -79,7 +79,18 @@ def test_accumulation_may_change_where_it_changes_no_number(
 
 def test_where_experts_lie_may_change(tmp_path: Path) -> None:
     begin(tmp_path / "run", config(tmp_path / "run"))
-    check_run_folder(config(tmp_path / "run", magnetar__model__moe__ep_size=2))
+    other, _ = check_config(
+        with_keys(
+            BASE,
+            {
+                "magnetar.training.run_dir": str(tmp_path / "run"),
+                "magnetar.model.moe.ep_size": 2,
+            },
+        ),
+        2,
+    )
+    assert other is not None
+    check_run_folder(other)
 
 
 def test_another_config_is_refused_and_each_key_named(tmp_path: Path) -> None:
