@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_corpus(folder: Path) -> Path:
+def make_corpus(folder: Path, vocab_size: int = 300) -> Path:
     """A prepared folder of a few thousand words that a small model can learn from."""
     from data.prepare import PrepareConfig, prepare
 
@@ -61,7 +61,7 @@ def make_corpus(folder: Path) -> Path:
             out=out,
             train=(str(folder / "speech_[0-2]*.txt"),),
             valid=(str(folder / "speech_3*.txt"),),
-            vocab_size=300,
+            vocab_size=vocab_size,
         )
     )
     return out

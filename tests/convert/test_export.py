@@ -1,0 +1,415 @@
+"""export -> import -> export: the same bytes; and what reads an exported folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from data.token_files import read_manifest
+from engine.checkpoint import load_model as load_checkpoint_model
+from engine.checkpoint_files import WEIGHT, Checkpoint
+from launchers import evaluate, generate
+from models.weights import load_model, load_weights
+from tests.convert.checkpoints import write_checkpoint
+from tests.convert.conversions import contents, convert, refusal, save_random
+from tests.ranks import ROOT
+from tests.runs import environment, make_corpus
+
+ENCODER_DECODER = {"magnetar.model.architecture": "encoder_decoder"}
+CASES: dict[str, dict[str, Any]] = {
+    "moe": {},
+    "expert parallel": {"magnetar.model.moe.ep_size": 2, "zero_optimization.stage": 2},
+    "dense": {"magnetar.model.moe": None},
+    "untied": {"magnetar.model.tie_embeddings": False},
+    "two stacks": ENCODER_DECODER,
+    "shared": ENCODER_DECODER | {"magnetar.model.share_embeddings": True},
+    "bf16": {"bf16.enabled": True, "zero_optimization.stage": 1},
+    "fp16": {"fp16.enabled": True, "zero_optimization.stage": 1},
+    "gated, linear": {"magnetar.model.activation": "swiglu", "magnetar.model.moe.router": "linear"},
+    "monitors": {"csv_monitor": {"enabled": True, "output_path": "runs/x", "job_name": "csv"}},
+}
+
+
+class Made(NamedTuple):
+    """A run that was written rather than trained, and its data."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    corpus: Path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_run(folder: Path, corpus: Path, **changes: Any) -> Made:
+    """A run in a folder of its own, with the corpus's vocabulary and two checkpoints."""
+    keys = {
+        "magnetar.data.path": str(corpus),
+        "magnetar.model.vocab_size": 301,
+        "magnetar.model.max_seq_len": 16,
+    }
+    entries = {
+        "tokenizer_fingerprint": read_manifest(corpus).tokenizer_fingerprint,
+        "trainer": {"seconds": 0.1, "num_clipped": 3, "before": {"loss": 1 / 3}, "after": {}},
+        "optimizer": {
+            "step": 9,
+            "schedule_step": 8,
+            "skipped_steps": 1,
+            "loss_scaler": {"cur_scale": 4096.0},
+        },
+    }
+    write_checkpoint(folder / "run", 4, changes=keys | changes, seed=4, entries=entries)
+    last = write_checkpoint(folder / "run", 9, changes=keys | changes, seed=9, entries=entries)
+    return Made(folder / "run", last, corpus)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Made:
+    return make_run(tmp_path_factory.mktemp("made"), corpus)
+
+
+@pytest.fixture
+def exported(tmp_path: Path, made: Made) -> Path:
+    convert("export", made.folder, "--out", tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--shard-size", "20KB"), ("--dtype", "bfloat16")], ids=str
+)
+@pytest.mark.parametrize("case", CASES)
+def test_export_import_export_gives_the_same_bytes(
+    tmp_path: Path, corpus: Path, case: str, options: tuple
+) -> None:
+    run = make_run(tmp_path, corpus, **CASES[case])
+    one, two = tmp_path / "one", tmp_path / "two"
+    convert("export", run.folder, "--out", one, *options)
+    convert("import", one, "--out", tmp_path / "imported")
+    convert("export", tmp_path / "imported", "--out", two, *options)
+    assert contents(one) == contents(two)
+    is_sharded = "--shard-size" in options
+    assert (one / "model.safetensors").is_file() != is_sharded
+    assert len(list(one.glob("model-*-of-*.safetensors"))) > 3 or not is_sharded
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_is_what_was_saved_to_the_last_bit(tmp_path: Path, corpus: Path, case: str) -> None:
+    run = make_run(tmp_path, corpus, **CASES[case])
+    convert("export", run.folder, "--out", tmp_path / "exported", "--shard-size", "30 KiB")
+    config, tensors = load_weights(tmp_path / "exported")
+    assert list(tensors) == list(run.checkpoint.shapes)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, run.checkpoint.tensor(name)), name
+    assert config.moe is None or config.moe.ep_size == 1
+    expected = load_checkpoint_model(run.checkpoint).state_dict()
+    loaded = load_model(tmp_path / "exported").state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_type_is_the_weights_rounded_once(tmp_path: Path, made: Made, dtype: str) -> None:
+    convert("export", made.folder, "--out", tmp_path / "exported", "--dtype", dtype)
+    for name, tensor in load_weights(tmp_path / "exported")[1].items():
+        assert torch.equal(tensor, made.checkpoint.tensor(name).to(getattr(torch, dtype))), name
+
+
+def test_what_is_imported_is_the_run_without_moments(tmp_path: Path, made: Made) -> None:
+    convert("export", made.folder, "--out", tmp_path / "exported")
+    convert("import", tmp_path / "exported", "--out", tmp_path / "runs" / "again")
+    folder = tmp_path / "runs" / "again"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.json"]
+    (path,) = (folder / "checkpoints").iterdir()
+    assert path.name == "step_00000009"
+    manifest = json.loads((path / "manifest.json").read_text())
+    there = made.checkpoint.manifest
+    for key in ("step", "config", "tokenizer_fingerprint", "data_fingerprint", "trainer"):
+        assert manifest[key] == there[key], key
+    assert manifest["optimizer"] == there["optimizer"] | {"step": 0}
+    assert {tuple(t["states"]) for t in manifest["tensors"].values()} == {(WEIGHT,)}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["magnetar"]["training"].pop("run_dir") == str(folder)
+    expected = json.loads(json.dumps(there["config"]))
+    assert expected["magnetar"]["training"].pop("run_dir") == str(made.folder)
+    assert config == expected
+
+
+def test_the_checkpoint_that_is_named_is_exported(tmp_path: Path, made: Made) -> None:
+    for name, out in (("step_00000004", "a"), ("step_00000009", "b")):
+        convert("export", made.folder, "--checkpoint", name, "--out", tmp_path / out)
+    convert("export", made.folder, "--out", tmp_path / "newest")
+    convert("export", made.folder / "checkpoints" / "step_00000004", "--out", tmp_path / "by_path")
+    assert contents(tmp_path / "a") != contents(tmp_path / "b")
+    assert contents(tmp_path / "b") == contents(tmp_path / "newest")
+    assert contents(tmp_path / "a") == contents(tmp_path / "by_path")
+
+
+def test_a_folder_of_weights_is_cut_anew(tmp_path: Path, made: Made, exported: Path) -> None:
+    convert("export", exported, "--out", tmp_path / "shards", "--shard-size", "25KB")
+    convert("export", tmp_path / "shards", "--out", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(exported)
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(
+        4 * t.numel() for t in load_weights(exported)[1].values()
+    )
+
+
+def test_the_same_text_from_the_run_and_from_the_folder(
+    made: Made, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def text(folder: Path, seed: int = 3) -> str:
+        options = ["--prompt", "the senate", "--tokens", "12", "--seed", str(seed)]
+        generate.main([str(folder), *options])
+        return capsys.readouterr().out
+
+    convert("import", exported, "--out", tmp_path / "imported")
+    convert("export", made.folder, "--out", tmp_path / "shards", "--shard-size", "20KB")
+    capsys.readouterr()
+    expected = text(made.folder)
+    for folder in (exported, tmp_path / "imported", tmp_path / "shards"):
+        assert text(folder) == expected
+    assert text(exported, seed=4) != expected
+
+
+def test_the_same_text_from_a_bf16_run(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, corpus, **CASES["bf16"])
+    for dtype in ("float32", "bfloat16"):
+        convert("export", run.folder, "--out", tmp_path / dtype, "--dtype", dtype)
+    capsys.readouterr()
+    texts = []
+    for folder in (run.folder, tmp_path / "float32", tmp_path / "bfloat16"):
+        generate.main([str(folder), "--prompt", "the senate", "--tokens", "12"])
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+
+
+def test_the_same_loss_from_the_run_and_from_the_folder(
+    made: Made, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    capsys.readouterr()
+    for folder in (made.folder, exported):
+        evaluate.main([str(folder), "--sequences", "8", "--json"])
+        answers.append(json.loads(capsys.readouterr().out))
+    assert [answer.pop("checkpoint") for answer in answers] == ["step_00000009", "exported"]
+    assert [answer.pop("run") for answer in answers] == [str(made.folder), str(exported)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("case", ["moe", "shared"])
+def test_the_script_in_the_folder_needs_no_deepspeed(
+    tmp_path: Path, corpus: Path, case: str
+) -> None:
+    run = make_run(tmp_path, corpus, **CASES[case])
+    convert("export", run.folder, "--out", tmp_path / "exported")
+    script = tmp_path / "exported" / "load.py"
+    assert len(script.read_text().splitlines()) <= 10
+    program = (
+        "import runpy, sys, torch\n"
+        "sys.modules['deepspeed'] = None  # importing it fails\n"
+        f"sys.argv = ['load.py', '5', '17', '3']\n"
+        f"found = runpy.run_path({str(script)!r})\n"
+        f"torch.save(found['model'](*[found['tokens']] * {1 + (case == 'shared')}).logits, "
+        f"{str(tmp_path / 'logits')!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tensor([[[")
+    model = load_checkpoint_model(run.checkpoint).eval()
+    tokens = torch.tensor([[5, 17, 3]])
+    with torch.no_grad():
+        expected = model(*[tokens] * (1 + (case == "shared"))).logits
+    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+
+
+def test_the_tokenizer_is_found_elsewhere(tmp_path: Path, corpus: Path, capsys: Any) -> None:
+    moved = tmp_path / "moved"
+    run = make_run(tmp_path, corpus, **{"magnetar.data.path": str(tmp_path / "gone")})
+    said = refusal(capsys, "export", run.folder, "--out", tmp_path / "out")
+    assert f"the tokenizer of {run.folder} is not in {tmp_path / 'gone'}" in said
+    assert "--tokenizer" in said
+    assert not (tmp_path / "out").exists()
+    convert("export", run.folder, "--out", moved, "--tokenizer", corpus)
+    assert (moved / "tokenizer.model").read_bytes() == (corpus / "tokenizer.model").read_bytes()
+    convert("export", run.folder, "--out", tmp_path / "b", "--tokenizer", moved)
+    assert contents(tmp_path / "b") == contents(moved)
+    other = make_corpus(tmp_path / "other", vocab_size=310)
+    said = refusal(capsys, "export", run.folder, "--out", tmp_path / "c", "--tokenizer", other)
+    assert f"{other} is another vocabulary" in said
+    assert "give that one with --tokenizer" in said
+
+
+@pytest.mark.parametrize("command", ["export", "import", "upcycle", "densify", "shrink"])
+def test_a_folder_that_holds_something_is_left_alone(
+    command: str, tmp_path: Path, made: Made, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("years of work")
+    options = {
+        "upcycle": ("--num-experts", 4),
+        "densify": ("--mean",),
+        "shrink": ("--layers", "0,1"),
+    }.get(command, ())
+    for out in (full, full / "thesis.txt"):
+        said = refusal(capsys, command, exported, "--out", out, *options)
+        assert f"{out} exists and is not an empty folder" in said
+        assert "--out" in said
+    assert contents(full) == {"thesis.txt": b"years of work"}
+    assert made.folder.is_dir()
+
+
+@pytest.mark.parametrize("command", ["export", "densify"])
+def test_a_damaged_checkpoint_is_not_converted(
+    command: str, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, corpus)
+    file = run.checkpoint.path / "rank_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    options = ("--mean",) if command == "densify" else ()
+    said = refusal(capsys, command, run.folder, "--out", tmp_path / "out", *options)
+    assert f"{file} is not what was saved" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_number_too_large_for_the_type_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from models.weights import save_weights
+
+    model = save_random(tmp_path / "weights")
+    state = dict(model.state_dict())
+    state["final_norm.bias"] = torch.full((16,), -7e4)
+    save_weights(tmp_path / "large", model.config, state)
+    options = ("--out", tmp_path / "out", "--dtype", "float16")
+    said = refusal(capsys, "export", tmp_path / "large", *options)
+    assert "final_norm.bias reaches 70000, and float16 ends at 65504" in said
+    assert "use float32 or bfloat16" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_weights_has_no_checkpoints(
+    tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--checkpoint", "step_00000001")
+    said = refusal(capsys, "export", exported, "--out", tmp_path / "out", *options)
+    assert f"--checkpoint step_00000001: {exported} is a folder of weights" in said
+
+
+def test_weights_of_no_run_cannot_be_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_random(tmp_path / "weights")
+    said = refusal(capsys, "import", tmp_path / "weights", "--out", tmp_path / "run")
+    assert "has no 'run', so it does not say which training" in said
+    assert f"--set magnetar.training.init_from={tmp_path / 'weights'}" in said
+    said = refusal(capsys, "import", tmp_path / "nowhere", "--out", tmp_path / "run")
+    assert f"{tmp_path / 'nowhere' / 'config.json'} is missing" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run.step": "nine"}, "run.step: Input should be a valid integer: export it again"),
+        ({"run.config": None}, "run.config: Input should be a valid dictionary"),
+        ({"run.config.magnetar.model.norm": "none"}, "magnetar.model.norm"),
+        ({"model.dropout": 0.25}, "model.dropout is 0.25, and 0.0 in run.config"),
+        ({"run": 3}, "run: Input should be"),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_described_wrongly_is_refused(
+    tmp_path: Path, exported: Path, change: dict, message: str, capsys: Any
+) -> None:
+    from tests.engine.programs import with_keys
+
+    file = exported / "config.json"
+    file.write_text(json.dumps(with_keys(json.loads(file.read_text()), change)))
+    said = refusal(capsys, "import", exported, "--out", tmp_path / "again")
+    assert str(file) in said
+    assert message in said
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_what_is_not_what_was_written_is_noticed(
+    command: str,
+    tmp_path: Path,
+    made: Made,
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A bit flips between the writing and the reading."""
+    from engine import checkpoint_files
+    from models import weight_files
+
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+
+    if command == "export":
+        opened = weight_files.open_files
+
+        def open_flipped(folder: Path) -> Any:
+            flip(folder / "model.safetensors")
+            return opened(folder)
+
+        monkeypatch.setattr(weight_files, "open_files", open_flipped)
+    else:
+        flush = checkpoint_files._flush
+
+        def flush_flipped(path: Path) -> None:
+            if path.suffix == ".safetensors":
+                flip(path)
+            flush(path)
+
+        monkeypatch.setattr(checkpoint_files, "_flush", flush_flipped)
+    source = made.folder if command == "export" else exported
+    before = sorted(path.name for path in tmp_path.iterdir())
+    said = refusal(capsys, command, source, "--out", tmp_path / "out")
+    assert "is not what was written: use another disk" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == before, "nothing is left behind"
+
+
+def test_generate_says_what_a_folder_lacks(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            generate.main([*map(str, arguments), "--prompt", "the"])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    save_random(tmp_path / "weights")
+    message = said(tmp_path / "weights")
+    assert "holds no tokenizer.model or tokenizer.json: give the prepared folder" in message
+    message = said(tmp_path / "weights", "--data", corpus)
+    assert f"the vocabulary of {corpus} has 300 entries, and the model of" in message
+    save_random(tmp_path / "large", vocab_size=300)
+    generate.main([str(tmp_path / "large"), "--data", str(corpus), "--prompt", "the senate"])
+    assert capsys.readouterr().out.startswith("the senate")
+    (tmp_path / "large" / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors cannot be read" in said(tmp_path / "large", "--data", corpus)
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "weights")])
+    assert "holds weights that no run has trained as they are" in capsys.readouterr().err
