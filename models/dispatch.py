@@ -82,11 +82,34 @@ def kept_choices(choices: Choices, num_experts: int, capacity: int | Tensor) -> 
         order = order.view(top_k, num_tokens)[:, by_priority].reshape(-1)
     order = order[expert_of[order].argsort(stable=True)]
     expert_of = expert_of[order]
-    starts = torch.searchsorted(expert_of, torch.arange(num_experts + 1, device=experts.device))
+    starts = _starts(expert_of, num_experts)
     place = torch.arange(order.numel(), device=order.device) - starts[expert_of]
     kept = torch.empty_like(order, dtype=torch.bool)
     kept[order] = (place < capacity) & (expert_of < num_experts)
     return kept.view(top_k, num_tokens).t()
+
+
+def _starts(expert_of: Tensor, num_experts: int) -> Tensor:
+    """(A,) int64, ascending -> (E + 1,), where each expert begins in it; the last: where all end.
+
+    A histogram would do, but torch's waits for the device.
+    """
+    return torch.searchsorted(expert_of, torch.arange(num_experts + 1, device=expert_of.device))
+
+
+def expert_counts(experts: Tensor, num_experts: int, used: Tensor | None = None) -> Tensor:
+    """How often each expert is named, without waiting for the device.
+
+    Args:
+        experts: int64 of any shape.
+        num_experts: E.
+        used: bool of the same shape, False where an entry does not count; None: all do.
+
+    Returns:
+        (E,) int64.
+    """
+    ones = torch.ones_like(experts) if used is None else used.long()
+    return ones.new_zeros(num_experts).scatter_add_(0, experts.reshape(-1), ones.reshape(-1))
 
 
 def gathered_choices(
@@ -160,12 +183,12 @@ def sort_assignments(experts: Tensor, num_experts: int, kept: Tensor | None) -> 
     """
     expert_of = experts.t().reshape(-1)  # (K*N,)
     if kept is None:
-        order = expert_of.argsort(stable=True)
-        return Assignments(order, expert_of.bincount(minlength=num_experts))
-    order = kept.t().reshape(-1).nonzero().squeeze(-1)
-    expert_of = expert_of[order]
-    order = order[expert_of.argsort(stable=True)]
-    return Assignments(order, expert_of.bincount(minlength=num_experts))
+        expert_of, order = expert_of.sort(stable=True)
+    else:
+        order = kept.t().reshape(-1).nonzero().squeeze(-1)
+        expert_of, by_expert = expert_of[order].sort(stable=True)
+        order = order[by_expert]
+    return Assignments(order, _starts(expert_of, num_experts).diff())
 
 
 def gather_tokens(h: Tensor, order: Tensor, top_k: int) -> Tensor:

@@ -23,6 +23,7 @@ from models.dispatch import (
     Assignments,
     Choices,
     expert_capacity,
+    expert_counts,
     gather_tokens,
     gathered_choices,
     kept_choices,
@@ -241,11 +242,10 @@ class SparseFeedForward(nn.Module):
         num_experts, wanted = self.moe.num_experts, routing.experts
         load = assignments.counts
         if self.moe.capacity_factor is not None or self.moe.eval_capacity_fraction is not None:
-            flat = wanted if routing.used is None else wanted[routing.used]
-            load = flat.reshape(-1).bincount(minlength=num_experts)
+            load = expert_counts(wanted, num_experts, routing.used)
         return RoutingStats(
             probs=routing.balance_probs.sum(0),
-            first_choices=wanted[:, 0].bincount(minlength=num_experts),
+            first_choices=expert_counts(wanted[:, 0], num_experts),
             entropy=routing.entropy.sum(),
             log_z_squared=routing.log_z.square().sum(),
             load=load.float(),

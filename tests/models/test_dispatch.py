@@ -12,6 +12,7 @@ from torch import Tensor
 from models.dispatch import (
     Choices,
     expert_capacity,
+    expert_counts,
     gather_tokens,
     gathered_choices,
     kept_choices,
@@ -111,6 +112,14 @@ def test_sorted_assignments_come_by_expert_then_by_choice_then_by_position(
                 expected[case.experts[token][choice]].append(choice * len(experts) + token)
     assert found.counts.tolist() == [len(part) for part in expected]
     assert [part.tolist() for part in found.order.split(found.counts.tolist())] == expected
+
+
+def test_experts_are_counted_where_they_are_used() -> None:
+    experts = torch.tensor([[4, 0], [0, 1], [4, 1]])
+    assert expert_counts(experts, 6).tolist() == [2, 2, 0, 0, 2, 0]
+    used = torch.tensor([[True, False], [True, True], [False, False]])
+    assert expert_counts(experts, 6, used).tolist() == [1, 1, 0, 0, 1, 0]
+    assert expert_counts(experts[:0], 2).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 4])
