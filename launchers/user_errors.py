@@ -33,7 +33,17 @@ def _end(message: str, is_everybodys: bool) -> NoReturn:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(1.0)
-    raise SystemExit(2) from None
+    _leave(2)
+
+
+def _leave(status: int) -> NoReturn:
+    if _ranks_have_joined():
+        # Other ranks may wait in a collective, so the groups cannot be left in order, and Python's
+        # own ending may abort: see engine.process_groups.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status) from None
 
 
 @contextmanager
@@ -59,4 +69,4 @@ def user_errors() -> Iterator[None]:
             raise
         _end("another rank has ended; what it printed says why", is_everybodys=False)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        _leave(130)

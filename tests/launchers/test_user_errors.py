@@ -1,5 +1,6 @@
 import errno
 import os
+import sys
 
 import pytest
 
@@ -66,6 +67,7 @@ def test_once_the_ranks_have_joined_one_rank_prints_what_concerns_it_alone(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("os._exit", sys.exit)
     assert end_of(UserError("train.bin is damaged", on_every_rank)) == 2
     expected = "" if on_every_rank else "error: train.bin is damaged\n"
     assert capsys.readouterr().err == expected
@@ -74,3 +76,19 @@ def test_once_the_ranks_have_joined_one_rank_prints_what_concerns_it_alone(
 def test_a_rank_whose_peer_has_ended_says_so(capsys: pytest.CaptureFixture) -> None:
     assert end_of(RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]")) == 2
     assert capsys.readouterr().err.startswith("error: another rank has ended")
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("x"), 2), (KeyboardInterrupt(), 130)])
+def test_once_the_ranks_have_joined_pythons_own_ending_is_left_out(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses = []
+
+    def leave(status: int) -> None:
+        statuses.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("os._exit", leave)
+    assert end_of(error) == status
+    assert statuses == [status]
