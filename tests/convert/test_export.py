@@ -1,6 +1,7 @@
 """export -> import -> export: the same bytes; and what reads an exported folder."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -204,21 +205,17 @@ def test_the_same_loss_from_the_run_and_from_the_folder(
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("case", ["moe", "shared"])
 def test_the_script_in_the_folder_needs_no_deepspeed(
-    tmp_path: Path, corpus: Path, case: str
+    tmp_path: Path, made: Made, exported: Path
 ) -> None:
-    run = make_run(tmp_path, corpus, **CASES[case])
-    convert("export", run.folder, "--out", tmp_path / "exported")
-    script = tmp_path / "exported" / "load.py"
+    script = exported / "load.py"
     assert len(script.read_text().splitlines()) <= 10
     program = (
         "import runpy, sys, torch\n"
         "sys.modules['deepspeed'] = None  # importing it fails\n"
         f"sys.argv = ['load.py', '5', '17', '3']\n"
         f"found = runpy.run_path({str(script)!r})\n"
-        f"torch.save(found['model'](*[found['tokens']] * {1 + (case == 'shared')}).logits, "
-        f"{str(tmp_path / 'logits')!r})\n"
+        f"torch.save(found['model'](found['tokens']).logits, {str(tmp_path / 'logits')!r})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -230,11 +227,26 @@ def test_the_script_in_the_folder_needs_no_deepspeed(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tensor([[[")
-    model = load_checkpoint_model(run.checkpoint).eval()
-    tokens = torch.tensor([[5, 17, 3]])
+    model = load_checkpoint_model(made.checkpoint).eval()
     with torch.no_grad():
-        expected = model(*[tokens] * (1 + (case == "shared"))).logits
+        expected = model(torch.tensor([[5, 17, 3]])).logits
     assert torch.equal(torch.load(tmp_path / "logits"), expected)
+
+
+def test_the_script_of_an_encoder_decoder_gives_it_both_inputs(
+    tmp_path: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = make_run(tmp_path, corpus, **CASES["shared"])
+    convert("export", run.folder, "--out", tmp_path / "exported")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["load.py", "5", "17"])
+    runpy.run_path(str(tmp_path / "exported" / "load.py"))
+    tokens = torch.tensor([[5, 17]])
+    expected = load_checkpoint_model(run.checkpoint).eval()(tokens, tokens).logits
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_the_tokenizer_is_found_elsewhere(tmp_path: Path, corpus: Path, capsys: Any) -> None:

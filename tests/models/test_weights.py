@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.transformer import EncoderDecoder, Transformer, build_model, empty_model
+from models.weight_files import INDEX_FILE, WEIGHTS_FILE, in_memory
 from models.weights import (
     CONFIG_FILE,
-    WEIGHTS_FILE,
     check_tensors,
     load_model,
     load_weights,
+    open_weights,
     save_weights,
     tensor_shapes,
+    write_weights,
 )
 from tests.models import brute_force
 
@@ -320,3 +322,35 @@ def test_the_shapes_are_those_of_a_built_model(case: str) -> None:
     cfg = config(**CASES[case])
     expected = {name: t.shape for name, t in tensors_of(build_model(cfg, seed=0)).items()}
     assert tensor_shapes(cfg) == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_hold_the_same_model(tmp_path: Path, case: str) -> None:
+    model = random_model(**CASES[case])
+    names = tensor_shapes(model.config)
+    state = model.state_dict()
+    tensors = in_memory({name: state[name] for name in reversed(names)})
+    about = {"from": "elsewhere"}
+    folder = tmp_path / "weights"
+    write_weights(
+        folder, model.config, tensors, shard_bytes=2000, about=about, other_files={"a": b"b"}
+    )
+    assert not (folder / WEIGHTS_FILE).exists()
+    assert (folder / INDEX_FILE).is_file()
+    assert (folder / "a").read_bytes() == b"b"
+    found_config, found, found_about = open_weights(folder)
+    assert (found_config, found_about) == (model.config, about)
+    assert list(found.specs) == list(names), "in the model's order"
+    assert torch.equal(logits(load_model(folder)), logits(model))
+
+
+def test_what_is_written_does_not_depend_on_the_order_or_the_day(tmp_path: Path) -> None:
+    model = random_model(moe=MOE)
+    state = {name: model.state_dict()[name] for name in tensor_shapes(model.config)}
+    for name, tensors in (("one", state), ("two", dict(reversed(state.items())))):
+        write_weights(tmp_path / name, model.config, in_memory(tensors), shard_bytes=3000)
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two
