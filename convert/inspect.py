@@ -17,6 +17,7 @@ from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor
 
+from convert.expert_tensors import place_of
 from convert.progress import watched
 from convert.sources import Source, is_run, open_source, source_of
 from data.errors import UserError
@@ -32,11 +33,10 @@ from engine.checkpoint_files import (
 from engine.progress import table
 from models.cost import in_words, num_parameters
 
-_EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
 _GATE = ".deepspeed_moe.gate."
 # The first word that a tensor's name has says what it belongs to.
 _GROUPS = (
-    ("experts", (_EXPERTS,)),
+    ("experts", (".deepspeed_experts.",)),
     ("router", (_GATE,)),
     ("norms", ("norm", "omega", "head_scale")),
     ("attention", ("attention", "relative_bias")),
@@ -120,7 +120,7 @@ class Contents:
         path: of the checkpoint or the folder of weights.
         about: facts for a person, by what they say.
         step: optimizer steps done; None for weights alone.
-        layout: world_size, ep_size and zero_stage of who wrote it; None for weights alone.
+        layout: world_size, ep_size and zero_stage that it was written for; None for weights alone.
         num_tensors: tensors, tied ones once.
         num_parameters: of the whole model.
         num_parameters_a_token: those that a token passes through, as models.cost counts.
@@ -222,7 +222,7 @@ def _about(source: Source) -> dict[str, str]:
     return {
         "holds": f"step {checkpoint.step} of a run, in format {manifest['format']}",
         **words,
-        "saved by": f"{ranks} rank{'s' * (ranks > 1)}, ep_size {layout['ep_size']}, "
+        "layout": f"{ranks} rank{'s' * (ranks > 1)}, ep_size {layout['ep_size']}, "
         f"ZeRO {layout['zero_stage']}",
     }
 
@@ -256,10 +256,9 @@ def _read_tensors(source: Source, contents: Contents) -> None:
         total = squares[group_of(name)]
         total[0] += weight.numel()
         total[1] += square
-        layer, _, rest = name.partition(_EXPERTS)
-        if rest:
-            index, _, parameter = rest.partition(".")
-            experts[layer][int(index)].add(parameter, found.sha256, square)
+        place = place_of(name)
+        if place is not None and place.expert is not None:
+            experts[place.ffn][place.expert].add(place.parameter, found.sha256, square)
         elif name.endswith(f"{_GATE}temperature"):
             temperatures[name.partition(_GATE)[0]] = float(weight)
     for group, (count, square) in squares.items():

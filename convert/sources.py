@@ -16,7 +16,7 @@ from engine.checkpoint_files import (
     read_checkpoint,
 )
 from models.config import ModelConfig
-from models.weight_files import LazyTensors, Spec
+from models.weight_files import LazyTensors, Spec, has_weights
 from models.weights import CONFIG_FILE, check_tensors, on_one_rank, open_weights, tensor_shapes
 
 
@@ -73,6 +73,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise UserError(f"{path} is no folder: name a run, a checkpoint step_..., or weights")
     if not is_run(path):
+        if has_weights(path):
+            raise UserError(
+                f"{path} is a folder of weights, which are of no step and no layout: name a run, "
+                "or a checkpoint step_..."
+            )
         if not (path / MANIFEST).is_file():
             raise UserError(
                 f"{path} holds neither checkpoints/ (a run) nor {MANIFEST} (a checkpoint) nor "

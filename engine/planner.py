@@ -169,8 +169,14 @@ def problems_of(
             f"{TRAIN}={train} with {ACCUMULATION}={accumulation}, which a run keeps, cannot be "
             f"divided among {ranks}: it must be a multiple of {accumulation * layout.world_size}"
         )
+    if moe is not None and moe["num_experts"] % layout.ep_size:
+        lines.append(
+            f"{moe['num_experts']} experts cannot be divided into ep_size={layout.ep_size} equal "
+            "parts"
+        )
     config, found = check_config(with_layout(saved, layout), layout.world_size)
-    lines += [problem.text for problem in found if problem.path != TRAIN]
+    said = (TRAIN, "magnetar.model.moe.num_experts")  # in words that fit a run that has begun
+    lines += [problem.text for problem in found if problem.path not in said]
     if lines or config is None:
         return None, lines
     if gpu_memory is not None:

@@ -1,6 +1,7 @@
 """What is in a checkpoint, and how it becomes something else.
 
 python -m launchers.convert inspect runs/lm
+python -m launchers.convert reshard runs/lm --out runs/lm_8 --world-size 8 --ep-size 4
 python -m launchers.convert export runs/lm --out exported/lm
 python -m launchers.convert import exported/lm --out runs/lm_again
 python -m launchers.convert upcycle runs/lm --out upcycled/lm --num-experts 8
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from launchers.quiet import quiet_deepspeed
 from launchers.user_errors import user_errors
 
@@ -29,6 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     commands = parser.add_subparsers(dest="command", required=True)
     for add_command in (
         _inspect,
+        _reshard,
         _export,
         _import,
         _upcycle,
@@ -79,6 +82,38 @@ def _inspect(commands: Any) -> None:
             for part in shown(contents, options.tensors):
                 console.print(part, soft_wrap=isinstance(part, Text))
         require_undamaged(contents)
+
+    command.set_defaults(call=call)
+
+
+def _reshard(commands: Any) -> None:
+    command = commands.add_parser(
+        "reshard",
+        help="a checkpoint cut for other ranks",
+        description="Write a run's folder whose checkpoint is cut for other ranks: each rank's "
+        "files hold its experts and its share of the rest. launchers.train goes on from it. A "
+        "layout that cannot hold the model is refused, with the nearest that can.",
+    )
+    add = command.add_argument
+    add("source", type=Path, help="a run's folder (its newest checkpoint), or a checkpoint's")
+    add("--out", type=Path, required=True, metavar="RUN", help="the run's folder to make")
+    add("--world-size", type=int, required=True, metavar="N", help="ranks")
+    add("--ep-size", type=int, default=1, metavar="N", help="magnetar.model.moe.ep_size")
+    add("--zero-stage", type=int, default=0, metavar="N", help="zero_optimization.stage")
+    add(
+        "--gpu-memory", type=float, metavar="GIB", help="refuse what a GPU of this size cannot hold"
+    )
+
+    def call(options: argparse.Namespace) -> None:
+        from convert.reshard import reshard
+        from engine.planner import Layout
+
+        for name in ("world_size", "ep_size", "gpu_memory"):
+            value = getattr(options, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be more than 0")
+        layout = Layout(options.world_size, options.ep_size, options.zero_stage)
+        print("\n".join(reshard(options.source, options.out, layout, options.gpu_memory)))
 
     command.set_defaults(call=call)
 

@@ -33,7 +33,7 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
         "model": "decoder, 2 layers, d_model 32, subln",
         "size": "34,401 parameters, 25,249 a token",
         "experts": "4 in every 2nd layer, xmoe router, top-2, dropless",
-        "saved by": "2 ranks, ep_size 1, ZeRO 0",
+        "layout": "2 ranks, ep_size 1, ZeRO 0",
     }
     assert contents.num_parameters == sum(t.numel() for t in weights.values()) == 34_401
     assert [file.name for file in contents.files] == [
@@ -180,7 +180,7 @@ def test_the_tables_say_what_was_found(tmp_path: Path, capsys: pytest.CaptureFix
     assert status == 0
     for text in ("step 5 of a run", "34,401 parameters", "2 ranks, ep_size 1", "blocks.1.ffn"):
         assert text in out
-    assert "states    weight, exp_avg, exp_avg_sq" in out
+    assert "states   weight, exp_avg, exp_avg_sq" in out
     assert "warning: blocks.0.ffn.w2.weight is all zeros" in out
     assert "sha256" in out
     assert f"{EXPERT}.3.norm_weight" not in out

@@ -141,7 +141,7 @@ def test_a_layout_that_fits_keeps_batch_accumulation_and_model() -> None:
 
 
 def test_what_cannot_be_is_said() -> None:
-    assert "num_experts=4 must be a multiple of" in refused(Layout(6, 3, 1))
+    assert "4 experts cannot be divided into ep_size=3 equal parts" in refused(Layout(6, 3, 1))
     assert "magnetar.model.moe.ep_size=4 must divide the 2 ranks" in refused(Layout(2, 4, 1))
     assert (
         "train_batch_size=16 with gradient_accumulation_steps=2, which a run keeps, cannot be "

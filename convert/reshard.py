@@ -1,0 +1,226 @@
+"""A checkpoint cut for other ranks: rank r's files hold its experts and its share of the rest.
+
+`launchers.train` reads any checkpoint in any layout. This serves where the ranks have no disk in
+common, so that each machine needs the files of its own ranks alone, and says beforehand whether a
+layout can hold the model.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from convert.expert_tensors import place_of
+from convert.folders import require_new
+from convert.progress import watched
+from convert.run_folders import config_in, equal_bits
+from convert.sources import find_checkpoint, source_of
+from data.errors import UserError
+from engine.checkpoint import part_name
+from engine.checkpoint_files import (
+    Checkpoint,
+    CheckpointWriter,
+    Piece,
+    damaged_files,
+    evenly_cut,
+    require_whole,
+)
+from engine.metrics import keep_records_up_to
+from engine.planner import GIB, Layout, nearest_layout, parameters_of, problems_of
+from models.config import ModelConfig
+
+# Of one file at most. What a file holds is in memory while it is written.
+PART_BYTES = 1 << 30
+_FLOAT32_BYTES = 4
+
+
+def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> list[str]:
+    """Write a run's folder for other ranks; the lines that say so.
+
+    Args:
+        path: a run (its newest complete checkpoint), or a checkpoint's folder.
+        out: the run's folder to make; must not exist, or be empty. It appears whole or not at all.
+        layout: who will train.
+        gpu_memory: GiB of each rank's GPU; None: whether the model fits there is not asked.
+
+    Raises:
+        UserError: for a source that cannot be read or is damaged, a layout that cannot hold the
+            model, a folder that holds something, or a disk that does not take the files.
+    """
+    require_new(out)
+    checkpoint = find_checkpoint(path)
+    source = source_of(checkpoint)
+    config = _config_for(checkpoint, source.config, layout, gpu_memory)
+    _require_whole(checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as partial:
+            folder = Path(partial, "run")
+            written = _write(checkpoint, folder, config_in(config, out), layout)
+            _compare(checkpoint, written)
+            _copy_metrics(checkpoint, folder)
+            text = json.dumps(written.manifest["config"], indent=1)
+            (folder / "config.json").write_text(text + "\n")
+            os.replace(folder, out)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}): free some space, or name "
+            "another folder"
+        ) from None
+    ranks = layout.world_size
+    return [
+        f"read      {checkpoint.path}, {_layout_words(checkpoint)}",
+        f"wrote     {out / 'checkpoints' / written.path.name}, {_layout_words(written)}, "
+        f"{len(written.manifest['files'])} files, read back and compared",
+        f"train on  deepspeed --num_gpus {ranks} --module launchers.train --deepspeed_config "
+        f"{out / 'config.json'}",
+    ]
+
+
+def _config_for(
+    checkpoint: Checkpoint, model: ModelConfig, layout: Layout, gpu_memory: float | None
+) -> dict[str, Any]:
+    """The run's config in the layout.
+
+    Raises:
+        UserError: if the layout cannot hold the model, with the nearest that can.
+    """
+    saved = checkpoint.manifest["config"]
+    limit = None if gpu_memory is None else gpu_memory * GIB
+    parameters = parameters_of(model)
+    config, problems = problems_of(saved, layout, parameters, limit)
+    if config is not None:
+        return config.to_dict()
+    nearest = nearest_layout(saved, layout, parameters, limit)
+    way_out = (
+        "no layout that divides its batch can"
+        if nearest is None
+        else f"the nearest layout that can: {nearest}"
+    )
+    lines = [f"{layout} cannot hold the model of {checkpoint.path}:", *problems]
+    raise UserError("\n  ".join(lines) + f"\n{way_out}")
+
+
+def _require_whole(checkpoint: Checkpoint) -> None:
+    """`require_whole` with progress."""
+    names = list(checkpoint.manifest["files"])
+    for index, _ in enumerate(watched("reading", names)):
+        if damaged_files(checkpoint, index, len(names)):
+            require_whole(checkpoint)  # names all
+
+
+def _layout_words(checkpoint: Checkpoint) -> str:
+    there = checkpoint.manifest["layout"]
+    ranks = there["world_size"]
+    return (
+        f"{ranks} rank{'s' * (ranks > 1)}, ep_size {there['ep_size']}, ZeRO {there['zero_stage']}"
+    )
+
+
+def _write(
+    checkpoint: Checkpoint, folder: Path, config: dict[str, Any], layout: Layout
+) -> Checkpoint:
+    """The run's folder with the checkpoint alone."""
+    final = folder / "checkpoints" / checkpoint.path.name
+    final.parent.mkdir(parents=True)
+    writer = CheckpointWriter(final)
+    moe = config["magnetar"]["model"]["moe"]
+    num_experts = moe["num_experts"] if moe else 1
+    parts = []
+    ranks = {part_name(rank): rank for rank in range(layout.world_size)}
+    for name in watched("writing", list(ranks)):
+        stretches = stretches_of_rank(checkpoint, layout, num_experts, ranks[name])
+        for number, group in enumerate(_files(checkpoint, stretches)):
+            part = name if number == 0 else name.replace(".", f"_{number:05d}.")
+            writer.write_part(part, group)
+            group.clear()  # the next is read while this name still stands
+            parts.append(part)
+    kept = {
+        key: value
+        for key, value in checkpoint.manifest.items()
+        if key not in ("format", "files", "tensors", "sha256")
+    }
+    about = kept | {"layout": layout._asdict(), "config": config}
+    return writer.commit(parts, checkpoint.shapes, about)
+
+
+def stretches_of_rank(
+    checkpoint: Checkpoint, layout: Layout, num_experts: int, rank: int
+) -> Iterator[tuple[str, int, int]]:
+    """What a rank's files hold: its part of its own experts, and of everything else.
+
+    Args:
+        checkpoint: whose tensors they are.
+        layout: who will read.
+        num_experts: experts of a MoE layer.
+        rank: of the layout.
+
+    Yields:
+        A tensor's name, the first element and the one after the last.
+    """
+    num_local_experts = num_experts // layout.ep_size
+    for name, shape in checkpoint.shapes.items():
+        part, num_parts = rank, layout.world_size
+        place = place_of(name)
+        if place is not None and place.expert is not None:
+            if place.expert // num_local_experts != rank % layout.ep_size:
+                continue
+            # The ranks that hold the same experts: every ep_size-th.
+            part, num_parts = rank // layout.ep_size, layout.world_size // layout.ep_size
+        start, stop = evenly_cut(prod(shape), part, num_parts)
+        if start < stop:
+            yield name, start, stop
+
+
+def _files(
+    checkpoint: Checkpoint, stretches: Iterator[tuple[str, int, int]]
+) -> Iterator[list[Piece]]:
+    """What is read for each file, one file after the other; at least one."""
+    pieces: list[Piece] = []
+    size = 0
+    for name, first, last in stretches:
+        states = checkpoint.states(name)
+        of_element = _FLOAT32_BYTES * len(states)
+        for start, stop in _cut(first, last, PART_BYTES // of_element):
+            numel = stop - start
+            if pieces and size + numel * of_element > PART_BYTES:
+                yield pieces
+                pieces, size = [], 0
+            values = {state: checkpoint.read(name, state, start, stop) for state in states}
+            pieces.append(Piece(name, start, values))
+            size += numel * of_element
+    yield pieces
+
+
+def _cut(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    """Stretches of at most so many elements."""
+    for first in range(start, stop, most):
+        yield first, min(first + most, stop)
+
+
+def _compare(checkpoint: Checkpoint, written: Checkpoint) -> None:
+    """Read back what was written.
+
+    Raises:
+        OSError: if a file is not what was written, or holds other values than the source.
+    """
+    _require_whole(written)
+    for name in watched("comparing", list(checkpoint.shapes)):
+        for state in checkpoint.states(name):
+            numel = prod(checkpoint.shapes[name])
+            for start, stop in _cut(0, numel, PART_BYTES // (2 * _FLOAT32_BYTES)):
+                read, saved = (one.read(name, state, start, stop) for one in (written, checkpoint))
+                if not equal_bits(read, saved):
+                    raise OSError(f"{name} is not what was written")
+
+
+def _copy_metrics(checkpoint: Checkpoint, folder: Path) -> None:
+    """The run's curve up to the checkpoint, if the run is still there."""
+    metrics = checkpoint.path.parent.parent / "metrics.jsonl"
+    if metrics.is_file():
+        shutil.copyfile(metrics, folder / metrics.name)
+        keep_records_up_to(folder / metrics.name, checkpoint.step)
