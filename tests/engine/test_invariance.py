@@ -7,7 +7,7 @@ import pytest
 
 from tests.ranks import run_on_ranks
 
-NUM_STEPS = 20
+NUM_STEPS = 10
 MOE = "magnetar.model.moe"
 ACCUMULATION = "gradient_accumulation_steps"
 CAPACITY = {f"{MOE}.dispatch": "capacity", f"{MOE}.capacity_factor": 0.6}
@@ -28,8 +28,8 @@ class Variant(NamedTuple):
 
 
 ONE_STEP = [(1, 1, 0, 1), (2, 1, 1, 1), (2, 2, 0, 1)]
-ANY_STEPS = [(1, 1, 0, 1), (1, 1, 1, 4), (2, 2, 0, 1), (2, 1, 0, 4), (2, 2, 2, 4)]
-FOUR_STEPS = [(1, 1, 0, 4), (2, 1, 1, 4), (2, 2, 0, 4)]
+ANY_STEPS = [(1, 1, 0, 1), (1, 1, 1, 4), (2, 1, 0, 1), (2, 2, 2, 4)]
+FOUR_STEPS = [(1, 1, 0, 4), (2, 2, 1, 4)]
 
 VARIANTS: dict[str, Variant] = {
     "capacity, top-2": Variant(CAPACITY, [*ONE_STEP, (4, 2, 1, 1)]),
@@ -37,7 +37,9 @@ VARIANTS: dict[str, Variant] = {
         CAPACITY | {f"{MOE}.top_k": 1, f"{MOE}.gate": "sigmoid"}, FOUR_STEPS
     ),
     "capacity, prioritized, padded": Variant(
-        CAPACITY | {f"{MOE}.capacity_order": "batch_prioritized"}, ONE_STEP, is_padded=True
+        CAPACITY | {f"{MOE}.capacity_order": "batch_prioritized"},
+        [(1, 1, 0, 1), (2, 1, 0, 1)],
+        is_padded=True,
     ),
     "capacity, random order, random second, jitter": Variant(
         CAPACITY
@@ -46,17 +48,19 @@ VARIANTS: dict[str, Variant] = {
             f"{MOE}.second_expert": "random",
             f"{MOE}.jitter": 0.1,
         },
-        [*ONE_STEP, (4, 4, 0, 1)],
+        [(1, 1, 0, 1), (2, 2, 1, 1), (4, 4, 0, 1)],
     ),
     "capacity, position by position in an encoder, padded": Variant(
-        CAPACITY | TWO_STACKS | {f"{MOE}.time_major": True}, ONE_STEP, is_padded=True
+        CAPACITY | TWO_STACKS | {f"{MOE}.time_major": True},
+        [(1, 1, 0, 1), (2, 2, 0, 1)],
+        is_padded=True,
     ),
     "sampled second, jitter, any accumulation": Variant(
         WHOLE_BATCH | {f"{MOE}.second_expert": "sampled", f"{MOE}.jitter": 0.1}, ANY_STEPS
     ),
     "two noisy stacks, any accumulation": Variant(
         WHOLE_BATCH | TWO_STACKS | {f"{MOE}.second_expert": "random", f"{MOE}.jitter": 0.1},
-        ANY_STEPS[:4],
+        [(1, 1, 0, 1), (2, 2, 0, 4)],
     ),
     "noise, activations recomputed": Variant(
         {
@@ -66,14 +70,16 @@ VARIANTS: dict[str, Variant] = {
         },
         [(1, 1, 0, 1), (2, 2, 1, 1)],
     ),
-    "padded, z-losses": Variant(Z_LOSSES, [*ONE_STEP, (4, 2, 0, 1)], is_padded=True),
+    "padded, z-losses": Variant(
+        Z_LOSSES, [(1, 1, 0, 1), (2, 2, 0, 1), (4, 2, 1, 1)], is_padded=True
+    ),
     "padded, z-losses, accumulated": Variant(Z_LOSSES, FOUR_STEPS, is_padded=True),
     "padded, z-losses, any accumulation": Variant(
         Z_LOSSES | WHOLE_BATCH, ANY_STEPS, is_padded=True
     ),
     "dense, padded, any accumulation": Variant(
         {MOE: None, "magnetar.training.z_loss_weight": 1e-3},
-        [(1, 1, 0, 1), (1, 1, 0, 4), (2, 1, 1, 4)],
+        [(1, 1, 0, 1), (2, 1, 1, 4)],
         is_padded=True,
     ),
     "capacity of each rank": Variant(
@@ -84,6 +90,7 @@ VARIANTS: dict[str, Variant] = {
 }
 DIFFERENT = ("capacity of each rank", "balanced by accumulation step", "no noise")
 SAME = [variant for variant in VARIANTS if variant not in DIFFERENT]
+COMPARED = ("loss", "aux_loss", "z_loss", "router_z_loss", "norm")
 Curve = dict[str, list[float]]
 
 
@@ -123,16 +130,16 @@ def test_every_layout_gives_the_same_losses_and_norms(
 ) -> None:
     reference, *others = curves[variant]
     assert len(others) == len(VARIANTS[variant].layouts) - 1 >= 1
-    assert all(math.isfinite(value) for values in reference.values() for value in values)
+    assert all(math.isfinite(value) for name in COMPARED for value in reference[name])
     is_padded = VARIANTS[variant].is_padded
-    learned = reference["loss"][0] - reference["loss"][18]
+    learned = reference["loss"][0] - reference["loss"][-1]
     assert learned > 0.05, "the model must learn, or nothing is compared"
     assert (0.0 in reference["loss"]) == is_padded, "the third step has no token"
     for curve in others:
-        # float32 sums in another order, amplified by 20 steps of Adam. z-losses reach 70.
-        for name in ("loss", "aux_loss"):
+        # float32 sums in another order, amplified by 10 steps of Adam. z-losses reach 70.
+        for name in COMPARED[:2]:
             assert curve[name] == pytest.approx(reference[name], rel=0, abs=2e-5), name
-        for name in ("z_loss", "router_z_loss"):
+        for name in COMPARED[2:4]:
             assert curve[name] == pytest.approx(reference[name], rel=1e-5), name
         assert curve["norm"] == pytest.approx(reference["norm"], rel=1e-4)
 
