@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from data.errors import UserError
 from data.token_files import Prepared
 from engine.checkpoint_files import (
-    MOMENTS,
     WEIGHT,
     Checkpoint,
     CheckpointWriter,
@@ -49,13 +48,15 @@ def part_name(rank: int) -> str:
 class Saver:
     """Writes checkpoints of one run in the background; only `training.keep_checkpoints` remain.
 
-    `save` copies what this rank keeps and returns; a thread writes the copy. When every rank's
-    part is on the disk, rank 0's thread commits the checkpoint. `wait` returns when it has.
-    As a context manager it waits at the end, and after an error that every rank has alike.
+    `save` returns at once. A thread copies what this rank keeps, while the next step's forward and
+    backward passes run: only its update changes what is copied, and waits. The thread then writes
+    the copy, and when every rank's part is on the disk, rank 0 commits the checkpoint. `wait`
+    returns when it has. As a context manager it waits at the end, and after an error that every
+    rank has alike.
     """
 
     def __init__(self, engine: Any, config: RunConfig, prepared: Prepared) -> None:
-        """Prepare the memory that copies go to, and clear away what a killed run left."""
+        """Have the optimizer wait for copies, and clear away what a killed run left."""
         self.engine, self.config, self.prepared = engine, config, prepared
         self.folder = Path(config.training.run_dir) / "checkpoints"
         self.is_first_rank = dist.get_rank() == 0
@@ -63,11 +64,10 @@ class Saver:
         self.aborted = threading.Event()
         self.writing: threading.Thread | None = None
         self.committing: threading.Thread | None = None
-        num_states = 1 + len(MOMENTS)
-        numel = sum(num_states * (stop - start) for *_, (start, stop) in shares(engine))
-        self.copy = torch.empty(numel, pin_memory=engine.device.type == "cuda")
-        # A page is made when it is first written, which takes longer than the copy itself.
-        self.touching = _thread(self.copy.zero_)
+        self.memory = torch.empty(0)  # for the copy: one allocation, made by the first save
+        self.copied = threading.Event()
+        self.copied.set()
+        engine.basic_optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
         if self.is_first_rank:
             for leftover in self.folder.glob("partial_*"):
                 shutil.rmtree(leftover)
@@ -77,7 +77,6 @@ class Saver:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        self.touching.join()
         if error is None or (isinstance(error, UserError) and error.on_every_rank):
             self.wait()
 
@@ -92,14 +91,22 @@ class Saver:
             UserError: on every rank alike if any could not write the one before.
         """
         self.wait()
-        self.touching.join()
-        pieces = self._copied_pieces()
         writer = CheckpointWriter(self.folder / f"step_{step:08d}")
         self.aborted.clear()
-        self.writing = _thread(self._write, writer, pieces)
+        self.copied.clear()
+        begun = None
+        if self.engine.device.type == "cuda":
+            begun = torch.cuda.Event()
+            begun.record()
+        self.writing = _thread(self._write, writer, self._pieces(), begun)
         if self.is_first_rank:
             about = self._about(step, state)
             self.committing = _thread(self._commit, writer, about)
+
+    def is_writing(self) -> bool:
+        """Whether this rank still writes or commits; any rank may ask, at any time."""
+        threads = (self.writing, self.committing)
+        return any(thread is not None and thread.is_alive() for thread in threads)
 
     def wait(self) -> None:
         """Return when the last checkpoint is complete; every rank calls this.
@@ -131,21 +138,17 @@ class Saver:
             "training.keep_checkpoints, and start the same command again"
         )
 
-    def _copied_pieces(self) -> list[Piece]:
-        """This rank's pieces, copied to the host."""
-        pieces, position = [], 0
-        for share in shares(self.engine):
-            for name, place, index, numel in share.tensors.stretches(*share.saved):
-                values = {}
-                for state, source in share.values.items():
-                    values[state] = self.copy[position : position + numel]
-                    position += numel
-                    at = index - share.start
-                    values[state].copy_(source[at : at + numel], non_blocking=True)
-                pieces.append(Piece(name, place, values))
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize()
-        return pieces
+    def _wait_for_copy(self) -> None:
+        self.copied.wait()
+
+    def _pieces(self) -> list[Piece]:
+        """What this rank saves, where it lies."""
+        return [
+            Piece(name, place, {s: v.narrow(0, index - share.start, n) for s, v in values.items()})
+            for share in shares(self.engine)
+            for values in [share.values]
+            for name, place, index, n in share.tensors.stretches(*share.saved)
+        ]
 
     def _about(self, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
         engine = self.engine
@@ -167,11 +170,38 @@ class Saver:
             },
         }
 
-    def _write(self, writer: CheckpointWriter, pieces: list[Piece]) -> None:
+    def _write(
+        self, writer: CheckpointWriter, pieces: list[Piece], begun: torch.cuda.Event | None
+    ) -> None:
         try:
-            writer.write_part(part_name(dist.get_rank()), pieces)
-        except OSError as error:
-            self.problem = error.strerror or str(error)
+            try:
+                copy = self._copy_of(pieces, begun)
+            finally:
+                self.copied.set()
+            writer.write_part(part_name(dist.get_rank()), copy)
+        except Exception as error:  # in a thread: `wait` raises it on every rank
+            self.problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+
+    def _copy_of(self, pieces: list[Piece], begun: torch.cuda.Event | None) -> list[Piece]:
+        """The pieces on the host, as they were when `begun` was reached."""
+        is_cuda = begun is not None
+        numel = sum(value.numel() for piece in pieces for value in piece.values.values())
+        if self.memory.numel() < numel:
+            self.memory = torch.empty(numel, pin_memory=is_cuda)
+        copies, position = [], 0
+        with torch.cuda.stream(torch.cuda.Stream(self.engine.device) if is_cuda else None):
+            if begun is not None:
+                begun.wait()
+            for piece in pieces:
+                values = {}
+                for state, source in piece.values.items():
+                    values[state] = self.memory[position : position + source.numel()]
+                    values[state].copy_(source, non_blocking=is_cuda)
+                    position += source.numel()
+                copies.append(Piece(piece.name, piece.start, values))
+            if is_cuda:
+                torch.cuda.current_stream().synchronize()
+        return copies
 
     def _commit(self, writer: CheckpointWriter, about: dict[str, Any]) -> None:
         parts = [part_name(rank) for rank in range(dist.get_world_size())]
@@ -185,8 +215,8 @@ class Saver:
             run_dir = Path(self.config.training.run_dir)
             for old in complete_checkpoints(run_dir)[: -self.config.training.keep_checkpoints]:
                 shutil.rmtree(old.path)
-        except OSError as error:
-            self.problem = error.strerror or str(error)
+        except Exception as error:  # as in `_write`
+            self.problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             writer.abandon()
 
 
