@@ -75,7 +75,7 @@ def dense_tensors(
         total = torch.zeros(tuple(reversed(specs[name].shape)), dtype=torch.float64)
         for index in range(num_experts):
             total += sparse.read(expert_name(place, index))
-        return turned((total / num_experts).to(specs[name].dtype))
+        return turned(total.div_(num_experts).to(specs[name].dtype))
 
     specs = {}
     for name, shape in tensor_shapes(config).items():

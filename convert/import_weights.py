@@ -18,7 +18,7 @@ from engine.exported_run import RUN_KEY, ExportedRun, exported_run
 from models.weight_files import LazyTensors, as_type, grouped
 from models.weights import CONFIG_FILE, open_weights
 
-_PART_BYTES = 1 << 28  # of a checkpoint's file, whose tensors are in memory at once
+_PART_BYTES = 1 << 26  # of a checkpoint's file, whose tensors are in memory at once
 
 
 def import_weights(path: Path, out: Path) -> list[str]:
