@@ -5,12 +5,20 @@ import threading
 from pathlib import Path
 
 
-def memory_of_reshard(source: Path, out: Path, part_bytes: int) -> int:
-    """Bytes by which the process grows at most while it reshards, mapped files not counted."""
+def memory_of_reshard(small: Path, source: Path, out: Path, part_bytes: int) -> int:
+    """Bytes by which the process grows at most while it reshards, mapped files not counted.
+
+    Args:
+        small: another source, resharded first: what Python and torch load once does not count.
+        source: what is resharded.
+        out: its new folder.
+        part_bytes: of a file at most.
+    """
     import convert.reshard
     from engine.planner import Layout
 
     convert.reshard.PART_BYTES = part_bytes
+    convert.reshard.reshard(small, out.with_name("small_out"), Layout(2, 2, 1), None)
     done = threading.Event()
     before = own_memory()
     largest = before

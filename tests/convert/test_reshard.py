@@ -147,16 +147,23 @@ def test_a_part_beyond_the_limit_is_several_files(
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_by_the_limit(tmp_path: Path) -> None:
-    big = {"magnetar.model.d_model": 256, "magnetar.model.d_ff": 2048}
-    source = write_checkpoint(tmp_path / "run", changes=big | {"magnetar.model.moe.num_experts": 8})
+def test_memory_is_bounded_by_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"d_model": 256, "d_ff": 2048, "moe.num_experts": 8}
+    changes = {f"magnetar.model.{key}": value for key, value in sizes.items()}
+    source = write_checkpoint(tmp_path / "run", changes=changes)
+    write_checkpoint(tmp_path / "small")
     total = sum(file["bytes"] for file in source.manifest["files"].values())
     assert total > 100 * 2**20
     limit = 4 * 2**20
-    target = "tests.convert.programs:memory_of_reshard"
-    (growth,) = run_on_ranks(target, 1, tmp_path / "run", tmp_path / "out", limit)
-    # What is read, safetensors' copy of it, and what Python and torch allocate on first use.
-    assert growth < 2 * limit + 24 * 2**20
+    # Freed memory goes back to the system at once, so that what is measured is in use.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    (growth,) = run_on_ranks(
+        "tests.convert.programs:memory_of_reshard",
+        1,
+        *(tmp_path / "small", tmp_path / "run", tmp_path / "out", limit),
+    )
+    # What a file will hold, and the copy of it that safetensors makes.
+    assert growth < 2.5 * limit
     assert len(written_in(tmp_path / "out").manifest["files"]) > 20
 
 
