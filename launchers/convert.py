@@ -2,6 +2,7 @@
 
 python -m launchers.convert inspect runs/lm
 python -m launchers.convert reshard runs/lm --out runs/lm_8 --world-size 8 --ep-size 4
+python -m launchers.convert average runs/lm --last 3 --out averaged/lm
 python -m launchers.convert export runs/lm --out exported/lm
 python -m launchers.convert import exported/lm --out runs/lm_again
 python -m launchers.convert upcycle runs/lm --out upcycled/lm --num-experts 8
@@ -32,6 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for add_command in (
         _inspect,
         _reshard,
+        _average,
         _export,
         _import,
         _upcycle,
@@ -114,6 +116,35 @@ def _reshard(commands: Any) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be more than 0")
         layout = Layout(options.world_size, options.ep_size, options.zero_stage)
         print("\n".join(reshard(options.source, options.out, layout, options.gpu_memory)))
+
+    command.set_defaults(call=call)
+
+
+def _average(commands: Any) -> None:
+    command = commands.add_parser(
+        "average",
+        help="the mean of several checkpoints' weights",
+        description="Write the mean of the weights of several checkpoints of one model, in a "
+        "folder that models.weights.load_model and launchers.generate load and training starts "
+        "from (magnetar.training.init_from).",
+    )
+    command.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        help="runs (of each its newest checkpoint), checkpoints, or folders of weights",
+    )
+    command.add_argument(
+        "--last", type=int, metavar="N", help="the N newest checkpoints of one run"
+    )
+    _add_out(command)
+
+    def call(options: argparse.Namespace) -> None:
+        from convert.average import average
+        from convert.folders import parse_size
+
+        shard_bytes = parse_size(options.shard_size)
+        print("\n".join(average(options.sources, options.out, options.last, shard_bytes)))
 
     command.set_defaults(call=call)
 

@@ -1,0 +1,120 @@
+"""The mean of the weights of several checkpoints: often a better model than the last of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convert.folders import open_whole, require_new, vocabulary_file, write_folder
+from convert.report import how_to_load
+from convert.sources import Source, is_run
+from data.errors import UserError
+from engine.checkpoint_files import complete_checkpoints
+from engine.run_folder import differing, flat_keys
+from models.weight_files import LazyTensors, Spec
+
+
+def average(
+    paths: Sequence[Path], out: Path, last: int | None, shard_bytes: int | None
+) -> list[str]:
+    """Write the mean model to a new folder; the lines that say so.
+
+    Args:
+        paths: runs (of each its newest complete checkpoint), checkpoints' folders, or folders of
+            weights: at least two, or one run with `last`.
+        out: must not exist, or be empty.
+        last: the newest checkpoints of the one run.
+        shard_bytes: see `write_files`.
+
+    Raises:
+        UserError: for sources that cannot be read, are damaged, too few or of different models or
+            vocabularies, or a folder that holds something.
+    """
+    require_new(out)
+    sources = [open_whole(path, out) for path in _expanded(paths, last)]
+    if len(sources) < 2:
+        raise UserError(
+            f"{paths[0]} alone has no mean: name several checkpoints, or a run with --last 3"
+        )
+    for other in sources[1:]:
+        _require_same_model(sources[0], other)
+    config = sources[0].config
+    write_folder(
+        out, config, mean_of(sources), shard_bytes, other_files=vocabulary_file(sources[0])
+    )
+    return [
+        *(
+            f"{'averaged' if index == 0 else '':<8}  {source.path}"
+            for index, source in enumerate(sources)
+        ),
+        f"wrote     {out}",
+        "",
+        *how_to_load(out, config.architecture),
+    ]
+
+
+def _expanded(paths: Sequence[Path], last: int | None) -> list[Path]:
+    """The folders to average.
+
+    Raises:
+        UserError: if `last` does not go with them.
+    """
+    if last is None:
+        return list(paths)
+    if len(paths) > 1 or not is_run(paths[0]):
+        named = f"{len(paths)} folders" if len(paths) > 1 else f"{paths[0]}, which is no run"
+        raise UserError(
+            f"--last {last} takes the newest checkpoints of one run, not of {named}: name one "
+            "run, or leave --last out"
+        )
+    found = complete_checkpoints(paths[0])
+    if not 2 <= last <= len(found):
+        raise UserError(
+            f"--last {last}: {paths[0]} has {len(found)} complete checkpoints: use a number from 2 "
+            "to that (magnetar.training.keep_checkpoints says how many a run keeps)"
+        )
+    return [checkpoint.path for checkpoint in found[-last:]]
+
+
+def _require_same_model(first: Source, other: Source) -> None:
+    """Refuse another model or vocabulary.
+
+    Raises:
+        UserError: naming the first key that differs.
+    """
+    keys, others = (dict(flat_keys(one.config.model_dump(mode="json"))) for one in (first, other))
+    for key, there, here in differing(keys, others):
+        raise UserError(
+            f"{other.path} has another model than {first.path}: magnetar.model.{key} is {here}, "
+            f"not {there}: average checkpoints of one model"
+        )
+    both = [one.checkpoint for one in (first, other) if one.checkpoint is not None]
+    fingerprints = {one.manifest["tokenizer_fingerprint"] for one in both}
+    if len(fingerprints) > 1:
+        raise UserError(
+            f"{other.path} was trained with another vocabulary than {first.path}: average "
+            "checkpoints of one vocabulary"
+        )
+
+
+def mean_of(sources: Sequence[Source]) -> LazyTensors:
+    """The mean of each tensor, summed in float64, in the sources' type or, if they differ, float32.
+
+    Args:
+        sources: of one model.
+    """
+
+    def dtype_of(name: str) -> torch.dtype:
+        dtypes = {source.tensors.specs[name].dtype for source in sources}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    def read(name: str) -> Tensor:
+        total = sources[0].tensors.read(name).double()
+        for source in sources[1:]:
+            total += source.tensors.read(name)
+        return (total / len(sources)).to(specs[name].dtype)
+
+    shapes = sources[0].tensors.specs
+    specs = {name: Spec(dtype_of(name), spec.shape) for name, spec in shapes.items()}
+    return LazyTensors(specs, read)
