@@ -4,6 +4,7 @@ Letters: D d_model, F d_ff.
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -59,3 +60,12 @@ def name_at(place: Place) -> str:
 def turned(tensor: Tensor) -> Tensor:
     """A dense network's tensor as an expert's, or the other way round, in memory of its own."""
     return tensor.t().contiguous() if tensor.dim() == 2 else tensor
+
+
+def experts_of_layers(names: Iterable[str]) -> dict[str, int]:
+    """The number of experts of each MoE layer, by its network's name, of some tensors' names."""
+    counts: dict[str, int] = {}
+    for place in map(place_of, names):
+        if place is not None and place.expert is not None:
+            counts[place.ffn] = max(counts.get(place.ffn, 0), place.expert + 1)
+    return counts

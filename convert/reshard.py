@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from convert.expert_tensors import place_of
+from convert.expert_tensors import experts_of_layers, place_of
 from convert.folders import require_new
 from convert.progress import watched
 from convert.run_folders import config_in, equal_bits
@@ -128,12 +128,10 @@ def _write(
     final = folder / "checkpoints" / checkpoint.path.name
     final.parent.mkdir(parents=True)
     writer = CheckpointWriter(final)
-    moe = config["magnetar"]["model"]["moe"]
-    num_experts = moe["num_experts"] if moe else 1
     parts = []
     ranks = {part_name(rank): rank for rank in range(layout.world_size)}
     for name in watched("writing", list(ranks)):
-        stretches = stretches_of_rank(checkpoint, layout, num_experts, ranks[name])
+        stretches = stretches_of_rank(checkpoint.shapes, layout, ranks[name])
         for number, group in enumerate(_files(checkpoint, stretches)):
             part = name if number == 0 else name.replace(".", f"_{number:05d}.")
             writer.write_part(part, group)
@@ -149,24 +147,24 @@ def _write(
 
 
 def stretches_of_rank(
-    checkpoint: Checkpoint, layout: Layout, num_experts: int, rank: int
+    shapes: Mapping[str, tuple[int, ...]], layout: Layout, rank: int
 ) -> Iterator[tuple[str, int, int]]:
     """What a rank's files hold: its part of its own experts, and of everything else.
 
     Args:
-        checkpoint: whose tensors they are.
+        shapes: name -> shape of every tensor.
         layout: who will read.
-        num_experts: experts of a MoE layer.
         rank: of the layout.
 
     Yields:
         A tensor's name, the first element and the one after the last.
     """
-    num_local_experts = num_experts // layout.ep_size
-    for name, shape in checkpoint.shapes.items():
+    num_experts = experts_of_layers(shapes)
+    for name, shape in shapes.items():
         part, num_parts = rank, layout.world_size
         place = place_of(name)
         if place is not None and place.expert is not None:
+            num_local_experts = num_experts[place.ffn] // layout.ep_size
             if place.expert // num_local_experts != rank % layout.ep_size:
                 continue
             # The ranks that hold the same experts: every ep_size-th.

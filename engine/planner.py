@@ -21,6 +21,7 @@ weights and moments lie in the host's memory and so, under ZeRO 1 and 2, do the 
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -169,10 +170,10 @@ def problems_of(
             f"{TRAIN}={train} with {ACCUMULATION}={accumulation}, which a run keeps, cannot be "
             f"divided among {ranks}: it must be a multiple of {accumulation * layout.world_size}"
         )
-    if moe is not None and moe["num_experts"] % layout.ep_size:
+    if moe is not None and any(count % layout.ep_size for count in _expert_counts(moe)):
+        counts = " or ".join(map(str, _expert_counts(moe)))
         lines.append(
-            f"{moe['num_experts']} experts cannot be divided into ep_size={layout.ep_size} equal "
-            "parts"
+            f"{counts} experts cannot be divided into ep_size={layout.ep_size} equal parts"
         )
     config, found = check_config(with_layout(saved, layout), layout.world_size)
     said = (TRAIN, "magnetar.model.moe.num_experts")  # in words that fit a run that has begun
@@ -214,11 +215,17 @@ def nearest_layout(
 def _candidates(saved: Mapping[str, Any]) -> Iterator[Layout]:
     largest = saved[TRAIN] // saved[ACCUMULATION]
     moe = saved["magnetar"]["model"]["moe"]
-    num_experts = moe["num_experts"] if moe else 1
+    num_experts = math.gcd(*_expert_counts(moe)) if moe else 1
     for world_size in _divisors(largest):
         for ep_size in _divisors(num_experts):
             if world_size % ep_size == 0:
                 yield from (Layout(world_size, ep_size, stage) for stage in _STAGES)
+
+
+def _expert_counts(moe: Mapping[str, Any]) -> list[int]:
+    """See MoEConfig; of keys that may be wrong together."""
+    counts = moe["num_experts"]
+    return counts if isinstance(counts, list) else [counts]
 
 
 def _divisors(number: int) -> list[int]:

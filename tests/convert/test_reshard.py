@@ -80,6 +80,23 @@ def test_values_stay_and_each_ranks_file_holds_its_experts_and_its_share(
     assert max(numels) - min(numels) <= 3 * len(source.shapes)  # one element a tensor and state
 
 
+def test_layers_with_other_numbers_of_experts_are_each_divided(tmp_path: Path) -> None:
+    changes = {"magnetar.model.moe.num_experts": [2, 8], "magnetar.model.moe.every": 1}
+    source = write_checkpoint(tmp_path / "run", changes=changes)
+    reshard(tmp_path / "run", tmp_path / "out", Layout(2, 2, 1), None)
+    written = written_in(tmp_path / "out")
+    require_equal(source, written)
+    for name in source.shapes:
+        place = place_of(name)
+        if place is not None and place.expert is not None:
+            num_local = 1 if place.ffn == "blocks.0.ffn" else 4
+            owner = place.expert // num_local
+            assert written.files_of(name) == [f"rank_{owner:05d}.safetensors"]
+    message = refusal(tmp_path / "run", tmp_path / "other", 4, 4, 1)
+    assert "2 or 8 experts cannot be divided into ep_size=4 equal parts" in message
+    assert message.endswith("--world-size 4 --ep-size 2 --zero-stage 1")
+
+
 def test_the_run_is_the_targets(tmp_path: Path) -> None:
     changes = {"tensorboard": {"enabled": True, "output_path": str(tmp_path / "run")}}
     source = write_checkpoint(tmp_path / "run", world_size=2, changes=changes)
