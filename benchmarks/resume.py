@@ -122,10 +122,11 @@ def main() -> int:
 
 PAGE_BEGIN = """# Every layout continues every layout's checkpoint
 
-Made by `make invariance`: each layout trained benchmarks/layouts.json for 20 steps and saved; from each
-of these checkpoints each layout went on for 20 steps, through the launcher and `launchers.train`. Each
-cell: the largest difference of those 20 losses (nats) from an uninterrupted run of one rank. Bound:
-5e-5. tests/engine/test_resume.py has two of the pairs, saved by world 2, ep 2, ZeRO 1.
+Made by `make invariance`: each layout trained benchmarks/layouts.json for 20 steps and saved; from
+each of these checkpoints each layout went on for 20 steps, through the launcher and
+`launchers.train`. Each cell: the largest difference of those 20 losses (nats) from an uninterrupted
+run of one rank. Bound: 5e-5. tests/engine/test_resume.py has two of the pairs, saved by world 2,
+ep 2, ZeRO 1.
 
 """
 
