@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from convert.folders import checked_model, open_whole, vocabulary_file, write_folder
 from convert.report import how_to_load
@@ -36,9 +37,11 @@ def shrink(
     config = shrunk_config(source.config, chosen)
     tensors = shrunk_tensors(source.tensors, config, chosen)
     write_folder(out, config, tensors, shard_bytes, other_files=vocabulary_file(source))
-    keys = {"num_layers": config.num_layers}
+    keys: dict[str, Any] = {"num_layers": config.num_layers}
     if config.num_decoder_layers is not None:
         keys["num_decoder_layers"] = config.num_decoder_layers
+    if config.moe is not None and config.moe != source.config.moe:
+        keys["moe.num_experts"] = config.moe.num_experts
     return [
         f"shrunk  {source.path}",
         *(
@@ -108,7 +111,7 @@ def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> M
             way round.
     """
     moe = config.moe
-    changes = {"num_layers": len(next(iter(chosen.values())))}
+    changes: dict[str, Any] = {"num_layers": len(next(iter(chosen.values())))}
     if "decoder." in chosen:
         changes["num_decoder_layers"] = len(chosen["decoder."])
     for prefix, indices in chosen.items():
@@ -123,6 +126,22 @@ def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> M
                     "choose layers that fit, or make the model dense first with `python -m "
                     "launchers.convert densify`"
                 )
+    if moe is not None and isinstance(moe.num_experts, list):
+        # One number for each MoE layer, the encoder's before the decoder's.
+        counts = iter(moe.num_experts)
+        of_layer = {
+            (prefix, index): next(counts)
+            for prefix, depth in _depths(config).items()
+            for index in range(depth)
+            if config.is_moe_layer(index)
+        }
+        kept = [
+            of_layer[prefix, index]
+            for prefix, indices in chosen.items()
+            for index in indices
+            if config.is_moe_layer(index)
+        ]
+        changes["moe"] = moe.model_dump(mode="json") | {"num_experts": kept}
     return checked_model(config, changes, "no such shallower model")
 
 
