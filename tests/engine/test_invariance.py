@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
 
 ONE_STEP = [(1, 1, 0, 1), (2, 1, 1, 1), (2, 2, 0, 1)]
-ANY_STEPS = [(1, 1, 0, 1), (1, 1, 1, 4), (2, 1, 0, 1), (2, 2, 2, 4)]
+ANY_STEPS = [(1, 1, 0, 1), (1, 1, 1, 4), (2, 1, 0, 1), (2, 2, 3, 4)]
 FOUR_STEPS = [(1, 1, 0, 4), (2, 2, 1, 4)]
 
 VARIANTS: dict[str, Variant] = {

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.config import MoEConfig
+from models.config import MoELayerConfig
 from models.moe import MoE
+from models.noise import SECOND_EXPERT, token_keys, uniform
 from tests.models import brute_force
 
 REASON = "not installed; to run this: pip install --no-deps torchscale==0.3.0"
 B, T, D, F, E = 4, 8, 12, 16, 4
 N = B * T
+SAMPLE_KEYS = torch.arange(B)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +56,7 @@ def some_padding() -> Tensor:
 def build(router: str, **keys: Any) -> MoE:
     if router == "xmoe":
         keys |= {"d_router": 16, "normalize_tokens": False, "learned_temperature": False}
-    layer = MoE(D, F, MoEConfig(num_experts=E, router=router, **keys), "gelu", True, 1.0)
+    layer = MoE(D, F, MoELayerConfig(num_experts=E, router=router, **keys), "gelu", True, 1.0)
     brute_force.randomize(layer)
     return layer
 
@@ -76,10 +78,8 @@ def their_gate(gates: ModuleType, layer: MoE, **keys: Any) -> nn.Module:
 def assert_equal_to(layer: MoE, gate: nn.Module, x: Tensor, padding: Tensor | None = None) -> None:
     """Our layer computes what their combine weights say."""
     mask = None if padding is None else padding.reshape(-1)
-    torch.manual_seed(5)
     aux_loss, combine, _, metadata = gate(x.reshape(-1, D), mask)
-    torch.manual_seed(5)
-    out, stats = layer(x, padding)
+    out, stats = layer(x, padding, SAMPLE_KEYS)
     weights = combine.sum(-1).double()  # (N, E)
     parameters = brute_force.float64_parameters(layer.deepspeed_moe)
     expected = torch.zeros(N, D, dtype=torch.float64)
@@ -146,10 +146,10 @@ def test_two_experts_a_token(
 def test_noisy_second_experts(
     gates: ModuleType, monkeypatch: pytest.MonkeyPatch, policy: str, before: bool
 ) -> None:
-    def gumbel(shape: tuple[int, ...], device: torch.device) -> Tensor:
-        return -torch.empty(shape, device=device).exponential_().log()
-
-    monkeypatch.setattr(gates, "gumbel_rsample", gumbel)
+    keys = token_keys(SAMPLE_KEYS, T, 0).view(N)
+    draws = uniform(keys, E if policy == "sampled" else 1, SECOND_EXPERT)
+    monkeypatch.setattr(gates, "gumbel_rsample", lambda shape, device: -(-draws.log()).log())
+    monkeypatch.setattr(torch, "rand_like", lambda like: draws.view_as(like))
     layer = build(
         "xmoe",
         dispatch="capacity",
