@@ -77,10 +77,20 @@ def export(
         f"exported  {source.path}" + (f", step {step}" if step is not None else ""),
         f"tensors   {len(tensors.specs)}, "
         f"{sum(spec.num_bytes for spec in tensors.specs.values()):,} bytes of {dtype}",
-        f"wrote     {out} ({', '.join(sorted(file.name for file in out.iterdir()))})",
+        f"wrote     {out} ({', '.join(_shown_files(out))})",
         "",
         *how_to_load(out, source.config.architecture),
     ]
+
+
+def _shown_files(folder: Path) -> list[str]:
+    """The names of its files, shards in one."""
+    names = sorted(path.name for path in folder.iterdir())
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if len(shards) > 1:
+        names = [name for name in names if name not in shards]
+        names.append(f"{shards[0]} and {len(shards) - 1} more")
+    return names
 
 
 def _about(source: Source) -> dict[str, Any]:

@@ -1,16 +1,15 @@
 """A folder that `export` has written as a run's folder again: one checkpoint, weights alone."""
 
-import copy
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from convert.folders import require_new
 from convert.progress import watched
+from convert.run_folders import config_in, equal_bits
 from data.errors import UserError
 from engine.checkpoint import part_name
 from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece
@@ -51,9 +50,9 @@ def import_weights(path: Path, out: Path) -> list[str]:
         (folder / "checkpoints").mkdir(parents=True)
         checkpoint = _write_checkpoint(folder, run, tensors)
         for name in watched("checking", list(tensors.specs)):
-            if not _equal_bits(checkpoint.tensor(name), tensors.read(name)):
+            if not equal_bits(checkpoint.tensor(name), tensors.read(name)):
                 raise UserError(f"{out}: {name} is not what was written: use another disk")
-        text = json.dumps(_config_in(run.config, out), indent=1)
+        text = json.dumps(config_in(run.config, out), indent=1)
         (folder / CONFIG_FILE).write_text(text + "\n")
         os.replace(folder, out)
     return [
@@ -82,18 +81,3 @@ def _write_checkpoint(folder: Path, run: ExportedRun, tensors: LazyTensors) -> C
         "optimizer": run.optimizer | {"step": 0},
     }
     return writer.commit(parts, tensors.shapes, about)
-
-
-def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal to the last bit, what is no number too."""
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))
-
-
-def _config_in(config: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """A run's config with its output in another folder."""
-    moved, old = copy.deepcopy(config), config["magnetar"]["training"]["run_dir"]
-    moved["magnetar"]["training"]["run_dir"] = str(run_dir)
-    for monitor in ("tensorboard", "csv_monitor"):
-        if moved.get(monitor, {}).get("output_path") == old:
-            moved[monitor]["output_path"] = str(run_dir)
-    return moved
