@@ -329,3 +329,21 @@ def bytes_of(tensors: list[Any]) -> int:
     """Bytes of the storages that tensors lie in, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def newest_whole_checkpoints(runs: list[Any]) -> list[tuple[int | None, str]]:
+    """Of each run the step of its newest whole checkpoint, and what was printed to stderr."""
+    import contextlib
+    import io
+
+    from engine.checkpoint import newest_whole_checkpoint
+    from engine.engine import start_distributed
+
+    start_distributed()
+    answers = []
+    for run in runs:
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
+            found = newest_whole_checkpoint(run)
+        answers.append((found.step if found else None, printed.getvalue()))
+    return answers
