@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convert.expert_tensors import Place, name_at, place_of, turned
+from convert.expert_tensors import Place, experts_of_layers, name_at, place_of, turned
 from convert.folders import open_whole, vocabulary_file, write_folder
 from convert.report import how_to_load
 from data.errors import UserError
@@ -31,35 +31,35 @@ def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) 
     moe = source.config.moe
     if moe is None:
         raise UserError(f"{path} is dense already: name a model with MoE layers")
-    if expert is not None and not 0 <= expert < moe.num_experts:
+    fewest = min(moe.expert_counts)
+    if expert is not None and not 0 <= expert < fewest:
         raise UserError(
-            f"--expert {expert}: the experts of {path} are 0 to {moe.num_experts - 1}: use one of "
+            f"--expert {expert}: the experts of {path} are 0 to {fewest - 1}: use one of "
             "these, or --mean"
         )
     config = source.config.model_copy(update={"moe": None})
-    tensors = dense_tensors(source.tensors, config, moe.num_experts, expert)
+    tensors = dense_tensors(source.tensors, config, expert)
     write_folder(out, config, tensors, shard_bytes, other_files=vocabulary_file(source))
     return [
         f"densified  {source.path}",
         f"remains    {'the mean of' if expert is None else f'expert {expert} of'} "
-        f"{moe.num_experts} in each MoE layer",
+        f"{', '.join(map(str, moe.expert_counts))} in each MoE layer",
         f'train      "moe": null, and training.init_from={out}',
         "",
         *how_to_load(out, config.architecture),
     ]
 
 
-def dense_tensors(
-    sparse: LazyTensors, config: ModelConfig, num_experts: int, expert: int | None
-) -> LazyTensors:
+def dense_tensors(sparse: LazyTensors, config: ModelConfig, expert: int | None) -> LazyTensors:
     """The dense model's tensors.
 
     Args:
         sparse: the MoE model's.
         config: the dense model's.
-        num_experts: of each MoE layer.
         expert: see `densify`.
     """
+
+    num_experts = experts_of_layers(sparse.specs)
 
     def expert_name(place: Place, index: int) -> str:
         return name_at(place._replace(expert=index))
@@ -73,9 +73,9 @@ def dense_tensors(
             return turned(sparse.read(expert_name(place, expert)))
         # Summed in float64: equal experts give the expert itself, to the last bit.
         total = torch.zeros(tuple(reversed(specs[name].shape)), dtype=torch.float64)
-        for index in range(num_experts):
+        for index in range(num_experts[place.ffn]):
             total += sparse.read(expert_name(place, index))
-        return turned(total.div_(num_experts).to(specs[name].dtype))
+        return turned(total.div_(num_experts[place.ffn]).to(specs[name].dtype))
 
     specs = {}
     for name, shape in tensor_shapes(config).items():

@@ -114,7 +114,7 @@ def upcycled_tensors(dense: LazyTensors, config: ModelConfig, seed: int) -> Lazy
 def _drawn(config: ModelConfig, seed: int, gate: str) -> dict[str, Tensor]:
     """A fresh router's tensors."""
     assert config.moe is not None
-    router = build_router(config.d_model, config.moe)
+    router = build_router(config.d_model, config.moe.of_layer(0))  # all are alike
     assert isinstance(router, LinearRouter | XMoERouter)
     router.init_weights(RandomSource(seed, gate))
     return router.state_dict()

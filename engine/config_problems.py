@@ -43,6 +43,9 @@ def section_model(annotation: Any) -> type[BaseModel] | None:
 def expected(field: FieldInfo) -> str:
     """The values that a key takes: `a whole number, at least 1`."""
     annotation = without_none(field.annotation)
+    others = [a for a in get_args(field.annotation) if get_origin(a) is list]
+    if annotation is not field.annotation and others:  # `moe.num_experts`
+        return "a whole number, at least 1, or a list of such numbers"
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

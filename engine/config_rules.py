@@ -160,23 +160,6 @@ def offloading_needs_zero(zero_optimization: ZeroConfig) -> list[Problem]:
     ]
 
 
-def zero_has_experts_to_divide(zero_optimization: ZeroConfig, model: ModelConfig) -> list[Problem]:
-    """DeepSpeed's ZeRO insists on experts that train."""
-    if model.moe is None or model.moe.frozen != "router_and_experts":
-        return []
-    if zero_optimization.stage == 0:
-        return []
-    path = "magnetar.model.moe.frozen"
-    return [
-        Problem(
-            path,
-            f'{path}="router_and_experts" does not go with zero_optimization.stage='
-            f"{zero_optimization.stage}: DeepSpeed 0.19.8 stops where no expert trains: use stage "
-            '0, or frozen "router"',
-        )
-    ]
-
-
 def experts_fit_grouped_matmuls(
     model: ModelConfig, bf16: Bf16Config | None, fp16: Fp16Config | None
 ) -> list[Problem]:
@@ -282,8 +265,8 @@ def ranks_hold_experts(model: ModelConfig, world_size: int) -> list[Problem]:
     """ep_size divides the number of ranks."""
     if model.moe is None or world_size % model.moe.ep_size == 0:
         return []
-    ep_size, experts = model.moe.ep_size, model.moe.num_experts
-    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0 and experts % n == 0]
+    ep_size = model.moe.ep_size
+    sizes = [size for size in model.moe.possible_ep_sizes if world_size % size == 0]
     below = world_size // ep_size * ep_size
     ranks = f"{below} or {below + ep_size}" if below else f"{ep_size}"
     return [
@@ -307,7 +290,6 @@ RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
     (experts_are_aligned, ("zero_optimization", "model")),
     (expert_gradients_are_reduced_apart, ("zero_optimization", "model")),
     (offloading_needs_zero, ("zero_optimization",)),
-    (zero_has_experts_to_divide, ("zero_optimization", "model")),
     (experts_fit_grouped_matmuls, ("model", "bf16", "fp16")),
     (sequences_fit, ("data", "model")),
     (a_decoder_masks_nothing, ("data", "model")),

@@ -25,7 +25,7 @@ from engine.starting_weights import load_starting_weights, starts_from_weights
 from engine.trained_run import DTYPES
 from models.deepspeed_moe import moe_class
 from models.losses import IGNORE_INDEX, token_losses
-from models.moe import RoutingStats
+from models.moe import MoE, RoutingStats
 from models.router import balance_loss
 from models.transformer import ModelOutput, build_model, set_checkpointing
 
@@ -91,7 +91,9 @@ def start_distributed() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("MAGNETAR_LOG_LEVEL", "WARNING"))
     # DeepSpeed calls this function by its old name; nobody here can do anything about it.
     warnings.filterwarnings(
-        "ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning
+        "ignore",
+        r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
+        FutureWarning,
     )
     # DeepSpeed would compile a C++ op here that serves inference alone: 48 seconds, and a process
     # killed meanwhile leaves a lock file on which every later job hangs. The module must be
@@ -168,6 +170,12 @@ def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[
     return factor
 
 
+def trained_moe_class(config: RunConfig) -> type[MoE]:
+    """The class of the MoE layers of a config's model."""
+    moe = config.model.moe
+    return moe_class(config.zero_stage, moe is None or moe.frozen != "router_and_experts")
+
+
 def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseClip]:
     """The DeepSpeed engine of a resolved config, with SparseClip in place of its clipping.
 
@@ -180,7 +188,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         SparseClip.
     """
     with torch.device("cpu" if config.zero_stage == 3 else device):
-        model = build_model(config.model, config.training.seed, moe_class(config.zero_stage))
+        model = build_model(config.model, config.training.seed, trained_moe_class(config))
     if starts_from_weights(config):
         load_starting_weights(model, config)
     elif needs_profile(config):

@@ -8,11 +8,11 @@ from data.token_files import Prepared
 from engine.admin import profile_path, write_profile
 from engine.checkpoint_files import complete_checkpoints
 from engine.config import RunConfig
-from engine.engine import start_distributed
+from engine.engine import start_distributed, trained_moe_class
 from engine.trainer import micro_batches
 from engine.windows import windows
 from models.admin import omegas, recorded_moments, variances
-from models.deepspeed_moe import join_expert_groups, moe_class
+from models.deepspeed_moe import join_expert_groups
 from models.transformer import build_model
 
 
@@ -40,7 +40,7 @@ def profile(config: RunConfig, prepared: Prepared) -> dict[str, list[float]]:
         )
     device = start_distributed()
     with torch.device(device):
-        model = build_model(config.model, config.training.seed, moe_class(config.zero_stage)).eval()
+        model = build_model(config.model, config.training.seed, trained_moe_class(config)).eval()
     join_expert_groups(model)
     data = windows(prepared.train, config)
     with recorded_moments(model) as moments, torch.no_grad():

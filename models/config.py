@@ -1,8 +1,18 @@
 """What a model is: the keys under `magnetar.model` of the JSON."""
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 
 class StrictModel(BaseModel):
@@ -11,10 +21,26 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> int | list[int]:
+    """A union's problems are those of each of its types: only one of them is the user's."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        found = error.errors()[-1 if isinstance(value, list) else 0]
+        raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
+
+
+Count = Annotated[int, Field(ge=1)]
+Counts = Annotated[Count | list[Count], WrapValidator(_one_problem)]
+
+
 class MoEConfig(StrictModel):
     """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
 
-    num_experts: int = Field(ge=1, description="Experts in each MoE layer, over the whole job.")
+    num_experts: Counts = Field(
+        description="Experts in each MoE layer, over the whole job. A list: those of the first MoE "
+        "layer, of the second and so on, the encoder's before the decoder's.",
+    )
     every: int = Field(
         default=2,
         ge=1,
@@ -137,17 +163,21 @@ class MoEConfig(StrictModel):
     @model_validator(mode="after")
     def _no_contradictions(self) -> "MoEConfig":
         wrong = []
-        if self.num_experts % self.ep_size:
-            sizes = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
-            near = -(-self.num_experts // self.ep_size) * self.ep_size
+        if not self.expert_counts:
+            raise ValueError("num_experts=[] has no layer: give one number for each MoE layer")
+        uneven = [count for count in self.expert_counts if count % self.ep_size]
+        if uneven:
+            near = -(-uneven[0] // self.ep_size) * self.ep_size
+            which = "" if self.num_experts == uneven[0] else f" ({uneven[0]} is not)"
             wrong.append(
-                f"num_experts={self.num_experts} must be a multiple of ep_size={self.ep_size}: "
-                f"use {near} experts, or one of the ep_size {sizes}"
+                f"num_experts={self.num_experts} must be a multiple of ep_size={self.ep_size}"
+                f"{which}: use {near} experts, or one of the ep_size {self.possible_ep_sizes}"
             )
-        if self.top_k > self.num_experts:
+        fewest = min(self.expert_counts)
+        if self.top_k > fewest:
             wrong.append(
                 f"top_k={self.top_k} must not exceed num_experts={self.num_experts}: "
-                f"use top_k {self.num_experts}, or more experts"
+                f"use top_k {fewest}, or more experts"
             )
         if (self.dispatch == "capacity") != (self.capacity_factor is not None):
             wrong.append(
@@ -182,7 +212,7 @@ class MoEConfig(StrictModel):
                 for name in ("normalize_tokens", "learned_temperature")
                 if not getattr(self, name)
             ]
-        if self.num_experts == 1 and self.gate == "sigmoid":
+        if fewest == 1 and self.gate == "sigmoid":
             wrong.append(
                 "gate='sigmoid' would weigh a single expert by its score, and there is nothing to "
                 "choose: use gate 'softmax', which makes it the dense network, or more experts"
@@ -200,6 +230,29 @@ class MoEConfig(StrictModel):
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
+
+    @property
+    def expert_counts(self) -> list[int]:
+        """The numbers of experts that layers have: one for all of them, or one for each."""
+        return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+
+    @property
+    def possible_ep_sizes(self) -> list[int]:
+        """Every ep_size that divides the experts of every layer."""
+        common = math.gcd(*self.expert_counts)
+        return [size for size in range(1, common + 1) if common % size == 0]
+
+    def of_layer(self, number: int) -> "MoELayerConfig":
+        """The keys of one MoE layer, counted from 0 through the encoder and then the decoder."""
+        counts = self.expert_counts
+        count = counts[number] if isinstance(self.num_experts, list) else counts[0]
+        return MoELayerConfig.model_construct(**{**dict(self), "num_experts": count})
+
+
+class MoELayerConfig(MoEConfig):
+    """The keys of one MoE layer."""
+
+    num_experts: int = Field(ge=1, description="Experts of the layer, over the whole job.")
 
     @property
     def router_width(self) -> int:
@@ -356,6 +409,14 @@ class ModelConfig(StrictModel):
                 f"would be a MoE layer: use at most {deepest}, or moe null"
             )
         wrong += self._contradictions()
+        if self.moe is not None and isinstance(self.moe.num_experts, list) and not wrong:
+            given, needed = len(self.moe.num_experts), self.num_moe_layers
+            if given != needed:
+                wrong.append(
+                    f"moe.num_experts={self.moe.num_experts} must have one number for each MoE "
+                    f"layer, of which moe.every={self.moe.every} makes {needed}, not {given}: "
+                    "give as many, or one number for all"
+                )
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
@@ -474,3 +535,10 @@ class ModelConfig(StrictModel):
     def is_moe_layer(self, index: int) -> bool:
         """Whether the layer of this index (from 0) of a stack is a MoE layer."""
         return self.moe is not None and (index + 1) % self.moe.every == 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of all stacks."""
+        if self.moe is None:
+            return 0
+        return self.encoder_depth // self.moe.every + self.decoder_depth // self.moe.every

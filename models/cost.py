@@ -23,11 +23,9 @@ def num_parameters(config: ModelConfig) -> tuple[int, int]:
     active = total
     for module in model.modules():
         if isinstance(module, MoE):
-            assert config.moe is not None
+            moe = module.deepspeed_moe.moe
             experts = sum(p.numel() for p in module.deepspeed_moe.experts.parameters())
-            active -= (
-                experts * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
-            )
+            active -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
     tables = {
         id(module.weight): module.weight
         for module in model.modules()
@@ -52,9 +50,9 @@ def in_words(config: ModelConfig) -> dict[str, str]:
     }
     if (moe := config.moe) is not None:
         nth = {1: "", 2: "2nd ", 3: "3rd "}.get(moe.every, f"{moe.every}th ")
+        counts = ", ".join(map(str, moe.expert_counts))
         lines["experts"] = (
-            f"{moe.num_experts} in every {nth}layer, {moe.router} router, top-{moe.top_k}, "
-            f"{moe.dispatch}"
+            f"{counts} in every {nth}layer, {moe.router} router, top-{moe.top_k}, {moe.dispatch}"
         )
     return lines
 

@@ -94,9 +94,14 @@ class PartitionedMoE(GroupedMoE, AutoEPMoELayer):
             )
 
 
-def moe_class(zero_stage: int) -> type[MoE]:
-    """The class of MoE layers that DeepSpeed trains under a ZeRO stage."""
-    return PartitionedMoE if zero_stage == 3 else ReplicatedMoE
+def moe_class(zero_stage: int, trains_experts: bool = True) -> type[MoE]:
+    """The class of MoE layers that DeepSpeed trains under a ZeRO stage.
+
+    A model with its MoE layers whose experts are all frozen is refused under ZeRO 1 and 2.
+    """
+    if zero_stage == 3:
+        return PartitionedMoE
+    return ReplicatedMoE if trains_experts else GroupedMoE
 
 
 def join_expert_groups(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.config import MoEConfig
+from models.config import MoELayerConfig
 from models.dispatch import (
     Assignments,
     Choices,
@@ -123,7 +123,7 @@ class SparseFeedForward(nn.Module):
         self,
         gate: nn.Module,
         experts: Experts,
-        moe: MoEConfig,
+        moe: MoELayerConfig,
         time_major: bool = False,
         layer: int = 0,
     ) -> None:
@@ -258,7 +258,7 @@ class SparseFeedForward(nn.Module):
         return nullcontext()
 
 
-def build_router(d_model: int, moe: MoEConfig) -> Router:
+def build_router(d_model: int, moe: MoELayerConfig) -> Router:
     """The router of a MoE layer, weights not yet drawn."""
     shape = (d_model, moe.num_experts, moe.top_k, moe.gate)
     normalize = moe.normalize_weights == "before_dropping"
@@ -289,7 +289,7 @@ class MoE(nn.Module):
         self,
         d_model: int,
         d_ff: int,
-        moe: MoEConfig,
+        moe: MoELayerConfig,
         activation: str,
         inner_norm: bool,
         gain: float,

@@ -120,9 +120,12 @@ class Block(nn.Module):
         has_inner_norm = "ffn" in style.inner
         self.ffn: nn.Module
         if config.moe is not None and config.is_moe_layer(index):
+            # The encoder's MoE layers are counted before the decoder's.
+            earlier = 0 if depths.in_encoder else depths.encoder // config.moe.every
+            number = earlier + index // config.moe.every
             self.ffn = moe_class(
                 *shape,
-                config.moe,
+                config.moe.of_layer(number),
                 config.activation,
                 has_inner_norm,
                 gain,

@@ -102,6 +102,8 @@ def losses_and_norms(
 ) -> list[dict[str, list[float]]]:
     """Train each case; the whole batch's losses, the clipping norms and the coefficients.
 
+    Before every fifth step the model is asked outside training: `valid`.
+
     Args:
         cases: dotted keys over BASE.
         num_steps: optimizer steps.
@@ -116,6 +118,8 @@ def losses_and_norms(
         curve: dict[str, list[float]] = {"norm": [], "coefficient": []}
         for step in range(num_steps):
             batch = batches(engine, step, config, is_padded=index in padded)
+            if step % 5 == 0:
+                curve.setdefault("valid", []).append(evaluated(engine, batch))
             result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
             losses, _ = reduce_over_ranks(result)
             for name, value in losses.items():
@@ -125,6 +129,21 @@ def losses_and_norms(
         results.append(curve)
         engine.destroy()
     return results
+
+
+@torch.no_grad()
+def evaluated(engine: Any, batch: list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]) -> float:
+    """The cross entropy of a batch of all ranks, in evaluation mode."""
+    import deepspeed.comm as dist
+
+    from models.losses import token_losses
+
+    model = engine.module.eval()
+    sums = [token_losses(model(*inputs).logits, targets) for inputs, targets in batch]
+    model.train()
+    totals = torch.stack([sum(s.cross_entropy for s in sums), sum(s.num_tokens for s in sums)])
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1])
 
 
 def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -148,7 +167,9 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
         train_step(engine, batches(engine, 0, config), loss_weights(config), seed=1, step=0)
         everyone: list[Any] = [None] * dist.get_world_size()
         torch.distributed.all_gather_object(everyone, (raw, seen))
-        raw_dense, raw_expert = brute_force_norms([r for r, _ in everyone], moe.ep_size)
+        raw_dense, raw_expert, raw_weighted = brute_force_norms(
+            [r for r, _ in everyone], moe.ep_size
+        )
         replicas = 1 if config.zero_stage else 2  # ZeRO hands Adam a part on each rank
         results.append(
             {
@@ -159,6 +180,7 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
                 "coefficient": float(clip.coefficient),
                 "raw_dense": raw_dense / scale,
                 "raw_expert": raw_expert / scale,
+                "raw_weighted": raw_weighted / scale,
                 "seen_dense": norm_over_ranks([s for _, s in everyone], "dense", replicas),
                 "seen_expert": norm_over_ranks(
                     [s for _, s in everyone], "expert", 1 if moe.ep_size == 2 else replicas
@@ -169,19 +191,19 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
     return results
 
 
-def record_raw_gradients(model: torch.nn.Module) -> dict[str, tuple[bool, torch.Tensor]]:
-    """Filled during backward: name -> (is an expert's, float64 sum of this rank's gradients)."""
-    raw: dict[str, tuple[bool, torch.Tensor]] = {}
+def record_raw_gradients(model: torch.nn.Module) -> dict[str, tuple[int, torch.Tensor]]:
+    """Filled during backward: name -> (E, 0 if dense; float64 sum of this rank's gradients)."""
+    raw: dict[str, tuple[int, torch.Tensor]] = {}
 
-    def keep(name: str, is_expert: bool) -> Any:
+    def keep(name: str, num_experts: int) -> Any:
         def hook(gradient: torch.Tensor) -> None:
             before = raw[name][1] if name in raw else 0.0
-            raw[name] = (is_expert, before + gradient.detach().double().cpu())
+            raw[name] = (num_experts, before + gradient.detach().double().cpu())
 
         return hook
 
     for name, parameter in model.named_parameters():
-        parameter.register_hook(keep(name, hasattr(parameter, "num_experts")))
+        parameter.register_hook(keep(name, getattr(parameter, "num_experts", 0)))
     return raw
 
 
@@ -201,20 +223,25 @@ def record_gradients_of_adam(optimizer: torch.optim.Optimizer) -> dict[str, floa
 
 
 def brute_force_norms(
-    raw_of_ranks: list[dict[str, tuple[bool, torch.Tensor]]], ep_size: int
-) -> tuple[float, float]:
-    """Norms of the dense and the expert gradients, averaged over the ranks, each counted once."""
-    dense = expert = 0.0
+    raw_of_ranks: list[dict[str, tuple[int, torch.Tensor]]], ep_size: int
+) -> tuple[float, float, float]:
+    """Norms of the dense and the expert gradients, and that of eq. 1 (kappa by the layer's E).
+
+    Gradients are averaged over the ranks, and each counts once.
+    """
+    dense = expert = weighted = 0.0
     world_size = len(raw_of_ranks)
-    for name, (is_expert, _) in raw_of_ranks[0].items():
+    for name, (num_experts, _) in raw_of_ranks[0].items():
         of_ranks = [raw[name][1] for raw in raw_of_ranks]
-        if not is_expert:
+        if not num_experts:
             dense += float((sum(of_ranks) / world_size).square().sum())
         else:
             # Ranks r, r + ep_size, ... hold the same experts.
             for first in range(ep_size):
-                expert += float((sum(of_ranks[first::ep_size]) / world_size).square().sum())
-    return math.sqrt(dense), math.sqrt(expert)
+                square = float((sum(of_ranks[first::ep_size]) / world_size).square().sum())
+                expert += square
+                weighted += square / num_experts
+    return math.sqrt(dense), math.sqrt(expert), math.sqrt(dense + weighted)
 
 
 def norm_over_ranks(seen_by_ranks: list[dict[str, float]], kind: str, replicas: int) -> float:

@@ -63,6 +63,13 @@ UNEVEN = [
         {"zero_optimization.reduce_scatter": False},
     )
 ]
+# Two MoE layers, of 16 and 64 experts.
+SIZES = [
+    case | {"magnetar.model.num_layers": 4, "magnetar.model.moe.num_experts": [16, 64]} | extra
+    for case in FP32
+    for extra in ({}, {"bf16.enabled": True})
+    if case["zero_optimization.stage"] or not extra
+]
 OFFLOADED = [
     case | {"zero_optimization.offload_optimizer": {"device": "cpu"}} | extra
     for case in FP32
@@ -74,7 +81,7 @@ FP16 = [
     for case in FP32
     if case["zero_optimization.stage"]
 ]
-CASES = FP32 + BF16 + FP16 + ACCUMULATED + VANILLA + UNCLIPPED + UNEVEN + OFFLOADED
+CASES = FP32 + BF16 + FP16 + ACCUMULATED + VANILLA + UNCLIPPED + UNEVEN + SIZES + OFFLOADED
 
 
 # On GPUs DeepSpeed's fused Adam is compiled when it is first used.
@@ -95,8 +102,9 @@ def measured(request: pytest.FixtureRequest) -> list[tuple[dict, dict]]:
 
 
 def expected_norm(case: dict, found: dict) -> float:
-    kappa_squared = 1 / 4 if case.get("magnetar.sparse_clip.enabled", True) else 1.0
-    return math.sqrt(found["raw_dense"] ** 2 + kappa_squared * found["raw_expert"] ** 2)
+    if case.get("magnetar.sparse_clip.enabled", True):
+        return found["raw_weighted"]
+    return math.hypot(found["raw_dense"], found["raw_expert"])
 
 
 def tolerance(case: dict) -> float:
@@ -113,6 +121,17 @@ def test_the_norm_equals_a_brute_force_over_every_gradient_of_every_rank(measure
         assert found["dense_norm"] == pytest.approx(found["raw_dense"], rel=rel), case
         assert found["expert_norm"] == pytest.approx(found["raw_expert"], rel=rel), case
         assert found["norm"] == pytest.approx(expected_norm(case, found), rel=rel), case
+
+
+@pytest.mark.slow
+def test_one_kappa_for_layers_of_16_and_64_experts_would_have_been_noticed(
+    measured: list,
+) -> None:
+    for case, found in measured:
+        if "magnetar.model.moe.num_experts" in case and tolerance(case) == 1e-5:
+            for num_experts in (16, 64):
+                wrong = math.hypot(found["raw_dense"], found["raw_expert"] / num_experts**0.5)
+                assert found["norm"] != pytest.approx(wrong, rel=1.5e-5), case
 
 
 @pytest.mark.slow

@@ -57,12 +57,12 @@ def moe_keys(case: str) -> dict[str, Any]:
 
 def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
     """A layer with the same random parameters for every ep_size, biases and norms included."""
-    from models.config import MoEConfig
+    from models.config import MoELayerConfig
     from models.deepspeed_moe import ReplicatedMoE
     from tests.models.brute_force import randomize
 
     activation = CASES[case].get("activation", "gelu")
-    moe = MoEConfig(num_experts=NUM_EXPERTS, **moe_keys(case))
+    moe = MoELayerConfig(num_experts=NUM_EXPERTS, **moe_keys(case))
     whole = ReplicatedMoE(D, F, moe, activation, inner_norm, 1.0)
     randomize(whole)
     if case in UNWANTED:
@@ -70,7 +70,7 @@ def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
         whole.deepspeed_moe.gate.wg.weight.data[UNWANTED[case], 0] = -20.0
     if ep_size == 1:
         return whole
-    moe = MoEConfig(num_experts=NUM_EXPERTS, ep_size=ep_size, **moe_keys(case))
+    moe = MoELayerConfig(num_experts=NUM_EXPERTS, ep_size=ep_size, **moe_keys(case))
     layer = ReplicatedMoE(D, F, moe, activation, inner_norm, 1.0)
     first = torch.distributed.get_rank() % ep_size * layer.num_local_experts
     for (name, parameter), source in zip(layer.named_parameters(), whole.parameters(), strict=True):

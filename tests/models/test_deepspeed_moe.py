@@ -8,7 +8,7 @@ import pytest
 import torch
 from deepspeed.moe.sharded_moe import MOELayer
 
-from models.config import ModelConfig, MoEConfig
+from models.config import ModelConfig, MoELayerConfig
 from models.deepspeed_moe import PartitionedMoE, moe_class
 from models.moe import MoE
 from models.transformer import build_model
@@ -27,7 +27,7 @@ STAGES = (0, 3)
 
 
 def layer(stage: int) -> MoE:
-    return moe_class(stage)(8, 16, MoEConfig(num_experts=4), "gelu", True, 1.0)
+    return moe_class(stage)(8, 16, MoELayerConfig(num_experts=4), "gelu", True, 1.0)
 
 
 @pytest.mark.parametrize("stage", STAGES)

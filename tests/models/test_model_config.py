@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.config import ModelConfig, MoEConfig
+from models.moe import MoE
 from models.positions import Rotary
+from models.transformer import empty_model
 
 TWO_STACKS = {"architecture": "encoder_decoder"}
 DENSE = {"num_layers": 4, "d_model": 12, "d_ff": 8, "num_heads": 3, "max_seq_len": 16}
@@ -103,6 +105,40 @@ def test_capacity_factor_belongs_to_capacity(keys: dict, shown: str) -> None:
     MoEConfig(num_experts=4)
 
 
+@pytest.mark.parametrize(
+    ("num_experts", "expected"),
+    [
+        ([4, 8, 8], "of which moe.every=2 makes 2, not 3: give as many, or one number for all"),
+        (
+            [4, 6],
+            "num_experts=[4, 6] must be a multiple of ep_size=4 (6 is not): use 8 experts, or",
+        ),
+        ([4, 1], "top_k=2 must not exceed num_experts=[4, 1]: use top_k 1"),
+        ([], "num_experts=[] has no layer: give one number for each MoE layer"),
+    ],
+)
+def test_layers_of_different_numbers_of_experts_are_all_checked(
+    num_experts: list[int], expected: str
+) -> None:
+    ep_size = 4 if 6 in num_experts else 1
+    assert expected in model_message(moe={"num_experts": num_experts, "ep_size": ep_size})
+
+
+def test_each_moe_layer_has_the_number_of_experts_of_its_place() -> None:
+    keys = DENSE | {"architecture": "encoder_decoder", "num_decoder_layers": 2}
+    moe = {"num_experts": [4, 8, 32]}  # two of the encoder, one of the decoder
+    model = empty_model(ModelConfig.model_validate(keys | {"vocab_size": 9, "moe": moe}))
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    by_place = {name: m.num_experts for name, m in model.named_modules() if isinstance(m, MoE)}
+    assert by_place == {
+        "encoder.blocks.1.ffn": 4,
+        "encoder.blocks.3.ffn": 8,
+        "decoder.blocks.1.ffn": 32,
+    }
+    widths = {m.num_experts: m.deepspeed_moe.gate.projection.out_features for m in layers}
+    assert widths == {4: 8, 8: 8, 32: 16}
+
+
 def test_the_router_width_belongs_to_the_xmoe_router() -> None:
     message = moe_message(num_experts=4, router="linear", d_router=8)
     assert "d_router=8 belongs to router 'xmoe': leave it out, or use router 'xmoe'" in message
@@ -116,7 +152,7 @@ def test_the_router_width_belongs_to_the_xmoe_router() -> None:
 def test_the_router_is_half_as_wide_as_there_are_experts(
     num_experts: int, d_router: int | None, width: int
 ) -> None:
-    assert MoEConfig(num_experts=num_experts, d_router=d_router).router_width == width
+    assert MoEConfig(num_experts=num_experts, d_router=d_router).of_layer(0).router_width == width
 
 
 @pytest.mark.parametrize(("every", "sparse"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (4, [3])])

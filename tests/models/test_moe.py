@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.config import MoEConfig
+from models.config import MoELayerConfig
 from models.feed_forward import FeedForward
 from models.init import RandomSource
 from models.moe import MoE, RoutingStats
@@ -28,7 +28,7 @@ SHAPE = ("activation", "inner_norm", "norm_eps", "activation_dropout", "time_maj
 
 def build(activation: str = "gelu", inner_norm: bool = True, **keys: Any) -> MoE:
     shape = {key: keys.pop(key) for key in SHAPE if key in keys}
-    moe = MoEConfig(**({"num_experts": 4} | keys))
+    moe = MoELayerConfig(**({"num_experts": 4} | keys))
     layer = MoE(D, F, moe, activation, inner_norm, 1.0, **shape)
     brute_force.randomize(layer)
     return layer
@@ -41,7 +41,7 @@ def tokens(seed: int = 0) -> Tensor:
 def by_brute_force(
     layer: MoE,
     x: Tensor,
-    moe: MoEConfig,
+    moe: MoELayerConfig,
     activation: str = "gelu",
     capacity: int | None = None,
     eps: float = 1e-5,
@@ -132,7 +132,7 @@ CASES = [
 def test_output_statistics_and_all_gradients_equal_a_loop_over_tokens(case: dict) -> None:
     shape = {key: case[key] for key in SHAPE if key in case}
     keys = {key: value for key, value in case.items() if key not in shape}
-    moe = MoEConfig(num_experts=4, **keys)
+    moe = MoELayerConfig(num_experts=4, **keys)
     layer, x, upstream = build(**shape, num_experts=4, **keys), tokens(), tokens(1)
     capacity = None
     if moe.capacity_factor is not None:
@@ -161,7 +161,7 @@ def test_output_statistics_and_all_gradients_equal_a_loop_over_tokens(case: dict
 
 @pytest.mark.parametrize("normalize", ["before_dropping", "after_dropping"])
 def test_a_token_without_any_expert_adds_zero_and_gets_no_gradient(normalize: Any) -> None:
-    moe = MoEConfig(num_experts=4, **capacity_of(0.3), normalize_weights=normalize)
+    moe = MoELayerConfig(num_experts=4, **capacity_of(0.3), normalize_weights=normalize)
     layer = build(**moe.model_dump())
     x = tokens().requires_grad_()
     out, _ = layer(x)
