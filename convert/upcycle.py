@@ -74,6 +74,9 @@ def upcycled_config(config: ModelConfig, moe: dict[str, Any]) -> ModelConfig:
         UserError: if the weights of a token's experts would not sum to 1, or a key contradicts
             another.
     """
+    for key in ("num_experts", "every", "top_k"):
+        if moe[key] < 1:
+            raise UserError(f"--{key.replace('_', '-')} {moe[key]} must be at least 1")
     if moe["top_k"] == 1 and moe["num_experts"] > 1:
         raise UserError(
             "--top-k 1 multiplies an expert's output by its probability, which is less than 1, so "

@@ -67,6 +67,20 @@ def test_the_mean_is_summed_in_more_digits_than_it_is_kept_in(tmp_path: Path) ->
     assert not torch.equal(experts.b1.sum(0) / 7, expected), "the test tells the two apart"
 
 
+def test_layers_with_other_numbers_of_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sparse = save_random(tmp_path / "moe", moe={"num_experts": [2, 5], "every": 2})
+    convert("densify", tmp_path / "moe", "--out", tmp_path / "mean", "--mean")
+    tensors = load_weights(tmp_path / "mean")[1]
+    for layer in (1, 3):
+        b1 = sparse.blocks[layer].ffn.deepspeed_moe.experts.b1
+        expected = b1.double().mean(0).float()
+        assert torch.equal(tensors[f"blocks.{layer}.ffn.w1.bias"], expected)
+    said = refusal(capsys, "densify", tmp_path / "moe", "--out", tmp_path / "a", "--expert", 2)
+    assert "are 0 to 1" in said
+
+
 def test_a_run_is_densified(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "run")
     convert("densify", tmp_path / "run", "--out", tmp_path / "dense", "--expert", 3)

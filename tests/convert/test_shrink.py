@@ -86,6 +86,23 @@ def test_experts_move_with_their_layer(tmp_path: Path) -> None:
         assert torch.equal(small[f"blocks.1.{name}"], deep[f"blocks.3.{name}"])
 
 
+def test_layers_keep_their_numbers_of_experts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moe = {"num_experts": [2, 3, 4, 5], "every": 2}
+    save_random(tmp_path / "deep", **BOTH, moe=moe)
+    layers = ("--encoder-layers", "0,3", "--decoder-layers", "0,1")
+    convert("shrink", tmp_path / "deep", "--out", tmp_path / "small", *layers)
+    assert '"moe.num_experts": [3, 4]' in capsys.readouterr().out
+    config, tensors = load_weights(tmp_path / "small")
+    assert config.moe is not None
+    assert config.moe.num_experts == [3, 4]
+    last = "ffn.deepspeed_moe.experts.deepspeed_experts"
+    assert f"encoder.blocks.1.{last}.2.w1" in tensors
+    assert f"encoder.blocks.1.{last}.3.w1" not in tensors
+    assert f"decoder.blocks.1.{last}.3.w1" in tensors
+
+
 @pytest.mark.parametrize(
     ("model", "options", "messages"),
     [

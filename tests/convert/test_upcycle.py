@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from data.errors import UserError
 from engine.checkpoint import load_model as load_checkpoint_model
+from engine.starting_weights import load_starting_weights, require_starting_weights
 from models.transformer import build_model
 from models.weights import load_model, load_weights
-from tests.convert.checkpoints import write_checkpoint
+from tests.convert.checkpoints import run_config, write_checkpoint
 from tests.convert.conversions import (
     BOTH,
     convert,
@@ -116,7 +118,9 @@ def test_a_run_is_upcycled_from_its_newest_checkpoint(tmp_path: Path) -> None:
         ),
         ({}, (*FOUR, "--top-k", 5), ["top_k=5 must not exceed num_experts=4", "use top_k 4"]),
         ({}, (*FOUR, "--every", 5), ["moe.every=5 exceeds num_layers=4", "use at most 4"]),
-        ({}, ("--num-experts", 0), ["moe.num_experts: Input should be greater than or equal to 1"]),
+        ({}, ("--num-experts", 0), ["--num-experts 0 must be at least 1"]),
+        ({}, (*FOUR, "--top-k", 0), ["--top-k 0 must be at least 1"]),
+        ({}, (*FOUR, "--every", -1), ["--every -1 must be at least 1"]),
         (
             {"architecture": "encoder", "multiway": True},
             FOUR,
@@ -139,3 +143,20 @@ def test_what_would_be_another_function_or_no_model_is_refused(
     for message in messages:
         assert message in said
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("options", [(), ("--shard-size", "20KB")], ids=str)
+def test_a_run_starts_from_it(tmp_path: Path, options: tuple) -> None:
+    dense = write_checkpoint(tmp_path / "run", changes={"magnetar.model.moe": None})
+    convert("upcycle", tmp_path / "run", "--out", tmp_path / "moe", *FOUR, *options)
+    moe = {"num_experts": 4, "every": 2, "top_k": 2, "router": "xmoe", "aux_loss_weight": 0.1}
+    changes = {"magnetar.model.moe": moe, "magnetar.training.init_from": str(tmp_path / "moe")}
+    run = run_config(tmp_path / "tuned", changes=changes)
+    require_starting_weights(run)
+    model = build_model(run.model, seed=2).eval()
+    load_starting_weights(model, run)
+    expected = logits(load_checkpoint_model(dense).eval())
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+    other = changes | {"magnetar.model.moe": moe | {"router": "linear"}}
+    with pytest.raises(UserError, match=r"moe\.router: xmoe there, linear here"):
+        require_starting_weights(run_config(tmp_path / "tuned", changes=other))
