@@ -40,15 +40,15 @@ def average(
     for other in sources[1:]:
         _require_same_model(sources[0], other)
     config = sources[0].config
-    write_folder(
-        out, config, mean_of(sources), shard_bytes, other_files=vocabulary_file(sources[0])
-    )
+    tokenizer = vocabulary_file(sources[0])
+    write_folder(out, config, mean_of(sources), shard_bytes, other_files=tokenizer)
+    without = "" if tokenizer else ", without a tokenizer, which is not where the run read it"
     return [
         *(
             f"{'averaged' if index == 0 else '':<8}  {source.path}"
             for index, source in enumerate(sources)
         ),
-        f"wrote     {out}",
+        f"wrote     {out}{without}",
         "",
         *how_to_load(out, config.architecture),
     ]

@@ -167,8 +167,8 @@ def problems_of(
     train, accumulation = saved[TRAIN], saved[ACCUMULATION]
     if train % (accumulation * layout.world_size):
         lines.append(
-            f"{TRAIN}={train} with {ACCUMULATION}={accumulation}, which a run keeps, cannot be "
-            f"divided among {ranks}: it must be a multiple of {accumulation * layout.world_size}"
+            f"{TRAIN}={train} with {ACCUMULATION}={accumulation} cannot be divided among {ranks}: "
+            f"it must be a multiple of {accumulation * layout.world_size}"
         )
     if moe is not None and any(count % layout.ep_size for count in _expert_counts(moe)):
         counts = " or ".join(map(str, _expert_counts(moe)))

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from convert.average import average, mean_of
-from convert.sources import open_source
+from convert.sources import Source, open_source
 from data.errors import UserError
+from data.token_files import read_manifest
 from launchers.convert import main
+from models.weight_files import in_memory
 from models.weights import load_model, load_weights, open_weights, save_weights
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
+from tests.runs import make_corpus
 
 
 def three_steps(run_dir: Path, **keys: Any) -> list[dict[str, torch.Tensor]]:
@@ -91,12 +94,25 @@ def test_the_type_is_the_sources(tmp_path: Path) -> None:
 
 def test_sums_do_not_lose_small_differences() -> None:
     """2^24 + 1 is no float32, so a sum in float32 would lose the ones."""
-    from convert.sources import Source
-    from models.weight_files import in_memory
-
     values = [torch.tensor([2.0**24]), torch.ones(1), torch.ones(1), torch.ones(1)]
     sources: list[Any] = [Source(Path(), None, in_memory({"x": v})) for v in values]  # type: ignore[arg-type]
     assert float(mean_of(sources).read("x")) == (2**24 + 3 + 1) / 4  # to the nearest float32
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    fingerprint = read_manifest(corpus).tokenizer_fingerprint
+    for step in (1, 2):
+        write_checkpoint(
+            tmp_path / "run",
+            step=step,
+            changes={"magnetar.data.path": str(corpus)},
+            entries={"tokenizer_fingerprint": fingerprint},
+        )
+    lines = average([tmp_path / "run"], tmp_path / "out", 2, None)
+    assert lines[2] == f"wrote     {tmp_path / 'out'}"
+    name = read_manifest(corpus).tokenizer_file
+    assert (tmp_path / "out" / name).read_bytes() == (corpus / name).read_bytes()
 
 
 def refusal(paths: list[Path], out: Path, last: int | None = None) -> str:
@@ -152,7 +168,8 @@ def test_a_damaged_checkpoint_and_a_folder_in_use_are_refused(tmp_path: Path) ->
 def test_the_command_averages(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     models = three_steps(tmp_path / "run")
     main(["average", str(tmp_path / "run"), "--last", "3", "--out", str(tmp_path / "out")])
-    assert f"wrote     {tmp_path / 'out'}" in capsys.readouterr().out
+    wrote = f"wrote     {tmp_path / 'out'}, without a tokenizer, which is not where the run read it"
+    assert wrote in capsys.readouterr().out
     require_mean(tmp_path / "out", models)
     config, _, _ = open_weights(tmp_path / "out")
     assert config.moe is not None

@@ -144,8 +144,8 @@ def test_what_cannot_be_is_said() -> None:
     assert "4 experts cannot be divided into ep_size=3 equal parts" in refused(Layout(6, 3, 1))
     assert "magnetar.model.moe.ep_size=4 must divide the 2 ranks" in refused(Layout(2, 4, 1))
     assert (
-        "train_batch_size=16 with gradient_accumulation_steps=2, which a run keeps, cannot be "
-        "divided among 3 ranks: it must be a multiple of 6"
+        "train_batch_size=16 with gradient_accumulation_steps=2 cannot be divided among 3 ranks: "
+        "it must be a multiple of 6"
     ) in refused(Layout(3, 1, 1))
     bf16 = SAVED | {"bf16": {"enabled": True}}
     assert "zero_optimization.stage=0 does not go with bf16" in refused(Layout(2, 2, 0), bf16)
