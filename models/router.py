@@ -245,7 +245,7 @@ class XMoERouter(Router):
             scores = scores / (tau + (tau.clamp_min(MIN_TEMPERATURE) - tau).detach())
         routing = self.decide(scores, balance_probs, keys)
         if self.temperature is not None:
-            routing = routing._replace(temperature=tau.detach().squeeze())
+            routing = routing._replace(temperature=tau.detach().squeeze().clone())
         return routing
 
 

@@ -124,14 +124,15 @@ def test_the_norm_equals_a_brute_force_over_every_gradient_of_every_rank(measure
 
 
 @pytest.mark.slow
-def test_one_kappa_for_layers_of_16_and_64_experts_would_have_been_noticed(
-    measured: list,
-) -> None:
+def test_layers_of_16_and_64_experts_have_a_kappa_each(measured: list) -> None:
     for case, found in measured:
         if "magnetar.model.moe.num_experts" in case and tolerance(case) == 1e-5:
+            # The experts' share is 1e-4 of the norm's square, of which float32 knows 1e-7.
+            share = found["norm"] ** 2 - found["dense_norm"] ** 2
+            exact = found["raw_weighted"] ** 2 - found["raw_dense"] ** 2
+            assert share == pytest.approx(exact, rel=0.02), case
             for num_experts in (16, 64):
-                wrong = math.hypot(found["raw_dense"], found["raw_expert"] / num_experts**0.5)
-                assert found["norm"] != pytest.approx(wrong, rel=1.5e-5), case
+                assert share != pytest.approx(found["raw_expert"] ** 2 / num_experts, rel=0.1), case
 
 
 @pytest.mark.slow
