@@ -17,7 +17,7 @@ from engine.exported_run import RUN_KEY, ExportedRun, exported_run
 from models.weight_files import LazyTensors, as_type, grouped
 from models.weights import CONFIG_FILE, open_weights
 
-_PART_BYTES = 1 << 26  # of a checkpoint's file, whose tensors are in memory at once
+PART_BYTES = 1 << 26  # of a checkpoint's file, whose tensors are in memory at once
 
 
 def import_weights(path: Path, out: Path) -> list[str]:
@@ -68,7 +68,7 @@ def _write_checkpoint(folder: Path, run: ExportedRun, tensors: LazyTensors) -> C
     sizes = {name: spec.num_bytes for name, spec in tensors.specs.items()}
     coming = iter(watched("writing", list(sizes)))
     parts = []
-    for index, names in enumerate(grouped(sizes, _PART_BYTES)):
+    for index, names in enumerate(grouped(sizes, PART_BYTES)):
         pieces = [
             Piece(name, 0, {WEIGHT: tensors.read(name).view(-1)})
             for name, _ in zip(names, coming, strict=False)

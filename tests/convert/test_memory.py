@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from convert.import_weights import PART_BYTES
 from data.token_files import read_manifest
 from tests.convert.checkpoints import write_checkpoint
 from tests.ranks import ROOT
@@ -95,4 +96,6 @@ def test_no_conversion_holds_a_model_in_memory(tmp_path: Path) -> None:
     assert size(tmp_path / "exported") > 190 * MIB
     assert size(tmp_path / "upcycled") > 320 * MIB
     # A float64 sum of the largest tensor, the tensor, a copy of it and what the allocator keeps.
+    # import also holds one file of a checkpoint.
+    rises["imported"] -= PART_BYTES / MIB
     assert max(rises.values()) < 40, rises
