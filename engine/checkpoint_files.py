@@ -144,15 +144,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): use another checkpoint") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        version = manifest.get("format", 1) if isinstance(manifest, dict) else "?"
-        raise UserError(
-            f"{file}: checkpoint format {version}, where this version reads {FORMAT}: use the "
-            "version of Magnetar that wrote it, or another checkpoint"
-        )
-    if manifest.get("sha256") != manifest_digest(manifest):
+    if not isinstance(manifest, dict):
+        raise UserError(f"{file} cannot be read (no JSON object): use another checkpoint")
+    is_ours = "sha256" in manifest or manifest.get("format") == FORMAT  # format 1 had no hash
+    if is_ours and manifest.get("sha256") != manifest_digest(manifest):
         raise UserError(
             f"{file} is not what was saved (its own sha256 differs): use another checkpoint"
+        )
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{file}: checkpoint format {manifest.get('format', 1)}, where this version reads "
+            f"{FORMAT}: use the version of Magnetar that wrote it, or another checkpoint"
         )
     return Checkpoint(path, manifest)
 

@@ -12,7 +12,13 @@ import pytest
 from convert.inspect import inspect
 from data.errors import UserError
 from engine.checkpoint import load_model
-from engine.checkpoint_files import MANIFEST, complete_checkpoints, damaged_files, read_checkpoint
+from engine.checkpoint_files import (
+    MANIFEST,
+    complete_checkpoints,
+    damaged_files,
+    manifest_digest,
+    read_checkpoint,
+)
 from tests.convert.checkpoints import write_checkpoint
 from tests.ranks import run_on_ranks
 
@@ -231,3 +237,34 @@ def test_a_file_of_another_step_is_found(name: str, run: Path, tmp_path: Path) -
     shutil.copyfile(newest.parent / "step_00000003" / name, newest / name)
     assert str(newest / "rank_0000") in _inspected(newest)
     assert str(newest / "rank_0000") in _loaded(newest)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"format": 2', '"format": 3'), ('"format"', '"formau"'), ('"sha256": "', '"sha257": "')],
+)
+def test_an_altered_manifest_is_damage_and_no_other_version(
+    old: str, new: str, run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints" / "step_00000005" / MANIFEST
+    before, last, after = newest.read_text().rpartition(old)
+    newest.write_text(before + last.replace(old, new) + after)
+    with pytest.raises(UserError, match="is not what was saved"):
+        read_checkpoint(newest.parent)
+    assert [checkpoint.step for checkpoint in complete_checkpoints(copy)] == [3]
+
+
+@pytest.mark.parametrize("manifest", [{"step": 5, "files": {}}, {"format": 7}])
+def test_another_versions_checkpoint_is_refused_as_such(
+    manifest: dict, run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    if "format" in manifest:
+        manifest |= {"sha256": manifest_digest(manifest)}
+    (copy / "checkpoints" / "step_00000005" / MANIFEST).write_text(json.dumps(manifest))
+    version = manifest.get("format", 1)
+    with pytest.raises(UserError, match=f"checkpoint format {version}, where this version reads 2"):
+        complete_checkpoints(copy)
