@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict] = {
     "4 and 8 experts": {
         f"{MOE}.num_experts": [4, 8],
         "magnetar.model.num_layers": 4,
-        # With seed 1, two experts are equally good for one token in step 18, up to rounding: it goes
+        # With seed 1, two experts are equally good for a token of step 18, up to rounding: it goes
         # to one of them in one layout and to the other elsewhere, which is 1.4e-4 of that loss.
         "magnetar.training.seed": 2,
     },
