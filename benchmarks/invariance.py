@@ -70,16 +70,15 @@ def round_otherwise(engine: Any, seed: int) -> None:
         weight.mul_(1 + units * 2.0**-23)
 
 
-def curve(changes: dict[str, Any], num_steps: int) -> dict[str, list[float]]:
+def curve(changes: dict[str, Any], num_steps: int, device: Any) -> dict[str, list[float]]:
     """The global batch's loss, the gradient norm and the clip coefficient of each step."""
     import deepspeed.comm as dist
 
     from engine.config import load_config
-    from engine.engine import build_engine, loss_weights, start_distributed, train_step
+    from engine.engine import build_engine, loss_weights, train_step
     from engine.trainer import micro_batches, resolve_run
     from engine.windows import windows
 
-    device = start_distributed()
     world_size = dist.get_world_size()
     rounding = changes.pop(ROUNDING, None)
     settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
@@ -104,14 +103,16 @@ def curve(changes: dict[str, Any], num_steps: int) -> dict[str, list[float]]:
 def work(out: Path, dtypes: list[str], variants: list[str], num_steps: int) -> None:
     """What each rank does: every layout of this many ranks, one after the other."""
     import deepspeed.comm as dist
+    import torch
 
     from engine.engine import start_distributed
 
-    start_distributed()
+    device = start_distributed()
+    torch.set_num_threads(1)  # tiny products: threads would only wait for one another
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for dtype, variant in product(dtypes, variants):
         for name, keys in layouts(dist.get_world_size(), dtype):
-            answer = curve(VARIANTS[variant] | keys, num_steps)
+            answer = curve(VARIANTS[variant] | keys, num_steps, device)
             found.setdefault(f"{dtype}, {variant}", {})[name] = answer
             if dist.get_rank() == 0:
                 print(f"{dtype}, {variant}: {name}: {answer['loss'][-1]:.4f}", flush=True)
