@@ -11,7 +11,7 @@ from engine.checkpoint_files import complete_checkpoints
 from engine.config import RunConfig
 from engine.run_folder import write_whole
 from models.admin import set_omegas
-from models.config import StrictModel
+from models.moe_config import StrictModel
 
 PROFILE_FILE = "admin_profile.json"
 

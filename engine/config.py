@@ -15,7 +15,8 @@ from engine.config_problems import Problem, check_keys, key_paths, missing_key
 from engine.config_rules import broken_rules
 from engine.config_text import apply_overrides, read_json_object, shown
 from engine.deepspeed_keys import DeepSpeedKeys
-from models.config import ModelConfig, StrictModel
+from models.config import ModelConfig
+from models.moe_config import StrictModel
 
 _POLYNOMIAL_ONLY = ("total_steps", "power", "end_lr")
 

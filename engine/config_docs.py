@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 from engine.config import ConfigFile, MagnetarConfig
 from engine.config_problems import expected, joined, section_model
 from engine.config_text import shown
-from engine.deepspeed_keys import REFUSED, DeepSpeedKeys
+from engine.deepspeed_keys import DeepSpeedKeys
+from engine.refused_keys import REFUSED
 
 SHIPPED = {
     "quickstart.json": "Two layers and eight experts on a small corpus, for two CPU ranks.",

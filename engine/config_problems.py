@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.config_text import shown
-from engine.deepspeed_keys import REFUSED, VALUE_REASONS
+from engine.refused_keys import REFUSED, VALUE_REASONS
 
 
 class Problem(NamedTuple):

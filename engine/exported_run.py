@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from data.errors import UserError
 from engine.config import RunConfig, check_config
 from engine.run_folder import differing, flat_keys
-from models.config import ModelConfig, StrictModel
+from models.config import ModelConfig
+from models.moe_config import StrictModel
 from models.weights import CONFIG_FILE
 
 RUN_KEY = "run"

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.config import MoELayerConfig
 from models.dispatch import (
     Assignments,
     Choices,
@@ -32,6 +31,7 @@ from models.dispatch import (
 )
 from models.experts import Experts
 from models.init import RandomSource
+from models.moe_config import MoELayerConfig
 from models.noise import CAPACITY_ORDER, JITTER, drawn_sample_keys, token_keys, uniform
 from models.router import LinearRouter, Router, Routing, XMoERouter, balance_loss, normalized
 

@@ -16,7 +16,7 @@ from convert.torchscale_options import (
     resolve,
 )
 from data.errors import UserError
-from models.config import MoEConfig
+from models.moe_config import MoEConfig
 
 ARCHITECTURES: list[Architecture] = ["encoder", "decoder", "encoder_decoder"]
 

@@ -13,7 +13,7 @@ from engine.batch_sizes import BatchSizes, batch_problems, filled
 from engine.config import ConfigFile, RunConfig, check_config, load_config
 from engine.config_docs import SHIPPED, example_config
 from engine.config_problems import expected, key_paths, section_model
-from engine.deepspeed_keys import REFUSED
+from engine.refused_keys import REFUSED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # Like the quickstart, but nobody tunes it.

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import deepspeed_keys as ours
+from engine.refused_keys import REFUSED
 from engine.batch_sizes import BatchSizes, batch_problems, filled
 from engine.config import load_config
 from engine.config_docs import SHIPPED
@@ -42,7 +43,7 @@ def test_every_key_that_deepspeed_reads_is_supported_or_refused() -> None:
 
     spy = _Spy({"train_batch_size": 1})
     DeepSpeedConfig(spy)
-    known = set(ours.DeepSpeedKeys.model_fields) | set(ours.REFUSED)
+    known = set(ours.DeepSpeedKeys.model_fields) | set(REFUSED)
     assert len(spy.seen) > 40
     assert spy.seen - known == set()
 
@@ -77,7 +78,7 @@ def test_sections_have_deepspeeds_names_and_defaults() -> None:
             if field.default is not None:
                 assert field.default == fields[name].default, f"{path}.{name}"
         for name in fields:
-            assert name in own.model_fields or f"{path}.{name}" in ours.REFUSED, f"{path}.{name}"  # type: ignore[attr-defined]
+            assert name in own.model_fields or f"{path}.{name}" in REFUSED, f"{path}.{name}"  # type: ignore[attr-defined]
 
 
 def test_the_flops_profiler_has_deepspeeds_defaults() -> None:
@@ -96,7 +97,7 @@ def test_activation_checkpointing_has_deepspeeds_names_and_defaults() -> None:
     own = ours.ActivationCheckpointingConfig().model_dump()
     assert own.items() <= theirs.items()
     refused = {f"activation_checkpointing.{name}" for name in theirs.keys() - own.keys()}
-    assert refused <= ours.REFUSED.keys()
+    assert refused <= REFUSED.keys()
 
 
 def test_deepspeed_clips_at_one_when_the_key_is_absent() -> None:

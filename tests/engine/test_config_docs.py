@@ -9,7 +9,7 @@ import pytest
 from engine.config import ConfigFile, load_config
 from engine.config_docs import SHIPPED, example_config, generated_files, readme, schema
 from engine.config_problems import key_paths
-from engine.deepspeed_keys import REFUSED
+from engine.refused_keys import REFUSED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 

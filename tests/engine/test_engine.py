@@ -7,9 +7,10 @@ from torch import nn
 
 from engine.config import LRSchedule
 from engine.engine import LossWeights, StepResult, lr_factor, parameter_groups, train_step
-from models.config import ModelConfig, MoEConfig
+from models.config import ModelConfig
 from models.deepspeed_moe import moe_class
 from models.moe import RoutingStats
+from models.moe_config import MoEConfig
 from models.transformer import ModelOutput, build_model
 from tests.ranks import run_on_ranks
 

@@ -57,8 +57,8 @@ def moe_keys(case: str) -> dict[str, Any]:
 
 def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
     """A layer with the same random parameters for every ep_size, biases and norms included."""
-    from models.config import MoELayerConfig
     from models.deepspeed_moe import ReplicatedMoE
+    from models.moe_config import MoELayerConfig
     from tests.models.brute_force import randomize
 
     activation = CASES[case].get("activation", "gelu")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from deepspeed.moe.sharded_moe import MOELayer
 
-from models.config import ModelConfig, MoELayerConfig
+from models.config import ModelConfig
 from models.deepspeed_moe import PartitionedMoE, moe_class
 from models.moe import MoE
+from models.moe_config import MoELayerConfig
 from models.transformer import build_model
 from models.weights import save_weights
 from tests.ranks import ROOT

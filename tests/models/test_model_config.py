@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.config import ModelConfig, MoEConfig
+from models.config import ModelConfig
 from models.moe import MoE
+from models.moe_config import MoEConfig
 from models.positions import Rotary
 from models.transformer import empty_model
 

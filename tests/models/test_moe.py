@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.config import MoELayerConfig
 from models.feed_forward import FeedForward
 from models.init import RandomSource
 from models.moe import MoE, RoutingStats
+from models.moe_config import MoELayerConfig
 from models.noise import token_keys
 from tests.models import brute_force
 

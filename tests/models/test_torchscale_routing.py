@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.config import MoELayerConfig
 from models.moe import MoE
+from models.moe_config import MoELayerConfig
 from models.noise import SECOND_EXPERT, token_keys, uniform
 from tests.models import brute_force
 

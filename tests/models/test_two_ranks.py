@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.config import MoEConfig
+from models.moe_config import MoEConfig
 from tests.models import brute_force, programs
 from tests.models.programs import CASES, NUM_EXPERTS
 from tests.ranks import run_on_ranks
