@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import deepspeed_keys as ours
-from engine.refused_keys import REFUSED
 from engine.batch_sizes import BatchSizes, batch_problems, filled
 from engine.config import load_config
 from engine.config_docs import SHIPPED
+from engine.refused_keys import REFUSED
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
