@@ -10,12 +10,13 @@ import torch
 from convert.folders import require_new
 from convert.progress import watched
 from convert.run_folders import config_in, equal_bits
+from convert.sources import read_folder
 from data.errors import UserError
 from engine.checkpoint import part_name
 from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece
 from engine.exported_run import RUN_KEY, ExportedRun, exported_run
 from models.weight_files import LazyTensors, as_type, grouped
-from models.weights import CONFIG_FILE, open_weights
+from models.weights import CONFIG_FILE
 
 PART_BYTES = 1 << 26  # of a checkpoint's file, whose tensors are in memory at once
 
@@ -32,10 +33,7 @@ def import_weights(path: Path, out: Path) -> list[str]:
             or of another model, a file is damaged, or the folder holds something.
     """
     require_new(out)
-    try:
-        config, tensors, about = open_weights(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    config, tensors, about = read_folder(path)
     if RUN_KEY not in about:
         raise UserError(
             f"{path / CONFIG_FILE} has no {RUN_KEY!r}, so it does not say which training these "

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -52,11 +53,29 @@ def open_source(path: Path) -> Source:
 
 
 def _folder_of_weights(path: Path) -> Source:
+    config, tensors, _ = read_folder(path)
+    return Source(path, on_one_rank(config), tensors)
+
+
+def read_folder(path: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]]:
+    """`open_weights` of a folder that a person has named.
+
+    Raises:
+        UserError: where `open_weights` raises ValueError; on reading a tensor too, if it was
+            altered.
+    """
     try:
-        config, tensors, _ = open_weights(path)
+        config, tensors, about = open_weights(path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return Source(path, on_one_rank(config), tensors)
+
+    def read(name: str) -> torch.Tensor:
+        try:
+            return tensors.read(name)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    return config, LazyTensors(tensors.specs, read), about
 
 
 def is_run(path: Path) -> bool:

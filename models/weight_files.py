@@ -112,7 +112,7 @@ def has_weights(folder: Path) -> bool:
 
 def write_files(
     folder: Path, tensors: LazyTensors, shard_bytes: int | None = None, watch: Watch = unwatched
-) -> None:
+) -> dict[str, str]:
     """Write all tensors into a folder, then read them back and compare.
 
     Args:
@@ -120,6 +120,9 @@ def write_files(
         tensors: in the order in which shards take them.
         shard_bytes: bytes of tensors in a file, unless one tensor alone is larger; None: one file.
         watch: shows the progress.
+
+    Returns:
+        Name -> sha256 of each tensor's bytes.
 
     Raises:
         ValueError: if they are not what was written.
@@ -151,6 +154,26 @@ def write_files(
     for name in watch("checking", list(tensors.specs)):
         if _digest(written.read(name)) != digests[name]:
             raise ValueError(f"{folder}: {name} is not what was written: use another disk")
+    return digests
+
+
+def checked(folder: Path, tensors: LazyTensors, digests: Mapping[str, str]) -> LazyTensors:
+    """The same tensors, each compared with its sha256 when it is read.
+
+    Raises:
+        ValueError: on reading, if a tensor is not what was written.
+    """
+
+    def read(name: str) -> Tensor:
+        tensor = tensors.read(name)
+        if name in digests and _digest(tensor) != digests[name]:
+            raise ValueError(
+                f"{folder}: {name} is not what was written (its sha256 differs): copy the folder "
+                "again, or convert it again"
+            )
+        return tensor
+
+    return LazyTensors(tensors.specs, read)
 
 
 def _laid_out(names: Iterable[str], specs: Mapping[str, Spec]) -> list[str]:

@@ -1,6 +1,7 @@
 """A model on disk that needs neither DeepSpeed nor a run: one folder with two files.
 
-config.json          {"model": {...}}, the keys of `magnetar.model`
+config.json          {"model": {...}, "sha256": {...}}: the keys of `magnetar.model`, and a hash
+                     of each tensor, by which one that was altered is noticed when it is read
 model.safetensors    every parameter under its name in the state dict, every expert by its index;
                      or shards of that, see models.weight_files
 """
@@ -22,6 +23,7 @@ from models.weight_files import (
     WEIGHTS_FILE,
     LazyTensors,
     Watch,
+    checked,
     has_weights,
     in_memory,
     open_files,
@@ -84,8 +86,9 @@ def write_weights(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
         path = Path(partial, "weights")
         path.mkdir()
-        write_files(path, in_order, shard_bytes, watch)
-        text = json.dumps({"model": config.model_dump(mode="json"), **(about or {})}, indent=1)
+        digests = write_files(path, in_order, shard_bytes, watch)
+        keys = {"model": config.model_dump(mode="json"), **(about or {}), "sha256": digests}
+        text = json.dumps(keys, indent=1)
         (path / CONFIG_FILE).write_text(text + "\n")
         for name, content in (other_files or {}).items():
             (path / name).write_bytes(content)
@@ -116,8 +119,11 @@ def open_weights(folder: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]
         check_tensors(shapes, tensors.shapes)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
-    specs = {name: tensors.specs[name] for name in shapes}
-    return config, LazyTensors(specs, tensors.read), about
+    in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
+    digests = about.pop("sha256", {})  # folders of older versions, and of other programs, have none
+    if not isinstance(digests, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: sha256 is no object: convert it again")
+    return config, checked(folder, in_order, digests), about
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:

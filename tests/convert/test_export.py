@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -299,6 +300,45 @@ def test_a_damaged_checkpoint_is_not_converted(
     said = refusal(capsys, command, run.folder, "--out", tmp_path / "out", *options)
     assert f"{file} is not what was saved" in said
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("command", ["import", "inspect", "densify", "export", "generate"])
+def test_an_altered_tensor_of_an_exported_folder_is_named(
+    command: str, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    options: tuple[object, ...] = () if command == "inspect" else ("--out", tmp_path / "out")
+    if command == "generate":
+        with pytest.raises(SystemExit) as ended:
+            generate.main([str(folder), "--prompt", "the senate"])
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+    else:
+        said = refusal(capsys, command, folder, *options, *(["--mean"] * (command == "densify")))
+    assert f"{folder}: " in said
+    assert "is not what was written (its sha256 differs)" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "exported"]
+
+
+@pytest.mark.parametrize("keys", [{}, {"sha256": "none"}])
+def test_hashes_may_be_missing_and_must_be_hashes(
+    keys: dict, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["sha256"]
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    if keys:
+        said = refusal(capsys, "import", folder, "--out", tmp_path / "out")
+        assert f"{folder / 'config.json'}: sha256 is no object" in said
+    else:
+        convert("import", folder, "--out", tmp_path / "out")
 
 
 def test_a_number_too_large_for_the_type_is_refused(
