@@ -15,7 +15,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -100,7 +99,7 @@ def curve(changes: dict[str, Any], num_steps: int, device: Any) -> dict[str, lis
     return found
 
 
-def work(out: Path, dtypes: list[str], variants: list[str], num_steps: int) -> None:
+def work(out: Path, dtype: str, variants: list[str], num_steps: int) -> None:
     """What each rank does: every layout of this many ranks, one after the other."""
     import deepspeed.comm as dist
     import torch
@@ -110,18 +109,23 @@ def work(out: Path, dtypes: list[str], variants: list[str], num_steps: int) -> N
     device = start_distributed()
     torch.set_num_threads(1)  # tiny products: threads would only wait for one another
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for dtype, variant in product(dtypes, variants):
+    for variant in variants:
         for name, keys in layouts(dist.get_world_size(), dtype):
             answer = curve(VARIANTS[variant] | keys, num_steps, device)
             found.setdefault(f"{dtype}, {variant}", {})[name] = answer
             if dist.get_rank() == 0:
                 print(f"{dtype}, {variant}: {name}: {answer['loss'][-1]:.4f}", flush=True)
-                out.write_text(json.dumps(found))
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
     dist.barrier()
 
 
-def launch(world_size: int, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+def launch(world_size: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Start the ranks with the launcher; what they found."""
+    out = options.results / f"{dtype}_{world_size}.json"
+    if options.reuse and out.is_file():
+        return json.loads(out.read_text())
+    out.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -131,7 +135,7 @@ def launch(world_size: int, out: Path, options: argparse.Namespace) -> dict[str,
             programs / "deepspeed",
             *("-q", "--num_gpus", str(world_size), "--master_port", str(port)),
             *("--module", "benchmarks.invariance", "--out", out, "--work"),
-            *("--dtypes", *options.dtypes, "--variants", *options.variants),
+            *("--dtypes", dtype, "--variants", *options.variants),
             *("--steps", str(options.steps)),
         ],
         env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
@@ -171,18 +175,18 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4], help="numbers of ranks")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    parser.add_argument("--results", type=Path, default=Path("runs/invariance"), help="curves")
+    parser.add_argument("--reuse", action="store_true", help="take the curves that are there")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.out, options.dtypes, options.variants, options.steps)
+        work(options.out, options.dtypes[0], options.variants, options.steps)
         return 0
     found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for world_size in options.worlds:
-            answers = launch(world_size, Path(folder, f"{world_size}.json"), options)
-            for column, curves in answers.items():
-                found.setdefault(column, {}).update(curves)
+    for dtype, world_size in product(options.dtypes, options.worlds):
+        for column, curves in launch(world_size, dtype, options).items():
+            found.setdefault(column, {}).update(curves)
     page, holds = PAGE_BEGIN.format(steps=options.steps), True
     for dtype in options.dtypes:
         text, within = table(dtype, found, options.variants)
