@@ -12,8 +12,7 @@ from data.errors import UserError
 from engine.checkpoint_files import (
     MANIFEST,
     Checkpoint,
-    checkpoint_folders,
-    complete_checkpoints,
+    newest_checkpoint,
     read_checkpoint,
 )
 from models.config import ModelConfig
@@ -39,7 +38,7 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """A run's newest complete checkpoint, a checkpoint's folder, or a folder of weights.
+    """A run's newest checkpoint, a checkpoint's folder, or a folder of weights.
 
     Only names and shapes are looked at: `engine.checkpoint_files.require_whole` reads a
     checkpoint's files, and compares their hashes.
@@ -84,10 +83,10 @@ def is_run(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """A run's newest complete checkpoint, or the checkpoint of a folder step_...
+    """A run's newest checkpoint, or the checkpoint of a folder step_...
 
     Raises:
-        UserError: if it is neither, or the run has no complete checkpoint.
+        UserError: if it is neither, or the run's newest checkpoint is damaged or missing.
     """
     if not path.is_dir():
         raise UserError(f"{path} is no folder: name a run, a checkpoint step_..., or weights")
@@ -103,12 +102,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
                 f"{CONFIG_FILE} (weights): name a folder of one of these"
             )
         return read_checkpoint(path)
-    found = complete_checkpoints(path)
-    if not found:
-        damaged = checkpoint_folders(path)
-        way_out = f"python -m launchers.convert inspect {damaged[-1]}" if damaged else "train first"
-        raise UserError(f"{path} holds no complete checkpoint: {way_out}")
-    return found[-1]
+    return newest_checkpoint(path)
 
 
 def source_of(checkpoint: Checkpoint) -> Source:

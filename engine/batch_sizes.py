@@ -69,15 +69,26 @@ def batch_problems(sizes: BatchSizes, world_size: int | None) -> list[Problem]:
     ]
 
 
+def _ranks_near(train: int, sizes: BatchSizes, world_size: int) -> str:
+    """The numbers of ranks on both sides that the batch divides among."""
+    share, rest = divmod(train, (sizes.micro or 1) * (sizes.accumulation or 1))
+    if rest:
+        return ""
+    fitting = [n for n in range(1, share + 1) if share % n == 0]
+    near = [n for n in fitting if n < world_size][-1:] + [n for n in fitting if n > world_size][:1]
+    return f", or {' or '.join(map(str, near))} rank{'s' * (near != [1])}"
+
+
 def _way_out(train: int, sizes: BatchSizes, unit: int, world_size: int | None) -> str:
     """Sizes that do fit."""
     if None not in sizes and world_size is not None:
         assert sizes.micro is not None
         even = train % (sizes.micro * world_size) == 0
         return f"{TRAIN} {unit}, or leave out {ACCUMULATION if even else TRAIN}"
+    ranks = "" if world_size is None else _ranks_near(train, sizes, world_size)
     way_out = f"{TRAIN} {_multiples_near(train, unit)}"
     if sizes.micro and sizes.accumulation is None and world_size and train % world_size == 0:
         share = train // world_size
         fitting = max(n for n in range(1, min(sizes.micro, share) + 1) if share % n == 0)
         way_out += f", or {MICRO} {fitting}"
-    return way_out
+    return way_out + ranks

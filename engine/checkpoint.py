@@ -18,13 +18,15 @@ from pydantic import ValidationError
 from data.errors import UserError
 from data.token_files import Prepared
 from engine.checkpoint_files import (
+    PARTIAL,
     WEIGHT,
     Checkpoint,
     CheckpointWriter,
     Piece,
     checkpoint_folders,
-    complete_checkpoints,
     damaged_files,
+    looked_at,
+    remove_old,
     require_whole,
     whole_tensors,
 )
@@ -60,6 +62,7 @@ class Saver:
         self.engine, self.config, self.prepared = engine, config, prepared
         self.folder = Path(config.training.run_dir) / "checkpoints"
         self.is_first_rank = dist.get_rank() == 0
+        self.whole = {engine.global_steps}  # checkpoints that were read or written in this process
         self.problem = ""
         self.aborted = threading.Event()
         self.writing: threading.Thread | None = None
@@ -69,7 +72,7 @@ class Saver:
         self.copied.set()
         engine.basic_optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
         if self.is_first_rank:
-            for leftover in self.folder.glob("partial_*"):
+            for leftover in self.folder.glob(f"{PARTIAL}*"):
                 shutil.rmtree(leftover)
         dist.barrier()
 
@@ -134,8 +137,8 @@ class Saver:
         free = shutil.disk_usage(disk).free / 2**20
         return (
             f"{self.folder}: rank {rank} could not write the checkpoint ({problem}; "
-            f"{free:.0f} MiB free): older checkpoints are intact; free some space, or lower "
-            "training.keep_checkpoints, and start the same command again"
+            f"{free:.0f} MiB free): what was saved before is as it was; free some space, and "
+            "start the same command again"
         )
 
     def _wait_for_copy(self) -> None:
@@ -212,9 +215,9 @@ class Saver:
             time.sleep(_POLL_SECONDS)
         try:
             writer.commit(parts, tensor_shapes(self.config.model), about)
-            run_dir = Path(self.config.training.run_dir)
-            for old in complete_checkpoints(run_dir)[: -self.config.training.keep_checkpoints]:
-                shutil.rmtree(old.path)
+            self.whole.add(about["step"])
+            keep = self.config.training.keep_checkpoints
+            remove_old(self.folder.parent, about["step"], keep, self.whole)
         except Exception as error:  # as in `_write`
             self.problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             writer.abandon()
@@ -242,19 +245,18 @@ def newest_whole_checkpoint(run_dir: Path) -> Checkpoint | None:
         UserError: on every rank alike if there are checkpoints, and none is whole.
     """
     # One rank looks: another might see a folder that is just being renamed.
-    found: list[Any] = [None, None]
+    found: list[Any] = [None]
     if dist.get_rank() == 0:
-        found = [complete_checkpoints(run_dir), checkpoint_folders(run_dir)]
+        found = [[looked_at(path) for path in reversed(checkpoint_folders(run_dir))]]
     torch.distributed.broadcast_object_list(found, src=0)
-    complete, folders = found
-    whole = {checkpoint.path for checkpoint in complete}
-    problems = [f"{path}: a file is missing or truncated" for path in folders if path not in whole]
-    for checkpoint in reversed(complete):
-        mine = damaged_files(checkpoint, dist.get_rank(), dist.get_world_size())
-        damaged = [line for lines in _of_all_ranks(mine) for line in lines]
-        if not damaged:
-            _warn(problems)
-            return checkpoint
+    problems: list[str] = []
+    for checkpoint, damaged in found[0]:
+        if checkpoint is not None:
+            mine = damaged_files(checkpoint, dist.get_rank(), dist.get_world_size())
+            damaged = [line for lines in _of_all_ranks(mine) for line in lines]
+            if not damaged:
+                _warn(problems)
+                return checkpoint
         problems += damaged
     if problems:
         raise UserError(
@@ -274,21 +276,6 @@ def _warn(problems: list[str]) -> None:
     if dist.get_rank() == 0:
         for problem in problems:
             print(f"warning: {problem}: going on from an older one", file=sys.stderr, flush=True)
-
-
-def newest_checkpoint(run_dir: Path) -> Checkpoint:
-    """The newest complete checkpoint of a run.
-
-    Raises:
-        UserError: if the run has none.
-    """
-    found = complete_checkpoints(run_dir)
-    if not found:
-        raise UserError(
-            f"{run_dir}: holds no complete checkpoint (looked for checkpoints/step_*): name a run "
-            "folder that training has saved to"
-        )
-    return found[-1]
 
 
 def layout(config: RunConfig, world_size: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -40,6 +40,8 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PARTIAL = "partial_"  # begins the name of what is being written or removed
+_STEP = re.compile(r"step_\d+")
 
 
 class Piece(NamedTuple):
@@ -133,30 +135,41 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint of a folder; only its manifest is read.
 
     Raises:
-        UserError: if the manifest is missing, altered, or of another version.
+        UserError: if the manifest is missing, altered, of another version or of another step.
     """
+    manifest, problem = _read_manifest(path)
+    if manifest is None:
+        raise UserError(f"{problem}: use another checkpoint")
+    return Checkpoint(path, manifest)
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A folder's manifest, or what is wrong with it."""
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"{file} is missing, so {path} is not a checkpoint: name a folder step_... of a run"
-        ) from None
+        return None, f"{file} is missing"
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): use another checkpoint") from None
+        return None, f"{file} cannot be read ({error})"
     if not isinstance(manifest, dict):
-        raise UserError(f"{file} cannot be read (no JSON object): use another checkpoint")
+        return None, f"{file} cannot be read (no JSON object)"
     is_ours = "sha256" in manifest or manifest.get("format") == FORMAT  # format 1 had no hash
     if is_ours and manifest.get("sha256") != manifest_digest(manifest):
-        raise UserError(
-            f"{file} is not what was saved (its own sha256 differs): use another checkpoint"
-        )
+        return None, f"{file} is not what was saved (its own sha256 differs)"
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{file}: checkpoint format {manifest.get('format', 1)}, where this version reads "
             f"{FORMAT}: use the version of Magnetar that wrote it, or another checkpoint"
         )
-    return Checkpoint(path, manifest)
+    if _STEP.fullmatch(path.name) and step_of(path) != manifest["step"]:
+        return None, f"{file} is of step {manifest['step']}, not of the folder's {step_of(path)}"
+    return manifest, ""
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def damaged_files(
@@ -206,7 +219,22 @@ def require_whole(checkpoint: Checkpoint) -> None:
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first, damaged ones included."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted((p for p in folders if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def looked_at(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint of a folder, or what is wrong with its names and sizes, a line for each.
+
+    Raises:
+        UserError: if it is of another version.
+    """
+    manifest, problem = _read_manifest(path)
+    if manifest is None:
+        return None, [problem]
+    checkpoint = Checkpoint(path, manifest)
+    damaged = damaged_files(checkpoint, content=False)
+    return (None, damaged) if damaged else (checkpoint, [])
 
 
 def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
@@ -215,17 +243,49 @@ def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
     Raises:
         UserError: for a checkpoint of another version.
     """
-    found = []
-    for path in checkpoint_folders(run_dir):
-        try:
-            checkpoint = read_checkpoint(path)
-        except UserError as error:
-            if "checkpoint format" in str(error):
-                raise
-            continue
-        if not damaged_files(checkpoint, content=False):
-            found.append(checkpoint)
-    return found
+    found = (looked_at(path)[0] for path in checkpoint_folders(run_dir))
+    return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def newest_checkpoint(run_dir: Path) -> Checkpoint:
+    """The newest checkpoint of a run.
+
+    Raises:
+        UserError: if the run has none, or a file of it is missing or truncated.
+    """
+    folders = checkpoint_folders(run_dir)
+    if not folders:
+        raise UserError(
+            f"{run_dir}: holds no complete checkpoint (looked for checkpoints/step_*): name a run "
+            "folder that training has saved to"
+        )
+    checkpoint, problems = looked_at(folders[-1])
+    if checkpoint is None:
+        complete = complete_checkpoints(run_dir)
+        way_out = f"the newest complete one is {complete[-1].path}" if complete else "none is whole"
+        raise UserError("\n  ".join([*problems, way_out]))
+    return checkpoint
+
+
+def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> None:
+    """Remove the checkpoints up to a step but for the newest ones.
+
+    Args:
+        run_dir: the run's folder.
+        step: of the newest checkpoint; what lies beyond it is left alone.
+        keep: how many remain.
+        whole: steps of checkpoints that are known to be whole. Others remain only where there are
+            too few of these: their files may be altered.
+    """
+    folders = [path for path in checkpoint_folders(run_dir) if step_of(path) <= step]
+    kept = [path for path in folders if step_of(path) in whole][-keep:]
+    if len(kept) < keep:
+        others = [c.path for c in complete_checkpoints(run_dir) if c.path in folders]
+        kept += [path for path in others if path not in kept][len(kept) - keep :]
+    for path in folders:
+        if path not in kept:
+            # Whoever kills us meanwhile leaves no half of a checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f"{PARTIAL}{path.name}")))
 
 
 class CheckpointWriter:
@@ -237,7 +297,7 @@ class CheckpointWriter:
     def __init__(self, final: Path) -> None:
         """Nothing is written yet."""
         self.final = final
-        self.partial = final.with_name(f"partial_{final.name}")
+        self.partial = final.with_name(f"{PARTIAL}{final.name}")
 
     def write_part(self, name: str, pieces: Sequence[Piece]) -> None:
         """Write one .safetensors file and, when it is on the disk, a note about it.
@@ -255,7 +315,7 @@ class CheckpointWriter:
         try:
             save_file(tensors, path)
         except SafetensorError as error:
-            raise OSError(str(error)) from error
+            raise _system_error(error, path) from error
         # safetensors writes for the owner alone; a person's umask says who else may read.
         path.chmod(0o666 & ~_umask())
         _flush(path)
@@ -325,6 +385,14 @@ def _require_whole_tensor(name: str, numel: int, pieces: Sequence[tuple[int, int
         position = stop
     if position != numel:
         raise ValueError(f"{name}: {position} of {numel} elements were saved")
+
+
+def _system_error(error: SafetensorError, path: Path) -> OSError:
+    """What the system has refused, which safetensors tells in words alone."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+        return OSError(f"{path}: {error}")
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
 def _umask() -> int:

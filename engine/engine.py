@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -64,7 +64,7 @@ class StepResult(NamedTuple):
         aux_loss: () float32, balance loss averaged over MoE layers, before its weight.
         z_loss: () float32, mean log^2 Z of the logits before its weight; 0 if that is 0.
         router_z_loss: () float32, that of the routers, averaged over MoE layers.
-        routing: one RoutingStats a MoE layer, of this rank's last micro-batch.
+        routing: one RoutingStats a MoE layer, over this rank's micro-batches.
         lr: the learning rate of the update.
     """
 
@@ -264,8 +264,7 @@ def train_step(
             chosen = first_choices([output_of(micro_step)[1] for micro_step in range(len(batch))])
     # DeepSpeed divides by both of them; what is reported is a mean over the ranks.
     scale = len(batch) * num_ranks
-    reported = []
-    routing: list[RoutingStats] = []
+    reported, routings = [], []
     for micro_step, (_, targets) in enumerate(batch):
         logits, routing = output_of(micro_step)
         sums = token_losses(logits, targets, with_z_loss=weights.z > 0)
@@ -286,9 +285,16 @@ def train_step(
         engine.backward(total)
         engine.step()  # updates at the last micro-batch
         reported.append(losses.detach())
+        routings.append([RoutingStats(*(value.detach() for value in stats)) for stats in routing])
     loss, aux_loss, z_loss, router_z_loss = torch.stack(reported).mean(0)
-    routing = [RoutingStats(*(value.detach() for value in stats)) for stats in routing]
+    routing = [whole_batch(layer) for layer in zip(*routings, strict=True)]
     return StepResult(loss, aux_loss, z_loss, router_z_loss, routing, lr)
+
+
+def whole_batch(of_micro_batches: Sequence[RoutingStats]) -> RoutingStats:
+    """A MoE layer's statistics of all micro-batches of a step."""
+    whole = RoutingStats(*(sum(values) for values in zip(*of_micro_batches, strict=True)))
+    return whole._replace(temperature=of_micro_batches[-1].temperature)
 
 
 def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:

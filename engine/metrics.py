@@ -44,8 +44,8 @@ def reduce_over_ranks(result: StepResult) -> tuple[dict[str, float], list[Routin
     """Losses and routing of the whole batch, in one all-reduce and one read.
 
     Returns:
-        The losses by their names in a StepResult, and one RoutingStats of the whole micro-step
-        for each MoE layer.
+        The losses by their names in a StepResult, and one RoutingStats of the whole batch for
+        each MoE layer.
     """
     losses = torch.stack([getattr(result, name) for name in LOSSES])
     values = [losses, *(value for stats in result.routing for value in stats)]

@@ -110,6 +110,12 @@ def check_run_folder(config: RunConfig) -> None:
     different = differing(begun, now, free)
     if different:
         listed = "\n  ".join(f"{key}: {there} there, {here} here" for key, there, here in different)
+        if any(key == "gradient_accumulation_steps" for key, _, _ in different):
+            listed += (
+                f"\nwith train_micro_batch_size_per_gpu left out, gradient_accumulation_steps="
+                f"{begun.get('gradient_accumulation_steps')} gives the same numbers on any ranks; "
+                'in a run with dropless dispatch and moe.balance_scope="batch" any number does'
+            )
         raise UserError(
             f"training.run_dir={run_dir} belongs to another config:\n  {listed}\n"
             f"use that config, name another folder (--set magnetar.training.run_dir=...), or "

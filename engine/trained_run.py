@@ -11,8 +11,8 @@ import torch
 from data.errors import UserError
 from data.token_files import Prepared, open_prepared, read_manifest
 from data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
-from engine.checkpoint import load_model, newest_checkpoint
-from engine.checkpoint_files import Checkpoint, complete_checkpoints
+from engine.checkpoint import load_model
+from engine.checkpoint_files import Checkpoint, complete_checkpoints, newest_checkpoint
 from engine.config import RunConfig, check_config
 from engine.exported_run import RUN_KEY, exported_run
 from models import weights

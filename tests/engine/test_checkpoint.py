@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data.errors import UserError
-from engine.checkpoint import check_fits, load_checkpoint, load_model, newest_checkpoint
-from engine.checkpoint_files import Checkpoint
+from engine.checkpoint import check_fits, load_checkpoint, load_model
+from engine.checkpoint_files import Checkpoint, newest_checkpoint
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
 
 SAME_DATA: Any = SimpleNamespace(fingerprint="b" * 64)

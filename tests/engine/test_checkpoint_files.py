@@ -14,10 +14,14 @@ from data.errors import UserError
 from engine.checkpoint import load_model
 from engine.checkpoint_files import (
     MANIFEST,
+    checkpoint_folders,
     complete_checkpoints,
     damaged_files,
     manifest_digest,
+    newest_checkpoint,
     read_checkpoint,
+    remove_old,
+    step_of,
 )
 from tests.convert.checkpoints import write_checkpoint
 from tests.ranks import run_on_ranks
@@ -235,8 +239,8 @@ def test_a_file_of_another_step_is_found(name: str, run: Path, tmp_path: Path) -
     shutil.copytree(run, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000005"
     shutil.copyfile(newest.parent / "step_00000003" / name, newest / name)
-    assert str(newest / "rank_0000") in _inspected(newest)
-    assert str(newest / "rank_0000") in _loaded(newest)
+    assert str(newest / name) in _inspected(newest)
+    assert str(newest / name) in _loaded(newest)
 
 
 @pytest.mark.parametrize(
@@ -268,3 +272,44 @@ def test_another_versions_checkpoint_is_refused_as_such(
     version = manifest.get("format", 1)
     with pytest.raises(UserError, match=f"checkpoint format {version}, where this version reads 2"):
         complete_checkpoints(copy)
+
+
+def test_a_folder_of_another_steps_name_is_named(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints" / "step_00000005"
+    moved = newest.rename(newest.with_name("step_00000007"))
+    with pytest.raises(UserError, match=r"manifest\.json is of step 5, not of the folder's 7"):
+        newest_checkpoint(copy)
+    assert [checkpoint.step for checkpoint in complete_checkpoints(copy)] == [3]
+    assert read_checkpoint(moved.rename(copy / "the best")).step == 5
+
+
+@pytest.mark.parametrize(
+    ("keep", "whole", "remain"),
+    [
+        (2, {1, 2, 3, 4}, [3, 4]),
+        (1, {4}, [4]),
+        (1, {2, 4}, [4]),
+        (2, {1, 4}, [1, 4]),  # 2 and 3 may be altered: nobody has read them
+        (2, {4}, [3, 4]),
+        (3, {4}, [2, 3, 4]),
+        (9, {4}, [1, 2, 3, 4]),
+    ],
+)
+def test_those_known_to_be_whole_remain_before_the_others(
+    keep: int, whole: set[int], remain: list[int], tmp_path: Path
+) -> None:
+    for step in (1, 2, 3, 4, 6):
+        write_checkpoint(tmp_path, step, world_size=1)
+    remove_old(tmp_path, 4, keep, whole)
+    assert [step_of(path) for path in checkpoint_folders(tmp_path)] == [*remain, 6]
+    assert not list((tmp_path / "checkpoints").glob("partial_*"))
+
+
+def test_truncated_checkpoints_do_not_remain(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step, world_size=1)
+    (tmp_path / "checkpoints" / "step_00000002" / "rank_00000.safetensors").write_bytes(b"cut")
+    remove_old(tmp_path, 3, 2, {3})
+    assert [step_of(path) for path in checkpoint_folders(tmp_path)] == [1, 3]

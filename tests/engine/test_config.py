@@ -408,8 +408,31 @@ def test_a_refused_batch_proposes_sizes_that_fit(
     if "leave out gradient_accumulation_steps" in problems[0].text:
         assert batch_problems(sizes._replace(accumulation=None), world_size) == []
     if "or train_micro_batch_size_per_gpu " in problems[0].text:
-        other = int(problems[0].text.rpartition(" ")[2])
+        other = int(problems[0].text.split("or train_micro_batch_size_per_gpu ")[1].split(",")[0])
         assert batch_problems(sizes._replace(micro=other), world_size) == []
+    if problems[0].text.endswith(("rank", "ranks")):
+        for number in problems[0].text.split(", or ")[-1].split()[:-1:2]:
+            assert batch_problems(sizes, int(number)) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "way_out"),
+    [
+        ((16, None, None), 3, "or 2 or 4 ranks"),
+        ((16, None, 4), 3, "or 2 or 4 ranks"),
+        ((17, None, None), 2, "or 1 or 17 ranks"),
+        ((16, 8, None), 4, "or 2 ranks"),
+        ((16, 16, None), 2, "or 1 rank"),
+    ],
+)
+def test_numbers_of_ranks_that_fit_are_named(
+    sizes: tuple[int | None, int | None, int | None], ranks: int, way_out: str
+) -> None:
+    (problem,) = batch_problems(BatchSizes(*sizes), ranks)
+    assert problem.text.endswith(way_out)
+    for number in way_out.split():
+        if number.isdigit():
+            assert not batch_problems(BatchSizes(*sizes), int(number))
 
 
 @settings(max_examples=200, deadline=None)

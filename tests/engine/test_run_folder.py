@@ -73,8 +73,10 @@ def test_accumulation_may_change_where_it_changes_no_number(
     if not refused:
         check_run_folder(other)
         return
-    with pytest.raises(UserError, match="gradient_accumulation_steps: 1 there, 2 here"):
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 1 there, 2 here") as error:
         check_run_folder(other)
+    assert "gradient_accumulation_steps=1 gives the same numbers on any ranks" in str(error.value)
+    assert 'moe.balance_scope="batch"' in str(error.value)
 
 
 def test_where_experts_lie_may_change(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data.errors import UserError
-from engine.checkpoint import load_model, newest_checkpoint
+from engine.checkpoint import load_model
+from engine.checkpoint_files import newest_checkpoint
 from engine.config import load_config
 from engine.starting_weights import require_starting_weights
 from models.weights import save_weights

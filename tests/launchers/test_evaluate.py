@@ -136,13 +136,17 @@ def test_an_unknown_checkpoint_is_refused_with_those_that_exist(
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_newest_checkpoint_is_named_with_one_that_is_complete(
     trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.folder, run)
-    (run / "checkpoints/step_00000008/rank_00001.safetensors").write_bytes(b"cut short")
-    assert evaluation(capsys, run)["step"] == 4
+    file = run / "checkpoints/step_00000008/rank_00001.safetensors"
+    file.write_bytes(b"cut short")
+    message = refusal(capsys, run)
+    assert f"{file} has 9 bytes where" in message
+    assert f"the newest complete one is {run / 'checkpoints/step_00000004'}" in message
+    assert evaluation(capsys, run, "--checkpoint", "step_00000004")["step"] == 4
 
 
 @pytest.mark.slow

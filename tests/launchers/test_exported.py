@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint import newest_checkpoint
-from engine.checkpoint_files import MOMENTS, WEIGHT
+from engine.checkpoint_files import MOMENTS, WEIGHT, newest_checkpoint
 from launchers import convert, evaluate, generate
 from tests.runs import launch, records, write_config
 

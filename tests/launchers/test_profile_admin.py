@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import load_model, newest_checkpoint
+from engine.checkpoint import load_model
+from engine.checkpoint_files import newest_checkpoint
 from models.weights import load_model as load_folder
 from tests.ranks import ROOT
 from tests.runs import environment, launch, launcher_command, make_corpus, write_config
