@@ -73,8 +73,10 @@ Objects on the way are created. A list is set as a whole:
 
 `train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks`. Give
 `train_batch_size` and, when memory is short, `train_micro_batch_size_per_gpu`: the file then works
-on any number of ranks that divides. With MoE layers the balance loss is one of a micro-batch over
-all ranks, so runs give the same numbers where `gradient_accumulation_steps` is the same.
+on any number of ranks that divides. With MoE layers the balance loss, and the capacity of dispatch
+`capacity`, are those of an accumulation step over all ranks, so runs give the same numbers where
+`gradient_accumulation_steps` is the same: give that in place of the micro-batch to train in several
+layouts. `magnetar.model.moe.balance_scope` "batch" with dispatch `dropless` frees it.
 
 ## The configs here
 
