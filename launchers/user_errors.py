@@ -19,6 +19,9 @@ _WAYS_OUT = {
     errno.EROFS: "choose a folder on a disk that can be written to",
     errno.EEXIST: "a file has the name of a folder that is to be made; choose another folder",
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.ENOENT: "it is not there, or a folder of the path cannot be made; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose another disk",
 }
 
 

@@ -38,6 +38,9 @@ def test_only_the_first_rank_of_a_machine_prints_what_concerns_all(
         (errno.EROFS, "can be written to"),
         (errno.EEXIST, "choose another folder"),
         (errno.ENOTDIR, "choose another folder"),
+        (errno.ENOENT, "choose another path"),
+        (errno.ENAMETOOLONG, "choose a shorter name"),
+        (errno.EFBIG, "raise the limit on the size of a file (ulimit -f)"),
     ],
 )
 def test_what_the_system_refuses_is_named_by_the_rank_that_met_it(
