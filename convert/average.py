@@ -10,7 +10,7 @@ from convert.folders import open_whole, require_new, vocabulary_file, write_fold
 from convert.report import how_to_load
 from convert.sources import Source, is_run
 from data.errors import UserError
-from engine.checkpoint_files import complete_checkpoints
+from engine.checkpoint_files import checkpoint_folders
 from engine.run_folder import differing, flat_keys
 from models.weight_files import LazyTensors, Spec
 
@@ -21,15 +21,15 @@ def average(
     """Write the mean model to a new folder; the lines that say so.
 
     Args:
-        paths: runs (of each its newest complete checkpoint), checkpoints' folders, or folders of
+        paths: runs (of each its newest checkpoint), checkpoints' folders, or folders of
             weights: at least two, or one run with `last`.
         out: must not exist, or be empty.
         last: the newest checkpoints of the one run.
         shard_bytes: see `write_files`.
 
     Raises:
-        UserError: for sources that cannot be read, are damaged, too few or of different models or
-            vocabularies, or a folder that holds something.
+        UserError: for sources that cannot be read, are damaged, too few, named twice or of
+            different models or vocabularies, or a folder that holds something.
     """
     require_new(out)
     sources = [open_whole(path, out) for path in _expanded(paths, last)]
@@ -37,7 +37,9 @@ def average(
         raise UserError(
             f"{paths[0]} alone has no mean: name several checkpoints, or a run with --last 3"
         )
-    for other in sources[1:]:
+    for index, other in enumerate(sources[1:], start=1):
+        if any(other.path.samefile(source.path) for source in sources[:index]):
+            raise UserError(f"{other.path} is named twice: name each checkpoint once")
         _require_same_model(sources[0], other)
     config = sources[0].config
     tokenizer = vocabulary_file(sources[0])
@@ -68,13 +70,13 @@ def _expanded(paths: Sequence[Path], last: int | None) -> list[Path]:
             f"--last {last} takes the newest checkpoints of one run, not of {named}: name one "
             "run, or leave --last out"
         )
-    found = complete_checkpoints(paths[0])
+    found = checkpoint_folders(paths[0])
     if not 2 <= last <= len(found):
         raise UserError(
-            f"--last {last}: {paths[0]} has {len(found)} complete checkpoints: use a number from 2 "
-            "to that (magnetar.training.keep_checkpoints says how many a run keeps)"
+            f"--last {last}: {paths[0]} has {len(found)} checkpoints: use a number from 2 to that "
+            "(magnetar.training.keep_checkpoints says how many a run keeps)"
         )
-    return [checkpoint.path for checkpoint in found[-last:]]
+    return found[-last:]  # a damaged one is refused where it is read
 
 
 def _require_same_model(first: Source, other: Source) -> None:

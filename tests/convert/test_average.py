@@ -146,9 +146,11 @@ def test_too_few_or_too_many_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert f"{run} alone has no mean" in refusal([run], out)
     for last in (-1, 0, 1, 3):
-        assert f"--last {last}: {run} has 2 complete checkpoints" in refusal([run], out, last)
+        assert f"--last {last}: {run} has 2 checkpoints" in refusal([run], out, last)
     assert "not of 2 folders: name one run" in refusal([first.path, second.path], out, 2)
     assert "step_00000001, which is no run" in refusal([first.path], out, 2)
+    for twice in ([first.path, second.path, first.path], [run, second.path]):
+        assert f"{twice[-1]} is named twice: name each checkpoint once" in refusal(twice, out)
 
 
 def test_a_damaged_checkpoint_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
@@ -160,6 +162,8 @@ def test_a_damaged_checkpoint_and_a_folder_in_use_are_refused(tmp_path: Path) ->
     content[-1] ^= 1
     file.write_bytes(content)
     assert f"{file} is not what was saved" in refusal([tmp_path / "run"], out, 2)
+    (second.path / "manifest.json").unlink()
+    assert f"{second.path} holds neither" in refusal([tmp_path / "run"], out, 2)
     out.mkdir()
     (out / "mine").write_text("kept")
     assert "is not an empty folder" in refusal([tmp_path / "run"], out, 2)
