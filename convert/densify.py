@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convert.expert_tensors import Place, experts_of_layers, name_at, place_of, turned
 from convert.folders import open_whole, vocabulary_file, write_folder
-from convert.report import how_to_load
+from convert.report import how_to_load, how_to_start
 from data.errors import UserError
 from models.config import ModelConfig
 from models.weight_files import LazyTensors, Spec
@@ -44,7 +44,7 @@ def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) 
         f"densified  {source.path}",
         f"remains    {'the mean of' if expert is None else f'expert {expert} of'} "
         f"{', '.join(map(str, moe.expert_counts))} in each MoE layer",
-        f'train      "moe": null, and training.init_from={out}',
+        f"train      {how_to_start(out, {'moe': None})}",
         "",
         *how_to_load(out, config.architecture),
     ]

@@ -30,7 +30,7 @@ from models.weights import load_model
 
 model = load_model(Path(__file__).parent)
 tokens = torch.tensor([[int(token) for token in sys.argv[1:]]])
-print(model({arguments}).logits)
+print(model({arguments}).logits){comment}
 '''
 
 
@@ -68,7 +68,9 @@ def export(
         )
     files: dict[str, bytes] = {} if found is None else {found.file_name: found.file_content}
     both = source.config.architecture == "encoder_decoder"
-    load = _LOAD.replace("{arguments}", "tokens, tokens" if both else "tokens")
+    load = _LOAD.replace("{arguments}", "tokens, tokens" if both else "tokens").replace(
+        "{comment}", "  # the source, and the same tokens as the target" if both else ""
+    )
     files["load.py"] = load.encode()
     tensors = as_type(source.tensors, DTYPES[dtype])
     write_folder(out, source.config, tensors, shard_bytes, about, files)

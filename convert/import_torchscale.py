@@ -33,7 +33,7 @@ from convert.torchscale_weights import (
 )
 from data.errors import UserError
 from models.config import ModelConfig
-from models.weights import check_tensors, load_model, save_weights, tensor_shapes
+from models.weights import check_tensors, load_model, require_free, save_weights, tensor_shapes
 
 # What names of tensors give away as something that Magnetar has no module for.
 _FOREIGN = (
@@ -87,8 +87,10 @@ def import_torchscale(
             holds some, these replace them one by one.
         trust: let the files run code.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: name another one with --out")
+    try:
+        require_free(out)
+    except ValueError as error:
+        raise UserError(f"{error} with --out") from None
     given = None if options_path is None else read_options(options_path)
     num_experts = (given or {}).get("moe_expert_count")
     checkpoint = read_checkpoint(

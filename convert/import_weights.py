@@ -1,22 +1,25 @@
 """A folder that `export` has written as a run's folder again: one checkpoint, weights alone."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from convert.folders import require_new
 from convert.progress import watched
+from convert.report import how_to_start, how_to_train_on
 from convert.run_folders import config_in, equal_bits
 from convert.sources import read_folder
 from data.errors import UserError
+from data.tokenizer import TokenizerFile
+from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from engine.checkpoint import part_name
-from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece
+from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece, sha256
+from engine.config import RunConfig
 from engine.exported_run import RUN_KEY, ExportedRun, exported_run
 from models.weight_files import LazyTensors, as_type, grouped
-from models.weights import CONFIG_FILE
+from models.weights import CONFIG_FILE, appearing_whole
 
 PART_BYTES = 1 << 26  # of a checkpoint's file, whose tensors are in memory at once
 
@@ -30,35 +33,56 @@ def import_weights(path: Path, out: Path) -> list[str]:
 
     Raises:
         UserError: if it does not say which run it is from, its config is not one of this version
-            or of another model, a file is damaged, or the folder holds something.
+            or of another model, a file is damaged or of another vocabulary, or the folder holds
+            something.
     """
     require_new(out)
-    config, tensors, about = read_folder(path)
+    model, tensors, about = read_folder(path)
     if RUN_KEY not in about:
         raise UserError(
             f"{path / CONFIG_FILE} has no {RUN_KEY!r}, so it does not say which training these "
             "weights are from: start a run of your own from them, with "
-            f"--set magnetar.training.init_from={path}"
+            f"{how_to_start(path, {})}"
         )
-    run, _ = exported_run(path, config, about)
+    run, config = exported_run(path, model, about)
+    _require_vocabulary(path, run)
     tensors = as_type(tensors, torch.float32)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as partial:
-        folder = Path(partial, "run")
-        (folder / "checkpoints").mkdir(parents=True)
+    with appearing_whole(out) as folder:
+        (folder / "checkpoints").mkdir()
         checkpoint = _write_checkpoint(folder, run, tensors)
         for name in watched("checking", list(tensors.specs)):
             if not equal_bits(checkpoint.tensor(name), tensors.read(name)):
                 raise UserError(f"{out}: {name} is not what was written: use another disk")
         text = json.dumps(config_in(run.config, out), indent=1)
         (folder / CONFIG_FILE).write_text(text + "\n")
-        os.replace(folder, out)
     return [
         f"imported  {path}",
         f"wrote     {out / 'checkpoints' / checkpoint.path.name}, weights alone: Adam starts anew, "
         "the schedule goes on",
-        f"train on  deepspeed --module launchers.train --deepspeed_config {out / CONFIG_FILE}",
+        f"train on  {how_to_train_on(out / CONFIG_FILE, _num_ranks(config))}",
     ]
+
+
+def _num_ranks(config: RunConfig) -> int:
+    """Ranks whose micro batches make up the batch; the fewest where a size is left open."""
+    train, micro, accumulation = (config.deepspeed.get(key) for key in (TRAIN, MICRO, ACCUMULATION))
+    if train is None or micro is None or accumulation is None:
+        return config.model.moe.ep_size if config.model.moe else 1
+    return train // (micro * accumulation)
+
+
+def _require_vocabulary(folder: Path, run: ExportedRun) -> None:
+    """Refuse a vocabulary beside the weights that is not the run's.
+
+    Raises:
+        UserError: naming its file.
+    """
+    for file in (folder / name for name in get_args(TokenizerFile)):
+        if file.is_file() and sha256(file) != run.tokenizer_fingerprint:
+            raise UserError(
+                f"{file} is not the vocabulary that the run was trained with (its sha256 differs): "
+                "copy the folder again, or export it again"
+            )
 
 
 def _write_checkpoint(folder: Path, run: ExportedRun, tensors: LazyTensors) -> Checkpoint:

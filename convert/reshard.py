@@ -6,9 +6,7 @@ layout can hold the model.
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 from convert.expert_tensors import experts_of_layers, place_of
 from convert.folders import require_new
 from convert.progress import watched
+from convert.report import how_to_train_on
 from convert.run_folders import config_in, equal_bits
 from convert.sources import find_checkpoint, source_of
 from data.errors import UserError
@@ -32,6 +31,7 @@ from engine.checkpoint_files import (
 from engine.metrics import keep_records_up_to
 from engine.planner import GIB, Layout, nearest_layout, parameters_of, problems_of
 from models.config import ModelConfig
+from models.weights import appearing_whole
 
 # Of one file at most. What a file holds is in memory while it is written.
 PART_BYTES = 1 << 30
@@ -56,28 +56,23 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
     source = source_of(checkpoint)
     config = _config_for(checkpoint, source.config, layout, gpu_memory)
     _require_whole(checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as partial:
-            folder = Path(partial, "run")
+        with appearing_whole(out) as folder:
             written = _write(checkpoint, folder, config_in(config, out), layout)
             _compare(checkpoint, written)
             _copy_metrics(checkpoint, folder)
             text = json.dumps(written.manifest["config"], indent=1)
             (folder / "config.json").write_text(text + "\n")
-            os.replace(folder, out)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}): free some space, or name "
             "another folder"
         ) from None
-    ranks = layout.world_size
     return [
         f"read      {checkpoint.path}, {_layout_words(checkpoint)}",
         f"wrote     {out / 'checkpoints' / written.path.name}, {_layout_words(written)}, "
         f"{len(written.manifest['files'])} files, read back and compared",
-        f"train on  deepspeed --num_gpus {ranks} --module launchers.train --deepspeed_config "
-        f"{out / 'config.json'}",
+        f"train on  {how_to_train_on(out / 'config.json', layout.world_size)}",
     ]
 
 
@@ -97,7 +92,8 @@ def _config_for(
         return config.to_dict()
     nearest = nearest_layout(saved, layout, parameters, limit)
     way_out = (
-        "no layout that divides its batch can"
+        "no layout that divides its batch can: use GPUs with more memory (--gpu-memory), or train "
+        "a smaller model"
         if nearest is None
         else f"the nearest layout that can: {nearest}"
     )
@@ -125,7 +121,8 @@ def _write(
     checkpoint: Checkpoint, folder: Path, config: dict[str, Any], layout: Layout
 ) -> Checkpoint:
     """The run's folder with the checkpoint alone."""
-    final = folder / "checkpoints" / checkpoint.path.name
+    # Its step says how it is called: the one that is read may have been renamed.
+    final = folder / "checkpoints" / f"step_{checkpoint.step:08d}"
     final.parent.mkdir(parents=True)
     writer = CheckpointWriter(final)
     parts = []

@@ -1,6 +1,5 @@
 """Some layers of a model as a shallower one, to be fine-tuned (arXiv 2010.13002)."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.folders import checked_model, open_whole, vocabulary_file, write_folder
-from convert.report import how_to_load
+from convert.report import how_to_load, how_to_start
 from data.errors import UserError
 from models.config import ModelConfig
 from models.weight_files import LazyTensors, Spec
@@ -49,7 +48,7 @@ def shrink(
             f"{', '.join(map(str, indices))} of {_depths(source.config)[prefix]}"
             for prefix, indices in chosen.items()
         ),
-        f"train   {json.dumps(keys)[1:-1]}, and training.init_from={out}",
+        f"train   {how_to_start(out, keys)}",
         "",
         *how_to_load(out, config.architecture),
     ]

@@ -5,7 +5,6 @@ not matter as long as the weights of the chosen experts sum to 1. The experts dr
 training, because they see other tokens.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from convert.expert_tensors import name_at, place_of, turned
 from convert.folders import checked_model, open_whole, vocabulary_file, write_folder
-from convert.report import how_to_load
+from convert.report import how_to_load, how_to_start
 from data.errors import UserError
 from models.config import ModelConfig
 from models.init import RandomSource
@@ -41,7 +40,8 @@ def upcycle(
 
     Raises:
         UserError: for a source that cannot be read or has experts already, keys that would change
-            its function or contradict each other, or a folder that holds something.
+            its function or contradict each other, a seed below 0, or a folder that holds
+            something.
     """
     source = open_whole(path, out)
     if source.config.moe is not None:
@@ -49,6 +49,8 @@ def upcycle(
             f"{path} has {source.config.moe.num_experts} experts in its MoE layers already: name a "
             "dense model, or make it one with `python -m launchers.convert densify`"
         )
+    if seed < 0:
+        raise UserError(f"--seed {seed} must be at least 0")
     config = upcycled_config(source.config, moe)
     tensors = upcycled_tensors(source.tensors, config, seed)
     write_folder(out, config, tensors, shard_bytes, other_files=vocabulary_file(source))
@@ -57,7 +59,7 @@ def upcycle(
     return [
         f"upcycled  {source.path}",
         f"experts   {config.moe.num_experts} in each of {count} MoE layers",
-        f'train     "moe": {json.dumps(moe)}, and training.init_from={out}',
+        f"train     {how_to_start(out, {'moe': moe})}",
         "",
         *how_to_load(out, config.architecture),
     ]

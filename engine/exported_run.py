@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from data.errors import UserError
 from engine.config import RunConfig, check_config
@@ -21,7 +21,7 @@ _FREE_KEYS = {"moe.ep_size"}
 class ExportedRun(StrictModel):
     """The key `run` of config.json: entries of a checkpoint's manifest."""
 
-    step: int
+    step: int = Field(ge=0)
     config: dict[str, Any]
     tokenizer_fingerprint: str
     data_fingerprint: str

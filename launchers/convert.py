@@ -15,10 +15,12 @@ python -m launchers.convert fold-admin runs/admin --out folded/admin
 
 import argparse
 import json
+import math
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data.errors import UserError
 from launchers.quiet import quiet_deepspeed
@@ -50,8 +52,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert, and say what came out."""
     options = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, _stop)
     quiet_deepspeed()
     options.call(options)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    """End in order, so that what is half written is removed."""
+    raise SystemExit(128 + number)
 
 
 def _inspect(commands: Any) -> None:
@@ -114,6 +122,8 @@ def _reshard(commands: Any) -> None:
             value = getattr(options, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be more than 0")
+        if options.gpu_memory == math.inf:
+            raise UserError("--gpu-memory inf holds everything: give a GPU's GiB, or leave it out")
         layout = Layout(options.world_size, options.ep_size, options.zero_stage)
         print("\n".join(reshard(options.source, options.out, layout, options.gpu_memory)))
 
@@ -310,7 +320,8 @@ def _add_out(command: argparse.ArgumentParser) -> None:
         "--shard-size",
         default="5GB",
         metavar="SIZE",
-        help="of a file of tensors at most, such as 500MB (%(default)s)",
+        help="of a file of tensors at most, such as 500MB; one tensor that is larger has a file of "
+        "its own (%(default)s)",
     )
 
 

@@ -9,7 +9,8 @@ model.safetensors    every parameter under its name in the state dict, every exp
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,31 +77,55 @@ def write_weights(
     Raises:
         ValueError: if the folder holds something, a tensor is missing, unknown or of another
             shape, or what was written is not what stands there.
-        OSError: if it cannot be written.
+        OSError: naming the folder, if it cannot be written.
     """
     require_free(folder)
     shapes = tensor_shapes(config)
     check_tensors(shapes, tensors.shapes)
     in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-        path = Path(partial, "weights")
-        path.mkdir()
+    with appearing_whole(folder) as path:
         digests = write_files(path, in_order, shard_bytes, watch)
         keys = {"model": config.model_dump(mode="json"), **(about or {}), "sha256": digests}
         text = json.dumps(keys, indent=1)
         (path / CONFIG_FILE).write_text(text + "\n")
         for name, content in (other_files or {}).items():
             (path / name).write_bytes(content)
-        os.replace(path, folder)  # onto an empty folder, if it is there
+
+
+@contextmanager
+def appearing_whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then gets its own name; nothing remains if that fails.
+
+    Args:
+        folder: see `require_free`.
+
+    Raises:
+        OSError: naming the folder, if it cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = ""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+            path = Path(partial, "whole")
+            path.mkdir()
+            yield path
+            os.replace(path, folder)  # onto an empty folder, if it is there
+    except OSError as error:
+        # What is written to an open file fails without a name, or with that of the partial folder.
+        name = str(error.filename or "")
+        if error.errno is None or (name and partial and not name.startswith(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def require_free(folder: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that holds something, and a link, which would be replaced.
 
     Raises:
         ValueError: naming it.
     """
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}: name that, or another one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: name another one")
 

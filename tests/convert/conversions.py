@@ -1,5 +1,6 @@
 """Small models and commands for the tests of conversions."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.config_text import apply_overrides
 from launchers.convert import main
 from models.config import ModelConfig
 from models.transformer import EncoderDecoder, empty_model
@@ -62,6 +64,16 @@ def convert(*arguments: object) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Name -> content of every file."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def pasted(printed: str) -> dict[str, Any]:
+    """The keys that the arguments in a line `train ...` set, read as a shell and a run do."""
+    (line,) = (line for line in printed.splitlines() if line.startswith("train "))
+    words = shlex.split(line)[1:]
+    assert set(words[::2]) == {"--set"}
+    keys: dict[str, Any] = {}
+    assert apply_overrides(keys, words[1::2])[1] == []
+    return keys
 
 
 Refusal = Callable[..., str]

@@ -14,6 +14,7 @@ from tests.convert.conversions import (
     contents,
     convert,
     logits,
+    pasted,
     refusal,
     save_random,
 )
@@ -44,6 +45,17 @@ def test_dense_layers_compute_what_the_expert_or_the_mean_computes(
                     chosen = parameter.mean(0) if choice == ("--mean",) else parameter[choice[1]]
                     parameter.copy_(chosen.expand_as(parameter))
     torch.testing.assert_close(logits(dense), logits(sparse), atol=1e-5, rtol=0)
+
+
+def test_the_line_for_training_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_random(tmp_path / "moe", moe=MOE)
+    convert("densify", tmp_path / "moe", "--out", tmp_path / "dense", "--mean")
+    assert pasted(capsys.readouterr().out)["magnetar"] == {
+        "model": {"moe": None},
+        "training": {"init_from": str(tmp_path / "dense")},
+    }
 
 
 @pytest.mark.parametrize("experts", [2, 3, 7])

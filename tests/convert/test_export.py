@@ -1,8 +1,12 @@
 """export -> import -> export: the same bytes; and what reads an exported folder."""
 
 import json
+import os
+import resource
 import runpy
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch
 from data.token_files import read_manifest
 from engine.checkpoint import load_model as load_checkpoint_model
 from engine.checkpoint_files import WEIGHT, Checkpoint
+from engine.config import check_config
 from launchers import evaluate, generate
 from models.weights import load_model, load_weights
 from tests.convert.checkpoints import write_checkpoint
@@ -142,6 +147,40 @@ def test_what_is_imported_is_the_run_without_moments(tmp_path: Path, made: Made)
     assert config == expected
 
 
+def test_the_command_for_training_fits_the_config(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, corpus, **CASES["expert parallel"])
+    convert("export", run.folder, "--out", tmp_path / "exported")
+    capsys.readouterr()
+    convert("import", tmp_path / "exported", "--out", tmp_path / "a run")
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[2:5] == ["deepspeed", "--num_gpus", "2"]
+    assert words[-2:] == ["--deepspeed_config", str(tmp_path / "a run" / "config.json")]
+    assert check_config(json.loads(Path(words[-1]).read_text()), int(words[4]))[1] == []
+    # Sizes that are left open fit any number of ranks that holds the experts.
+    file = tmp_path / "exported" / "config.json"
+    text = json.loads(file.read_text())
+    del text["run"]["config"]["train_micro_batch_size_per_gpu"]
+    file.write_text(json.dumps(text))
+    convert("import", tmp_path / "exported", "--out", tmp_path / "open")
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[2:5] == ["deepspeed", "--num_gpus", "2"]
+    assert check_config(json.loads(Path(words[-1]).read_text()), int(words[4]))[1] == []
+
+
+def test_a_vocabulary_that_is_not_the_runs_is_not_imported(
+    tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = exported / "tokenizer.model"
+    file.write_bytes(file.read_bytes()[:-1])
+    said = refusal(capsys, "import", exported, "--out", tmp_path / "again")
+    assert f"{file} is not the vocabulary that the run was trained with" in said
+    assert not (tmp_path / "again").exists()
+    file.unlink()  # the run reads its vocabulary from its data
+    convert("import", exported, "--out", tmp_path / "again")
+
+
 def test_the_checkpoint_that_is_named_is_exported(tmp_path: Path, made: Made) -> None:
     for name, out in (("step_00000004", "a"), ("step_00000009", "b")):
         convert("export", made.folder, "--checkpoint", name, "--out", tmp_path / out)
@@ -248,6 +287,7 @@ def test_the_script_of_an_encoder_decoder_gives_it_both_inputs(
     tokens = torch.tensor([[5, 17]])
     expected = load_checkpoint_model(run.checkpoint).eval()(tokens, tokens).logits
     assert capsys.readouterr().out == f"{expected}\n"
+    assert "  # the source, and the same tokens" in (tmp_path / "exported/load.py").read_text()
 
 
 def test_the_tokenizer_is_found_elsewhere(tmp_path: Path, corpus: Path, capsys: Any) -> None:
@@ -285,6 +325,75 @@ def test_a_folder_that_holds_something_is_left_alone(
         assert "--out" in said
     assert contents(full) == {"thesis.txt": b"years of work"}
     assert made.folder.is_dir()
+
+
+@pytest.mark.parametrize("leads_somewhere", [True, False])
+def test_a_link_is_left_alone(
+    leads_somewhere: bool, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
+    if leads_somewhere:
+        target.mkdir()
+    said = refusal(capsys, "import", exported, "--out", link)
+    assert f"{link} is a link to {target}: name that, or another one with --out" in said
+    assert link.is_symlink()
+    assert target.exists() == leads_somewhere
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("n" * 300, "File name too long: choose a shorter name"),
+        ("/proc/x/y", "No such file or directory: it is not there, or a folder of the path cannot"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_named(
+    command: str,
+    name: str,
+    message: str,
+    tmp_path: Path,
+    exported: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / name
+    said = refusal(capsys, command, exported, "--out", out)
+    assert message in said
+    assert str(out.parent) in said
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_a_file_that_is_too_large_leaves_nothing(
+    command: str, tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for a full disk: both tell it while they write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        said = refusal(capsys, command, exported, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path / 'out'}: File too large: raise the limit" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+
+
+def test_an_end_from_outside_leaves_nothing(
+    tmp_path: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> None:
+        assert len(list(tmp_path.glob(".out.*"))) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("convert.import_weights.config_in", ended)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            convert("import", exported, "--out", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stopped.value.code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
 
 @pytest.mark.parametrize("command", ["export", "densify"])
@@ -380,6 +489,7 @@ def test_weights_of_no_run_cannot_be_imported(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"run.step": -3}, "run.step: Input should be greater than or equal to 0"),
         ({"run.step": "nine"}, "run.step: Input should be a valid integer: export it again"),
         ({"run.config": None}, "run.config: Input should be a valid dictionary"),
         ({"run.config.magnetar.model.norm": "none"}, "magnetar.model.norm"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,15 @@ def test_a_checkpoint_without_its_run_has_no_curve(tmp_path: Path) -> None:
     ]
 
 
+def test_a_renamed_checkpoint_gets_the_name_of_its_step(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "run")
+    shutil.copytree(source.path, tmp_path / "my ckpt")
+    lines = reshard(tmp_path / "my ckpt", tmp_path / "an out", LAYOUTS[1], None)
+    assert written_in(tmp_path / "an out").path.name == "step_00000005"
+    config = tmp_path / "an out" / "config.json"
+    assert shlex.split(lines[-1])[-2:] == ["--deepspeed_config", str(config)]
+
+
 def test_there_and_back_is_the_same(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "run")
     reshard(tmp_path / "run", tmp_path / "a", Layout(4, 4, 1), None)
@@ -211,7 +221,8 @@ def test_a_layout_that_cannot_hold_the_model_gets_the_nearest_that_can(tmp_path:
     message = refusal(run, out, 2, 1, 0, gpu_memory=0.0004)
     assert "a rank needs 0.000513 GiB (weights 0.000128" in message
     assert message.endswith("--world-size 2 --ep-size 1 --zero-stage 1")
-    assert "no layout that divides its batch can" in refusal(run, out, 2, 1, 0, gpu_memory=1e-6)
+    message = refusal(run, out, 2, 1, 0, gpu_memory=1e-6)
+    assert "no layout that divides its batch can: use GPUs with more memory" in message
 
 
 def test_bf16_without_zero_is_refused(tmp_path: Path) -> None:
@@ -295,6 +306,7 @@ def test_what_was_written_is_read_back(
         ("--world-size", "0", "--world-size 0 must be more than 0"),
         ("--ep-size", "-1", "--ep-size -1 must be more than 0"),
         ("--gpu-memory", "nan", "--gpu-memory nan must be more than 0"),
+        ("--gpu-memory", "inf", "--gpu-memory inf holds everything"),
     ],
 )
 def test_numbers_that_are_none_are_refused(

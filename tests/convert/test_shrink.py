@@ -7,7 +7,15 @@ import torch
 
 from models.norms import Depths, deepnorm_alpha
 from models.weights import load_model, load_weights, save_weights, tensor_shapes
-from tests.convert.conversions import BOTH, contents, convert, folder_logits, refusal, save_random
+from tests.convert.conversions import (
+    BOTH,
+    contents,
+    convert,
+    folder_logits,
+    pasted,
+    refusal,
+    save_random,
+)
 
 MOE = {"num_experts": 3, "every": 2}
 
@@ -93,7 +101,11 @@ def test_layers_keep_their_numbers_of_experts(
     save_random(tmp_path / "deep", **BOTH, moe=moe)
     layers = ("--encoder-layers", "0,3", "--decoder-layers", "0,1")
     convert("shrink", tmp_path / "deep", "--out", tmp_path / "small", *layers)
-    assert '"moe.num_experts": [3, 4]' in capsys.readouterr().out
+    keys = {"num_layers": 2, "num_decoder_layers": 2, "moe": {"num_experts": [3, 4]}}
+    assert pasted(capsys.readouterr().out)["magnetar"] == {
+        "model": keys,
+        "training": {"init_from": str(tmp_path / "small")},
+    }
     config, tensors = load_weights(tmp_path / "small")
     assert config.moe is not None
     assert config.moe.num_experts == [3, 4]

@@ -17,6 +17,7 @@ from tests.convert.conversions import (
     convert,
     folder_logits,
     logits,
+    pasted,
     refusal,
     save_random,
 )
@@ -121,6 +122,7 @@ def test_a_run_is_upcycled_from_its_newest_checkpoint(tmp_path: Path) -> None:
         ({}, ("--num-experts", 0), ["--num-experts 0 must be at least 1"]),
         ({}, (*FOUR, "--top-k", 0), ["--top-k 0 must be at least 1"]),
         ({}, (*FOUR, "--every", -1), ["--every -1 must be at least 1"]),
+        ({}, (*FOUR, "--seed", -1), ["--seed -1 must be at least 0"]),
         (
             {"architecture": "encoder", "multiway": True},
             FOUR,
@@ -143,6 +145,19 @@ def test_what_would_be_another_function_or_no_model_is_refused(
     for message in messages:
         assert message in said
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_the_line_for_training_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_random(tmp_path / "dense")
+    convert("upcycle", tmp_path / "dense", "--out", tmp_path / "a moe", *FOUR)
+    keys = pasted(capsys.readouterr().out)
+    moe = {"num_experts": 4, "every": 2, "top_k": 2, "router": "xmoe"}
+    assert keys["magnetar"] == {
+        "model": {"moe": moe},
+        "training": {"init_from": str(tmp_path / "a moe")},
+    }
 
 
 @pytest.mark.parametrize("options", [(), ("--shard-size", "20KB")], ids=str)
