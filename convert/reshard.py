@@ -65,8 +65,8 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
             (folder / "config.json").write_text(text + "\n")
     except OSError as error:
         raise UserError(
-            f"{out} cannot be written ({error.strerror or error}): free some space, or name "
-            "another folder"
+            f"{out} cannot be written ({error.strerror or error}): free some space, lift a "
+            "limit on the size of files (ulimit -f), or name another folder"
         ) from None
     return [
         f"read      {checkpoint.path}, {_layout_words(checkpoint)}",

@@ -277,6 +277,7 @@ def test_a_disk_that_is_full_leaves_nothing(
     monkeypatch.setattr(CheckpointWriter, "write_part", full)
     message = refusal(tmp_path / "run", tmp_path / "out", 4, 2, 1)
     assert f"{tmp_path / 'out'} cannot be written (No space left on device): free some" in message
+    assert "lift a limit on the size of files (ulimit -f), or name another folder" in message
 
 
 @pytest.mark.parametrize("is_hashed_after", [True, False])
