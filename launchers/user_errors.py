@@ -24,6 +24,9 @@ _WAYS_OUT = {
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose another disk",
 }
 
+# What gloo says when another rank is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
 
 def _ranks_have_joined() -> bool:
     """Whether a process group exists; without importing torch for that."""
@@ -68,7 +71,7 @@ def user_errors() -> Iterator[None]:
         name = error.filename or "a file of this run"
         _end(f"{name}: {error.strerror}: {_WAYS_OUT[error.errno]}", is_everybodys=False)
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):
+        if not any(words in str(error) for words in _LOST_PEER):
             raise
         _end("another rank has ended; what it printed says why", is_everybodys=False)
     except KeyboardInterrupt:
