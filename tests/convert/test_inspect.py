@@ -243,11 +243,11 @@ def test_what_is_nothing_of_the_kind_is_refused(tmp_path: Path) -> None:
     assert "holds neither checkpoints/ (a run) nor manifest.json" in refusal(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     assert "holds no checkpoint yet" in refusal(tmp_path)
-    with pytest.raises(UserError, match="holds no complete checkpoint .*: name a run"):
+    with pytest.raises(UserError, match=r"holds no complete checkpoint .*: name a run"):
         open_source(tmp_path)
     checkpoint = write_checkpoint(tmp_path)
     (checkpoint.path / "rank_00000.safetensors").unlink()
-    with pytest.raises(UserError, match=r"rank_00000\.safetensors is missing; (.|\n)*none is whole"):
+    with pytest.raises(UserError, match=r"rank_00000\.safetensors is missing"):
         open_source(tmp_path)
     (checkpoint.path / MANIFEST).write_text("{")
     assert f"{checkpoint.path / MANIFEST} cannot be read" in refusal(checkpoint.path)
