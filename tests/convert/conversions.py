@@ -85,3 +85,19 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         convert(*arguments)
     assert ended.value.code == 2
     return capsys.readouterr().err
+
+
+def assert_refused(
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    tmp_path: Path,
+    model: dict[str, Any],
+    options: tuple,
+    messages: list[str],
+) -> None:
+    """A command refuses a model of these keys with these words, and leaves nothing behind."""
+    save_random(tmp_path / "source", **model)
+    said = refusal(capsys, command, tmp_path / "source", "--out", tmp_path / "made", *options)
+    for message in messages:
+        assert message in said
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -14,11 +14,11 @@ from models.weights import load_model, load_weights
 from tests.convert.checkpoints import run_config, write_checkpoint
 from tests.convert.conversions import (
     BOTH,
+    assert_refused,
     convert,
     folder_logits,
     logits,
     pasted,
-    refusal,
     save_random,
 )
 
@@ -140,11 +140,7 @@ def test_what_would_be_another_function_or_no_model_is_refused(
     messages: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save_random(tmp_path / "dense", **model)
-    said = refusal(capsys, "upcycle", tmp_path / "dense", "--out", tmp_path / "moe", *options)
-    for message in messages:
-        assert message in said
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert_refused(capsys, "upcycle", tmp_path, model, options, messages)
 
 
 def test_the_line_for_training_can_be_pasted(
