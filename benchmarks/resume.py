@@ -57,7 +57,7 @@ def train(layout: Layout, run_dir: Path, num_steps: int, settings: list[str]) ->
     pairs = [*(f"{key}={value}" for key, value in keys.items()), *settings]
     done = subprocess.run(
         [
-            Path(sys.executable).parent / "deepspeed",
+            *(sys.executable, "-m", "deepspeed.launcher.runner"),
             *("-q", "--num_gpus", str(layout.world_size), "--master_port", str(port)),
             *("--module", "launchers.train", "--deepspeed_config", str(CONFIG)),
             *(part for pair in pairs for part in ("--set", pair)),

@@ -46,7 +46,9 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
     device = start_distributed()
     ranks = dist.get_world_size()
     keys = BIG | {"magnetar.model.moe.ep_size": ranks, "magnetar.training.run_dir": folder}
-    changes = [f"{key}={json.dumps(value)}" for key, value in keys.items()] + settings
+    given = {setting.partition("=")[0] for setting in settings}
+    own = [f"{key}={json.dumps(value)}" for key, value in keys.items() if key not in given]
+    changes = own + settings
     config, prepared = resolve_run(load_config(CONFIG, changes, ranks), ranks)
     data = windows(prepared.train, config)
     engine, _ = build_engine(config, device)
@@ -134,7 +136,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         subprocess.run(
             [
-                programs / "deepspeed",
+                *(sys.executable, "-m", "deepspeed.launcher.runner"),
                 *("-q", "--num_gpus", str(options.ranks), "--master_port", str(port)),
                 *("--module", "benchmarks.saving", "--out", options.out, "--folder", folder),
                 *(part for pair in options.set for part in ("--set", pair)),

@@ -188,7 +188,10 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         SparseClip.
     """
     with torch.device("cpu" if config.zero_stage == 3 else device):
-        model = build_model(config.model, config.training.seed, trained_moe_class(config))
+        # Drawn on the device all the same: a CPU's generator would start ZeRO 3 elsewhere.
+        model = build_model(
+            config.model, config.training.seed, trained_moe_class(config), drawn_on=device
+        )
     if starts_from_weights(config):
         load_starting_weights(model, config)
     elif needs_profile(config):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.init import RandomSource
+from models.linear import Linear
 from models.multiway import Multiway, per_modality, pools
 from models.norms import layer_norm
 from models.positions import Rotary
@@ -144,7 +145,7 @@ class _Attention(nn.Module, ABC):
 
 
 def _linear(d_in: int, d_out: int, multiway: bool) -> nn.Module:
-    linear = nn.Linear(d_in, d_out)
+    linear = Linear(d_in, d_out)
     return Multiway(linear) if multiway else linear
 
 
@@ -198,8 +199,8 @@ class CrossAttention(_Attention):
 
     def _build_projections(self, d_model: int, multiway: bool) -> None:
         assert not multiway, "cross-attention sees two sequences, not two modalities"
-        self.q_proj = nn.Linear(d_model, d_model)
-        self.kv_proj = nn.Linear(d_model, 2 * d_model)
+        self.q_proj = Linear(d_model, d_model)
+        self.kv_proj = Linear(d_model, 2 * d_model)
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal: gain 1 for query and key, `gain` for value and output; biases 0."""

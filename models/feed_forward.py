@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.init import RandomSource
+from models.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -51,11 +52,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gain = gain
         self.activation = ACTIVATIONS[activation]
-        self.w1 = nn.Linear(d_model, d_ff)
-        self.w3 = nn.Linear(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
+        self.w1 = Linear(d_model, d_ff)
+        self.w3 = Linear(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
         self.dropout = nn.Dropout(activation_dropout)
         self.inner_norm = nn.LayerNorm(d_ff, norm_eps) if inner_norm else nn.Identity()
-        self.w2 = nn.Linear(d_ff, d_model)
+        self.w2 = Linear(d_ff, d_model)
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal with `gain`; biases 0."""

@@ -14,10 +14,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomSource:
-    """Generators for the tensors of one module, keyed by the seed and the module's name."""
+    """Generators for the tensors of one module, keyed by the seed and the module's name.
+
+    Attributes:
+        seed: of the model.
+        module_name: of the module.
+        device: whose generator draws, for another device's draws other numbers; None: the one on
+            which a tensor lies.
+    """
 
     seed: int
     module_name: str
+    device: torch.device | None = None
 
     def generator(
         self, parameter: str, device: torch.device, expert: int | None = None
@@ -52,13 +60,14 @@ class RandomSource:
     def xavier_uniform_(self, tensor: Tensor, parameter: str) -> None:
         """Fill a matrix in place from U(-a, a), a^2 = 6 / (fan_in + fan_out)."""
         limit = math.sqrt(6.0 / sum(tensor.shape))
-        with torch.no_grad():
-            tensor.uniform_(-limit, limit, generator=self.generator(parameter, tensor.device))
+        generator = self.generator(parameter, self.device or tensor.device)
+        drawn = torch.empty_like(tensor, device=generator.device)
+        tensor.data.copy_(drawn.uniform_(-limit, limit, generator=generator))
 
     def normal_(
         self, tensor: Tensor, parameter: str, std: float, expert: int | None = None
     ) -> None:
         """Fill a tensor in place from N(0, std^2)."""
-        generator = self.generator(parameter, tensor.device, expert)
-        with torch.no_grad():
-            tensor.normal_(0.0, std, generator=generator)
+        generator = self.generator(parameter, self.device or tensor.device, expert)
+        drawn = torch.empty_like(tensor, device=generator.device)
+        tensor.data.copy_(drawn.normal_(0.0, std, generator=generator))

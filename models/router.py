@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.init import RandomSource
+from models.linear import WideLinear
 from models.noise import SECOND_EXPERT, uniform
 
 # The fixed temperature tau_0 of the balance loss, and where the learnable tau starts
@@ -45,14 +46,6 @@ class Routing(NamedTuple):
     entropy: Tensor
     log_z: Tensor
     temperature: Tensor
-
-
-class WideLinear(nn.Linear):
-    """A matrix that multiplies in float32, whatever the type of its weight and its input."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(N, d_in) of any float dtype -> (N, d_out) float32."""
-        return F.linear(h.float(), self.weight.float())
 
 
 def route(

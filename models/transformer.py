@@ -14,6 +14,7 @@ from models.attention import Cache, CrossAttention, LayerCache, SelfAttention, a
 from models.config import ModelConfig
 from models.feed_forward import FeedForward
 from models.init import RandomSource
+from models.linear import Linear
 from models.moe import MoE, RoutingStats
 from models.multiway import Multiway, per_modality
 from models.norms import NORM_STYLES, Depths, Residual, Sublayer, layer_norm
@@ -224,7 +225,7 @@ class Transformer(nn.Module):
         self.final_norm = layer_norm(d_model, norm_eps, config.multiway) if ends_with_norm else None
         self.output: nn.Linear | None = None
         if has_output and config.output_projection:
-            self.output = nn.Linear(d_model, config.vocab_size, bias=False)
+            self.output = Linear(d_model, config.vocab_size, bias=False)
             if config.tie_embeddings:
                 self.output.weight = self.embedding.weight
 
@@ -463,7 +464,10 @@ class EncoderDecoder(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, seed: int, moe_class: type[MoE] = MoE
+    config: ModelConfig,
+    seed: int,
+    moe_class: type[MoE] = MoE,
+    drawn_on: torch.device | None = None,
 ) -> Transformer | EncoderDecoder:
     """The model of a resolved config with its initial weights, on the default device.
 
@@ -474,6 +478,7 @@ def build_model(
         config: vocab_size not None.
         seed: of the weights.
         moe_class: of the MoE layers: models.deepspeed_moe has those that DeepSpeed trains.
+        drawn_on: whose generator draws the weights; None: that of the default device.
     """
     model = empty_model(config, moe_class)
     for name, module in model.named_modules():
@@ -481,7 +486,7 @@ def build_model(
             # An Experts module is drawn by its MoE layer, which knows the global indices.
             if name.endswith("deepspeed_moe.experts"):
                 continue
-            module.init_weights(RandomSource(seed, name))
+            module.init_weights(RandomSource(seed, name, drawn_on))
     return model
 
 

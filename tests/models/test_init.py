@@ -244,3 +244,12 @@ def test_another_seed_gives_other_weights() -> None:
     for name, tensor in first.items():
         if tensor.dim() == 2:
             assert not torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.gpu
+def test_drawn_on_another_device() -> None:
+    with torch.device("cuda"):
+        on_device = build_model(config(), seed=3).state_dict()
+    drawn = build_model(config(), seed=3, drawn_on=torch.device("cuda")).state_dict()
+    assert all(torch.equal(drawn[name], tensor.cpu()) for name, tensor in on_device.items())
+    assert drawn["embedding.weight"].device.type == "cpu"
