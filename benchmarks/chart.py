@@ -1,0 +1,171 @@
+"""The layer benchmark's results as a Markdown table and as a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+
+ACCENT, GRAY, DENSE = "#d9480f", "#9aa5b1", "#52606d"
+GIB = 2**30
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """What a run of the benchmark has written.
+
+    Raises:
+        UserError: if the file is not there, or is something else.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: name a file that --out has written")
+    try:
+        found = json.loads(file.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("benchmark") != "moe_layer":
+        raise UserError(
+            f"{file} is no result of this benchmark: name a file that --out has written"
+        )
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: one table of times for each routing, one of memory, and the notes."""
+    routings = list(dict.fromkeys(record["routing"] for record in found["results"]))
+    parts = [_heading(found)]
+    for routing in routings:
+        parts.append(
+            f"Routing {routing}: median milliseconds, forward and backward (10th to 90th "
+            "percentile); time over the dense layer's; TFLOP/s\n\n" + _table(found, routing, _time)
+        )
+    parts.append(
+        "Busiest expert over the mean, as routing falls\n\n" + _table(found, routings[0], _load)
+    )
+    if found["device"] == "cuda":
+        parts.append(
+            "GiB at the peak without weights and gradients (and with gradients)\n\n"
+            + _table(found, routings[0], _memory)
+        )
+    notes = {r["name"]: r["note"] for r in found["results"] if r.get("note")}
+    parts += [f"{found['contenders'][name]['label']}: {note}" for name, note in notes.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(found: dict[str, Any]) -> str:
+    where = found["hardware"].get("gpu", f"CPU, {found['hardware']['cpu_threads']} threads")
+    sizes = ", ".join(f"{key} {found[key]:,}" for key in ("tokens", "d_model", "d_ff", "top_k"))
+    return (
+        f"{where}, torch {found['versions']['torch']}, {found['dtype']}, {sizes}; "
+        f"{found['rounds']} rounds of {found['steps_a_round']}, {found['date'][:10]}"
+    )
+
+
+def _table(found: dict[str, Any], routing: str, cell: Any) -> str:
+    records = {(r["name"], r["experts"]): r for r in found["results"] if r["routing"] == routing}
+    columns = found["experts"]
+    lines = [
+        "| | " + " | ".join(f"E = {count}" for count in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for name, contender in found["contenders"].items():
+        cells = [
+            cell(record) if record["status"] == "measured" else record["status"].replace("|", "/")
+            for record in (records[name, count] for count in columns)
+        ]
+        if len(set(cells)) == 1 and cells[0] == "":
+            continue
+        label = f"**{contender['label']}**" if contender["is_ours"] else contender["label"]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _time(record: dict[str, Any]) -> str:
+    spread = f"{record['p10_ms']:.3g} to {record['p90_ms']:.3g}"
+    ratio = f"; {record['ratio']:.2f}x" if "ratio" in record else ""
+    speed = record["tflops_per_second"]
+    return f"{record['median_ms']:.3g} ({spread}){ratio}; {speed:.3g}"
+
+
+def _load(record: dict[str, Any]) -> str:
+    return f"{record['busiest_expert']:.2f}" if "busiest_expert" in record else ""
+
+
+def _memory(record: dict[str, Any]) -> str:
+    without, whole = record["peak_activation_bytes"], record["peak_bytes"]
+    return f"{without / GIB:.2f} ({whole / GIB:.2f})"
+
+
+def draw(found: dict[str, Any], out: Path) -> None:
+    """Bars of time over the dense layer's, a panel for each routing and number of experts.
+
+    Args:
+        found: what the benchmark has measured.
+        out: the picture; its suffix chooses the format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    routings = list(dict.fromkeys(record["routing"] for record in found["results"]))
+    names = list(found["contenders"])
+    figure, axes = pyplot.subplots(
+        len(routings),
+        len(found["experts"]),
+        figsize=(3.2 + 3.4 * len(found["experts"]), (0.9 + 0.3 * len(names)) * len(routings) + 0.8),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    ratios = [record["ratio"] for record in found["results"] if "ratio" in record]
+    for row, routing in enumerate(routings):
+        for column, count in enumerate(found["experts"]):
+            records = {
+                r["name"]: r
+                for r in found["results"]
+                if (r["routing"], r["experts"]) == (routing, count)
+            }
+            panel = axes[row, column]
+            _draw_panel(panel, found, records)
+            panel.set_title(f"{count} experts, routing {routing}", fontsize=10)
+    low, high = min([1.0, *ratios]), max([1.0, *ratios])
+    axes[0, 0].set_xlim(0.8 * low, 2.2 * high)
+    for panel in axes[-1]:
+        panel.set_xlabel("time / time of the dense layer (log scale)", fontsize=9)
+    figure.suptitle(
+        "A sparse feed-forward layer, forward and backward, beside the dense layer of equal useful "
+        "FLOPs\n" + _heading(found),
+        fontsize=11,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_panel(panel: Any, found: dict[str, Any], records: dict[str, dict[str, Any]]) -> None:
+    contenders = found["contenders"]
+    ticks = [
+        f"▸ {entry['label']}" if entry["is_ours"] else entry["label"]
+        for entry in contenders.values()
+    ]
+    panel.set_xscale("log")
+    panel.set_yticks(range(len(contenders)), ticks, fontsize=9)
+    panel.set_ylim(len(contenders) - 0.4, -0.6)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.xaxis.set_minor_formatter(lambda value, _: "")
+    panel.axvline(1.0, color=DENSE, linestyle="--", linewidth=1, zorder=0)
+    panel.grid(axis="x", alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    for place, (name, contender) in enumerate(contenders.items()):
+        record = records[name]
+        if "ratio" not in record:
+            words = (
+                "no yardstick" if record["status"] == "measured" else record["status"].split(":")[0]
+            )
+            panel.text(1.03, place, words, va="center", fontsize=8, color=GRAY, style="italic")
+            continue
+        color = ACCENT if contender["is_ours"] else DENSE if contender["is_dense"] else GRAY
+        panel.barh(place, record["ratio"], color=color, height=0.65)
+        words = f"{record['ratio']:.2f}x  {record['median_ms']:.3g} ms"
+        panel.text(record["ratio"] * 1.05, place, words, va="center", fontsize=8)

@@ -1,0 +1,527 @@
+"""One MoE feed-forward layer, forward and backward: ours, the dense yardstick, every public peer.
+
+    python -m benchmarks.moe_layer --out benchmarks/results/moe_layer.json
+    python -m benchmarks.moe_layer --only dense,ours --experts 64
+    python -m benchmarks.moe_layer --profile ours --experts 64
+    python -m benchmarks.moe_layer --draw benchmarks/results/moe_layer.json
+
+The yardstick is the dense network of width top_k * d_ff: equal useful FLOPs. All layers live in
+one process and take turns: after a warm-up, every round runs each of them once, in rotated order,
+one untimed pass and then several timed together. The backward pass makes the gradients of the
+input and of every weight, from a random gradient of the output and the balance loss; gradients of
+the last pass are freed, not added to. Weights and inputs are random normal numbers. The L2 cache is
+not flushed. A peer that is not installed, or fails, is listed as such.
+
+Routing "as it falls" is that of random weights; "balanced" chooses the router's weights and the
+tokens so that every expert gets equally many, and leaves the layers' code as it is.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.chart import draw, read_results, table
+from benchmarks.layer_profile import profile_table
+from benchmarks.layers import Contender, Layer, NotInstalled, Shape, build_dense, build_ours
+from benchmarks.peers import PEERS
+from data.errors import UserError
+from launchers.user_errors import user_errors
+
+CONTENDERS = {
+    "dense": Contender("dense FFN", build_dense, is_dense=True),
+    "dense_compiled": Contender(
+        "dense FFN, torch.compile", partial(build_dense, compiled=True), is_dense=True
+    ),
+    "ours": Contender("Magnetar, X-MoE router", build_ours, is_ours=True),
+    "ours_linear": Contender(
+        "Magnetar, linear router", partial(build_ours, router="linear"), is_ours=True
+    ),
+    **{name: Contender(label, build) for name, (label, build) in PEERS.items()},
+    "dense_norm": Contender(
+        "dense FFN, inner LayerNorm",
+        partial(build_dense, inner_norm=True),
+        "dense_norm",
+        is_dense=True,
+    ),
+    "dense_norm_compiled": Contender(
+        "dense FFN, inner LayerNorm, torch.compile",
+        partial(build_dense, inner_norm=True, compiled=True),
+        "dense_norm",
+        is_dense=True,
+    ),
+    "ours_norm": Contender(
+        "Magnetar, X-MoE router, inner LayerNorm",
+        partial(build_ours, inner_norm=True),
+        "dense_norm",
+        is_ours=True,
+    ),
+    "ours_linear_norm": Contender(
+        "Magnetar, linear router, inner LayerNorm",
+        partial(build_ours, router="linear", inner_norm=True),
+        "dense_norm",
+        is_ours=True,
+    ),
+}
+ROUTINGS = ("as it falls", "balanced")
+PACKAGES = (
+    *("torch", "triton", "deepspeed", "torchscale", "transformers", "megatron-core"),
+    *("transformer-engine", "megablocks", "tutel"),
+)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What a GPU is asked to do, and a CPU where it would take an hour.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "tokens": 16384,
+        "d_model": 1024,
+        "d_ff": 4096,
+        "experts": [16, 64, 256],
+        "dtype": "bfloat16",
+    },
+    "cpu": {"tokens": 512, "d_model": 128, "d_ff": 512, "experts": [4, 16], "dtype": "float32"},
+}
+
+
+class Runner:
+    """A layer with its input, which can run forward and backward."""
+
+    def __init__(self, layer: Layer, shape: Shape) -> None:
+        """Take a layer; `set_tokens` gives it something to do."""
+        self.layer, self.shape = layer, shape
+        self.parameters = [p for p in layer.module.parameters() if p.requires_grad]
+        self.x = self.grad = torch.empty(0)
+        self.load: list[int] | None = None
+
+    def set_tokens(self, routing: str) -> None:
+        """Draw the input (balanced: and the router's weights) and the output's gradient."""
+        shape = self.shape
+        generator = torch.Generator(shape.device).manual_seed(1)
+        size = (shape.tokens, shape.d_model)
+
+        def normal() -> Tensor:
+            drawn = torch.randn(size, generator=generator, device=shape.device)
+            return drawn.to(shape.dtype)
+
+        scorer = self.layer.scorer
+        x = scorer.balance(shape, generator) if scorer and routing == "balanced" else normal()
+        if scorer:
+            self.load = scorer.load(x, shape.top_k).tolist()
+        layout = (shape.sequences, -1, shape.d_model)
+        self.x = x.view(layout).requires_grad_()
+        self.grad = normal().view(layout)
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """The output and the weighted balance loss."""
+        return self.layer.apply(self.x)
+
+    def backward(self, out: Tensor, aux_loss: Tensor | None) -> None:
+        """Gradients of everything."""
+        grad = self.grad.view_as(out)
+        if aux_loss is None:
+            out.backward(grad)
+        else:
+            torch.autograd.backward([out, aux_loss], [grad, torch.ones_like(aux_loss)])
+
+    def step(self) -> None:
+        """Forward and backward; the last gradients are freed first."""
+        self.free_gradients()
+        self.backward(*self.forward())
+
+    def free_gradients(self) -> None:
+        """No gradient is left."""
+        self.x.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def check(self) -> None:
+        """Run once and look at what comes out.
+
+        Raises:
+            RuntimeError: if it is no output of this layer, or a gradient is missing.
+        """
+        self.free_gradients()
+        out, aux_loss = self.forward()
+        if out.shape != self.x.shape or out.dtype != self.x.dtype:
+            raise RuntimeError(f"the output is {out.dtype} {tuple(out.shape)}")
+        if not out.isfinite().all():
+            raise RuntimeError("the output is not finite")
+        self.backward(out, aux_loss)
+        missing = [
+            name
+            for name, parameter in self.layer.module.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        ]
+        if missing or self.x.grad is None:
+            raise RuntimeError(f"no gradient for {', '.join(missing) or 'the input'}")
+        self.free_gradients()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of one pass, above those of the weights and the input; {} on a CPU."""
+        if self.shape.device.type != "cuda":
+            return {}
+        self.free_gradients()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, aux_loss = self.forward()
+        saved = torch.cuda.memory_allocated() - before
+        self.backward(out, aux_loss)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        tensors = [p.grad for p in (*self.parameters, self.x) if p.grad is not None]
+        gradients = sum(t.numel() * t.element_size() for t in tensors)
+        self.free_gradients()
+        return {
+            "bytes_after_forward": saved,
+            "peak_bytes": peak,
+            "gradient_bytes": gradients,
+            "peak_activation_bytes": peak - gradients,
+        }
+
+
+def timed(action: Callable[[], None], num_steps: int, device: torch.device) -> float:
+    """Milliseconds of one of so many steps, one after the other."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(num_steps):
+            action()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / num_steps
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        action()
+    return 1000 * (time.perf_counter() - start) / num_steps
+
+
+def one_line(stage: str, error: BaseException) -> str:
+    """What went wrong and when, for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"failed: {stage}: {type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+class Failures(dict[str, str]):
+    """Why a contender is not measured, by its name."""
+
+    def note(self, name: str, stage: str, error: Exception) -> None:
+        """Keep the first reason, and free what it held."""
+        self.setdefault(name, one_line(stage, error))
+        print(f"  {name}: {self[name]}", file=sys.stderr, flush=True)
+        # The frames of the traceback hold tensors.
+        error.__traceback__ = None
+        free_memory()
+
+
+def free_memory() -> None:
+    """What is no longer referred to is given back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure_shape(
+    names: Sequence[str], shape: Shape, num_rounds: int, num_steps: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Build all contenders, and measure them in turn, with either routing."""
+    failures, runners = Failures(), {}
+    for name in names:
+        try:
+            runners[name] = Runner(CONTENDERS[name].build(shape), shape)
+        except NotInstalled:
+            failures[name] = "not installed"
+        except Exception as error:  # whatever a peer does must not stop the others
+            failures.note(name, "build", error)
+    results = []
+    for routing in ROUTINGS:
+        say(f"{shape.num_experts} experts, routing {routing}: {', '.join(runners)}")
+        times, extra = measure_routing(runners, failures, routing, num_rounds, num_steps)
+        for name in names:
+            record: dict[str, Any] = {
+                "experts": shape.num_experts,
+                "routing": routing,
+                "name": name,
+                "status": failures.get(name, "measured"),
+            }
+            if name not in failures:
+                record |= summary(times[name], runners[name].layer) | extra[name]
+            results.append(record)
+        for name in set(failures) & set(runners):
+            del runners[name]
+    add_ratios(results)
+    return results
+
+
+def measure_routing(
+    runners: dict[str, Runner],
+    failures: Failures,
+    routing: str,
+    num_rounds: int,
+    num_steps: int,
+) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """Milliseconds of every round, and load and memory, by name."""
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    extra: dict[str, dict[str, Any]] = {}
+
+    def attempt(name: str, stage: str, action: Callable[[], None]) -> None:
+        if name in failures:
+            return
+        try:
+            action()
+        except Exception as error:  # as above
+            failures.note(name, stage, error)
+            runners[name].free_gradients()
+
+    def prepare(name: str, runner: Runner) -> None:
+        runner.set_tokens(routing)
+        runner.check()
+        for _ in range(2):
+            runner.step()
+        extra[name] = runner.memory()
+        if runner.load is not None:
+            mean = sum(runner.load) / len(runner.load)
+            extra[name]["busiest_expert"] = max(runner.load) / mean
+
+    def run(name: str, runner: Runner) -> None:
+        runner.step()
+        times[name].append(timed(runner.step, num_steps, runner.shape.device))
+        runner.free_gradients()
+
+    for name, runner in runners.items():
+        attempt(name, "first pass", partial(prepare, name, runner))
+    order = list(runners)
+    for number in range(num_rounds):
+        shift = number % max(1, len(order))
+        for name in order[shift:] + order[:shift]:
+            attempt(name, f"round {number + 1}", partial(run, name, runners[name]))
+    return times, extra
+
+
+def summary(milliseconds: list[float], layer: Layer) -> dict[str, Any]:
+    """Medians and spread of the rounds."""
+    median = statistics.median(milliseconds)
+    tenths = statistics.quantiles(milliseconds, n=10, method="inclusive")
+    return {
+        "milliseconds": milliseconds,
+        "median_ms": median,
+        "p10_ms": tenths[0],
+        "p90_ms": tenths[-1],
+        "useful_flops": layer.flops,
+        "tflops_per_second": layer.flops / median / 1e9,
+        "note": layer.note,
+    }
+
+
+def add_ratios(results: list[dict[str, Any]]) -> None:
+    """Time per useful FLOP over that of the eager and of the compiled yardstick beside it."""
+    measured = {(r["routing"], r["name"]): r for r in results if r["status"] == "measured"}
+    for (routing, name), record in measured.items():
+        yardstick = CONTENDERS[name].yardstick
+        for key, other in (
+            ("ratio", yardstick),
+            ("ratio_to_compiled", f"{yardstick}_compiled"),
+        ):
+            if dense := measured.get((routing, other)):
+                per_flop = record["median_ms"] / record["useful_flops"]
+                record[key] = per_flop / (dense["median_ms"] / dense["useful_flops"])
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What it ran on."""
+    found: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of every package that takes part; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """Of the sources, with "+" if a tracked file differs from it; None where there is no git."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def measure(options: argparse.Namespace, names: list[str], shapes: list[Shape]) -> dict[str, Any]:
+    """Everything that the results file holds."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    results: list[dict[str, Any]] = []
+    for shape in shapes:
+        torch.manual_seed(1)
+        results += measure_shape(names, shape, options.repeats, options.steps, say)
+        torch._dynamo.reset()
+        free_memory()
+    return {
+        "benchmark": "moe_layer",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "command": f"python -m benchmarks.moe_layer {' '.join(sys.argv[1:])}".strip(),
+        "hardware": hardware(shapes[0].device),
+        "versions": versions(),
+        "device": shapes[0].device.type,
+        "dtype": options.dtype,
+        "tokens": options.tokens,
+        "d_model": options.d_model,
+        "d_ff": options.d_ff,
+        "top_k": options.top_k,
+        "experts": options.experts,
+        "rounds": options.repeats,
+        "steps_a_round": options.steps,
+        "l2_flushed": False,
+        "contenders": {
+            name: {
+                "label": CONTENDERS[name].label,
+                "yardstick": CONTENDERS[name].yardstick,
+                "is_dense": CONTENDERS[name].is_dense,
+                "is_ours": CONTENDERS[name].is_ours,
+            }
+            for name in names
+        },
+        "results": results,
+    }
+
+
+def positive(text: str) -> int:
+    """A count, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    """Counts with commas between them, for argparse."""
+    return [positive(part) for part in text.split(",")]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with the defaults of this machine."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe_layer", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--tokens", type=positive, help="16384; on a CPU 512")
+    parser.add_argument("--d-model", type=positive, help="1024; on a CPU 128")
+    parser.add_argument("--d-ff", type=positive, help="4096; on a CPU 512")
+    parser.add_argument("--top-k", type=positive, default=2, help="2")
+    parser.add_argument("--experts", type=counts, help="16,64,256; on a CPU 4,16")
+    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16; on a CPU float32")
+    parser.add_argument("--repeats", type=positive, default=10, help="rounds: 10")
+    parser.add_argument("--steps", type=positive, default=5, help="timed passes a round: 5")
+    parser.add_argument("--only", help=f"names with commas, of: {', '.join(CONTENDERS)}")
+    parser.add_argument("--out", type=Path, help="results, a .json file; the picture beside it")
+    parser.add_argument("--draw", type=Path, help="draw the picture of such a file, and stop")
+    parser.add_argument("--profile", metavar="NAME", help="show where one layer's time goes")
+    options = parser.parse_args(arguments)
+    defaults = DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"]
+    for key, value in defaults.items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    return options
+
+
+def chosen_names(options: argparse.Namespace) -> list[str]:
+    """Whom to measure.
+
+    Raises:
+        UserError: if a name is nobody's.
+    """
+    asked = options.profile or options.only
+    names = [name.strip() for name in asked.split(",")] if asked else list(CONTENDERS)
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown or (options.profile and len(names) > 1):
+        option = "--profile" if options.profile else "--only"
+        rule = "takes one name" if options.profile else "takes names with commas between them"
+        raise UserError(f"{option} {asked} {rule}, of: {', '.join(CONTENDERS)}")
+    return [name for name in CONTENDERS if name in names]
+
+
+def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
+    """What to measure.
+
+    Raises:
+        UserError: if routing could not be balanced.
+    """
+    for count in options.experts:
+        if count % options.top_k or options.tokens % (count // options.top_k):
+            raise UserError(
+                f"--experts {count} must be a multiple of --top-k {options.top_k}, and --tokens "
+                f"{options.tokens} one of their quotient, or no routing gives every expert equally "
+                "many tokens: choose powers of two"
+            )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = (options.tokens, options.d_model, options.d_ff, options.top_k)
+    return [Shape(*size, count, device, DTYPES[options.dtype]) for count in options.experts]
+
+
+@user_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print; write the results and the picture where they are asked for."""
+    options = parse(arguments)
+    if options.draw is not None:
+        picture = options.draw.with_suffix(".png")
+        draw(read_results(options.draw), picture)
+        print(f"wrote {picture}")
+        return
+    out: Path | None = options.out
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out {out} must end in .json: such as --out {out.with_suffix('.json')}")
+    names, shapes = chosen_names(options), chosen_shapes(options)
+    if options.profile:
+        for shape in shapes:
+            runner = Runner(CONTENDERS[names[0]].build(shape), shape)
+            runner.set_tokens(ROUTINGS[0])
+            print(f"## {CONTENDERS[names[0]].label}, {shape.num_experts} experts\n")
+            print(profile_table(runner.step, shape.device))
+        return
+    found = measure(options, names, shapes)
+    print(table(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        draw(found, out.with_suffix(".png"))
+        print(f"wrote {out} and {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
