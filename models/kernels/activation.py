@@ -1,0 +1,255 @@
+"""Between an expert's two matrices: bias, activation and the inner LayerNorm, one pass each way.
+
+Letters: E experts, A rows sorted by expert, F d_ff.
+
+    h = act(x + b_e)                       without a norm
+    h = LN(act(x + b_e)) * g_e + c_e       with Sub-LN's
+
+Everything is float32 inside; x and h have the model's type. Kept for the backward are x and, with a
+norm, each row's mean and 1 / standard deviation: what lies between is computed again.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.kernels.tiles import num_tiles, rows_of_tile, sum_tiles
+
+ACTIVATIONS = ("gelu", "relu", "swish")
+TILE_ROWS = 32
+_INV_SQRT_2 = tl.constexpr(0.7071067811865476)
+_INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """act(x), float32."""
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.math.erf(x * _INV_SQRT_2))
+    elif ACTIVATION == "swish":
+        return x * tl.sigmoid(x)
+    else:
+        return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def slope(x, ACTIVATION: tl.constexpr):
+    """act'(x), float32; relu's at 0 is 0, as torch has it."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.math.erf(x * _INV_SQRT_2))
+        return cdf + x * _INV_SQRT_2_PI * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "swish":
+        s = tl.sigmoid(x)
+        return s * (1.0 + x * (1.0 - s))
+    else:
+        return tl.where(x > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    bias,
+    gain,
+    shift,
+    h,
+    means,
+    scales,
+    offsets,
+    F,
+    eps,
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+    R: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    expert, first, end = rows_of_tile(tl.program_id(0), offsets, NUM_EXPERTS, EXPERTS, TILE)
+    if expert < NUM_EXPERTS:
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        is_column = column < F
+        place = expert.to(tl.int64) * F + column
+        b = tl.load(bias + place, mask=is_column, other=0.0).to(tl.float32)
+        if NORM:
+            g = tl.load(gain + place, mask=is_column, other=0.0).to(tl.float32)
+            c = tl.load(shift + place, mask=is_column, other=0.0).to(tl.float32)
+        for step in range(0, TILE, R):
+            row = first + step + tl.arange(0, R)
+            mask = (row < end)[:, None] & is_column[None, :]
+            at = row.to(tl.int64)[:, None] * F + column[None, :]
+            value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b[None, :]
+            value = activated(value, ACTIVATION)
+            if NORM:
+                value = tl.where(is_column[None, :], value, 0.0)
+                mean = tl.sum(value, 1) / F
+                centred = tl.where(is_column[None, :], value - mean[:, None], 0.0)
+                scale = tl.rsqrt(tl.sum(centred * centred, 1) / F + eps)
+                tl.store(means + row, mean, mask=row < end)
+                tl.store(scales + row, scale, mask=row < end)
+                value = centred * scale[:, None] * g[None, :] + c[None, :]
+            tl.store(h + at, value.to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_h,
+    x,
+    bias,
+    gain,
+    means,
+    scales,
+    grad_x,
+    partial_bias,
+    partial_gain,
+    partial_shift,
+    offsets,
+    F,
+    ACTIVATION: tl.constexpr,
+    NORM: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+    R: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    expert, first, end = rows_of_tile(tile, offsets, NUM_EXPERTS, EXPERTS, TILE)
+    if expert < NUM_EXPERTS:
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        is_column = column < F
+        place = expert.to(tl.int64) * F + column
+        b = tl.load(bias + place, mask=is_column, other=0.0).to(tl.float32)
+        sum_bias = tl.zeros([COLUMNS], tl.float32)
+        if NORM:
+            g = tl.load(gain + place, mask=is_column, other=0.0).to(tl.float32)
+            sum_gain = tl.zeros([COLUMNS], tl.float32)
+            sum_shift = tl.zeros([COLUMNS], tl.float32)
+        for step in range(0, TILE, R):
+            row = first + step + tl.arange(0, R)
+            mask = (row < end)[:, None] & is_column[None, :]
+            at = row.to(tl.int64)[:, None] * F + column[None, :]
+            value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b[None, :]
+            grad = tl.load(grad_h + at, mask=mask, other=0.0).to(tl.float32)
+            if NORM:
+                mean = tl.load(means + row, mask=row < end, other=0.0)
+                scale = tl.load(scales + row, mask=row < end, other=0.0)
+                normed = (activated(value, ACTIVATION) - mean[:, None]) * scale[:, None]
+                normed = tl.where(mask, normed, 0.0)
+                sum_shift += tl.sum(grad, 0)
+                sum_gain += tl.sum(grad * normed, 0)
+                grad *= g[None, :]
+                along = tl.sum(grad * normed, 1) / F
+                grad = grad - tl.sum(grad, 1)[:, None] / F - normed * along[:, None]
+                grad *= scale[:, None]
+            grad = tl.where(mask, grad * slope(value, ACTIVATION), 0.0)
+            sum_bias += tl.sum(grad, 0)
+            tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
+        where = tile.to(tl.int64) * F + column
+        tl.store(partial_bias + where, sum_bias, mask=is_column)
+        if NORM:
+            tl.store(partial_gain + where, sum_gain, mask=is_column)
+            tl.store(partial_shift + where, sum_shift, mask=is_column)
+
+
+class Activation(NamedTuple):
+    """What is applied between the matrices.
+
+    Attributes:
+        name: one of ACTIVATIONS.
+        bias: (E, F).
+        gain, shift: (E, F) of the LayerNorm; None: there is none.
+        eps: of the LayerNorm.
+    """
+
+    name: str
+    bias: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+    eps: float = 1e-5
+
+
+def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int]:
+    """Rows and columns of a program's step, and its warps: a norm needs whole rows."""
+    if norm:
+        columns = triton.next_power_of_2(d_ff)
+        warps = min(16, max(4, columns // 512)) if backward else min(8, max(4, columns // 512))
+        return {"R": 1 if columns > 2048 else 2, "COLUMNS": columns, "num_warps": warps}
+    return {"R": 8, "COLUMNS": min(512, triton.next_power_of_2(d_ff)), "num_warps": 4}
+
+
+def forward(x: Tensor, activation: Activation, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, F) -> h (A, F), and of the norm (A,) means and (A,) scales, float32.
+
+    Args:
+        x: rows sorted by expert, contiguous.
+        activation: what is applied.
+        offsets: (E,) int32, where each expert's rows end.
+    """
+    (num_rows, d_ff), num_experts = x.shape, offsets.numel()
+    norm = activation.gain is not None
+    h = torch.empty_like(x)
+    means, scales = x.new_empty(2, num_rows if norm else 0, dtype=torch.float32)
+    shape = _shape(d_ff, norm, backward=False)
+    grid = (num_tiles(num_rows, num_experts, TILE_ROWS), triton.cdiv(d_ff, shape["COLUMNS"]))
+    _forward_kernel[grid](
+        x,
+        activation.bias,
+        activation.gain,
+        activation.shift,
+        h,
+        means,
+        scales,
+        offsets,
+        d_ff,
+        activation.eps,
+        ACTIVATION=activation.name,
+        NORM=norm,
+        NUM_EXPERTS=num_experts,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        TILE=TILE_ROWS,
+        **shape,
+    )
+    return h, means, scales
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    activation: Activation,
+    offsets: Tensor,
+    means: Tensor,
+    scales: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F)."""
+    (num_rows, d_ff), num_experts = x.shape, offsets.numel()
+    norm = activation.gain is not None
+    grad_x = torch.empty_like(x)
+    tiles = num_tiles(num_rows, num_experts, TILE_ROWS)
+    partial = torch.empty(3 if norm else 1, tiles, d_ff, dtype=torch.float32, device=x.device)
+    shape = _shape(d_ff, norm, backward=True)
+    _backward_kernel[(tiles, triton.cdiv(d_ff, shape["COLUMNS"]))](
+        grad.contiguous(),
+        x,
+        activation.bias,
+        activation.gain,
+        means,
+        scales,
+        grad_x,
+        partial[0],
+        partial[1] if norm else None,
+        partial[2] if norm else None,
+        offsets,
+        d_ff,
+        ACTIVATION=activation.name,
+        NORM=norm,
+        NUM_EXPERTS=num_experts,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        TILE=TILE_ROWS,
+        **shape,
+    )
+    sums = [sum_tiles(part, offsets, TILE_ROWS, activation.bias.dtype) for part in partial]
+    return (grad_x, *sums) if norm else (grad_x, *sums, None, None)

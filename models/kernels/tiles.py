@@ -1,0 +1,97 @@
+"""Rows that lie sorted by expert, cut into tiles of one expert each.
+
+Letters: E experts, A rows, F columns, R rows of a tile at most.
+
+How many tiles an expert has is known on the device alone, but never more than A / R + E in all:
+that many programs are started, and each finds its rows, or nothing, from the experts' offsets.
+A sum over an expert's rows is a sum over its tiles of what each has written: always in the same
+order, as atomic additions would not be.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def rows_of_tile(tile, offsets, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, R: tl.constexpr):
+    """Expert, first row and end of a tile; expert NUM_EXPERTS: there is no such tile.
+
+    EXPERTS is NUM_EXPERTS rounded up to a power of two.
+    """
+    index = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + index, mask=index < NUM_EXPERTS, other=0)
+    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < NUM_EXPERTS), other=0)
+    tiles = tl.where(index < NUM_EXPERTS, (ends - starts + R - 1) // R, 0)
+    tile_ends = tl.cumsum(tiles, 0)
+    expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
+    expert = tl.minimum(expert, NUM_EXPERTS)
+    is_own = index == expert
+    first = tl.sum(tl.where(is_own, starts + (tile - (tile_ends - tiles)) * R, 0), 0)
+    end = tl.minimum(first + R, tl.sum(tl.where(is_own, ends, 0), 0))
+    return expert, first, end
+
+
+def num_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
+    """An upper bound of the tiles."""
+    return num_rows // tile_rows + num_experts
+
+
+@triton.jit
+def _sum_tiles_kernel(
+    partial,
+    out,
+    offsets,
+    num_columns,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    R: tl.constexpr,
+    TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    index = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + index, mask=index < NUM_EXPERTS, other=0)
+    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < NUM_EXPERTS), other=0)
+    tiles = tl.where(index < NUM_EXPERTS, (ends - starts + R - 1) // R, 0)
+    first = tl.sum(tl.where(index < expert, tiles, 0), 0)
+    count = tl.sum(tl.where(index == expert, tiles, 0), 0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = columns < num_columns
+    total = tl.zeros([TILES, COLUMNS], tl.float32)
+    begin = 0
+    while begin < count:
+        tile = begin + tl.arange(0, TILES)
+        mask = (tile < count)[:, None] & is_column[None, :]
+        where = (first + tile).to(tl.int64)[:, None] * num_columns + columns[None, :]
+        total += tl.load(partial + where, mask=mask, other=0.0)
+        begin += TILES
+    place = expert.to(tl.int64) * num_columns + columns
+    tl.store(out + place, tl.sum(total, 0).to(out.dtype.element_ty), mask=is_column)
+
+
+def sum_tiles(partial: Tensor, offsets: Tensor, tile_rows: int, dtype: torch.dtype) -> Tensor:
+    """(tiles, F) float32, a row for each tile -> (E, F), the sums over each expert's tiles.
+
+    Args:
+        partial: what tiles past the last one hold is not read.
+        offsets: (E,) int32, where each expert's rows end.
+        tile_rows: R.
+        dtype: of the result.
+    """
+    num_experts, num_columns = offsets.numel(), partial.size(1)
+    out = torch.empty(num_experts, num_columns, dtype=dtype, device=partial.device)
+    columns = 128
+    _sum_tiles_kernel[(num_experts, triton.cdiv(num_columns, columns))](
+        partial,
+        out,
+        offsets,
+        num_columns,
+        NUM_EXPERTS=num_experts,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        R=tile_rows,
+        TILES=16,
+        COLUMNS=columns,
+    )
+    return out
