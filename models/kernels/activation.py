@@ -252,4 +252,4 @@ def backward(
         **shape,
     )
     sums = [sum_tiles(part, offsets, TILE_ROWS, activation.bias.dtype) for part in partial]
-    return (grad_x, *sums) if norm else (grad_x, *sums, None, None)
+    return grad_x, sums[0], sums[1] if norm else None, sums[2] if norm else None
