@@ -142,7 +142,7 @@ def work(out: Path, dtype: str, variants: list[str], num_steps: int) -> None:
             if dist.get_rank() == 0:
                 print(f"{dtype}, {variant}: {name}: {answer['loss'][-1]:.4f}", flush=True)
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps({"hardware": hardware(), "curves": found}))
     dist.barrier()
 
 
@@ -248,9 +248,10 @@ def main() -> int:
         return 0
     found: dict[str, dict[str, Any]] = {}
     for dtype, world_size in product(options.dtypes, options.worlds):
-        for column, curves in launch(world_size, dtype, options).items():
+        answer = launch(world_size, dtype, options)
+        for column, curves in answer["curves"].items():
             found.setdefault(column, {}).update(curves)
-    page, holds = PAGE_BEGIN.format(steps=options.steps, hardware=hardware()), True
+    page, holds = PAGE_BEGIN.format(steps=options.steps, hardware=answer["hardware"]), True
     for dtype in options.dtypes:
         text, within = table(dtype, found, options.variants)
         page += f"\n## {dtype}\n\n{text}\n"
@@ -273,9 +274,11 @@ def hardware() -> str:
 
 PAGE_BEGIN = """# Every layout gives the same numbers
 
-Made by benchmarks/invariance.py ({hardware}): benchmarks/layouts.json (4 layers, 8 experts in every
-2nd, X-MoE router, balance loss 0.01, no dropout, SparseClip active on every step), {steps} steps on
-the text of `make train`. Each cell: the largest difference of a loss (nats) and of a gradient norm
+Made by benchmarks/invariance.py on {hardware}.
+
+The model: benchmarks/layouts.json (4 layers, 8 experts in every 2nd, X-MoE router, balance loss
+0.01, no dropout, SparseClip active on every step), {steps} steps on the text of `make train`. Each
+cell: the largest difference of a loss (nats) and of a gradient norm
 (relative) from the first row of its column, over all steps; **bold**: beyond the bound, which is
 in the last row.
 
