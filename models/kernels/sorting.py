@@ -1,0 +1,114 @@
+"""Which row each assignment gets when the rows lie sorted by expert: a counting sort.
+
+Letters: N tokens, E experts, K top_k, A = N*K assignments, B blocks of BLOCK_TOKENS tokens.
+
+models.kernels.routing has counted each block's assignments to each expert. Their running sum, over
+experts and within one over blocks, is where a block's rows begin; within a block every assignment
+counts the earlier ones that name its expert.
+"""
+
+# Triton evaluates the annotations of a kernel's arguments and knows none for pointers.
+# mypy: allow-untyped-defs
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.kernels.routing import BLOCK_TOKENS, num_blocks_of
+
+
+class Positions(NamedTuple):
+    """Where the assignments lie when sorted by expert, then by token, then by choice.
+
+    Attributes:
+        offsets: (E,) int32, where each expert's rows end.
+        counts: (E,) int64, rows of each expert.
+        row_of: (N, K) int32, the row of each assignment.
+        assignment_of: (A,) int32, its inverse: token * K + choice of each row.
+    """
+
+    offsets: Tensor
+    counts: Tensor
+    row_of: Tensor
+    assignment_of: Tensor
+
+
+@triton.jit(do_not_specialize=["num_assignments", "num_blocks"])
+def _positions_kernel(
+    experts,
+    ends,
+    row_of,
+    assignment_of,
+    offsets,
+    counts,
+    num_assignments,
+    num_blocks,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ASSIGNMENTS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    index = tl.arange(0, BLOCK_A)
+    assignment = block * ASSIGNMENTS + index
+    is_own = (index < ASSIGNMENTS) & (assignment < num_assignments)
+    expert = tl.load(experts + assignment, mask=is_own, other=0)
+    rank = tl.zeros([BLOCK_A], tl.int32)  # earlier ones of the block with the same expert
+    for begin in range(0, BLOCK_A, CHUNK):
+        other_index = begin + tl.arange(0, CHUNK)
+        other_assignment = block * ASSIGNMENTS + other_index
+        is_other = (other_index < ASSIGNMENTS) & (other_assignment < num_assignments)
+        other = tl.load(experts + other_assignment, mask=is_other, other=-1)
+        is_earlier = other_index[None, :] < index[:, None]
+        rank += tl.sum((is_earlier & (other[None, :] == expert[:, None])).to(tl.int32), 1)
+    # `ends` runs over experts, and within one over blocks: what ends before is where this begins.
+    bin_at = expert * num_blocks + block
+    row = rank + tl.load(ends + bin_at - 1, mask=is_own & (bin_at > 0), other=0)
+    tl.store(row_of + assignment, row, mask=is_own)
+    tl.store(assignment_of + row, assignment, mask=is_own)
+    if block == 0:
+        column = tl.arange(0, BLOCK_E)
+        is_expert = column < E
+        end = tl.load(ends + column * num_blocks + num_blocks - 1, mask=is_expert, other=0)
+        before = is_expert & (column > 0)
+        start = tl.load(ends + column * num_blocks - 1, mask=before, other=0)
+        tl.store(offsets + column, end, mask=is_expert)
+        tl.store(counts + column, (end - start).to(tl.int64), mask=is_expert)
+
+
+def sorted_positions(experts: Tensor, block_counts: Tensor) -> Positions:
+    """Sort the assignments by expert, by counting.
+
+    Args:
+        experts: (N, K) int32.
+        block_counts: (E, B) int32, of FusedRouting.
+    """
+    (num_tokens, top_k), (num_experts, num_blocks) = experts.shape, block_counts.shape
+    assert num_blocks == num_blocks_of(num_tokens)
+    ends = block_counts.view(-1).cumsum(0, dtype=torch.int32)  # (E*B,)
+    row_of = torch.empty_like(experts)
+    assignment_of = experts.new_empty(num_tokens * top_k)
+    offsets = experts.new_empty(num_experts)
+    counts = experts.new_empty(num_experts, dtype=torch.int64)
+    size = triton.next_power_of_2(BLOCK_TOKENS * top_k)
+    _positions_kernel[(num_blocks,)](
+        experts.contiguous(),
+        ends,
+        row_of,
+        assignment_of,
+        offsets,
+        counts,
+        num_tokens * top_k,
+        num_blocks,
+        E=num_experts,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        ASSIGNMENTS=BLOCK_TOKENS * top_k,
+        BLOCK_A=size,
+        CHUNK=32,
+        num_warps=max(1, size // 32),
+    )
+    return Positions(offsets, counts, row_of, assignment_of)
