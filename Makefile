@@ -1,7 +1,8 @@
 # make            what can be made
 # make train      a small model, from nothing to generated text
 #
-# PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to launchers.train.
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to launchers.train
+# or to what make bench runs.
 
 PYTHON ?= python3
 ARGS ?=
@@ -23,7 +24,7 @@ fi; \
 port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 endef
 
-.PHONY: help train test check invariance format clean
+.PHONY: help train test check invariance bench format clean
 
 help:
 	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
@@ -31,6 +32,8 @@ help:
 	@echo "make check    format, lint, types, generated pages, fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
 	@echo "make invariance  every layout's numbers side by side, on the CPU, into docs/ (half an hour)"
+	@echo "make bench    one MoE layer beside the dense one and every peer that is installed, into"
+	@echo "              benchmarks/results (ARGS=\"--experts 64\" changes what is measured)"
 	@echo "make format   rewrite the sources as ruff formats them"
 	@echo "make clean    remove .venv and caches; runs/ and prepared/ stay"
 
@@ -69,6 +72,9 @@ invariance: $(INSTALLED)
 	  --vocab-size 2000 --workers 2
 	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.invariance --out docs/invariance.md
 	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.resume --out docs/resume.md
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.moe_layer --out benchmarks/results/moe_layer.json $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -1,6 +1,7 @@
 """The layer benchmark's results as a Markdown table and as a picture."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,17 @@ def table(found: dict[str, Any]) -> str:
     for routing in routings:
         parts.append(
             f"Routing {routing}: median milliseconds, forward and backward (10th to 90th "
-            "percentile); time over the dense layer's; TFLOP/s\n\n" + _table(found, routing, _time)
+            "percentile); time over the dense layer's; TFLOP/s\n\n"
+            + _table(found, routing, _time, "")
         )
     parts.append(
-        "Busiest expert over the mean, as routing falls\n\n" + _table(found, routings[0], _load)
+        "Busiest expert over the mean, as routing falls\n\n"
+        + _table(found, routings[0], _load, "busiest_expert")
     )
     if found["device"] == "cuda":
         parts.append(
             "GiB at the peak without weights and gradients (and with gradients)\n\n"
-            + _table(found, routings[0], _memory)
+            + _table(found, routings[0], _memory, "peak_bytes")
         )
     notes = {r["name"]: r["note"] for r in found["results"] if r.get("note")}
     parts += [f"{found['contenders'][name]['label']}: {note}" for name, note in notes.items()]
@@ -52,7 +55,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _heading(found: dict[str, Any]) -> str:
-    where = found["hardware"].get("gpu", f"CPU, {found['hardware']['cpu_threads']} threads")
+    where = found["hardware"].get("gpu", f"CPU with {found['hardware']['cpu_threads']} thread(s)")
     sizes = ", ".join(f"{key} {found[key]:,}" for key in ("tokens", "d_model", "d_ff", "top_k"))
     return (
         f"{where}, torch {found['versions']['torch']}, {found['dtype']}, {sizes}; "
@@ -60,7 +63,10 @@ def _heading(found: dict[str, Any]) -> str:
     )
 
 
-def _table(found: dict[str, Any], routing: str, cell: Any) -> str:
+def _table(
+    found: dict[str, Any], routing: str, cell: Callable[[dict[str, Any]], str], key: str
+) -> str:
+    """Rows for those that have such a key anywhere; without one, for all."""
     records = {(r["name"], r["experts"]): r for r in found["results"] if r["routing"] == routing}
     columns = found["experts"]
     lines = [
@@ -68,12 +74,12 @@ def _table(found: dict[str, Any], routing: str, cell: Any) -> str:
         "|---" * (1 + len(columns)) + "|",
     ]
     for name, contender in found["contenders"].items():
+        if key and not any(key in records[name, count] for count in columns):
+            continue
         cells = [
             cell(record) if record["status"] == "measured" else record["status"].replace("|", "/")
             for record in (records[name, count] for count in columns)
         ]
-        if len(set(cells)) == 1 and cells[0] == "":
-            continue
         label = f"**{contender['label']}**" if contender["is_ours"] else contender["label"]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -87,7 +93,7 @@ def _time(record: dict[str, Any]) -> str:
 
 
 def _load(record: dict[str, Any]) -> str:
-    return f"{record['busiest_expert']:.2f}" if "busiest_expert" in record else ""
+    return f"{record['busiest_expert']:.2f}"
 
 
 def _memory(record: dict[str, Any]) -> str:
@@ -108,11 +114,15 @@ def draw(found: dict[str, Any], out: Path) -> None:
     from matplotlib import pyplot
 
     routings = list(dict.fromkeys(record["routing"] for record in found["results"]))
-    names = list(found["contenders"])
+    has_bar = {record["name"] for record in found["results"] if "ratio" in record}
+    contenders = {name: c for name, c in found["contenders"].items() if name in has_bar}
     figure, axes = pyplot.subplots(
         len(routings),
         len(found["experts"]),
-        figsize=(3.2 + 3.4 * len(found["experts"]), (0.9 + 0.3 * len(names)) * len(routings) + 0.8),
+        figsize=(
+            3.2 + 3.4 * len(found["experts"]),
+            (0.9 + 0.3 * len(contenders)) * len(routings) + 1.0,
+        ),
         layout="constrained",
         squeeze=False,
         sharex=True,
@@ -126,11 +136,11 @@ def draw(found: dict[str, Any], out: Path) -> None:
                 for r in found["results"]
                 if (r["routing"], r["experts"]) == (routing, count)
             }
-            panel = axes[row, column]
-            _draw_panel(panel, found, records)
-            panel.set_title(f"{count} experts, routing {routing}", fontsize=10)
+            _draw_panel(axes[row, column], contenders, records)
+            axes[row, column].set_title(f"{count} experts, routing {routing}", fontsize=10)
     low, high = min([1.0, *ratios]), max([1.0, *ratios])
-    axes[0, 0].set_xlim(0.8 * low, 2.2 * high)
+    # Room for the words after the longest bar, on a log scale.
+    axes[0, 0].set_xlim(0.85 * low, 1.2 * high * (high / low) ** 0.5)
     for panel in axes[-1]:
         panel.set_xlabel("time / time of the dense layer (log scale)", fontsize=9)
     figure.suptitle(
@@ -138,31 +148,43 @@ def draw(found: dict[str, Any], out: Path) -> None:
         "FLOPs\n" + _heading(found),
         fontsize=11,
     )
+    if absent := _absent(found, has_bar):
+        figure.supxlabel(absent, fontsize=8, color=DENSE)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
 
 
-def _draw_panel(panel: Any, found: dict[str, Any], records: dict[str, dict[str, Any]]) -> None:
-    contenders = found["contenders"]
-    ticks = [
-        f"▸ {entry['label']}" if entry["is_ours"] else entry["label"]
-        for entry in contenders.values()
-    ]
+def _absent(found: dict[str, Any], has_bar: set[str]) -> str:
+    """Who has no bar anywhere, and why, in a line."""
+    reasons: dict[str, list[str]] = {}
+    for name, contender in found["contenders"].items():
+        if name not in has_bar:
+            status = next(r["status"] for r in found["results"] if r["name"] == name)
+            reasons.setdefault(status.split(":")[0], []).append(contender["label"])
+    return "; ".join(f"{reason}: {', '.join(labels)}" for reason, labels in reasons.items())
+
+
+def _draw_panel(
+    panel: Any, contenders: dict[str, dict[str, Any]], records: dict[str, dict[str, Any]]
+) -> None:
+    from matplotlib.ticker import LogLocator
+
+    ticks = [f"▸ {c['label']}" if c["is_ours"] else c["label"] for c in contenders.values()]
     panel.set_xscale("log")
     panel.set_yticks(range(len(contenders)), ticks, fontsize=9)
     panel.set_ylim(len(contenders) - 0.4, -0.6)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.xaxis.set_minor_formatter(lambda value, _: "")
     panel.axvline(1.0, color=DENSE, linestyle="--", linewidth=1, zorder=0)
     panel.grid(axis="x", alpha=0.25)
+    panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     for place, (name, contender) in enumerate(contenders.items()):
         record = records[name]
         if "ratio" not in record:
-            words = (
-                "no yardstick" if record["status"] == "measured" else record["status"].split(":")[0]
-            )
+            words = record["status"].split(":")[0]
             panel.text(1.03, place, words, va="center", fontsize=8, color=GRAY, style="italic")
             continue
         color = ACCENT if contender["is_ours"] else DENSE if contender["is_dense"] else GRAY

@@ -6,6 +6,7 @@ Letters: N tokens, D d_model, E experts, K top_k, R width of the router's space.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +169,7 @@ def build_ours(shape: Shape, *, router: str = "xmoe", inner_norm: bool = False) 
     )
     with torch.device(shape.device):
         layer = MoE(shape.d_model, shape.d_ff, moe, "gelu", inner_norm, 1.0)
-    gate = layer.deepspeed_moe.gate
+    gate: Any = layer.deepspeed_moe.gate
     gate.init_weights(RandomSource(1, "gate"))
     layer.init_weights(RandomSource(1, "experts"))
     layer.to(shape.dtype)

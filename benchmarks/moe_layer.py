@@ -19,11 +19,8 @@ tokens so that every expert gets equally many, and leaves the layers' code as it
 import argparse
 import datetime
 import gc
-import importlib.metadata
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +34,8 @@ from torch import Tensor
 from benchmarks.chart import draw, read_results, table
 from benchmarks.layer_profile import profile_table
 from benchmarks.layers import Contender, Layer, NotInstalled, Shape, build_dense, build_ours
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, leave_process_group
+from benchmarks.provenance import git_commit, hardware, versions
 from data.errors import UserError
 from launchers.user_errors import user_errors
 
@@ -77,10 +75,6 @@ CONTENDERS = {
     ),
 }
 ROUTINGS = ("as it falls", "balanced")
-PACKAGES = (
-    *("torch", "triton", "deepspeed", "torchscale", "transformers", "megatron-core"),
-    *("transformer-engine", "megablocks", "tutel"),
-)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What a GPU is asked to do, and a CPU where it would take an hour.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -339,48 +333,6 @@ def add_ratios(results: list[dict[str, Any]]) -> None:
                 record[key] = per_flop / (dense["median_ms"] / dense["useful_flops"])
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What it ran on."""
-    found: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
-        "cpu_threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name,
-            "gpu_memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-        }
-    return found
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of every package that takes part; None: not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def git_commit() -> str | None:
-    """Of the sources, with "+" if a tracked file differs from it; None where there is no git."""
-    root = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def measure(options: argparse.Namespace, names: list[str], shapes: list[Shape]) -> dict[str, Any]:
     """Everything that the results file holds."""
 
@@ -391,8 +343,10 @@ def measure(options: argparse.Namespace, names: list[str], shapes: list[Shape]) 
     for shape in shapes:
         torch.manual_seed(1)
         results += measure_shape(names, shape, options.repeats, options.steps, say)
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # something was compiled, and is kept
+            torch._dynamo.reset()
         free_memory()
+    leave_process_group()
     return {
         "benchmark": "moe_layer",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -40,6 +40,12 @@ def join_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def leave_process_group() -> None:
+    """End what `join_process_group` has begun."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def drawn_as(shape: Shape) -> Iterator[None]:
     """New tensors lie on the device of the shape and have its type."""
@@ -223,7 +229,7 @@ def build_megatron(shape: Shape) -> Layer:
         moe_router_topk=shape.top_k,
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=AUX_LOSS_WEIGHT,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="alltoall" if is_cuda else "allgather",  # streams, of a GPU
         moe_grouped_gemm=has_engine,
         moe_permute_fusion=has_engine,
         add_bias_linear=False,
