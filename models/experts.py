@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import kernels
 from models.feed_forward import ACTIVATIONS, GATED_ACTIVATIONS
 from models.init import RandomSource
 
@@ -63,6 +64,7 @@ class Experts(nn.Module):
         self.num_local_experts = num_local_experts
         self.gain = gain
         self.norm_eps = norm_eps
+        self.activation_name = activation
         self.activation = ACTIVATIONS[activation]
         self.activation_dropout = activation_dropout
         self.gated = activation in GATED_ACTIVATIONS
@@ -94,17 +96,36 @@ class Experts(nn.Module):
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def uses_kernels(self, rows: Tensor) -> bool:
+        """Whether Triton's kernels do the work on rows like these."""
+        dropout = self.activation_dropout if self.training else 0.0
+        return kernels.usable(rows) and not self.gated and dropout == 0
+
+    def forward(
+        self, rows: Tensor, counts: Tensor, defer_bias: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply each expert to its own rows.
 
         Args:
             rows: (R, D), sorted by expert.
             counts: (L,) int64, rows of each expert; sums to R.
+            defer_bias: whoever weighs the rows adds the last bias; only where kernels are used.
 
         Returns:
-            (R, D).
+            (R, D); with defer_bias (R, D) without it, and (L, D) the biases.
         """
         offsets = counts.cumsum(0).to(torch.int32)
+        if self.uses_kernels(rows):
+            from models.kernels.experts import SparseNetwork  # Triton is not everywhere
+
+            affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
+            matrices = (self.w1, self.b1, *affine, self.w2)
+            out = SparseNetwork.apply(rows, *matrices, offsets, self.activation_name, self.norm_eps)
+            if defer_bias:
+                # A copy: ZeRO 3 takes the parameter itself away when this module is done.
+                return out, self.b2.clone()
+            segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
+            return out + _ExpandRows.apply(self.b2, segment_ids, counts)
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
 
         def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from models.dispatch import (
 )
 from models.experts import Experts
 from models.init import RandomSource
+from models.kernels import MAX_EXPERTS, MAX_TOP_K
 from models.moe_config import MoELayerConfig
 from models.noise import CAPACITY_ORDER, JITTER, drawn_sample_keys, token_keys, uniform
 from models.router import LinearRouter, Router, Routing, XMoERouter, balance_loss, normalized
@@ -146,14 +147,61 @@ class SparseFeedForward(nn.Module):
         index = routed_tokens(x, None if self.moe.route_padding else padding, self.time_major)
         h = tokens if index is None else tokens.index_select(0, index)  # (N, D)
         keys = self._keys(x, index, sample_keys)
+        if self._uses_kernels(h, keys):
+            out, stats = self._by_kernels(h)
+            return self._everywhere(out, index, tokens).view_as(x), stats
         with self._timed("time_moe"):
             routing: Routing = self.gate(self._jittered(h, keys), keys)
             kept = self._kept(routing, index, x.shape[:2], keys)
             assignments = sort_assignments(routing.experts, self.moe.num_experts, kept)
-            out = self._combine(self._apply_experts(h, assignments), assignments, routing.weights)
-        if index is not None:
-            out = out.new_zeros(tokens.shape).index_copy(0, index, out)
-        return out.view_as(x), self._stats(routing, assignments)
+            rows = gather_tokens(h, assignments.order, self.moe.top_k)  # (A, D)
+            rows = self._apply_experts(rows, assignments.counts)
+            out = self._combine(rows, assignments, routing.weights)
+        return self._everywhere(out, index, tokens).view_as(x), self._stats(routing, assignments)
+
+    @staticmethod
+    def _everywhere(out: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
+        """(N, D) of the routed tokens -> (B*T, D), 0 at the others."""
+        if index is None:
+            return out
+        return out.new_zeros(tokens.shape).index_copy(0, index, out)
+
+    def _uses_kernels(self, h: Tensor, keys: Tensor | None) -> bool:
+        """Whether Triton's kernels do the work: where nothing is drawn and nothing dropped."""
+        moe = self.moe
+        if keys is not None or moe.top_k > MAX_TOP_K or moe.num_experts > MAX_EXPERTS:
+            return False
+        if moe.normalize_weights == "after_dropping":
+            return False
+        limit = moe.capacity_factor if self.training else moe.eval_capacity_fraction
+        return limit is None and self.experts.uses_kernels(h)
+
+    def _by_kernels(self, h: Tensor) -> tuple[Tensor, RoutingStats]:
+        """(N, D) -> (N, D): as `forward` does it, in fewer passes over memory."""
+        from models.kernels.dispatch import CombineRows, GatherRows  # Triton is not everywhere
+        from models.kernels.sorting import sorted_positions
+
+        with self._timed("time_moe"):
+            routing, temperature = self.gate(h, by_kernel=True)
+            offsets, counts, row_of, assignment_of = sorted_positions(
+                routing.experts, routing.block_counts
+            )
+            rows, bias = GatherRows.apply(h, row_of, assignment_of), None  # (A, D)
+            if self.ep_size == 1:
+                rows, bias = self.experts(rows, counts, defer_bias=True)
+            else:
+                rows = self._apply_experts(rows, counts)
+            placed = (routing.experts, row_of, assignment_of, offsets)
+            out = CombineRows.apply(rows, bias, routing.weights, *placed)
+        return out, RoutingStats(
+            probs=routing.probs,
+            first_choices=routing.first_choices,
+            entropy=routing.entropy,
+            log_z_squared=routing.log_z_squared,
+            load=routing.load.float(),
+            dropped=torch.zeros_like(routing.entropy),
+            temperature=temperature,
+        )
 
     def _keys(self, x: Tensor, index: Tensor | None, sample_keys: Tensor | None) -> Tensor | None:
         """(N,) int64, what the routed tokens' noise is a function of; None: nothing is drawn."""
@@ -204,12 +252,11 @@ class SparseFeedForward(nn.Module):
             return uniform(keys, 1, CAPACITY_ORDER).squeeze(-1)
         return None
 
-    def _apply_experts(self, h: Tensor, assignments: Assignments) -> Tensor:
-        """(N, D) -> (A, D), the experts' outputs in the order of the assignments."""
-        rows = gather_tokens(h, assignments.order, self.moe.top_k)  # (A, D)
+    def _apply_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """(A, D) sorted by expert and the experts' (E,) counts -> (A, D), what they return."""
         if self.ep_size == 1:
-            return self.experts(rows, assignments.counts)
-        send_counts = assignments.counts.view(self.ep_size, -1)  # (ep_size, L)
+            return self.experts(rows, counts)
+        send_counts = counts.view(self.ep_size, -1)  # (ep_size, L)
         receive_counts = torch.empty_like(send_counts)
         comm, group = self.comm, self.ep_group
         assert group is not None, "no ranks to exchange tokens with"

@@ -6,7 +6,7 @@ Everything here is float32: a softmax over scores divided by a temperature of 0.
 three digits into different experts.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from models.init import RandomSource
 from models.linear import WideLinear
 from models.noise import SECOND_EXPERT, uniform
+
+if TYPE_CHECKING:
+    from models.kernels.routing import FusedRouting
 
 # The fixed temperature tau_0 of the balance loss, and where the learnable tau starts
 # (arXiv 2204.09179, sec. 4.1).
@@ -137,6 +140,33 @@ class Router(nn.Module):
             scores, self.top_k, self.gate, balance_probs, second_expert, self.normalize, keys
         )
 
+    def decide_by_kernel(
+        self, scores: Tensor, tau: Tensor | None, balance_temperature: float
+    ) -> "tuple[FusedRouting, Tensor]":
+        """`decide` with second_expert "all", on a GPU.
+
+        Args:
+            scores: (N, E) float32, not yet divided by a temperature.
+            tau: (1,) of the gate; None: 1.
+            balance_temperature: of the balance loss.
+
+        Returns:
+            The decision, and () float32 without gradient the temperature.
+        """
+        from models.kernels.routing import fused_route  # Triton is not everywhere
+
+        routing = fused_route(
+            scores,
+            self.top_k,
+            self.gate,
+            tau=tau,
+            balance_temperature=balance_temperature,
+            normalize=self.normalize,
+            lowest_temperature=MIN_TEMPERATURE,
+        )
+        temperature = scores.new_ones(()) if tau is None else tau.detach().squeeze().clone()
+        return routing, temperature
+
 
 class LinearRouter(Router):
     """scores = W h, as in Switch (arXiv 2101.03961) and GShard."""
@@ -159,9 +189,13 @@ class LinearRouter(Router):
         """Xavier-normal, gain 1."""
         source.xavier_normal_(self.wg.weight.data, "wg.weight")
 
-    def forward(self, h: Tensor, keys: Tensor | None = None) -> Routing:
+    def forward(
+        self, h: Tensor, keys: Tensor | None = None, by_kernel: bool = False
+    ) -> "Routing | tuple[FusedRouting, Tensor]":
         """(N, D) of any float dtype and (N,) int64, for what is drawn -> Routing."""
         scores = self.wg(h)  # (N, E)
+        if by_kernel:
+            return self.decide_by_kernel(scores, None, 1.0)
         return self.decide(scores, scores.softmax(-1), keys)
 
 
@@ -228,8 +262,24 @@ class XMoERouter(Router):
             projected = F.normalize(projected, dim=-1)
         return F.linear(projected, F.normalize(self.centroids.float(), dim=-1))
 
-    def forward(self, h: Tensor, keys: Tensor | None = None) -> Routing:
+    def _cosines(self, h: Tensor) -> Tensor:
+        """`cosine_scores` by a kernel, where there is one for these tokens."""
+        from models.kernels.cosines import MAX_D_ROUTER, fused_cosines
+
+        weight = self.projection.weight
+        # ZeRO 3 brings a parameter back only for the module that owns it.
+        is_away = weight.numel() != self.projection.out_features * self.projection.in_features
+        if h.dtype != torch.bfloat16 or is_away or len(weight) > MAX_D_ROUTER:
+            return self.cosine_scores(h)
+        return fused_cosines(h, weight, self.centroids, normalize_tokens=self.normalize_tokens)
+
+    def forward(
+        self, h: Tensor, keys: Tensor | None = None, by_kernel: bool = False
+    ) -> "Routing | tuple[FusedRouting, Tensor]":
         """(N, D) of any float dtype and (N,) int64, for what is drawn -> Routing."""
+        if by_kernel:
+            gate_tau = None if self.temperature is None else self.temperature.float()
+            return self.decide_by_kernel(self._cosines(h), gate_tau, self.balance_temperature)
         scores = self.cosine_scores(h)
         balance_probs = (scores / self.balance_temperature).softmax(-1)
         if self.temperature is not None:

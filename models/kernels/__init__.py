@@ -5,6 +5,8 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+MAX_TOP_K, MAX_EXPERTS = 8, 512  # of the router's kernels
+
 
 @cache
 def _has_triton() -> bool:

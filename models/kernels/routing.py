@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kernels import MAX_EXPERTS, MAX_TOP_K
+
 # Tokens of a program, and of a block of the counting sort. Constants, not found by timing: the
 # order of the sums, and with it the last bits, must not depend on how busy a machine was.
 BLOCK_TOKENS = 32
-MAX_TOP_K = 8
-MAX_EXPERTS = 512
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LOWEST = tl.constexpr(-(2**63))
 
