@@ -19,6 +19,7 @@ tokens so that every expert gets equally many, and leaves the layers' code as it
 import argparse
 import datetime
 import gc
+import importlib.util
 import json
 import statistics
 import sys
@@ -473,8 +474,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
-        draw(found, out.with_suffix(".png"))
-        print(f"wrote {out} and {out.with_suffix('.png')}")
+        print(f"wrote {out}")
+        if importlib.util.find_spec("matplotlib") is None:
+            print(f"no picture, for matplotlib is not installed: --draw {out} makes it elsewhere")
+        else:
+            draw(found, out.with_suffix(".png"))
+            print(f"wrote {out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
