@@ -24,10 +24,10 @@ from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
 from engine.trained_run import DTYPES
 from models.deepspeed_moe import moe_class
-from models.losses import IGNORE_INDEX, token_losses
+from models.losses import IGNORE_INDEX
 from models.moe import MoE, RoutingStats
 from models.router import balance_loss
-from models.transformer import ModelOutput, build_model, set_checkpointing
+from models.transformer import ModelLosses, build_model, set_checkpointing
 
 
 class LossWeights(NamedTuple):
@@ -255,11 +255,12 @@ def train_step(
     counts = sum_over_ranks(counts)  # (gradient_accumulation_steps,)
     num_targets = counts.sum().clamp(min=1)
 
-    def output_of(micro_step: int) -> ModelOutput:
+    def output_of(micro_step: int) -> ModelLosses:
         (inputs, targets), rank = batch[micro_step], dist.get_rank() if num_ranks > 1 else 0
         seed_dropout(seed, step, micro_step, rank)
         first = (micro_step * num_ranks + rank) * len(targets)
-        return engine(*inputs, sample_keys=sample_keys(seed, step, first, targets))
+        keys = sample_keys(seed, step, first, targets)
+        return engine(*inputs, sample_keys=keys, targets=targets, z_weight=weights.z)
 
     chosen = None  # each MoE layer's first choices in the whole batch
     if weights.balances_batch and len(batch) > 1:
@@ -268,9 +269,8 @@ def train_step(
     # DeepSpeed divides by both of them; what is reported is a mean over the ranks.
     scale = len(batch) * num_ranks
     reported, routings = [], []
-    for micro_step, (_, targets) in enumerate(batch):
-        logits, routing = output_of(micro_step)
-        sums = token_losses(logits, targets, with_z_loss=weights.z > 0)
+    for micro_step in range(len(batch)):
+        sums, routing = output_of(micro_step)
         # A rank's share of a mean over all ranks; a micro-batch weighs as much as its targets.
         aux_loss, router_z_loss = routing_losses(
             routing, chosen or first_choices([routing]), sums.cross_entropy
@@ -278,16 +278,13 @@ def train_step(
         if chosen is None:
             share = counts[micro_step] / num_targets
             aux_loss, router_z_loss = share * aux_loss, share * router_z_loss
-        parts = [sums.cross_entropy / num_targets, aux_loss, sums.z_loss / num_targets]
-        losses = torch.stack([*parts, router_z_loss]) * scale
-        total = losses[0] + weights.aux * losses[1]
-        if weights.z:
-            total = total + weights.z * losses[2]
+        total = sums.total / num_targets + weights.aux * aux_loss
         if weights.router_z:
-            total = total + weights.router_z * losses[3]
-        engine.backward(total)
+            total = total + weights.router_z * router_z_loss
+        engine.backward(total * scale)
         engine.step()  # updates at the last micro-batch
-        reported.append(losses.detach())
+        parts = [sums.cross_entropy / num_targets, aux_loss, sums.z_loss / num_targets]
+        reported.append(torch.stack([*parts, router_z_loss]).detach() * scale)
         routings.append([RoutingStats(*(value.detach() for value in stats)) for stats in routing])
     loss, aux_loss, z_loss, router_z_loss = torch.stack(reported).mean(0)
     routing = [whole_batch(layer) for layer in zip(*routings, strict=True)]

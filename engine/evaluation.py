@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from data.packed_lm import PackedLM, valid_batches
-from models.losses import token_losses
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ def evaluate(
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     batches: Iterator = valid_batches(dataset, batch_size, rank, world_size, max_sequences)
     for inputs, targets in progress(batches) if progress else batches:
-        logits = model(*(torch.from_numpy(array).to(device) for array in inputs)).logits
-        sums = token_losses(logits, torch.from_numpy(targets).to(device))
+        asked, *given = (torch.from_numpy(array).to(device) for array in (targets, *inputs))
+        sums = model(*given, targets=asked).losses
         totals += torch.stack([sums.cross_entropy.double(), sums.num_tokens.double()])
     model.train(was_training)
     if distributed:

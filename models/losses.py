@@ -1,43 +1,173 @@
-"""What the output of a language model costs: sums over the tokens that count.
+"""What the output of a language model costs, without the logits of the whole batch.
 
-Letters: B batch, T tokens, V vocab_size.
+Logits are made for a chunk of tokens at a time, and with them, while they are at hand, the
+gradients. What is kept for the backward pass is as large as the model's output and its matrix.
+
+Letters: B batch, T tokens, N = B*T, C tokens of a chunk, D d_model, V vocab_size.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.linear import Linear
 
 IGNORE_INDEX = -100
 
+# Of a chunk's logits in float32. On a GPU a chunk must fill the device, and each costs a pass over
+# the gradient of the output's matrix; on a CPU it should stay in the caches.
+GPU_CHUNK_BYTES = 256 * 2**20
+CPU_CHUNK_BYTES = 4 * 2**20
+TILE = 128
+MIN_CHUNK = 2 * TILE  # tokens: below, passes over the matrix cost more than those over the logits
+
+# What fp16 keeps of a probability is this times it, so that 2^-20 still has all its digits. Sums
+# over the vocabulary stay below fp16's largest number while the weights are below 512.
+FP16_SCALE = 64.0
+
 
 class TokenLosses(NamedTuple):
-    """Sums over the targets that count.
+    """Sums over the targets that count. Only `total` has a gradient.
 
     Attributes:
+        total: () float32, cross_entropy + z_weight * z_loss.
         cross_entropy: () float32, nats.
-        z_loss: () float32, log^2 Z of the output logits (arXiv 2309.14322); 0 if not asked for.
+        z_loss: () float32, log^2 Z of the output logits (arXiv 2309.14322); 0 if z_weight is.
         num_tokens: () int64, targets that are not IGNORE_INDEX.
     """
 
+    total: Tensor
     cross_entropy: Tensor
     z_loss: Tensor
     num_tokens: Tensor
 
 
-def token_losses(logits: Tensor, targets: Tensor, with_z_loss: bool = False) -> TokenLosses:
-    """The losses of a batch, summed over its tokens.
+class Output(Linear):
+    """The matrix before the vocabulary: the logits, or what they cost.
+
+    The losses are computed in here because ZeRO 3 collects a module's weights when it is called.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, targets: Tensor | None = None, z_weight: float = 0.0
+    ) -> Tensor | TokenLosses:
+        """(B, T, D) -> (B, T, V), or with (B, T) int64 targets their `token_losses`."""
+        if targets is None:
+            return super().forward(x)
+        return token_losses(x, self.weight, targets, z_weight)
+
+
+def token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float = 0.0
+) -> TokenLosses:
+    """The losses of the logits hidden @ weight.T, summed over the tokens.
+
+    Logits are rounded to their type; softmax and sums are float32 (of float64, float64).
 
     Args:
-        logits: (B, T, V) of any float dtype; the softmax is float32.
+        hidden: (B, T, D) of any float dtype.
+        weight: (V, D) of the same.
         targets: (B, T) int64; IGNORE_INDEX does not count.
-        with_z_loss: whether to compute it.
+        z_weight: of the z-loss in the total.
     """
-    flat, flat_targets = logits.flatten(0, 1).float(), targets.flatten()
-    total = F.cross_entropy(flat, flat_targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    counted = flat_targets != IGNORE_INDEX
-    z_loss = torch.zeros_like(total)
-    if with_z_loss:
-        z_loss = (flat.logsumexp(-1).square() * counted).sum()
-    return TokenLosses(total, z_loss, counted.sum())
+    has_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    counted = targets.flatten() != IGNORE_INDEX
+    total, cross_entropy, z_loss = _LinearCrossEntropy.apply(
+        hidden.flatten(0, 1), weight, targets.flatten(), counted, z_weight, has_gradients
+    )
+    return TokenLosses(total, cross_entropy, z_loss, counted.sum())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """(total, cross_entropy, z_loss), each () float32, of flat tokens.
+
+    The total has a single upstream gradient, so the forward pass, which has the logits, computes
+    what the backward pass only multiplies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        counted: Tensor,
+        z_weight: float,
+        has_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        log_z = torch.empty(len(hidden), 1, dtype=wide, device=hidden.device)
+        target_logits = torch.empty_like(log_z)
+        hidden_grad = weight_grad = None
+        if has_gradients:
+            hidden_grad = torch.empty_like(hidden)
+            # Wide: it is a sum over chunks, and in fp16 that over tokens could overflow.
+            weight_grad = torch.zeros_like(weight, dtype=wide)
+        ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
+        counted = counted.unsqueeze(-1)  # (N, 1)
+        targets = targets.unsqueeze(-1).masked_fill(~counted, 0)
+        chunk_len = _chunk_len(hidden, weight)
+        all_logits = hidden.new_empty(chunk_len, len(weight))
+        all_probs = all_logits if wide == hidden.dtype else torch.empty_like(all_logits, dtype=wide)
+        for first in range(0, len(hidden), chunk_len):
+            chunk = slice(first, first + chunk_len)
+            h, target = hidden[chunk], targets[chunk]
+            logits, probs = all_logits[: len(h)], all_probs[: len(h)]  # (C, V)
+            torch.mm(h, weight.t(), out=logits)
+            target_logits[chunk] = logits.gather(1, target)
+            top = logits.amax(-1, keepdim=True).to(wide)
+            total = torch.sub(logits, top, out=probs).exp_().sum(-1, keepdim=True)
+            log_z[chunk] = top + total.log()
+            if hidden_grad is None or weight_grad is None:
+                continue
+            # d(total)/d(logits) in the place of the logits: probabilities times a factor of the
+            # row, less 1 at the target. That difference is rounded, not its terms.
+            factor = (1.0 + 2.0 * z_weight * log_z[chunk]) * ctx.scale
+            prob = (target_logits[chunk] - log_z[chunk]).exp()
+            at_target = (factor * prob - ctx.scale) * counted[chunk]
+            torch.mul(probs, factor / total * counted[chunk], out=logits)
+            logits.scatter_(1, target, at_target.to(logits.dtype))
+            torch.mm(logits, weight, out=hidden_grad[chunk])
+            _add_product(weight_grad, logits.t(), h)
+        cross_entropy = ((log_z - target_logits) * counted).sum()
+        z_loss = torch.zeros_like(cross_entropy)
+        if z_weight:
+            z_loss = (log_z.square() * counted).sum()
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(cross_entropy, z_loss)
+        return cross_entropy + z_weight * z_loss, cross_entropy, z_loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        # A float32 matrix, not a number, so that torch multiplies in float32: a loss scale is too
+        # large for fp16, and bf16 would round all gradients alike.
+        factor = (upstream / ctx.scale).view(1, 1)
+        return (
+            torch.mul(hidden_grad, factor, out=torch.empty_like(hidden_grad)),
+            torch.mul(weight_grad, factor, out=torch.empty_like(weight_grad, dtype=ctx.dtype)),
+            *(None,) * 4,
+        )
+
+
+def _chunk_len(hidden: Tensor, weight: Tensor) -> int:
+    """Tokens of a chunk: as many in each, but for the last, in multiples of a matmul's tile."""
+    num_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
+    largest = max(MIN_CHUNK, num_bytes // (4 * len(weight)))
+    num_chunks = math.ceil(len(hidden) / largest)
+    return min(len(hidden), math.ceil(len(hidden) / num_chunks / TILE) * TILE)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, the product of two low-precision matrices in total's float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -14,7 +14,7 @@ from models.attention import Cache, CrossAttention, LayerCache, SelfAttention, a
 from models.config import ModelConfig
 from models.feed_forward import FeedForward
 from models.init import RandomSource
-from models.linear import Linear
+from models.losses import Output, TokenLosses
 from models.moe import MoE, RoutingStats
 from models.multiway import Multiway, per_modality
 from models.norms import NORM_STYLES, Depths, Residual, Sublayer, layer_norm
@@ -39,6 +39,18 @@ class ModelOutput(NamedTuple):
     """
 
     logits: Tensor
+    routing: list[RoutingStats]
+
+
+class ModelLosses(NamedTuple):
+    """What the logits cost, in the place of ModelOutput where a model is given targets.
+
+    Attributes:
+        losses: sums over the targets that count.
+        routing: as in ModelOutput.
+    """
+
+    losses: TokenLosses
     routing: list[RoutingStats]
 
 
@@ -223,9 +235,9 @@ class Transformer(nn.Module):
         )
         ends_with_norm = NORM_STYLES[config.norm].before
         self.final_norm = layer_norm(d_model, norm_eps, config.multiway) if ends_with_norm else None
-        self.output: nn.Linear | None = None
+        self.output: Output | None = None
         if has_output and config.output_projection:
-            self.output = Linear(d_model, config.vocab_size, bias=False)
+            self.output = Output(d_model, config.vocab_size, bias=False)
             if config.tie_embeddings:
                 self.output.weight = self.embedding.weight
 
@@ -276,8 +288,10 @@ class Transformer(nn.Module):
         memory_padding: Tensor | None = None,
         sample_keys: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> ModelOutput:
-        """Logits at every position.
+        targets: Tensor | None = None,
+        z_weight: float = 0.0,
+    ) -> ModelOutput | ModelLosses:
+        """Logits at every position, or with targets what they cost.
 
         Args:
             tokens: (B, T) int64; None if token_embeddings are given.
@@ -290,6 +304,8 @@ class Transformer(nn.Module):
             sample_keys: (B,) int64, what the routers' noise in training is a function of, one for
                 each sample of each step; None: drawn from torch's generator.
             cache: of the positions before these; it grows by T.
+            targets: (B, T) int64, see `models.losses.token_losses`; None: logits are wanted.
+            z_weight: of the z-loss in the total of the losses.
 
         Raises:
             ValueError: if the positions exceed the model's maximum.
@@ -317,6 +333,9 @@ class Transformer(nn.Module):
             cache.length += x.size(1)
         if self.final_norm is not None:
             x = per_modality(self.final_norm, x, split_position)
+        if targets is not None:
+            assert self.output is not None, "features without an output have no losses"
+            return ModelLosses(self.output(x, targets, z_weight), routing)
         return ModelOutput(x if self.output is None else self.output(x), routing)
 
     def embed(
@@ -442,8 +461,10 @@ class EncoderDecoder(nn.Module):
         target_padding: Tensor | None = None,
         *,
         sample_keys: Tensor | None = None,
-    ) -> ModelOutput:
-        """Logits of the token after each target position.
+        targets: Tensor | None = None,
+        z_weight: float = 0.0,
+    ) -> ModelOutput | ModelLosses:
+        """Logits of the token after each target position, or with targets what they cost.
 
         Args:
             source: (B, S) int64.
@@ -451,16 +472,20 @@ class EncoderDecoder(nn.Module):
             source_padding: (B, S) bool, True at padding.
             target_padding: (B, T) bool, True at padding.
             sample_keys: (B,) int64, see Transformer.
+            targets: (B, T) int64, see Transformer.
+            z_weight: see Transformer.
         """
         memory, routing = self.encoder(source, source_padding, sample_keys=sample_keys)
-        logits, more = self.decoder(
+        found = self.decoder(
             target,
             target_padding,
             memory=memory,
             memory_padding=source_padding,
             sample_keys=sample_keys,
+            targets=targets,
+            z_weight=z_weight,
         )
-        return ModelOutput(logits, routing + more)
+        return found._replace(routing=routing + found.routing)
 
 
 def build_model(

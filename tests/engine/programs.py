@@ -136,10 +136,8 @@ def evaluated(engine: Any, batch: list[tuple[tuple[torch.Tensor, ...], torch.Ten
     """The cross entropy of a batch of all ranks, in evaluation mode."""
     import deepspeed.comm as dist
 
-    from models.losses import token_losses
-
     model = engine.module.eval()
-    sums = [token_losses(model(*inputs).logits, targets) for inputs, targets in batch]
+    sums = [model(*inputs, targets=targets).losses for inputs, targets in batch]
     model.train()
     totals = torch.stack([sum(s.cross_entropy for s in sums), sum(s.num_tokens for s in sums)])
     dist.all_reduce(totals)

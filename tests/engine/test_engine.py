@@ -9,9 +9,10 @@ from engine.config import LRSchedule
 from engine.engine import LossWeights, StepResult, lr_factor, parameter_groups, train_step
 from models.config import ModelConfig
 from models.deepspeed_moe import moe_class
+from models.losses import token_losses
 from models.moe import RoutingStats
 from models.moe_config import MoEConfig
-from models.transformer import ModelOutput, build_model
+from models.transformer import ModelLosses, ModelOutput, build_model
 from tests.ranks import run_on_ranks
 
 POLYNOMIAL = LRSchedule(type="polynomial", warmup_steps=10, total_steps=110, power=1.0, end_lr=1e-4)
@@ -101,12 +102,20 @@ class FakeEngine:
         self.outputs, self.minimised = outputs, []
         self.seen: list[dict[str, Any]] = []
 
-    def __call__(self, tokens: torch.Tensor, sample_keys: torch.Tensor) -> ModelOutput:
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        sample_keys: torch.Tensor,
+        targets: torch.Tensor,
+        z_weight: float,
+    ) -> ModelLosses:
         has_gradients = torch.is_grad_enabled()
         self.seen.append(
             {"keys": sample_keys.tolist(), "draw": torch.rand(()), "has_gradients": has_gradients}
         )
-        return self.outputs[int(tokens)]
+        logits, routing = self.outputs[int(tokens)]
+        identity = torch.eye(logits.size(-1))
+        return ModelLosses(token_losses(logits, identity, targets, z_weight), routing)
 
     def get_lr(self) -> list[float]:
         return [0.5]

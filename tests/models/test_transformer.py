@@ -12,11 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import data.packed_lm
 from models.attention import CrossAttention, SelfAttention
 from models.config import ModelConfig
 from models.cost import flops_per_token, num_parameters
-from models.losses import IGNORE_INDEX, token_losses
+from models.losses import IGNORE_INDEX
 from models.moe import SparseFeedForward
 from models.transformer import (
     EncoderDecoder,
@@ -380,8 +379,7 @@ def test_a_sequence_of_padding_alone_stays_finite(
     output = run(model, tokens, padding, None, source_padding)
     assert output.logits.dtype == dtype
     assert output.logits.isfinite().all()
-    loss, _, _ = token_losses(output.logits[1:], tokens[1:])
-    loss.backward()
+    F.cross_entropy(output.logits[1:].flatten(0, 1).float(), tokens[1:].flatten()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
@@ -495,7 +493,7 @@ def test_a_sequence_that_is_too_long_is_refused(
 def gradients(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     logits, routing = run(model, tokens, padded(3, T))
-    loss = token_losses(logits, tokens).cross_entropy
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
     for stats in routing:
         loss = loss + stats.aux_loss + stats.z_loss
     loss.backward()
@@ -539,9 +537,11 @@ def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
     model = build_model(config(d_model=256, d_ff=256, vocab_size=500, num_layers=1), seed=0)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(500, (16, 13), generator=generator)
-    total, _, count = token_losses(model(tokens[:, :-1]).logits, tokens[:, 1:])
+    losses = model(tokens[:, :-1], targets=tokens[:, 1:]).losses
     # Logits of variance s^2 = 256 * 0.02^2 add s^2 / 2 = 0.05 to ln V.
-    assert (total / count).item() == pytest.approx(math.log(500) + 0.05, abs=0.05)
+    assert (losses.total / losses.num_tokens).item() == pytest.approx(
+        math.log(500) + 0.05, abs=0.05
+    )
 
 
 COUNTED: list[dict] = [
@@ -623,48 +623,6 @@ def test_flops_grow_with_top_k_and_not_with_the_number_of_experts() -> None:
     assert flops(num_experts=1, top_k=1) == flops_per_token(config(), T) + 6 * 16
 
 
-@pytest.mark.parametrize("with_z_loss", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_losses_equal_a_loop_in_float64(dtype: torch.dtype, with_z_loss: bool) -> None:
-    logits = (5 * torch.randn(3, T, VOCAB, generator=torch.Generator().manual_seed(1))).to(dtype)
-    targets = token_ids(3)
-    targets[0, 4:] = IGNORE_INDEX
-    targets[2] = IGNORE_INDEX
-    losses = token_losses(logits, targets, with_z_loss)
-    cross_entropy = z_loss = 0.0
-    for b, t in [(b, t) for b in range(3) for t in range(T) if targets[b, t] != IGNORE_INDEX]:
-        numbers = [math.exp(value) for value in logits[b, t].double().tolist()]
-        cross_entropy -= math.log(numbers[targets[b, t]] / sum(numbers))
-        z_loss += math.log(sum(numbers)) ** 2
-    assert losses.cross_entropy.dtype == losses.z_loss.dtype == torch.float32
-    assert losses.cross_entropy.item() == pytest.approx(cross_entropy, rel=1e-5)
-    assert losses.z_loss.item() == pytest.approx(z_loss if with_z_loss else 0.0, rel=1e-5)
-    assert losses.num_tokens.item() == 4 + T
-    ours = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="sum")
-    assert cross_entropy == pytest.approx(ours.item(), rel=1e-12)
-
-
-def test_the_z_loss_has_the_gradient_of_its_formula() -> None:
-    logits = torch.randn(1, 2, VOCAB, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    targets = torch.tensor([[3, IGNORE_INDEX]])
-    token_losses(logits, targets, with_z_loss=True).z_loss.backward()
-    log_z = logits[0, 0].detach().exp().sum().log()
-    expected = 2 * log_z * logits[0, 0].detach().softmax(-1)
-    torch.testing.assert_close(logits.grad[0, 0], expected)
-    assert not logits.grad[0, 1].any()
-
-
-@pytest.mark.parametrize("with_z_loss", [False, True])
-def test_a_batch_without_targets_has_loss_0_and_count_0(with_z_loss: bool) -> None:
-    targets = torch.full((1, T), IGNORE_INDEX)
-    losses = token_losses(torch.randn(1, T, VOCAB), targets, with_z_loss)
-    assert [value.item() for value in losses] == [0.0, 0.0, 0]
-
-
-def test_data_and_model_ignore_the_same_targets() -> None:
-    assert data.packed_lm.IGNORE_INDEX == IGNORE_INDEX
-
-
 def train(model: nn.Module, steps: int, loss_of: object) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
@@ -682,9 +640,9 @@ def test_a_decoder_learns_to_copy_the_previous_token() -> None:
 
     def loss_of(step: int) -> tuple[Tensor, Tensor]:
         tokens = token_ids(16, 10, seed=step)
-        logits, routing = model(tokens)
-        total, _, count = token_losses(logits[:, 1:], tokens[:, :-1])
-        return total / count, 0.01 * routing[0].aux_loss
+        targets = torch.cat([torch.full((16, 1), IGNORE_INDEX), tokens[:, :-1]], dim=1)
+        losses, routing = model(tokens, targets=targets)
+        return losses.total / losses.num_tokens, 0.01 * routing[0].aux_loss
 
     losses = train(model, 60, loss_of)
     assert losses[0] > 0.9 * math.log(VOCAB)
@@ -700,8 +658,8 @@ def test_an_encoder_decoder_learns_to_copy_the_source(kind: str) -> None:
     def loss_of(step: int) -> tuple[Tensor, Tensor]:
         source = token_ids(16, 5, seed=step)
         target = torch.cat([torch.zeros(16, 1, dtype=torch.int64), source[:, :-1]], dim=1)
-        total, _, count = token_losses(model(source, target).logits, source)
-        return total / count, torch.zeros(())
+        losses = model(source, target, targets=source).losses
+        return losses.total / losses.num_tokens, torch.zeros(())
 
     losses = train(model, 150, loss_of)
     assert losses[0] > 0.9 * math.log(VOCAB)
