@@ -83,6 +83,11 @@ def _way_out(train: int, sizes: BatchSizes, unit: int, world_size: int | None) -
     """Sizes that do fit."""
     if None not in sizes and world_size is not None:
         assert sizes.micro is not None
+        assert sizes.accumulation is not None
+        if train % (sizes.accumulation * world_size) == 0:
+            # The one that has no influence on the numbers: a run goes on with it on other ranks.
+            share = train // (sizes.accumulation * world_size)
+            return f"{MICRO} {share}, or leave it out"
         even = train % (sizes.micro * world_size) == 0
         return f"{TRAIN} {unit}, or leave out {ACCUMULATION if even else TRAIN}"
     ranks = "" if world_size is None else _ranks_near(train, sizes, world_size)

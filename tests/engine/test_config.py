@@ -400,6 +400,11 @@ def test_a_refused_batch_proposes_sizes_that_fit(
         full = filled(sizes, world_size)
         assert full.train == full.micro * full.accumulation * world_size  # type: ignore[operator]
         return
+    if "or leave it out" in problems[0].text:
+        micro_alone = problems[0].text.split("use train_micro_batch_size_per_gpu ")[1]
+        assert batch_problems(sizes._replace(micro=int(micro_alone.split(",")[0])), world_size) == []
+        assert batch_problems(sizes._replace(micro=None), world_size) == []
+        return
     proposal = problems[0].text.split("use train_batch_size ")[1].split(", or")[0]
     for number in proposal.split(" or "):
         assert batch_problems(sizes._replace(train=int(number)), world_size) == []
@@ -413,6 +418,11 @@ def test_a_refused_batch_proposes_sizes_that_fit(
     if problems[0].text.endswith(("rank", "ranks")):
         for number in problems[0].text.split(", or ")[-1].split()[:-1:2]:
             assert batch_problems(sizes, int(number)) == []
+
+
+def test_on_other_ranks_the_batch_and_its_accumulation_steps_can_stay() -> None:
+    (problem,) = batch_problems(BatchSizes(8, 2, 2), 1)
+    assert problem.text.endswith("use train_micro_batch_size_per_gpu 4, or leave it out")
 
 
 @pytest.mark.parametrize(
