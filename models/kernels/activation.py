@@ -173,12 +173,19 @@ class Activation(NamedTuple):
 
 
 def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int]:
-    """Rows and columns of a program's step, and its warps: a norm needs whole rows."""
+    """Rows and columns of a program's step, and its warps: a norm needs whole rows.
+
+    Found on an H100 at d_ff 4096, and constants: the order of the sums decides the last bits.
+    """
+    columns = triton.next_power_of_2(d_ff)
     if norm:
-        columns = triton.next_power_of_2(d_ff)
-        warps = min(16, max(4, columns // 512)) if backward else min(8, max(4, columns // 512))
-        return {"R": 1 if columns > 2048 else 2, "COLUMNS": columns, "num_warps": warps}
-    return {"R": 8, "COLUMNS": min(512, triton.next_power_of_2(d_ff)), "num_warps": 4}
+        return {
+            "R": 2 if backward else 1,
+            "COLUMNS": columns,
+            "num_warps": min(16, max(4, columns // 256)),
+        }
+    columns = min(1024, columns)
+    return {"R": min(TILE_ROWS, 2048 // columns), "COLUMNS": columns, "num_warps": 4}
 
 
 def forward(x: Tensor, activation: Activation, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

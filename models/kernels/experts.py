@@ -10,7 +10,6 @@ from torch import Tensor
 
 from models.kernels import activation
 from models.kernels.activation import Activation
-from models.kernels.matmul import matmul_activation, matmul_activation_backward
 
 
 class SparseNetwork(torch.autograd.Function):
@@ -46,14 +45,9 @@ class SparseNetwork(torch.autograd.Function):
         Returns:
             (A, D).
         """
-        means = scales = None
-        if _fused(rows, gain):
-            x, h = matmul_activation(rows, w1, b1, offsets, name)
-        else:
-            x = torch._grouped_mm(rows, w1, offs=offsets)
-            h, means, scales = activation.forward(
-                x, Activation(name, b1, gain, shift, eps), offsets
-            )
+        x = torch._grouped_mm(rows, w1, offs=offsets)
+        between = Activation(name, b1, gain, shift, eps)
+        h, means, scales = activation.forward(x, between, offsets)
         ctx.save_for_backward(rows, w1, b1, gain, shift, w2, offsets, x, h, means, scales)
         ctx.name, ctx.eps = name, eps
         return torch._grouped_mm(h, w2, offs=offsets)
@@ -62,21 +56,11 @@ class SparseNetwork(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """(A, D) -> gradients of rows, w1, b1, gain, shift and w2."""
         rows, w1, b1, gain, shift, w2, offsets, x, h, means, scales = ctx.saved_tensors
-        grad, grad_gain, grad_shift = grad.contiguous(), None, None
+        grad = grad.contiguous()
         grad_w2 = torch._grouped_mm(h.t(), grad, offs=offsets)
-        if _fused(rows, gain):
-            grad_x, grad_b1 = matmul_activation_backward(grad, w2, x, b1, offsets, ctx.name)
-        else:
-            grad_h = torch._grouped_mm(grad, w2.transpose(1, 2), offs=offsets)
-            between = Activation(ctx.name, b1, gain, shift, ctx.eps)
-            grad_x, grad_b1, grad_gain, grad_shift = activation.backward(
-                grad_h, x, between, offsets, means, scales
-            )
+        grad_h = torch._grouped_mm(grad, w2.transpose(1, 2), offs=offsets)
+        between = Activation(ctx.name, b1, gain, shift, ctx.eps)
+        grad_x, *grads = activation.backward(grad_h, x, between, offsets, means, scales)
         grad_w1 = torch._grouped_mm(rows.t(), grad_x, offs=offsets)
         grad_rows = torch._grouped_mm(grad_x, w1.transpose(1, 2), offs=offsets)
-        return grad_rows, grad_w1, grad_b1, grad_gain, grad_shift, grad_w2, None, None, None
-
-
-def _fused(rows: Tensor, gain: Tensor | None) -> bool:
-    """Whether the activation is done by the matrix product: a norm needs whole rows first."""
-    return gain is None and rows.element_size() == 2 and rows.size(1) % 64 == 0
+        return grad_rows, grad_w1, *grads, grad_w2, None, None, None

@@ -402,7 +402,9 @@ def test_a_refused_batch_proposes_sizes_that_fit(
         return
     if "or leave it out" in problems[0].text:
         micro_alone = problems[0].text.split("use train_micro_batch_size_per_gpu ")[1]
-        assert batch_problems(sizes._replace(micro=int(micro_alone.split(",")[0])), world_size) == []
+        assert (
+            batch_problems(sizes._replace(micro=int(micro_alone.split(",")[0])), world_size) == []
+        )
         assert batch_problems(sizes._replace(micro=None), world_size) == []
         return
     proposal = problems[0].text.split("use train_batch_size ")[1].split(", or")[0]
