@@ -25,7 +25,7 @@ _INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
-def activated(x, ACTIVATION: tl.constexpr):
+def _activated(x, ACTIVATION: tl.constexpr):
     """act(x), float32."""
     if ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.math.erf(x * _INV_SQRT_2))
@@ -36,7 +36,7 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def slope(x, ACTIVATION: tl.constexpr):
+def _slope(x, ACTIVATION: tl.constexpr):
     """act'(x), float32; relu's at 0 is 0, as torch has it."""
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(x * _INV_SQRT_2))
@@ -82,7 +82,7 @@ def _forward_kernel(
             mask = (row < end)[:, None] & is_column[None, :]
             at = row.to(tl.int64)[:, None] * F + column[None, :]
             value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b[None, :]
-            value = activated(value, ACTIVATION)
+            value = _activated(value, ACTIVATION)
             if NORM:
                 value = tl.where(is_column[None, :], value, 0.0)
                 mean = tl.sum(value, 1) / F
@@ -137,7 +137,7 @@ def _backward_kernel(
             if NORM:
                 mean = tl.load(means + row, mask=row < end, other=0.0)
                 scale = tl.load(scales + row, mask=row < end, other=0.0)
-                normed = (activated(value, ACTIVATION) - mean[:, None]) * scale[:, None]
+                normed = (_activated(value, ACTIVATION) - mean[:, None]) * scale[:, None]
                 normed = tl.where(mask, normed, 0.0)
                 sum_shift += tl.sum(grad, 0)
                 sum_gain += tl.sum(grad * normed, 0)
@@ -145,7 +145,7 @@ def _backward_kernel(
                 along = tl.sum(grad * normed, 1) / F
                 grad = grad - tl.sum(grad, 1)[:, None] / F - normed * along[:, None]
                 grad *= scale[:, None]
-            grad = tl.where(mask, grad * slope(value, ACTIVATION), 0.0)
+            grad = tl.where(mask, grad * _slope(value, ACTIVATION), 0.0)
             sum_bias += tl.sum(grad, 0)
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
         where = tile.to(tl.int64) * F + column
