@@ -225,11 +225,16 @@ def test_a_gpu_finds_the_same(
     expected, hidden_grad, weight_grad = expected_of(hidden, weight, targets, z_weight)
     h, w = (tensor.detach().cuda().requires_grad_() for tensor in (hidden, weight))
     found = token_losses(h, w, targets.cuda(), z_weight)
-    found.total.backward()
+    upstream = 1.003  # 1 in bf16, which must not round it
+    (upstream * found.total).backward()
     # The logits may be rounded to the other side of those on a CPU.
     assert found.total.item() == pytest.approx(expected.total.item(), rel=ROUNDING[dtype])
-    assert_near(h.grad.cpu(), hidden_grad, 2 * ROUNDING[dtype])
-    assert_near(w.grad.cpu(), weight_grad, 2 * ROUNDING[dtype])
+    for tensor, expected_grad in ((h, hidden_grad), (w, weight_grad)):
+        assert tensor.grad is not None
+        gradient = tensor.grad.cpu().double()
+        assert_near(gradient, upstream * expected_grad, 2 * ROUNDING[dtype])
+        along = (gradient * expected_grad).sum() / expected_grad.square().sum()
+        assert along.item() == pytest.approx(upstream, abs=2e-3), "rounded alike"
 
 
 MODELS: dict[str, dict[str, Any]] = {
