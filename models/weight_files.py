@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_SHARDS = "model-*-of-*.safetensors"
 
 # safetensors' names of the types, in the order in which it lays tensors into a file.
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -106,8 +107,23 @@ def grouped(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds model.safetensors, whole or in shards."""
-    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
+    """Whether a folder holds model.safetensors, whole or in shards, if only a part of them."""
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)) or any(
+        folder.glob(_SHARDS)
+    )
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file from outside holds.
+
+    Raises:
+        ValueError: if it holds no JSON, or nests too deeply to be read.
+        OSError: if it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("its lists or objects nest too deeply") from None
 
 
 def write_files(
@@ -254,15 +270,24 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return dict.fromkeys(_open(folder / WEIGHTS_FILE).keys(), WEIGHTS_FILE)
     index = folder / INDEX_FILE
     try:
-        places = json.loads(index.read_text())["weight_map"]
-        if not isinstance(places, dict) or not all(
-            isinstance(file, str) and Path(file).name == file for file in places.values()
-        ):
-            raise ValueError("weight_map does not map names to files beside it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        held = read_json(index)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{index} is missing, which says what lies in which shard: copy it again, or convert "
+            "it again"
+        ) from None
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{index} cannot be read ({error}): copy it again, or convert it again"
         ) from error
+    places = held.get("weight_map") if isinstance(held, dict) else None
+    if not isinstance(places, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in places.values()
+    ):
+        raise ValueError(
+            f"{index} has no object weight_map of tensors' names and the files beside it: copy it "
+            "again, or convert it again"
+        )
     return places
 
 

@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from models.config import ModelConfig
@@ -28,11 +30,13 @@ from models.weight_files import (
     has_weights,
     in_memory,
     open_files,
+    read_json,
     unwatched,
     write_files,
 )
 
 CONFIG_FILE = "config.json"
+_SHOWN_CHARACTERS = 60  # of a wrong value
 
 
 def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -167,15 +171,32 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
                 "that launchers.convert has written"
             )
     try:
-        about = json.loads((folder / CONFIG_FILE).read_text())
+        about = read_json(folder / CONFIG_FILE)
+        if not isinstance(about, dict) or not isinstance(about.get("model"), dict):
+            raise ValueError("it has no key model with an object")
         config = ModelConfig.model_validate_json(json.dumps(about.pop("model")))
         if config.vocab_size is None:
-            raise ValueError("vocab_size is null")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, not a model's
+            raise ValueError("model.vocab_size is null, and must be a number")
+    except ValueError as error:
+        problem = first_problem(error, "model") if isinstance(error, ValidationError) else error
         raise ValueError(
-            f"{folder / CONFIG_FILE} does not describe a model ({error}): convert it again"
+            f"{folder / CONFIG_FILE} does not describe a model ({problem}): convert it again"
         ) from error
     return config, about
+
+
+def first_problem(error: ValidationError, section: str) -> str:
+    """The first thing that is wrong with a section of a JSON: key, value and rule."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, (section, *first["loc"])))
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{key} is not a key that this version knows"
+    if first["type"] == "value_error":  # a rule of ours, which names key and value
+        return f"{section}: {first['ctx']['error']}"
+    value = shorten(json.dumps(first["input"]), _SHOWN_CHARACTERS)
+    return f"{key}={value}: {first['msg'].replace('Input', 'it', 1)}"
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
