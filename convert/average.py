@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convert.folders import open_whole, require_new, vocabulary_file, write_folder
+from convert.folders import open_whole, vocabulary_file, write_folder
+from convert.out_folder import require_new
 from convert.report import how_to_load
 from convert.sources import Source, is_run
 from data.errors import UserError
@@ -31,7 +32,8 @@ def average(
         UserError: for sources that cannot be read, are damaged, too few, named twice or of
             different models or vocabularies, or a folder that holds something.
     """
-    require_new(out)
+    for path in paths:
+        require_new(out, path)
     sources = [open_whole(path, out) for path in _expanded(paths, last)]
     if len(sources) < 2:
         raise UserError(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from convert.out_folder import require_new
 from convert.report import how_to_load
 from data.errors import UserError
 from engine.starting_weights import read_model
@@ -18,6 +19,7 @@ def fold_admin(source: Path, out: Path) -> list[str]:
         UserError: for a source that cannot be read, a model of another norm, or a folder that
             holds something.
     """
+    require_new(out, source)
     config, tensors = read_model(source)
     try:
         folded_config, folded = admin.fold_admin(config, tensors)

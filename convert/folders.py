@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from convert.out_folder import require_new
 from convert.progress import watched
 from convert.sources import Source, open_source, source_of
 from data.errors import UserError
@@ -16,7 +17,7 @@ from engine.checkpoint_files import require_whole
 from engine.trained_run import choose_checkpoint
 from models.config import ModelConfig
 from models.weight_files import LazyTensors
-from models.weights import require_free, write_weights
+from models.weights import write_weights
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -26,31 +27,19 @@ def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> Source:
 
     Args:
         path: see `open_source`.
-        out: must not exist, or be empty.
+        out: see `require_new`.
         checkpoint: name of a checkpoint of the run; None: the newest complete one.
 
     Raises:
         UserError: see `open_source`; or if a file is damaged, or the folder holds something.
     """
-    require_new(out)
+    require_new(out, path)
     source = (
         open_source(path) if checkpoint is None else source_of(choose_checkpoint(path, checkpoint))
     )
     if source.checkpoint is not None:
         require_whole(source.checkpoint)
     return source
-
-
-def require_new(out: Path) -> None:
-    """Refuse an --out that holds something.
-
-    Raises:
-        UserError: naming it.
-    """
-    try:
-        require_free(out)
-    except ValueError as error:
-        raise UserError(f"{error} with --out") from None
 
 
 def write_folder(

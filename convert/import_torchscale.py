@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from convert.checkpoint_files import Checkpoint, are_equal, read_checkpoint, read_options
+from convert.out_folder import require_new
 from convert.report import how_to_load
 from convert.torchscale_options import (
     CLASSES,
@@ -33,7 +34,7 @@ from convert.torchscale_weights import (
 )
 from data.errors import UserError
 from models.config import ModelConfig
-from models.weights import check_tensors, load_model, require_free, save_weights, tensor_shapes
+from models.weights import check_tensors, load_model, save_weights, tensor_shapes
 
 # What names of tensors give away as something that Magnetar has no module for.
 _FOREIGN = (
@@ -82,15 +83,12 @@ def import_torchscale(
 
     Args:
         paths: see `read_checkpoint`.
-        out: must not exist, or be empty.
+        out: see `require_new`.
         options_path: a JSON of TorchScale's options, for a file that holds none; where the file
             holds some, these replace them one by one.
         trust: let the files run code.
     """
-    try:
-        require_free(out)
-    except ValueError as error:
-        raise UserError(f"{error} with --out") from None
+    require_new(out)
     given = None if options_path is None else read_options(options_path)
     num_experts = (given or {}).get("moe_expert_count")
     checkpoint = read_checkpoint(

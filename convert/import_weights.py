@@ -2,20 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import torch
 
-from convert.folders import require_new
+from convert.out_folder import require_new
 from convert.progress import watched
 from convert.report import how_to_start, how_to_train_on
 from convert.run_folders import config_in, equal_bits
 from convert.sources import read_folder
 from data.errors import UserError
-from data.tokenizer import TokenizerFile
 from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from engine.checkpoint import part_name
-from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece, sha256
+from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece
 from engine.config import RunConfig
 from engine.exported_run import RUN_KEY, ExportedRun, exported_run
 from models.weight_files import LazyTensors, as_type, grouped
@@ -36,7 +34,7 @@ def import_weights(path: Path, out: Path) -> list[str]:
             or of another model, a file is damaged or of another vocabulary, or the folder holds
             something.
     """
-    require_new(out)
+    require_new(out, path)
     model, tensors, about = read_folder(path)
     if RUN_KEY not in about:
         raise UserError(
@@ -45,7 +43,6 @@ def import_weights(path: Path, out: Path) -> list[str]:
             f"{how_to_start(path, {})}"
         )
     run, config = exported_run(path, model, about)
-    _require_vocabulary(path, run)
     tensors = as_type(tensors, torch.float32)
     with appearing_whole(out) as folder:
         (folder / "checkpoints").mkdir()
@@ -71,20 +68,6 @@ def _num_ranks(config: RunConfig) -> int:
     return train // (micro * accumulation)
 
 
-def _require_vocabulary(folder: Path, run: ExportedRun) -> None:
-    """Refuse a vocabulary beside the weights that is not the run's.
-
-    Raises:
-        UserError: naming its file.
-    """
-    for file in (folder / name for name in get_args(TokenizerFile)):
-        if file.is_file() and sha256(file) != run.tokenizer_fingerprint:
-            raise UserError(
-                f"{file} is not the vocabulary that the run was trained with (its sha256 differs): "
-                "copy the folder again, or export it again"
-            )
-
-
 def _write_checkpoint(folder: Path, run: ExportedRun, tensors: LazyTensors) -> Checkpoint:
     writer = CheckpointWriter(folder / "checkpoints" / f"step_{run.step:08d}")
     sizes = {name: spec.num_bytes for name, spec in tensors.specs.items()}
@@ -100,6 +83,6 @@ def _write_checkpoint(folder: Path, run: ExportedRun, tensors: LazyTensors) -> C
     next(coming, None)  # the last one has been written
     about = run.model_dump() | {
         "layout": {"world_size": len(parts), "ep_size": 1, "zero_stage": 0},
-        "optimizer": run.optimizer | {"step": 0},
+        "optimizer": run.optimizer.model_dump() | {"step": 0},
     }
     return writer.commit(parts, tensors.shapes, about)

@@ -27,6 +27,7 @@ from engine.checkpoint_files import (
     Checkpoint,
     checkpoint_folders,
     damaged_files,
+    instead_of,
     read_checkpoint,
     sha256,
 )
@@ -198,7 +199,7 @@ def require_undamaged(contents: Contents) -> None:
         UserError: naming each.
     """
     if contents.damaged:
-        raise UserError("\n  ".join([*contents.damaged, "use another checkpoint"]))
+        raise UserError("\n  ".join([*contents.damaged, instead_of(Path(contents.path))]))
 
 
 def _source(path: Path) -> Source:

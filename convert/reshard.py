@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.expert_tensors import experts_of_layers, place_of
-from convert.folders import require_new
+from convert.out_folder import require_new
 from convert.progress import watched
 from convert.report import how_to_train_on
 from convert.run_folders import config_in, equal_bits
@@ -51,7 +51,7 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
         UserError: for a source that cannot be read or is damaged, a layout that cannot hold the
             model, a folder that holds something, or a disk that does not take the files.
     """
-    require_new(out)
+    require_new(out, path)
     checkpoint = find_checkpoint(path)
     source = source_of(checkpoint)
     config = _config_for(checkpoint, source.config, layout, gpu_memory)
@@ -68,10 +68,11 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
             f"{out} cannot be written ({error.strerror or error}): free some space, lift a "
             "limit on the size of files (ulimit -f), or name another folder"
         ) from None
+    num_files = len(written.manifest["files"])
     return [
         f"read      {checkpoint.path}, {_layout_words(checkpoint)}",
         f"wrote     {out / 'checkpoints' / written.path.name}, {_layout_words(written)}, "
-        f"{len(written.manifest['files'])} files, read back and compared",
+        f"{num_files} file{'s' * (num_files > 1)}, read back and compared",
         f"train on  {how_to_train_on(out / 'config.json', layout.world_size)}",
     ]
 

@@ -107,7 +107,7 @@ def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> M
 
     Raises:
         UserError: if a dense layer would stand where `moe.every` wants a MoE layer, or the other
-            way round.
+            way round, or no MoE layer would remain.
     """
     moe = config.moe
     changes: dict[str, Any] = {"num_layers": len(next(iter(chosen.values())))}
@@ -125,6 +125,15 @@ def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> M
                     "choose layers that fit, or make the model dense first with `python -m "
                     "launchers.convert densify`"
                 )
+    if moe is not None and not any(
+        config.is_moe_layer(index) for indices in chosen.values() for index in indices
+    ):
+        there = [str(index) for index in range(config.num_layers) if config.is_moe_layer(index)]
+        raise UserError(
+            f"none of the layers that are named is a MoE layer, as {', '.join(there)} are: name "
+            "one of these too, or make the model dense first with `python -m launchers.convert "
+            "densify`"
+        )
     if moe is not None and isinstance(moe.num_experts, list):
         # One number for each MoE layer, the encoder's before the decoder's.
         counts = iter(moe.num_experts)

@@ -15,6 +15,7 @@ from engine.checkpoint_files import (
     newest_checkpoint,
     read_checkpoint,
 )
+from engine.exported_run import RUN_KEY, exported_run
 from models.config import ModelConfig
 from models.weight_files import LazyTensors, Spec, has_weights
 from models.weights import CONFIG_FILE, check_tensors, on_one_rank, open_weights, tensor_shapes
@@ -44,7 +45,7 @@ def open_source(path: Path) -> Source:
     checkpoint's files, and compares their hashes.
 
     Raises:
-        UserError: if it is none of these, or not of this version.
+        UserError: if it is none of these, or not of this version; see also `exported_run`.
     """
     if (path / CONFIG_FILE).is_file() and not is_run(path):
         return _folder_of_weights(path)
@@ -52,7 +53,9 @@ def open_source(path: Path) -> Source:
 
 
 def _folder_of_weights(path: Path) -> Source:
-    config, tensors, _ = read_folder(path)
+    config, tensors, about = read_folder(path)
+    if RUN_KEY in about:
+        exported_run(path, config, about)  # refuses a config that contradicts itself
     return Source(path, on_one_rank(config), tensors)
 
 

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,12 +36,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
+from models.weight_files import read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PARTIAL = "partial_"  # begins the name of what is being written or removed
+_CHECKPOINTS = "checkpoints"  # in a run's folder
 _STEP = re.compile(r"step_\d+")
 
 
@@ -139,7 +142,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     manifest, problem = _read_manifest(path)
     if manifest is None:
-        raise UserError(f"{problem}: use another checkpoint")
+        raise UserError(f"{problem}: {instead_of(path)}")
     return Checkpoint(path, manifest)
 
 
@@ -147,7 +150,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any] | None, str]:
     """A folder's manifest, or what is wrong with it."""
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = read_json(file)
     except FileNotFoundError:
         return None, f"{file} is missing"
     except (OSError, ValueError) as error:
@@ -214,12 +217,22 @@ def require_whole(checkpoint: Checkpoint) -> None:
     """
     damaged = damaged_files(checkpoint)
     if damaged:
-        raise UserError("\n  ".join([*damaged, "use another checkpoint"]))
+        raise UserError("\n  ".join([*damaged, instead_of(checkpoint.path)]))
+
+
+def instead_of(damaged: Path) -> str:
+    """What to do about a damaged checkpoint: use the run's newest other one that is complete."""
+    others: list[Path] = []
+    if damaged.parent.name == _CHECKPOINTS:
+        complete = complete_checkpoints(damaged.parent.parent)
+        others = [checkpoint.path for checkpoint in complete if checkpoint.path != damaged]
+    newest = f": the newest complete one is {others[-1]}" if others else ""
+    return f"use another checkpoint{newest}"
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first, damaged ones included."""
-    folders = (run_dir / "checkpoints").glob("step_*")
+    folders = (run_dir / _CHECKPOINTS).glob("step_*")
     return sorted((p for p in folders if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
@@ -366,15 +379,38 @@ class CheckpointWriter:
         path = self.partial / MANIFEST
         path.write_text(json.dumps(manifest, indent=1) + "\n")
         _flush(path)
-        if self.final.exists():  # the same step, saved again after a resume
-            shutil.rmtree(self.final)
+        self._make_way()
         self.partial.rename(self.final)
         _flush(self.final.parent)
         return read_checkpoint(self.final)
 
+    def _make_way(self) -> None:
+        """Remove the same step, saved before a resume; what else has its name gets another."""
+        path = self.final
+        if not os.path.lexists(path):
+            return
+        if path.is_dir() and not path.is_symlink() and all(map(_is_ours, path.iterdir())):
+            shutil.rmtree(path)
+            return
+        count = 1
+        while os.path.lexists(aside := path.with_name(f"other_{count}_{path.name}")):
+            count += 1
+        path.rename(aside)
+        print(
+            f"warning: {path} holds what no checkpoint does: it is {aside.name} now, and the "
+            "checkpoint has its name",
+            file=sys.stderr,
+            flush=True,
+        )
+
     def abandon(self) -> None:
         """Remove what was written."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a checkpoint's folder can hold such a file."""
+    return path.is_file() and (path.name == MANIFEST or path.suffix == ".safetensors")
 
 
 def _require_whole_tensor(name: str, numel: int, pieces: Sequence[tuple[int, int, str]]) -> None:

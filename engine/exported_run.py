@@ -2,20 +2,39 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, ValidationError
 
 from data.errors import UserError
+from data.tokenizer import TokenizerFile
+from engine.checkpoint_files import sha256
 from engine.config import RunConfig, check_config
 from engine.run_folder import differing, flat_keys
 from models.config import ModelConfig
 from models.moe_config import StrictModel
-from models.weights import CONFIG_FILE
+from models.weights import CONFIG_FILE, first_problem
 
 RUN_KEY = "run"
 # An exported model belongs to no layout.
 _FREE_KEYS = {"moe.ep_size"}
+
+
+class TrainerEntry(StrictModel):
+    """What `engine.trainer` goes on with."""
+
+    seconds: float = 0.0
+    num_clipped: int = 0
+    before: dict[str, float] = Field(default_factory=dict)
+    after: dict[str, float] = Field(default_factory=dict)
+
+
+class OptimizerEntry(StrictModel):
+    """What `engine.checkpoint` sets the schedule and the loss scale to; Adam starts anew."""
+
+    schedule_step: int = Field(ge=0)
+    skipped_steps: int = Field(ge=0)
+    loss_scaler: dict[str, bool | int | float]
 
 
 class ExportedRun(StrictModel):
@@ -25,14 +44,14 @@ class ExportedRun(StrictModel):
     config: dict[str, Any]
     tokenizer_fingerprint: str
     data_fingerprint: str
-    trainer: dict[str, Any]
-    optimizer: dict[str, Any]
+    trainer: TrainerEntry
+    optimizer: OptimizerEntry
 
 
 def exported_run(
     folder: Path, model: ModelConfig, about: Mapping[str, Any]
 ) -> tuple[ExportedRun, RunConfig]:
-    """The run of an exported folder, and its config.
+    """The run of an exported folder, and its config; all that can be checked without tensors is.
 
     Args:
         folder: a folder of weights.
@@ -40,16 +59,14 @@ def exported_run(
         about: the further keys of its config.json, `RUN_KEY` among them.
 
     Raises:
-        UserError: if the run is not described, not one that this version can read, or of another
-            model.
+        UserError: if the run is not described, not one that this version can read, of another
+            model, or of another vocabulary than the one beside the weights.
     """
     file = folder / CONFIG_FILE
     try:
         run = ExportedRun.model_validate(about[RUN_KEY])
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, (RUN_KEY, *first["loc"])))
-        raise UserError(f"{file}: {key}: {first['msg']}: export it again") from None
+        raise UserError(f"{file}: {first_problem(error, RUN_KEY)}: export it again") from None
     config, problems = check_config(run.config)
     if config is None:
         listed = "\n  ".join(problem.text for problem in problems)
@@ -64,4 +81,10 @@ def exported_run(
             f"{file} contradicts itself: model.{key} is {in_model}, and {in_run} in run.config: "
             "export it again"
         )
+    for vocabulary in (folder / name for name in get_args(TokenizerFile)):
+        if vocabulary.is_file() and sha256(vocabulary) != run.tokenizer_fingerprint:
+            raise UserError(
+                f"{vocabulary} is not the vocabulary that the run was trained with (its sha256 "
+                "differs): copy the folder again, or export it again"
+            )
     return run, config

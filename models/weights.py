@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -194,9 +193,13 @@ def first_problem(error: ValidationError, section: str) -> str:
     if first["type"] == "extra_forbidden":
         return f"{key} is not a key that this version knows"
     if first["type"] == "value_error":  # a rule of ours, which names key and value
-        return f"{section}: {first['ctx']['error']}"
-    value = shorten(json.dumps(first["input"]), _SHOWN_CHARACTERS)
-    return f"{key}={value}: {first['msg'].replace('Input', 'it', 1)}"
+        return f"{key}: {first['ctx']['error']}"
+    value = json.dumps(first["input"])
+    if len(value) > _SHOWN_CHARACTERS:
+        value = f"{value[:_SHOWN_CHARACTERS]}..."
+    is_object = first["type"] in ("model_type", "dict_type")
+    rule = "it should be an object" if is_object else first["msg"].replace("Input", "it", 1)
+    return f"{key}={value}: {rule}"
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -174,8 +174,9 @@ def test_a_vocabulary_that_is_not_the_runs_is_not_imported(
 ) -> None:
     file = exported / "tokenizer.model"
     file.write_bytes(file.read_bytes()[:-1])
-    said = refusal(capsys, "import", exported, "--out", tmp_path / "again")
-    assert f"{file} is not the vocabulary that the run was trained with" in said
+    for command in (("import", exported, "--out", tmp_path / "again"), ("inspect", exported)):
+        said = refusal(capsys, *command)
+        assert f"{file} is not the vocabulary that the run was trained with" in said
     assert not (tmp_path / "again").exists()
     file.unlink()  # the run reads its vocabulary from its data
     convert("import", exported, "--out", tmp_path / "again")
@@ -346,7 +347,7 @@ def test_a_link_is_left_alone(
     ("name", "message"),
     [
         ("n" * 300, "File name too long: choose a shorter name"),
-        ("/proc/x/y", "No such file or directory: it is not there, or a folder of the path cannot"),
+        ("/proc/x/y", "no folder can be made in /proc (No such file or directory): name a place"),
     ],
 )
 def test_a_folder_that_cannot_be_made_is_named(
@@ -489,12 +490,19 @@ def test_weights_of_no_run_cannot_be_imported(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"run.step": -3}, "run.step: Input should be greater than or equal to 0"),
-        ({"run.step": "nine"}, "run.step: Input should be a valid integer: export it again"),
-        ({"run.config": None}, "run.config: Input should be a valid dictionary"),
+        ({"run.step": -3}, "run.step=-3: it should be greater than or equal to 0: export it"),
+        ({"run.step": "nine"}, 'run.step="nine": it should be a valid integer: export it again'),
+        ({"run.config": None}, "run.config=null: it should be an object"),
         ({"run.config.magnetar.model.norm": "none"}, "magnetar.model.norm"),
         ({"model.dropout": 0.25}, "model.dropout is 0.25, and 0.0 in run.config"),
-        ({"run": 3}, "run: Input should be"),
+        ({"model.num_heads": 4}, "model.num_heads is 4, and 2 in run.config"),
+        ({"run": 3}, "run=3: it should be an object: export it again"),
+        ({"run": None}, "run=null: it should be an object: export it again"),
+        ({"run.optimizer": {}}, "run.optimizer.schedule_step is missing: export it again"),
+        ({"run.optimizer.skipped_steps": None}, "run.optimizer.skipped_steps=null: it should be"),
+        ({"run.optimizer.loss_scaler": 3}, "run.optimizer.loss_scaler=3: it should be an object"),
+        ({"run.trainer.num_clipped": "x"}, 'run.trainer.num_clipped="x": it should be'),
+        ({"run.trainer.epoch": 1}, "run.trainer.epoch is not a key that this version knows"),
     ],
     ids=str,
 )
@@ -505,10 +513,33 @@ def test_a_run_that_is_described_wrongly_is_refused(
 
     file = exported / "config.json"
     file.write_text(json.dumps(with_keys(json.loads(file.read_text()), change)))
-    said = refusal(capsys, "import", exported, "--out", tmp_path / "again")
-    assert str(file) in said
-    assert message in said
+    for command in ("import", "inspect", "generate"):
+        if command == "generate":
+            with pytest.raises(SystemExit) as ended:
+                generate.main([str(exported), "--prompt", "the senate"])
+            assert ended.value.code == 2
+            said = capsys.readouterr().err
+        else:
+            out = ("--out", tmp_path / "again") if command == "import" else ()
+            said = refusal(capsys, command, exported, *out)
+        assert str(file) in said
+        assert message in said
     assert not (tmp_path / "again").exists()
+
+
+def test_shards_without_their_index_are_named_by_it(
+    tmp_path: Path, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shards"
+    convert("export", made.folder, "--out", folder, "--shard-size", "20KB")
+    index = folder / "model.safetensors.index.json"
+    index.unlink()
+    said = [refusal(capsys, "inspect", folder)]
+    said.append(refusal(capsys, "import", folder, "--out", tmp_path / "again"))
+    with pytest.raises(SystemExit):
+        generate.main([str(folder), "--prompt", "the senate"])
+    said.append(capsys.readouterr().err)
+    assert all(f"{index} is missing, which says what lies in which shard" in one for one in said)
 
 
 @pytest.mark.parametrize("command", ["export", "import"])

@@ -528,7 +528,7 @@ def test_bad_input_ends_the_command_with_one_message(
     for inside in ("o.json/z", "o.json/y/z"):
         beside = [*arguments[:-1], str(tmp_path / inside), *config]
         assert "o.json" in (printed := error(*beside))
-        assert "choose another folder" in printed
+        assert "o.json is a file: name a folder outside it with --out" in printed
     whole = (tmp_path / "m.pt").read_bytes()
     for length in (len(whole) // 2, len(whole) - 10):
         (tmp_path / "m.pt").write_bytes(whole[:length])

@@ -232,6 +232,23 @@ def test_of_a_run_the_newest_checkpoint_is_looked_at_even_if_it_is_not_complete(
     assert inspect(tmp_path / "checkpoints" / "step_00000005").damaged == []
 
 
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", MANIFEST])
+def test_of_a_truncated_checkpoint_the_newest_complete_one_is_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folders = [write_checkpoint(tmp_path, step).path for step in (3, 5, 8, 10)]
+    for folder, file in ((folders[2], MANIFEST), (folders[3], name)):
+        (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    status, _, error = run_command(capsys, str(tmp_path))
+    assert status == 2
+    assert str(folders[3] / name) in error
+    assert error.endswith(f"use another checkpoint: the newest complete one is {folders[1]}\n")
+    for folder in folders[:2]:
+        (folder / MANIFEST).unlink()
+    _, _, error = run_command(capsys, str(tmp_path))
+    assert error.endswith("use another checkpoint\n"), "there is none"
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as refused:
         inspect(path)

@@ -255,6 +255,12 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert inspect(out).damaged == []
 
 
+def test_one_file_is_no_plural(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run")
+    lines = reshard(tmp_path / "run", tmp_path / "out", Layout(1, 1, 0), None)
+    assert "1 rank, ep_size 1, ZeRO 0, 1 file, read back and compared" in lines[1]
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     save_weights(tmp_path / "weights", config.model, small_model(config, seed=1))

@@ -141,7 +141,18 @@ def test_layers_keep_their_numbers_of_experts(
             ("--decoder-layers", "1,2,3"),
             ["layer 1, a MoE layer, would become layer 0 of the student's decoder"],
         ),
-        ({"moe": MOE}, ("--layers", "0"), ["moe.every=2 exceeds num_layers=1"]),
+        *(
+            (
+                {"moe": MOE | {"num_experts": num_experts}},
+                ("--layers", "0"),
+                [
+                    "none of the layers that are named is a MoE layer, as 1, 3 are: name one of "
+                    "these too, or make the model dense first with `python -m launchers.convert "
+                    "densify`"
+                ],
+            )
+            for num_experts in (3, [2, 3])
+        ),
     ],
 )
 def test_layers_that_are_not_there_or_do_not_fit_are_refused(

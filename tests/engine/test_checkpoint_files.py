@@ -274,6 +274,52 @@ def test_another_versions_checkpoint_is_refused_as_such(
         complete_checkpoints(copy)
 
 
+def test_a_manifest_that_nests_too_deeply_is_damage(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints" / "step_00000005"
+    (newest / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"cannot be read \(its lists or objects nest too deeply"):
+        read_checkpoint(newest)
+    assert [checkpoint.step for checkpoint in complete_checkpoints(copy)] == [3]
+
+
+def test_the_same_step_is_saved_again_over_a_damaged_one(tmp_path: Path) -> None:
+    for content in (MANIFEST, "rank_00000.safetensors"):
+        path = write_checkpoint(tmp_path, 5).path
+        (path / content).write_bytes(b"cut")
+    written = write_checkpoint(tmp_path, 5)
+    assert damaged_files(written) == []
+    assert [path.name for path in path.parent.iterdir()] == ["step_00000005"]
+
+
+def test_what_is_no_checkpoints_is_moved_aside_when_its_step_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of others, a file and a link with a checkpoint's name are kept."""
+    folder = tmp_path / "checkpoints"
+    final = folder / "step_00000005"
+    (final / "notes").mkdir(parents=True)
+    (final / "notes" / "thesis.txt").write_text("years of work")
+    write_checkpoint(tmp_path, 5)
+    said = capsys.readouterr().err
+    assert f"warning: {final} holds what no checkpoint does: it is other_1_step_00000005" in said
+    (final / "config.json").write_text("{}")  # beside a whole checkpoint
+    write_checkpoint(tmp_path, 5)
+    shutil.rmtree(final)
+    final.write_text("a file")
+    write_checkpoint(tmp_path, 5)
+    shutil.rmtree(final)
+    final.symlink_to(tmp_path)
+    written = write_checkpoint(tmp_path, 5)
+    assert damaged_files(written) == []
+    assert (folder / "other_1_step_00000005/notes/thesis.txt").read_text() == "years of work"
+    assert (folder / "other_2_step_00000005/config.json").is_file()
+    assert (folder / "other_3_step_00000005").read_text() == "a file"
+    assert (folder / "other_4_step_00000005").is_symlink()
+    assert checkpoint_folders(tmp_path) == [final]
+
+
 def test_a_folder_of_another_steps_name_is_named(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

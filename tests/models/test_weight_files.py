@@ -130,20 +130,29 @@ def test_an_index_that_does_not_fit_the_shards_is_refused(shards: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "problem"),
     [
-        b"",
-        b"\xff",
-        b"[]",
-        b"{}",
-        b'{"weight_map": 3}',
-        b'{"weight_map": {"a": 3}}',
-        b'{"weight_map": {"a": "../a"}}',
+        (b"", r"cannot be read \(.*\)"),
+        (b"\xff", r"cannot be read \(.*\)"),
+        (b"[" * 100_000, r"cannot be read \(its lists or objects nest too deeply\)"),
+        (b"[]", "has no object weight_map"),
+        (b"{}", "has no object weight_map"),
+        (b'{"weight_map": 3}', "has no object weight_map"),
+        (b'{"weight_map": {"a": 3}}', "has no object weight_map"),
+        (b'{"weight_map": {"a": "../a"}}', "has no object weight_map of .* files beside it"),
     ],
+    ids=lambda value: str(value)[:30],
 )
-def test_a_damaged_index_is_named(shards: Path, text: bytes) -> None:
+def test_a_damaged_index_is_named(shards: Path, text: bytes, problem: str) -> None:
     (shards / INDEX_FILE).write_bytes(text)
-    with pytest.raises(ValueError, match=r"index.json cannot be read \(.*\): copy it again, or"):
+    with pytest.raises(ValueError, match=rf"index.json {problem}.*: copy it again, or"):
+        open_files(shards)
+
+
+def test_shards_without_their_index_are_weights_that_lack_it(shards: Path) -> None:
+    (shards / INDEX_FILE).unlink()
+    assert has_weights(shards)
+    with pytest.raises(ValueError, match=r"index.json is missing, which says .*: copy it again"):
         open_files(shards)
 
 

@@ -277,6 +277,37 @@ def test_a_damaged_config_is_named(tmp_path: Path, text: bytes | str) -> None:
     assert "convert it again" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "it has no key model with an object"),
+        ({"num_layers": 0}, "model.num_layers=0: it should be greater than or equal to 1"),
+        ({"num_layers": "two"}, 'model.num_layers="two": it should be a valid integer'),
+        ({"moe": [1] * 90}, "1,...: it should be an object"),
+        ({"depth": 3}, "model.depth is not a key that this version knows"),
+        ({"vocab_size": None}, "model.vocab_size is null, and must be a number"),
+        ({"num_heads": 3}, "must be a multiple of num_heads=3"),
+        ('{"model": {}}', "model.num_layers is missing"),
+        ("[" * 100_000, "its lists or objects nest too deeply"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_damaged_config_is_described_by_its_key_and_rule(
+    tmp_path: Path, text: str | dict, words: str
+) -> None:
+    file = saved(tmp_path / "weights") / CONFIG_FILE
+    section = json.loads(file.read_text())["model"]
+    file.write_text(text if isinstance(text, str) else json.dumps({"model": section | text}))
+    with pytest.raises(ValueError, match="does not describe a model") as caught:
+        load_model(file.parent)
+    message = str(caught.value)
+    assert message.startswith(f"{file} does not describe a model (")
+    assert message.endswith("): convert it again")
+    assert words in message
+    assert "\n" not in message
+    assert not any(inner in message for inner in ("input_value", "https:", "'str' object"))
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "header"])
 def test_a_damaged_file_of_tensors_is_named(tmp_path: Path, damage: str) -> None:
     folder = saved(tmp_path / "weights")
