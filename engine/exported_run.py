@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError
 
@@ -20,13 +20,17 @@ RUN_KEY = "run"
 _FREE_KEYS = {"moe.ep_size"}
 
 
+# As it was written, whatever a validation or a loss scale came to.
+_Number = int | Annotated[float, Field(allow_inf_nan=True)]
+
+
 class TrainerEntry(StrictModel):
     """What `engine.trainer` goes on with."""
 
     seconds: float = 0.0
     num_clipped: int = 0
-    before: dict[str, float] = Field(default_factory=dict)
-    after: dict[str, float] = Field(default_factory=dict)
+    before: dict[str, _Number] = Field(default_factory=dict)
+    after: dict[str, _Number] = Field(default_factory=dict)
 
 
 class OptimizerEntry(StrictModel):
@@ -34,7 +38,7 @@ class OptimizerEntry(StrictModel):
 
     schedule_step: int = Field(ge=0)
     skipped_steps: int = Field(ge=0)
-    loss_scaler: dict[str, bool | int | float]
+    loss_scaler: dict[str, bool | _Number]
 
 
 class ExportedRun(StrictModel):

@@ -1,6 +1,7 @@
 """export -> import -> export: the same bytes; and what reads an exported folder."""
 
 import json
+import math
 import os
 import resource
 import runpy
@@ -63,12 +64,17 @@ def make_run(folder: Path, corpus: Path, **changes: Any) -> Made:
     }
     entries = {
         "tokenizer_fingerprint": read_manifest(corpus).tokenizer_fingerprint,
-        "trainer": {"seconds": 0.1, "num_clipped": 3, "before": {"loss": 1 / 3}, "after": {}},
+        "trainer": {
+            "seconds": 0.1,
+            "num_clipped": 3,
+            "before": {"loss": 1 / 3, "perplexity": math.inf, "num_tokens": 7},
+            "after": {},
+        },
         "optimizer": {
             "step": 9,
             "schedule_step": 8,
             "skipped_steps": 1,
-            "loss_scaler": {"cur_scale": 4096.0},
+            "loss_scaler": {"cur_scale": 4096.0, "cur_iter": 9, "dynamic": True},
         },
     }
     write_checkpoint(folder / "run", 4, changes=keys | changes, seed=4, entries=entries)
