@@ -1,6 +1,5 @@
 """Weights that a run starts from: another run's, or a folder that launchers.convert has written."""
 
-import json
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from engine.config import RunConfig
 from engine.run_folder import differing, flat_keys
 from engine.trained_run import choose_checkpoint
 from models.config import ModelConfig
-from models.weight_files import WEIGHTS_FILE, has_weights
+from models.weight_files import WEIGHTS_FILE, has_weights, read_json
 from models.weights import CONFIG_FILE, load_tensors, load_weights
 
 # What may differ from the model that the weights come from: noise, training's own losses and
@@ -78,7 +77,7 @@ def require_starting_weights(config: RunConfig) -> None:
     source = Path(config.training.init_from)
     if has_weights(source):
         try:
-            saved = json.loads((source / CONFIG_FILE).read_text())["model"]
+            saved = read_json(source / CONFIG_FILE)["model"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{source / CONFIG_FILE} does not describe a model ({error}): convert it again"
