@@ -1,11 +1,12 @@
 # make            what can be made
 # make train      a small model, from nothing to generated text
 #
-# PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to launchers.train
-# or to what make bench runs.
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to launchers.train or, of what
+# make bench runs, to benchmarks.moe_layer, and STEP_ARGS="..." to benchmarks.train_step.
 
 PYTHON ?= python3
 ARGS ?=
+STEP_ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -32,8 +33,9 @@ help:
 	@echo "make check    format, lint, types, generated pages, fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
 	@echo "make invariance  every layout's numbers side by side, on the CPU, into docs/ (half an hour)"
-	@echo "make bench    one MoE layer beside the dense one and every peer that is installed, into"
-	@echo "              benchmarks/results (ARGS=\"--experts 64\" changes what is measured)"
+	@echo "make bench    one MoE layer, and a whole training step, beside the dense one and every peer"
+	@echo "              that is installed, into benchmarks/results (ARGS=\"--experts 64\" changes"
+	@echo "              what is measured of the layer, STEP_ARGS what of the step)"
 	@echo "make format   rewrite the sources as ruff formats them"
 	@echo "make clean    remove .venv and caches; runs/ and prepared/ stay"
 
@@ -75,6 +77,7 @@ invariance: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.moe_layer --out benchmarks/results/moe_layer.json $(ARGS)
+	$(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step.json $(STEP_ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

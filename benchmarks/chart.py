@@ -11,8 +11,8 @@ ACCENT, GRAY, DENSE = "#d9480f", "#9aa5b1", "#52606d"
 GIB = 2**30
 
 
-def read_results(file: Path) -> dict[str, Any]:
-    """What a run of the benchmark has written.
+def read_results(file: Path, benchmark: str = "moe_layer") -> dict[str, Any]:
+    """What a run of a benchmark has written.
 
     Raises:
         UserError: if the file is not there, or is something else.
@@ -23,7 +23,7 @@ def read_results(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text())
     except ValueError:
         found = None
-    if not isinstance(found, dict) or found.get("benchmark") != "moe_layer":
+    if not isinstance(found, dict) or found.get("benchmark") != benchmark:
         raise UserError(
             f"{file} is no result of this benchmark: name a file that --out has written"
         )

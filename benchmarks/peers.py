@@ -4,13 +4,14 @@ All of them get GELU, the same shapes and a balance loss of the same weight; wha
 notes. Nothing of them is patched but what their packages need to be imported or to run on a CPU.
 """
 
+import importlib
 import importlib.util
 import logging
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -91,8 +92,8 @@ def build_deepspeed(shape: Shape) -> Layer:
     return Layer(layer, apply, scorer, shape.useful_flops, note)
 
 
-def import_torchscale() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """Its experts, layer and gates, without two packages that it imports for what is off here."""
+def import_torchscale(*names: str) -> list[ModuleType]:
+    """Modules of it, without two packages that it imports for what is off here."""
     stand_ins: dict[str, dict[str, Any]] = {
         "timm": {},
         "timm.models": {},
@@ -106,18 +107,30 @@ def import_torchscale() -> tuple[ModuleType, ModuleType, ModuleType]:
         sys.modules[name] = ModuleType(name)
         vars(sys.modules[name]).update(stand_ins[name])
     try:
-        from torchscale.component import feedforward_network
-        from torchscale.component.xmoe import moe_layer, routing
+        return [importlib.import_module(f"torchscale.{name}") for name in names]
     finally:
         for name in added:
             del sys.modules[name]
-    return feedforward_network, moe_layer, routing
+
+
+def integer_histograms(device: torch.device) -> AbstractContextManager[Any]:
+    """Where TorchScale's statistics, which take a histogram of integers, run on CPUs as well."""
+    if device.type == "cuda":
+        return nullcontext()
+    histc = torch.histc
+
+    def histogram(values: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        return histc(values.float(), *arguments, **keywords)
+
+    return mock.patch.object(torch, "histc", histogram)
 
 
 def build_torchscale(shape: Shape) -> Layer:
     """TorchScale's `MOELayer` with the X-MoE gate, as its config sets it up."""
     need("torchscale")
-    experts, moe_layer, routing = import_torchscale()
+    experts, moe_layer, routing = import_torchscale(
+        "component.feedforward_network", "component.xmoe.moe_layer", "component.xmoe.routing"
+    )
     if shape.top_k > 2:
         raise ValueError(f"at most 2 experts a token, not {shape.top_k}")
     join_process_group(shape.device)
@@ -146,15 +159,9 @@ def build_torchscale(shape: Shape) -> Layer:
         layer = moe_layer.MOELayer(
             gate, experts.make_experts(args, shape.d_model, shape.d_ff), args
         )
-    histc = torch.histc
-
-    def histogram(values: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        return histc(values.float(), *arguments, **keywords)
 
     def apply(x: Tensor) -> tuple[Tensor, Tensor]:
-        # Its statistics take a histogram of integers, which CPUs refuse.
-        refused = not x.is_cuda
-        with mock.patch.object(torch, "histc", histogram) if refused else nullcontext():
+        with integer_histograms(x.device):
             out, aux_loss = layer(x)
         return out, AUX_LOSS_WEIGHT * aux_loss
 
