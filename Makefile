@@ -25,12 +25,13 @@ fi; \
 port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 endef
 
-.PHONY: help train test check invariance bench format clean
+.PHONY: help train test lint check invariance bench format clean
 
 help:
 	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
 	@echo "              (ARGS=\"--set magnetar.training.num_steps=500\" changes the run)"
-	@echo "make check    format, lint, types, generated pages, fast tests: before every commit"
+	@echo "make lint     format, lint, types, generated pages"
+	@echo "make check    lint and the fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
 	@echo "make invariance  every layout's numbers side by side, on the CPU, into docs/ (half an hour)"
 	@echo "make bench    one MoE layer, and a whole training step, beside the dense one and every peer"
@@ -59,11 +60,13 @@ train: $(INSTALLED)
 	$(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
 	  --module launchers.train --deepspeed_config ds_configs/quickstart.json $$settings $(ARGS)
 
-check: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m launchers.config docs --check
+
+check: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test: $(INSTALLED)
