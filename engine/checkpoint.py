@@ -31,8 +31,9 @@ from engine.checkpoint_files import (
     whole_tensors,
 )
 from engine.config import RunConfig
+from engine.optimizers import EightBitMoment, Moment
 from engine.run_folder import differing, flat_keys
-from engine.shares import Share, adam_step, shares, start_adam, whole_weights
+from engine.shares import Share, adam_step, finish_adam, shares, start_adam, whole_weights
 from models.config import ModelConfig
 from models.transformer import EncoderDecoder, Transformer, empty_model
 from models.weights import check_tensors, load_tensors, tensor_shapes
@@ -144,10 +145,10 @@ class Saver:
     def _wait_for_copy(self) -> None:
         self.copied.wait()
 
-    def _pieces(self) -> list[Piece]:
-        """What this rank saves, where it lies."""
+    def _pieces(self) -> list[tuple[str, int, dict[str, Moment]]]:
+        """What this rank saves, where it lies: as in a Piece, but moments may have 8 bits."""
         return [
-            Piece(name, place, {s: v.narrow(0, index - share.start, n) for s, v in values.items()})
+            (name, place, {s: v.narrow(0, index - share.start, n) for s, v in values.items()})
             for share in shares(self.engine)
             for values in [share.values]
             for name, place, index, n in share.tensors.stretches(*share.saved)
@@ -174,7 +175,10 @@ class Saver:
         }
 
     def _write(
-        self, writer: CheckpointWriter, pieces: list[Piece], begun: torch.cuda.Event | None
+        self,
+        writer: CheckpointWriter,
+        pieces: list[tuple[str, int, dict[str, Moment]]],
+        begun: torch.cuda.Event | None,
     ) -> None:
         try:
             try:
@@ -185,23 +189,28 @@ class Saver:
         except Exception as error:  # in a thread: `wait` raises it on every rank
             self.problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
-    def _copy_of(self, pieces: list[Piece], begun: torch.cuda.Event | None) -> list[Piece]:
+    def _copy_of(
+        self, pieces: list[tuple[str, int, dict[str, Moment]]], begun: torch.cuda.Event | None
+    ) -> list[Piece]:
         """The pieces on the host, as they were when `begun` was reached."""
         is_cuda = begun is not None
-        numel = sum(value.numel() for piece in pieces for value in piece.values.values())
+        numel = sum(value.numel() for _, _, states in pieces for value in states.values())
         if self.memory.numel() < numel:
             self.memory = torch.empty(numel, pin_memory=is_cuda)
         copies, position = [], 0
         with torch.cuda.stream(torch.cuda.Stream(self.engine.device) if is_cuda else None):
             if begun is not None:
                 begun.wait()
-            for piece in pieces:
+            for name, start, states in pieces:
                 values = {}
-                for state, source in piece.values.items():
+                for state, source in states.items():
                     values[state] = self.memory[position : position + source.numel()]
-                    values[state].copy_(source, non_blocking=is_cuda)
+                    if isinstance(source, EightBitMoment):
+                        source.copy_to(values[state], non_blocking=is_cuda)
+                    else:
+                        values[state].copy_(source, non_blocking=is_cuda)
                     position += source.numel()
-                copies.append(Piece(piece.name, piece.start, values))
+                copies.append(Piece(name, start, values))
             if is_cuda:
                 torch.cuda.current_stream().synchronize()
         return copies
@@ -340,6 +349,7 @@ def load_checkpoint(engine: Any, config: RunConfig, checkpoint: Checkpoint) -> d
         start_adam(engine, about["step"])
     for share in shares(engine):
         _fill(checkpoint, share)
+    finish_adam(engine)
     _set_counters(engine, checkpoint.step, about)
     return checkpoint.manifest["trainer"]
 
@@ -350,6 +360,7 @@ def _fill(checkpoint: Checkpoint, share: Share) -> None:
     for name, place, index, length in share.tensors.stretches(share.start, share.start + numel):
         for state, values in share.values.items():
             if state in checkpoint.states(name):
+                assert not isinstance(values, EightBitMoment)  # before `finish_adam`
                 saved = checkpoint.read(name, state, place, place + length)
                 at = index - share.start
                 values[at : at + length].copy_(saved)

@@ -6,6 +6,7 @@ from typing import Any
 from engine.config_problems import Problem
 from engine.config_text import shown
 from engine.deepspeed_keys import (
+    EIGHT_BIT,
     Bf16Config,
     DataTypesConfig,
     Fp16Config,
@@ -27,10 +28,48 @@ def adam_w_is_decoupled(optimizer: OptimizerConfig) -> list[Problem]:
     return [
         Problem(
             path,
-            f'{path}=false contradicts optimizer.type="AdamW": remove it for decoupled weight '
-            'decay, or use type "Adam" for an L2 penalty',
+            f'{path}=false contradicts optimizer.type="{optimizer.type}": remove it for decoupled '
+            'weight decay, or use type "Adam" for an L2 penalty',
         )
     ]
+
+
+def eight_bits_are_bitsandbytes(
+    optimizer: OptimizerConfig, zero_optimization: ZeroConfig
+) -> list[Problem]:
+    """What AdamW8bit alone has, and what it has not."""
+    params, offload = optimizer.params, zero_optimization.offload_optimizer
+    path, own = "optimizer.params", shown(EIGHT_BIT)
+    if optimizer.type != EIGHT_BIT:
+        if params.min_8bit_size is None:
+            return []
+        return [
+            Problem(
+                f"{path}.min_8bit_size",
+                f"{path}.min_8bit_size={params.min_8bit_size} belongs to type {own}, not to "
+                f"{shown(optimizer.type)}, whose moments are all float32: remove it, or use {own}",
+            )
+        ]
+    problems = []
+    if params.torch_adam:
+        problems.append(
+            Problem(
+                f"{path}.torch_adam",
+                f"{path}.torch_adam=true contradicts optimizer.type={own}, which is of "
+                'bitsandbytes: remove it, or use type "AdamW"',
+            )
+        )
+    if offload is not None and offload.device != "none":
+        path = "zero_optimization.offload_optimizer.device"
+        problems.append(
+            Problem(
+                path,
+                f"{path}={shown(offload.device)} does not go with optimizer.type={own}, "
+                "which updates on the device: remove offload_optimizer (8-bit moments take a "
+                'quarter of the memory), or use type "AdamW"',
+            )
+        )
+    return problems
 
 
 def clipping_has_a_threshold(gradient_clipping: float, sparse_clip: Any) -> list[Problem]:
@@ -235,7 +274,7 @@ def the_model_can_train_on_text(model: ModelConfig) -> list[Problem]:
 
 def independent_decay_is_adam_ws(optimizer: OptimizerConfig, training: Any) -> list[Problem]:
     """Only a decoupled decay can be freed of the learning rate."""
-    if not training.independent_weight_decay or optimizer.type == "AdamW":
+    if not training.independent_weight_decay or optimizer.type != "Adam":
         return []
     path = "magnetar.training.independent_weight_decay"
     return [
@@ -280,6 +319,7 @@ def ranks_hold_experts(model: ModelConfig, world_size: int) -> list[Problem]:
 
 RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
     (adam_w_is_decoupled, ("optimizer",)),
+    (eight_bits_are_bitsandbytes, ("optimizer", "zero_optimization")),
     (clipping_has_a_threshold, ("gradient_clipping", "sparse_clip")),
     (one_precision, ("bf16", "fp16", "zero_optimization")),
     (

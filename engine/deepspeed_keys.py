@@ -19,6 +19,8 @@ def _whole(value: Any) -> Any:
 
 Size = Annotated[int, BeforeValidator(_whole)]
 
+EIGHT_BIT = "AdamW8bit"  # bitsandbytes' name; the type that DeepSpeed does not know
+
 
 class AdamParams(StrictModel):
     """What `optimizer.params` may hold."""
@@ -43,13 +45,23 @@ class AdamParams(StrictModel):
         description="true: PyTorch's Adam. false: DeepSpeed's fused kernel, which is compiled at "
         "its first use.",
     )
+    min_8bit_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Only with type `AdamW8bit`: elements from which on a tensor (of an expert: "
+        "its own) has moments of 8 bits; smaller ones keep float32. null: 4096, bitsandbytes' own.",
+    )
 
 
 class OptimizerConfig(StrictModel):
     """The optimizer."""
 
-    type: Literal["Adam", "AdamW"] = Field(
-        description="Both decouple the weight decay unless `params.adam_w_mode` is false."
+    type: Literal["Adam", "AdamW", "AdamW8bit"] = Field(
+        description="`Adam` and `AdamW` decouple the weight decay unless `params.adam_w_mode` is "
+        "false. `AdamW8bit`: AdamW of the package bitsandbytes, whose moments take 2 bytes a "
+        "parameter instead of 8 (block-wise, arXiv 2110.02861). The embeddings' moments stay in "
+        "float32, as in that paper's stable embedding; its other half, Xavier-uniform weights and "
+        "a LayerNorm, is `magnetar.model.stable_embedding`, which the paper recommends with it."
     )
     params: AdamParams = Field(description="The optimizer's numbers.")
 

@@ -19,7 +19,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from engine.admin import needs_profile, start_omegas
 from engine.config import LRSchedule, RunConfig
+from engine.deepspeed_keys import EIGHT_BIT
+from engine.optimizers import (
+    MIN_8BIT_SIZE,
+    check_lengths,
+    groups_by_bits,
+    take_client_optimizer,
+)
 from engine.partition import partition
+from engine.shares import tensors_of_optimizer
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
 from engine.trained_run import DTYPES
@@ -216,15 +224,23 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     # The trainer reports; DeepSpeed's own lines would tear the progress display.
     deepspeed_config.setdefault("steps_per_print", 2**62)
     model_parameters = parameter_groups(model, weight_decay)  # while they have their shapes
+    is_8_bit = config.deepspeed["optimizer"]["type"] == EIGHT_BIT
+    if is_8_bit:
+        min_8bit_size = optimizer_params.get("min_8bit_size", MIN_8BIT_SIZE)
+        model_parameters = groups_by_bits(model, model_parameters, min_8bit_size)
+    client_optimizer = take_client_optimizer(deepspeed_config)
     if config.zero_stage == 3:
         partition(model, deepspeed_config, DTYPES[config.dtype])
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         config=deepspeed_config,
         model_parameters=model_parameters,
+        optimizer=client_optimizer,
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
         dist_init_required=False,
     )
+    if is_8_bit:
+        check_lengths(tensor for _, tensor in tensors_of_optimizer(engine))
     sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)
     sparse_clip.install(engine)
     return engine, sparse_clip

@@ -16,6 +16,7 @@ share a parameter's states, all of them, or for experts those that hold the same
 | 2 | w P | g P/n | 4 P/n | 8 P/n |
 | 3 | w P/n, and w P of those up to stage3_param_persistence_threshold | g P/n | 4 P/n | 8 P/n |
 
+Moments of 8 bits (`optimizer.type` AdamW8bit) take 2 bytes and 1/32 more for their scales, not 8.
 bf16 that accumulates in float32 under ZeRO 1 keeps both, (2 + 4) P. With offload_optimizer, master
 weights and moments lie in the host's memory and so, under ZeRO 1 and 2, do the summed gradients.
 """
@@ -26,9 +27,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from engine.config import RunConfig, check_config
+from engine.deepspeed_keys import EIGHT_BIT
+from engine.optimizers import BLOCK, MIN_8BIT_SIZE, takes_8_bits
 from models.config import ModelConfig
 from models.moe import MoE
 from models.transformer import empty_model
@@ -56,11 +60,21 @@ class Layout(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A parameter of the whole model; of experts, all of a layer's together."""
+    """A parameter of the whole model; of experts, all of a layer's together.
+
+    Attributes:
+        numel: its elements.
+        is_experts: whether it is the experts'.
+        trains: whether it has gradients and states.
+        own_numel: elements of one of the tensors in it, of an expert's own.
+        is_embedding: whether it is an embedding's.
+    """
 
     numel: int
     is_experts: bool
     trains: bool
+    own_numel: int
+    is_embedding: bool
 
 
 class Memory(NamedTuple):
@@ -87,7 +101,14 @@ def parameters_of(model: ModelConfig) -> list[Parameter]:
         if isinstance(module, MoE)
         for parameter in module.deepspeed_moe.experts.parameters()
     }
-    return [Parameter(p.numel(), id(p) in of_experts, p.requires_grad) for p in built.parameters()]
+    of_embeddings = {id(m.weight) for m in built.modules() if isinstance(m, nn.Embedding)}
+    found = []
+    for p in built.parameters():
+        is_experts = id(p) in of_experts
+        own_numel = p[0].numel() if is_experts else p.numel()
+        is_embedding = id(p) in of_embeddings
+        found.append(Parameter(p.numel(), is_experts, p.requires_grad, own_numel, is_embedding))
+    return found
 
 
 def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_size: int) -> Memory:
@@ -106,8 +127,12 @@ def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_siz
     sum_width = _BYTES[given] if given else width
     offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     accumulates = config.deepspeed[ACCUMULATION] > 1
+    section = config.deepspeed["optimizer"]
+    from_8_bit = 0
+    if section["type"] == EIGHT_BIT:
+        from_8_bit = section["params"].get("min_8bit_size", MIN_8BIT_SIZE)
     sums = [0, 0, 0, 0]
-    for numel, is_experts, trains in parameters:
+    for numel, is_experts, trains, own_numel, is_embedding in parameters:
         ranks = world_size // ep_size if is_experts else world_size
         held = numel // ep_size if is_experts else numel
         share = -(-held // ranks) if stage else held
@@ -128,7 +153,10 @@ def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_siz
             sums[1] += sum_width * share
         if not offloads:
             sums[2] += _MASTER_BYTES * share if stage else 0
-            sums[3] += _MOMENTS_BYTES * share
+            if from_8_bit and takes_8_bits(own_numel, is_embedding, from_8_bit):
+                sums[3] += 2 * share + _MOMENTS_BYTES * -(-share // BLOCK)  # two scales a block
+            else:
+                sums[3] += _MOMENTS_BYTES * share
     return Memory(*sums)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint_files import MOMENTS, WEIGHT, evenly_cut
+from engine.optimizers import Moment, moments, round_to_8_bits, start_8_bit
 from models.experts import Experts
 
 
@@ -51,14 +52,15 @@ class Share(NamedTuple):
     Attributes:
         tensors: the parameter's names.
         start: index in the flattened parameter of the first element kept.
-        values: state -> (n,) views of what is kept, which may be read and written.
+        values: state -> (n,) views of what is kept, which may be read and written; moments of 8
+            bits may be read.
         saved: the stretch of the parameter that this rank saves: what it keeps, or its part of
             that where several ranks keep the same.
     """
 
     tensors: Tensors
     start: int
-    values: dict[str, Tensor]
+    values: dict[str, Moment]
     saved: tuple[int, int]
 
 
@@ -93,9 +95,7 @@ def shares(engine: Any) -> Iterator[Share]:
         elif hasattr(parameter, "ds_id"):
             yield from _zero3_share(engine.optimizer, parameter, tensors)
         elif engine.optimizer is engine.basic_optimizer:
-            values = {WEIGHT: parameter.data.view(-1)} | {
-                state: value.view(-1) for state, value in _adam_states(engine, parameter).items()
-            }
+            values = {WEIGHT: parameter.data.view(-1)} | _adam_states(engine, parameter)
             yield Share(tensors, 0, values, _own_part(parameter, 0, parameter.numel()))
         elif (mapping := parameter._hp_mapping) is not None:
             flat = _flat_groups(engine.optimizer)[mapping.param_group_index]
@@ -118,9 +118,9 @@ def _zero3_share(optimizer: Any, parameter: Any, tensors: Tensors) -> Iterator[S
     if numel > 0:
         group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         flat = optimizer.fp32_partitioned_groups_flat[group]
-        values = {WEIGHT: flat.data.narrow(0, offset, numel)}
-        states = optimizer.optimizer.state[flat]
-        values |= {s: states[s].narrow(0, offset, numel) for s in MOMENTS if s in states}
+        values: dict[str, Moment] = {WEIGHT: flat.data.narrow(0, offset, numel)}
+        states = moments(optimizer.optimizer.state[flat])
+        values |= {state: value.narrow(0, offset, numel) for state, value in states.items()}
         yield Share(tensors, start, values, (start, start + numel))
 
 
@@ -150,15 +150,14 @@ def _flat_groups(optimizer: Any) -> list[Tensor]:
     return optimizer.fp32_groups_flat_partition  # BF16_Optimizer
 
 
-def _narrowed(engine: Any, flat: Tensor, start: int, numel: int) -> dict[str, Tensor]:
-    values = {WEIGHT: flat.data.narrow(0, start, numel)}
+def _narrowed(engine: Any, flat: Tensor, start: int, numel: int) -> dict[str, Moment]:
+    values: dict[str, Moment] = {WEIGHT: flat.data.narrow(0, start, numel)}
     states = _adam_states(engine, flat)
     return values | {state: value.narrow(0, start, numel) for state, value in states.items()}
 
 
-def _adam_states(engine: Any, key: Tensor) -> dict[str, Tensor]:
-    states = engine.basic_optimizer.state.get(key, {})
-    return {state: states[state] for state in MOMENTS if state in states}
+def _adam_states(engine: Any, key: Tensor) -> dict[str, Moment]:
+    return moments(engine.basic_optimizer.state.get(key, {}))
 
 
 def adam_step(engine: Any) -> int:
@@ -167,10 +166,16 @@ def adam_step(engine: Any) -> int:
 
 
 def start_adam(engine: Any, step: int) -> None:
-    """Give every parameter the states that Adam would make at its first update, and its count."""
+    """Give every parameter the states that Adam would make at its first update, and its count.
+
+    What is then written into the shares is the optimizer's after `finish_adam`.
+    """
     adam = engine.basic_optimizer
     is_torchs = isinstance(adam, torch.optim.Adam)
-    for flat in _keys_of_states(engine):
+    for group, flat in tensors_of_optimizer(engine):
+        if "optim_bits" in group:
+            start_8_bit(adam, group, flat, step)
+            continue
         adam.state[flat] = {
             # DeepSpeed's own Adams count in Python.
             "step": torch.tensor(float(step)) if is_torchs else step,
@@ -178,14 +183,21 @@ def start_adam(engine: Any, step: int) -> None:
         }
 
 
-def _keys_of_states(engine: Any) -> list[Tensor]:
-    """The tensors by which Adam finds its states."""
+def finish_adam(engine: Any) -> None:
+    """Take over what was written into the shares since `start_adam`."""
+    round_to_8_bits(engine.basic_optimizer)
+
+
+def tensors_of_optimizer(engine: Any) -> list[tuple[dict[str, Any], Tensor]]:
+    """The tensors by which Adam finds its states, each with its parameter group."""
     optimizer = engine.optimizer
+    groups = engine.basic_optimizer.param_groups
     if optimizer is engine.basic_optimizer:
-        return [p for group in optimizer.param_groups for p in group["params"]]
+        return [(group, p) for group in groups for p in group["params"]]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return list(optimizer.fp32_partitioned_groups_flat)
-    return list(_flat_groups(optimizer))
+        flats = optimizer.fp32_partitioned_groups_flat
+        return [(groups[optimizer.sub_group_to_group_id[i]], flat) for i, flat in enumerate(flats)]
+    return list(zip(groups, _flat_groups(optimizer), strict=True))
 
 
 def whole_weights(engine: Any) -> Iterator[tuple[Tensors, int, Tensor]]:

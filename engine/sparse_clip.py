@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data.errors import UserError
 
-KNOWN_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
+KNOWN_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "BlockwiseAdamW"}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from engine.engine import (
 )
 from engine.evaluation import evaluate
 from engine.metrics import Metrics, keep_records_up_to
+from engine.optimizers import require_optimizer_package
 from engine.progress import ProgressLine
 from engine.report import describe, finish
 from engine.run_folder import check_run_folder, claim_run_folder, write_whole
@@ -66,7 +67,8 @@ def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
     """The config with what depends on the data filled in, and the data.
 
     Raises:
-        UserError: for data that is missing or does not fit, or a monitor's missing package.
+        UserError: for data that is missing or does not fit, or a missing package of a
+            monitor or of the optimizer.
     """
     prepared = open_prepared(Path(config.data.path))
     windows(prepared.train, config)
@@ -79,6 +81,7 @@ def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
         schedule["total_steps"] = config.training.num_steps
     run_dir = config.training.run_dir
     require_monitor_packages(resolved)
+    require_optimizer_package(resolved)
     for monitor, name in (("tensorboard", "tensorboard"), ("csv_monitor", "csv")):
         section = resolved.get(monitor, {})
         if section.get("enabled") and not section.get("output_path"):

@@ -344,7 +344,7 @@ def kept_tensors(engine: Any) -> dict[str, list[Any]]:
     moments = [
         states[name]
         for states in engine.basic_optimizer.state.values()
-        for name in ("exp_avg", "exp_avg_sq")
+        for name in ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
         if name in states
     ]
     return {"weights": weights, "gradients": gradients, "master": master, "moments": moments}
@@ -372,3 +372,73 @@ def newest_whole_checkpoints(runs: list[Any]) -> list[tuple[int | None, str]]:
             found = newest_whole_checkpoint(run)
         answers.append((found.step if found else None, printed.getvalue()))
     return answers
+
+
+def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> list[dict]:
+    """Of each case, keys of two configs: the first trains 4 steps, is saved, and 4 more.
+
+    Returns:
+        `losses` of its last 4 steps and `resumed`, those of the second, which loads what was saved;
+        `differing`: how many elements of this rank's moments and weights differ right after the
+        loading (None: the layouts differ); `states`: (dtype, number of elements) of what the second
+        optimizer keeps.
+    """
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    from engine.checkpoint import Saver, load_checkpoint
+    from engine.checkpoint_files import newest_checkpoint
+    from engine.engine import loss_weights, train_step
+
+    prepared: Any = SimpleNamespace(
+        manifest=SimpleNamespace(tokenizer_fingerprint="a"), fingerprint="b"
+    )
+
+    def losses(engine: Any, config: Any, steps: range) -> list[float]:
+        results = [
+            train_step(engine, batches(engine, step, config), loss_weights(config), 1, step)
+            for step in steps
+        ]
+        return [float(result.loss) for result in results]
+
+    found = []
+    for number, (before, after) in enumerate(cases):
+        own = {"magnetar.training.run_dir": str(Path(folder, str(number)))}
+        engine, _, config = start(before | own)
+        losses(engine, config, range(4))
+        saver = Saver(engine, config, prepared)
+        saver.save(4, {})
+        saver.wait()
+        kept = kept_values(engine)
+        result: dict[str, Any] = {"losses": losses(engine, config, range(4, 8))}
+        engine.destroy()
+        engine, _, config = start(after | own)
+        load_checkpoint(engine, config, newest_checkpoint(Path(own["magnetar.training.run_dir"])))
+        again = kept_values(engine)
+        is_same = [len(values) for values in kept] == [len(values) for values in again]
+        pairs = zip(kept, again, strict=True) if is_same else []
+        result["differing"] = sum(int((a != b).sum()) for a, b in pairs) if is_same else None
+        result["resumed"] = losses(engine, config, range(4, 8))
+        result["states"] = [
+            (str(value.dtype), value.numel())
+            for states in engine.basic_optimizer.state.values()
+            for name, value in states.items()
+            if name in ("state1", "state2", "exp_avg", "exp_avg_sq")
+        ]
+        found.append(result)
+        engine.destroy()
+    return found
+
+
+def kept_values(engine: Any) -> list[torch.Tensor]:
+    """Copies of all that this rank keeps of its parameters, in the model's order."""
+    from engine.optimizers import EightBitMoment
+    from engine.shares import shares
+
+    copies = []
+    for share in shares(engine):
+        for value in share.values.values():
+            copy = torch.empty(value.numel())
+            value.copy_to(copy) if isinstance(value, EightBitMoment) else copy.copy_(value)
+            copies.append(copy)
+    return copies

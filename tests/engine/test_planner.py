@@ -1,5 +1,6 @@
 """Memory of a rank as planned and as DeepSpeed allocates it, and which layouts are refused."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -24,6 +25,12 @@ BF16, SUMS = {"bf16.enabled": True}, {"data_types.grad_accum_dtype": "fp32"}
 ALL_DIVIDED = {"zero_optimization.stage3_param_persistence_threshold": 0}
 OFFLOAD = {"zero_optimization.offload_optimizer.device": "cpu"}
 DENSE = {"magnetar.model.moe": None}
+EIGHT_BITS = {
+    "optimizer.type": "AdamW8bit",
+    "optimizer.params.torch_adam": False,
+    "optimizer.params.min_8bit_size": 1024,
+}
+HAS_8_BITS = find_spec("bitsandbytes") is not None
 
 
 def config(changes: dict[str, Any], world_size: int) -> RunConfig:
@@ -74,6 +81,17 @@ def test_bytes_are_those_of_the_table(
     assert got == pytest.approx(expected, abs=38 * 8)
 
 
+def test_moments_of_8_bits_take_a_quarter_but_for_embeddings_and_small_tensors() -> None:
+    got = planned({STAGE: 0, **EIGHT_BITS}, 1).moments
+    # Of 1024 elements or more: attention's (96, 32) and (32, 32) in two layers, two of (32, 64) in
+    # the first one's FFN and in each of the second one's 4 experts.
+    in_8_bits = 2 * 4 * 32 * 32 + 2 * 32 * 64 + 4 * 2 * 32 * 64
+    expected = (2 + 1 / 32) * in_8_bits + 8 * (34_401 - in_8_bits)
+    assert got == expected
+    larger = EIGHT_BITS | {"optimizer.params.min_8bit_size": 4096}
+    assert planned({STAGE: 0, **larger}, 1).moments == 8 * 34_401
+
+
 def test_frozen_experts_have_weights_alone() -> None:
     frozen = planned({STAGE: 0, "magnetar.model.moe.frozen": "router_and_experts"}, 1)
     trained = DENSE_NUMEL - 289
@@ -88,6 +106,7 @@ MEASURED = [
     *({STAGE: 3, ACCUMULATION: 1, EP: ep, **ALL_DIVIDED} for ep in (1, 2)),
     *({STAGE: stage, ACCUMULATION: 1, **DENSE} for stage in range(4)),
     {STAGE: 0, ACCUMULATION: 1, "magnetar.model.moe.frozen": "router_and_experts"},
+    *({STAGE: stage, ACCUMULATION: 2, EP: 2, **EIGHT_BITS} for stage in range(4) if HAS_8_BITS),
 ]
 
 

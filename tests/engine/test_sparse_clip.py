@@ -1,4 +1,5 @@
 import math
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,7 +82,18 @@ FP16 = [
     for case in FP32
     if case["zero_optimization.stage"]
 ]
+EIGHT_BITS = [
+    case
+    | {
+        "optimizer.type": "AdamW8bit",
+        "optimizer.params.torch_adam": False,
+        "optimizer.params.min_8bit_size": 512,
+    }
+    for case in FP32 + BF16[:2]
+    if find_spec("bitsandbytes") is not None
+]
 CASES = FP32 + BF16 + FP16 + ACCUMULATED + VANILLA + UNCLIPPED + UNEVEN + SIZES + OFFLOADED
+CASES += EIGHT_BITS
 
 
 # On GPUs DeepSpeed's fused Adam is compiled when it is first used.
@@ -157,7 +169,7 @@ def test_expert_and_dense_gradients_shrink_alike_before_they_reach_adam(measured
 @pytest.mark.slow
 def test_every_wrapper_of_deepspeed_was_met(measured: list) -> None:
     wrappers = {found["optimizer"] for _, found in measured}
-    assert wrappers - {"AdamW", "FusedAdam"} == {
+    assert wrappers - {"AdamW", "FusedAdam", "BlockwiseAdamW"} == {
         "BF16_Optimizer",
         "DeepSpeedZeroOptimizer",
         "DeepSpeedZeroOptimizer_Stage3",

@@ -1,0 +1,177 @@
+"""AdamW with 8-bit states beside fp32 AdamW: memory, loss curves, speed, through the real engine.
+
+    python -m benchmarks.eight_bit --out benchmarks/results/eight_bit.json
+
+Trains benchmarks/layouts.json made wider, on the text of `make train`, once with each optimizer and
+once more with fp32 AdamW of another seed, which says how far two curves are apart by chance.
+Everything else is equal: initial weights (but for the other seed), batches, schedule, clipping.
+`--set` changes the model or the layout of all; on a CPU make it small.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CONFIG = Path(__file__).with_name("layouts.json")
+WIDE = {
+    "train_batch_size": 64,
+    "magnetar.model.d_model": 512,
+    "magnetar.model.d_ff": 2048,
+    "magnetar.model.num_heads": 8,
+    "magnetar.model.max_seq_len": 256,
+    "magnetar.model.stable_embedding": True,
+    "magnetar.data.seq_len": 256,
+    "magnetar.training.lr_schedule.warmup_steps": 50,
+    "magnetar.training.eval_sequences": 256,
+    "zero_optimization.stage": 1,
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "fp32 AdamW": {},
+    "AdamW8bit": {"optimizer.type": "AdamW8bit", "optimizer.params.torch_adam": False},
+    "fp32 AdamW, another seed": {"magnetar.training.seed": 2},
+}
+LAST = 20  # steps whose mean loss is compared
+
+
+def work(out: Path, name: str, settings: list[str]) -> None:
+    """What each rank does for one optimizer."""
+    import deepspeed.comm as dist
+    import torch
+
+    from benchmarks.provenance import git_commit, hardware, versions
+    from engine.config import load_config
+    from engine.engine import build_engine, loss_weights, start_distributed, train_step
+    from engine.evaluation import evaluate
+    from engine.trainer import micro_batches, resolve_run
+    from engine.windows import windows
+    from models.cost import num_parameters
+
+    device = start_distributed()
+    ranks, is_cuda = dist.get_world_size(), device.type == "cuda"
+    config, prepared = resolve_run(load_config(CONFIG, settings, ranks), ranks)
+    data = windows(prepared.train, config)
+    engine, clip = build_engine(config, device)
+    losses, norms, seconds = [], [], []
+    for step in range(1, config.training.num_steps + 1):
+        batches = micro_batches(config, data, step, device)
+        dist.barrier()
+        begin = time.perf_counter()
+        result = train_step(engine, batches, loss_weights(config), config.training.seed, step)
+        loss = result.loss.clone()
+        dist.all_reduce(loss)  # waits for the update, too
+        losses.append(float(loss) / ranks)
+        norms.append(float(clip.norm))
+        seconds.append(time.perf_counter() - begin)
+    states = [
+        value
+        for of_tensor in engine.basic_optimizer.state.values()
+        for value in of_tensor.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in states}
+    micro = config.deepspeed["train_micro_batch_size_per_gpu"]
+    held_out = windows(prepared.valid, config)
+    sequences = config.training.eval_sequences
+    valid = evaluate(engine.module, held_out, micro, device, None, sequences)
+    if dist.get_rank() != 0:
+        return
+    found = {
+        "optimizer": name,
+        "config": config.to_dict(),
+        "parameters": num_parameters(config.model)[0],
+        "ranks": ranks,
+        "hardware": hardware(device),
+        "versions": versions(),
+        "commit": git_commit(),
+        "state_bytes_of_a_rank": sum(storage.nbytes() for storage in storages.values()),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
+        "step_seconds": statistics.median(seconds[len(seconds) // 4 :]),
+        "losses": losses,
+        "gradient_norms": norms,
+        "last_loss": statistics.fmean(losses[-LAST:]),
+        "valid_loss": valid.loss,
+    }
+    out.write_text(json.dumps(found) + "\n")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """The runs side by side, in Markdown; differences are from the first."""
+    lines = [
+        f"| optimizer | states of a rank | peak memory | step | loss, last {LAST} steps "
+        "| validation | largest difference of smoothed losses |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    reference = _smoothed(runs[0]["losses"])
+    for run in runs:
+        pairs = zip(_smoothed(run["losses"]), reference, strict=True)
+        apart = max(abs(own - other) for own, other in pairs)
+        peak = run["peak_memory_bytes"]
+        lines.append(
+            f"| {run['optimizer']} | {run['state_bytes_of_a_rank'] / 2**20:,.1f} MiB "
+            f"| {f'{peak / 2**20:,.0f} MiB' if peak else '-'} | {run['step_seconds']:.4f} s "
+            f"| {run['last_loss']:.4f} | {run['valid_loss']:.4f} | {apart:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def _smoothed(losses: list[float]) -> list[float]:
+    """Means of LAST losses, one after the other."""
+    count = max(1, len(losses) - LAST + 1)
+    return [statistics.fmean(losses[index : index + LAST]) for index in range(count)]
+
+
+def main() -> None:
+    """Train with each, and print what was found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.eight_bit", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, help="a .json file")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--set", action="append", default=[], help="as for launchers.train")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.out, options.work, options.set)
+        return
+    given = {setting.partition("=")[0] for setting in options.set}
+    programs = Path(sys.executable).parent
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, keys in OPTIMIZERS.items():
+            steps = {
+                "magnetar.training.num_steps": options.steps,
+                "magnetar.training.lr_schedule.total_steps": options.steps,
+            }
+            own = {k: v for k, v in (WIDE | steps).items() if k not in given} | keys
+            settings = [*options.set, *(f"{key}={json.dumps(v)}" for key, v in own.items())]
+            with socket.socket() as listener:
+                listener.bind(("127.0.0.1", 0))
+                port = listener.getsockname()[1]
+            part = Path(folder, "part.json")
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "deepspeed.launcher.runner"),
+                    *("-q", "--num_gpus", str(options.ranks), "--master_port", str(port)),
+                    *("--module", "benchmarks.eight_bit", "--out", str(part)),
+                    *(argument for setting in settings for argument in ("--set", setting)),
+                    *("--work", name),
+                ],
+                env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
+                check=True,
+            )
+            runs.append(json.loads(part.read_text()))
+    options.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
