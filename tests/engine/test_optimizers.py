@@ -211,6 +211,20 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     return {kind: [next(found) for _ in of_kind] for kind, of_kind in pairs.items()}
 
 
+@pytest.mark.gpu
+def test_a_gpus_moments_come_back_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    layouts = [SMALL | layout for layout in LAYOUTS if layout[EP] == 1 or "bf16.enabled" in layout]
+    cases = [(keys | {EP: 1}, keys | {EP: 1}) for keys in layouts]
+    (results,) = run_on_ranks("tests.engine.programs:resumed", 1, cases, str(tmp_path))
+    for (keys, _), found in zip(cases, results, strict=True):
+        assert found["differing"] == 0, keys
+        assert found["resumed"] == pytest.approx(found["losses"], abs=1e-3), keys
+        assert "torch.uint8" in {dtype for dtype, _ in found["states"]}
+
+
 @pytest.mark.slow
 def test_a_run_resumed_in_its_layout_goes_on_with_the_same_bits(resumed: dict) -> None:
     for layout, found in zip(LAYOUTS, resumed["the same"], strict=True):
