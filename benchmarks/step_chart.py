@@ -142,7 +142,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
         sharex=True,
         sharey=True,
     )
-    speeds = [r["tokens_per_second"] for r in found["results"] if "tokens_per_second" in r]
+    speeds = [record["fastest"] for record in found["results"] if "fastest" in record]
     for panel, experts in zip(axes[0], found["experts"], strict=True):
         records = {r["name"]: r for r in found["results"] if r["experts"] == experts}
         _draw_panel(panel, contenders, records)

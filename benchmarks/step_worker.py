@@ -122,8 +122,10 @@ class Runner:
         }
 
     def measure(self) -> dict[str, Any]:
-        """Milliseconds of a step and of its clipping, and bytes at the peak."""
+        """Milliseconds of a step, of this process's cores and of clipping; bytes at the peak."""
+        cpu_seconds = time.process_time()
         found = {"step_ms": self._timed(self.job.num_steps), "peak_bytes": self._peak_bytes()}
+        found["cpu_ms"] = 1000 * (time.process_time() - cpu_seconds) / self.job.num_steps
         clip = self.trainee.clip
         if clip is not None:
             found["clip_ms"] = self._clip_milliseconds() / self.job.num_steps

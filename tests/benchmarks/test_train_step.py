@@ -20,6 +20,7 @@ from tests.ranks import ROOT
 PAPER = ROOT / "ds_configs" / "lm_xmoe.json"
 QUICK = ROOT / "ds_configs" / "quickstart.json"
 SIZES = ["num_layers=2", "d_model=32", "d_ff=48", "num_heads=2", "vocab_size=64", "max_seq_len=16"]
+STAGE = "zero_optimization.stage"
 TINY = ["--config", str(QUICK), "--batch", "4", "--micro-batch", "2", "--experts", "4"]
 for size in SIZES:
     TINY += ["--set", f"magnetar.model.{size}"]
@@ -104,20 +105,27 @@ def test_micro_batches_fill_the_batch() -> None:
     assert int(targets.max()) < 64
 
 
-def test_the_clipping_of_either_kind_is_timed() -> None:
-    class Optimizer:
-        def __init__(self) -> None:
-            self.calls: list[str] = []
-            self.scaled_global_norm = lambda: self.calls.append("SparseClip")  # type: ignore[method-assign]
-            self.unscale_and_clip_grads = lambda gradients: None  # type: ignore[method-assign]
+def test_the_zero_stage_is_1_but_where_somebody_asks_for_another() -> None:
+    stages = [chosen_configs(parse([*TINY, *more])) for more in ([], ["--set", f"{STAGE}=0"])]
+    assert [config.zero_stage for (config,) in stages] == [1, 0]
+    (config,) = chosen_configs(parse(["--config", str(PAPER), "--experts", "32"]))
+    assert config.zero_stage == 1
+    assert "tensorboard" not in config.deepspeed
 
+
+def test_the_clipping_of_either_kind_is_timed() -> None:
+    calls: list[str] = []
+
+    class Optimizer:
         def scaled_global_norm(self) -> None:
-            self.calls.append("DeepSpeed")
+            calls.append("DeepSpeed")
 
         def unscale_and_clip_grads(self, gradients: list) -> None:
             pass
 
-    optimizer = Optimizer()
+    optimizer: Any = Optimizer()
+    optimizer.scaled_global_norm = lambda: calls.append("SparseClip")
+    optimizer.unscale_and_clip_grads = lambda gradients: None
     timer = ClipTimer(optimizer, torch.device("cpu"))
     for sparse_clip in (True, False, True):
         timer.use(sparse_clip)
@@ -125,7 +133,7 @@ def test_the_clipping_of_either_kind_is_timed() -> None:
         assert len(timer.spans) == 1
         assert timer.take_milliseconds() > 0
         assert timer.take_milliseconds() == 0
-    assert optimizer.calls == ["SparseClip", "DeepSpeed", "SparseClip"]
+    assert calls == ["SparseClip", "DeepSpeed", "SparseClip"]
 
 
 class FakeWorker:
