@@ -236,8 +236,8 @@ def test_a_run_resumed_in_its_layout_goes_on_with_the_same_bits(resumed: dict) -
 def test_a_run_resumed_otherwise_goes_on_nearly_the_same(resumed: dict) -> None:
     for kind in ("another layout", "from AdamW", "with AdamW"):
         for found in resumed[kind]:
-            # Other blocks round the moments otherwise: by a hundredth of each.
-            assert found["resumed"] == pytest.approx(found["losses"], abs=2e-3), (kind, found)
+            # Measured: 5e-6, and 8e-5 where float32 moments first become 8 bits; 5e-3 without any.
+            assert found["resumed"] == pytest.approx(found["losses"], abs=3e-4), (kind, found)
 
 
 @pytest.mark.slow
