@@ -136,7 +136,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
     figure, axes = pyplot.subplots(
         1,
         len(found["experts"]),
-        figsize=(4.6 + 4.4 * len(found["experts"]), 1.9 + 0.42 * len(contenders)),
+        figsize=(4.6 + 4.4 * len(found["experts"]), 2.2 + 0.42 * len(contenders)),
         layout="constrained",
         squeeze=False,
         sharex=True,
@@ -149,8 +149,8 @@ def draw(found: dict[str, Any], out: Path) -> None:
         panel.set_title(f"{experts} experts", fontsize=10)
         panel.set_xlabel("thousand tokens/s (line: slowest to fastest round)", fontsize=9)
     axes[0, 0].set_xlim(0, 1.6 * max(speeds, default=1000) / 1000)
-    first, *rest = heading(found).split("; ")
-    figure.suptitle(f"A whole training step. {first}\n{'; '.join(rest)}", fontsize=9)
+    lines = "A whole training step. " + heading(found).replace("; ", "\n")
+    figure.suptitle(lines, fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
