@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.attention import Cache, CrossAttention, LayerCache, SelfAttention, attention_mask
+from models.attention import Cache, attention_mask
+from models.block import Block, Context
 from models.config import ModelConfig
-from models.feed_forward import FeedForward
 from models.init import RandomSource
 from models.losses import Output, TokenLosses
 from models.moe import MoE, RoutingStats
-from models.multiway import Multiway, per_modality
-from models.norms import NORM_STYLES, Depths, Residual, Sublayer, layer_norm
+from models.multiway import per_modality
+from models.norms import NORM_STYLES, Depths, layer_norm
 from models.positions import (
     RelativeBias,
     Rotary,
@@ -52,137 +52,6 @@ class ModelLosses(NamedTuple):
 
     losses: TokenLosses
     routing: list[RoutingStats]
-
-
-class Context(NamedTuple):
-    """What every block of a stack sees beside the residual stream.
-
-    Attributes:
-        mask: added to self-attention's logits, broadcast to (B, H, T, S), or None.
-        is_causal: whether self-attention sees only the past; False where the mask says so.
-        rotary: turns queries and keys, or None.
-        first_position: position of the first token.
-        split_position: tokens of the first modality, or None.
-        padding: (B, T) bool, tokens that no MoE layer routes, or None.
-        memory: (B, S, D), the encoder's output, or None.
-        memory_mask: added to cross-attention's logits, broadcast to (B, H, T, S), or None.
-        sample_keys: (B,) int64, what the routers' noise is a function of, or None.
-    """
-
-    mask: Tensor | None
-    is_causal: bool
-    rotary: Rotary | None
-    first_position: int
-    split_position: int | None
-    padding: Tensor | None
-    memory: Tensor | None
-    memory_mask: Tensor | None
-    sample_keys: Tensor | None = None
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention in a decoder that has an encoder, feed-forward or MoE.
-
-    `models.norms` has the picture of each sublayer's residual stream.
-    """
-
-    def __init__(
-        self, config: ModelConfig, depths: Depths, index: int, moe_class: type[MoE] = MoE
-    ) -> None:
-        """Build the layer of this index (from 0) of a stack, with MoE layers of a class."""
-        super().__init__()
-        style = NORM_STYLES[config.norm]
-        alpha, gain = style.alpha(depths), style.gain(depths)
-        drop_path = config.drop_path * index / max(1, depths.own - 1)
-
-        def residual(sublayer: Sublayer) -> Residual:
-            return Residual(
-                style,
-                sublayer,
-                config.d_model,
-                alpha,
-                dropout=config.dropout,
-                drop_path=drop_path,
-                norm_eps=config.norm_eps,
-                multiway=config.multiway,
-            )
-
-        heads = (config.d_model, config.num_heads, config.attention_dropout)
-        self.attention_residual = residual("attention")
-        self.attention = SelfAttention(
-            *heads,
-            "attention" in style.inner,
-            gain,
-            head_scale=style.head_scale,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-            multiway=config.multiway,
-        )
-        self.cross_attention: CrossAttention | None = None
-        if not depths.is_alone and not depths.in_encoder:
-            self.cross_attention_residual = residual("cross_attention")
-            self.cross_attention = CrossAttention(
-                *heads,
-                "cross_attention" in style.inner and config.cross_attention_inner_norm,
-                gain,
-                qk_norm=config.qk_norm,
-                norm_eps=config.norm_eps,
-            )
-        self.ffn_residual = residual("ffn")
-        shape = (config.d_model, config.d_ff)
-        has_inner_norm = "ffn" in style.inner
-        self.ffn: nn.Module
-        if config.moe is not None and config.is_moe_layer(index):
-            # The encoder's MoE layers are counted before the decoder's.
-            earlier = 0 if depths.in_encoder else depths.encoder // config.moe.every
-            number = earlier + index // config.moe.every
-            self.ffn = moe_class(
-                *shape,
-                config.moe.of_layer(number),
-                config.activation,
-                has_inner_norm,
-                gain,
-                norm_eps=config.norm_eps,
-                activation_dropout=config.activation_dropout,
-                time_major=config.moe.time_major and depths.in_encoder,
-                layer=index if depths.in_encoder else depths.encoder + index,
-            )
-        else:
-            ffn = FeedForward(
-                *shape,
-                config.activation,
-                has_inner_norm,
-                gain,
-                norm_eps=config.norm_eps,
-                activation_dropout=config.activation_dropout,
-            )
-            self.ffn = Multiway(ffn) if config.multiway else ffn
-
-    def forward(
-        self, x: Tensor, context: Context, cache: LayerCache | None = None
-    ) -> tuple[Tensor, RoutingStats | None]:
-        """(B, T, D) -> (B, T, D), and the routing of a MoE layer."""
-        split = context.split_position
-        h = self.attention(
-            self.attention_residual.before(x, split),
-            context.mask,
-            context.is_causal,
-            rotary=context.rotary,
-            first_position=context.first_position,
-            cache=cache,
-            split_position=split,
-        )
-        x = self.attention_residual(x, h, split)
-        if self.cross_attention is not None:
-            h = self.cross_attention_residual.before(x)
-            h = self.cross_attention(h, context.memory, context.memory_mask, cache)
-            x = self.cross_attention_residual(x, h)
-        h, routing = self.ffn_residual.before(x, split), None
-        if isinstance(self.ffn, MoE):
-            h, routing = self.ffn(h, context.padding, context.sample_keys)
-        else:
-            h = per_modality(self.ffn, h, split)
-        return self.ffn_residual(x, h, split), routing
 
 
 class Transformer(nn.Module):
