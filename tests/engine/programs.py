@@ -380,8 +380,8 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
     Returns:
         `losses` of its last 4 steps and `resumed`, those of the second, which loads what was saved;
         `differing`: how many elements of this rank's moments and weights differ right after the
-        loading (None: the layouts differ); `states`: (dtype, number of elements) of what the second
-        optimizer keeps.
+        loading (None: the layouts differ); `precision` of the second; `states`: (dtype, number of
+        elements) of what its optimizer keeps.
     """
     from pathlib import Path
     from types import SimpleNamespace
@@ -419,6 +419,7 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
         pairs = zip(kept, again, strict=True) if is_same else []
         result["differing"] = sum(int((a != b).sum()) for a, b in pairs) if is_same else None
         result["resumed"] = losses(engine, config, range(4, 8))
+        result["precision"] = config.dtype
         result["states"] = [
             (str(value.dtype), value.numel())
             for states in engine.basic_optimizer.state.values()

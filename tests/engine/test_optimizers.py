@@ -237,7 +237,9 @@ def test_a_run_resumed_otherwise_goes_on_nearly_the_same(resumed: dict) -> None:
     for kind in ("another layout", "from AdamW", "with AdamW"):
         for found in resumed[kind]:
             # Measured: 5e-6, and 8e-5 where float32 moments first become 8 bits; 5e-3 without any.
-            assert found["resumed"] == pytest.approx(found["losses"], abs=3e-4), (kind, found)
+            # In bf16 rounding alone parts two runs by 1e-3 (docs/invariance.md).
+            bound = 1e-3 if found["precision"] == "bf16" else 3e-4
+            assert found["resumed"] == pytest.approx(found["losses"], abs=bound), (kind, found)
 
 
 @pytest.mark.slow
