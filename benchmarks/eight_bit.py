@@ -141,6 +141,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.work:
         work(options.out, options.work, options.set)
+        from engine.process_groups import leave_distributed
+
+        leave_distributed()
         return
     given = {setting.partition("=")[0] for setting in options.set}
     programs = Path(sys.executable).parent

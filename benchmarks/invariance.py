@@ -245,6 +245,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.work:
         work(options.out, options.dtypes[0], options.variants, options.steps)
+        from engine.process_groups import leave_distributed
+
+        leave_distributed()
         return 0
     found: dict[str, dict[str, Any]] = {}
     for dtype, world_size in product(options.dtypes, options.worlds):

@@ -128,6 +128,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.work:
         work(options.out, options.folder, options.set)
+        from engine.process_groups import leave_distributed
+
+        leave_distributed()
         return
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -86,7 +86,8 @@ def test_a_profile_is_made_trained_from_and_folded_away(tmp_path: Path, corpus: 
     again = run(*convert, str(out), "--out", str(tmp_path / "twice"))
     assert again.returncode == 2
     assert "norm='post' has no omega to fold" in again.stderr
-    empty = run(*convert, str(tmp_path), "--out", str(tmp_path / "twice"))
+    (tmp_path / "empty").mkdir()
+    empty = run(*convert, str(tmp_path / "empty"), "--out", str(tmp_path / "twice"))
     assert empty.returncode == 2
     assert "holds neither checkpoints/ nor model.safetensors" in empty.stderr
 
