@@ -10,15 +10,13 @@ Everything else is equal: initial weights (but for the other seed), batches, sch
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.launching import launch
 
 CONFIG = Path(__file__).with_name("layouts.json")
 WIDE = {
@@ -146,7 +144,6 @@ def main() -> None:
         leave_distributed()
         return
     given = {setting.partition("=")[0] for setting in options.set}
-    programs = Path(sys.executable).parent
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for name, keys in OPTIMIZERS.items():
@@ -156,21 +153,10 @@ def main() -> None:
             }
             own = {k: v for k, v in (WIDE | steps).items() if k not in given} | keys
             settings = [*options.set, *(f"{key}={json.dumps(v)}" for key, v in own.items())]
-            with socket.socket() as listener:
-                listener.bind(("127.0.0.1", 0))
-                port = listener.getsockname()[1]
             part = Path(folder, "part.json")
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "deepspeed.launcher.runner"),
-                    *("-q", "--num_gpus", str(options.ranks), "--master_port", str(port)),
-                    *("--module", "benchmarks.eight_bit", "--out", str(part)),
-                    *(argument for setting in settings for argument in ("--set", setting)),
-                    *("--work", name),
-                ],
-                env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
-                check=True,
-            )
+            arguments = ["--out", part, "--work", name]
+            arguments += [argument for setting in settings for argument in ("--set", setting)]
+            launch("benchmarks.eight_bit", options.ranks, arguments).check_returncode()
             runs.append(json.loads(part.read_text()))
     options.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     print(table(runs))

@@ -11,14 +11,13 @@ balance loss are those of one accumulation step over all ranks (`moe.balance_sco
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
+
+from benchmarks.launching import launch
 
 CONFIG = Path(__file__).with_name("layouts.json")
 NUM_STEPS = 50
@@ -146,27 +145,15 @@ def work(out: Path, dtype: str, variants: list[str], num_steps: int) -> None:
     dist.barrier()
 
 
-def launch(world_size: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+def curves_of(world_size: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Start the ranks with the launcher; what they found."""
     out = options.results / f"{dtype}_{world_size}.json"
     if options.reuse and out.is_file():
         return json.loads(out.read_text())
     out.parent.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    programs = Path(sys.executable).parent
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "deepspeed.launcher.runner"),
-            *("-q", "--num_gpus", str(world_size), "--master_port", str(port)),
-            *("--module", "benchmarks.invariance", "--out", out, "--work"),
-            *("--dtypes", dtype, "--variants", *options.variants),
-            *("--steps", str(options.steps)),
-        ],
-        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
-        check=True,
-    )
+    arguments = ["--out", out, "--work", "--dtypes", dtype, "--variants", *options.variants]
+    arguments += ["--steps", str(options.steps)]
+    launch("benchmarks.invariance", world_size, arguments).check_returncode()
     return json.loads(out.read_text())
 
 
@@ -251,7 +238,7 @@ def main() -> int:
         return 0
     found: dict[str, dict[str, Any]] = {}
     for dtype, world_size in product(options.dtypes, options.worlds):
-        answer = launch(world_size, dtype, options)
+        answer = curves_of(world_size, dtype, options)
         for column, curves in answer["curves"].items():
             found.setdefault(column, {}).update(curves)
     page, holds = PAGE_BEGIN.format(steps=options.steps, hardware=answer["hardware"]), True

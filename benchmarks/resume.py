@@ -9,14 +9,13 @@ losses of those steps are compared with those of a run of one rank that nobody s
 
 import argparse
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from benchmarks.launching import launch
 
 CONFIG = Path(__file__).with_name("layouts.json")
 SAVED_AFTER, LAST = 20, 40
@@ -45,9 +44,6 @@ LAYOUTS = (
 
 def train(layout: Layout, run_dir: Path, num_steps: int, settings: list[str]) -> list[float]:
     """Train a run to a step in a layout; the losses of all of its steps so far."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     keys = {
         "zero_optimization.stage": layout.stage,
         "magnetar.model.moe.ep_size": layout.ep_size,
@@ -55,19 +51,9 @@ def train(layout: Layout, run_dir: Path, num_steps: int, settings: list[str]) ->
         "magnetar.training.num_steps": num_steps,
     }
     pairs = [*(f"{key}={value}" for key, value in keys.items()), *settings]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "deepspeed.launcher.runner"),
-            *("-q", "--num_gpus", str(layout.world_size), "--master_port", str(port)),
-            *("--module", "launchers.train", "--deepspeed_config", str(CONFIG)),
-            *(part for pair in pairs for part in ("--set", pair)),
-        ],
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    arguments = ["--deepspeed_config", str(CONFIG)]
+    arguments += [part for pair in pairs for part in ("--set", pair)]
+    done = launch("launchers.train", layout.world_size, arguments, quietly=True)
     if done.returncode != 0:
         raise SystemExit(f"{layout} ended with {done.returncode}:\n{done.stdout}")
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())

@@ -10,17 +10,15 @@ until the checkpoint is complete. Times are the slowest rank's.
 
 import argparse
 import json
-import os
 import platform
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.launching import launch
 
 CONFIG = Path(__file__).with_name("layouts.json")
 REPEATS = 5
@@ -132,22 +130,10 @@ def main() -> None:
 
         leave_distributed()
         return
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    programs = Path(sys.executable).parent
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "deepspeed.launcher.runner"),
-                *("-q", "--num_gpus", str(options.ranks), "--master_port", str(port)),
-                *("--module", "benchmarks.saving", "--out", options.out, "--folder", folder),
-                *(part for pair in options.set for part in ("--set", pair)),
-                "--work",
-            ],
-            env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"},
-            check=True,
-        )
+        arguments = ["--out", options.out, "--folder", folder, "--work"]
+        arguments += [part for pair in options.set for part in ("--set", pair)]
+        launch("benchmarks.saving", options.ranks, arguments).check_returncode()
     found = json.loads(options.out.read_text())
     print(
         f"{found['bytes'] / 2**20:,.0f} MiB: a synchronous save takes "

@@ -1,0 +1,36 @@
+"""Starting the ranks of a benchmark."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def launch(
+    module: str, num_ranks: int, arguments: Sequence[str | Path], quietly: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a module on so many ranks of this machine with the `deepspeed` launcher.
+
+    Args:
+        module: by its dotted name.
+        num_ranks: GPUs, or processes on the CPU.
+        arguments: of the module.
+        quietly: keep what the ranks print for the caller.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "deepspeed.launcher.runner", "-q"),
+            *("--num_gpus", str(num_ranks), "--master_port", str(port), "--module", module),
+            *map(str, arguments),
+        ],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE if quietly else None,
+        stderr=subprocess.STDOUT if quietly else None,
+        text=True,
+        check=False,
+    )
