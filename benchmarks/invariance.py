@@ -268,9 +268,8 @@ Made by benchmarks/invariance.py on {hardware}.
 
 The model: benchmarks/layouts.json (4 layers, 8 experts in every 2nd, X-MoE router, balance loss
 0.01, no dropout, SparseClip active on every step), {steps} steps on the text of `make train`. Each
-cell: the largest difference of a loss (nats) and of a gradient norm
-(relative) from the first row of its column, over all steps; **bold**: beyond the bound, which is
-in the last row.
+cell: the largest difference of a loss (nats) and of a gradient norm (relative) from the first row
+of its column, over all steps; **bold**: beyond the bound, which is in the last row.
 
 Capacity and balance statistics are those of one accumulation step over all ranks, so a column
 compares runs of the same number of accumulation steps; with dispatch `dropless` and
