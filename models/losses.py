@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models import kernels
 from models.linear import Linear
 
 IGNORE_INDEX = -100
 
 # Of a chunk's logits in float32. On a GPU a chunk must fill the device, and each costs a pass over
 # the gradient of the output's matrix; on a CPU it should stay in the caches.
-GPU_CHUNK_BYTES = 256 * 2**20
+GPU_CHUNK_BYTES = 1024 * 2**20
 CPU_CHUNK_BYTES = 4 * 2**20
 TILE = 128
 MIN_CHUNK = 2 * TILE  # tokens: below, passes over the matrix cost more than those over the logits
@@ -99,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         has_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        log_z = torch.empty(len(hidden), 1, dtype=wide, device=hidden.device)
+        log_z = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         target_logits = torch.empty_like(log_z)
         hidden_grad = weight_grad = None
         if has_gradients:
@@ -107,31 +108,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Wide: it is a sum over chunks, and in fp16 that over tokens could overflow.
             weight_grad = torch.zeros_like(weight, dtype=wide)
         ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
-        counted = counted.unsqueeze(-1)  # (N, 1)
-        targets = targets.unsqueeze(-1).masked_fill(~counted, 0)
+        targets = targets.masked_fill(~counted, 0)
         chunk_len = _chunk_len(hidden, weight)
+        softmax = _softmax
+        if kernels.usable(hidden):
+            from models.kernels.cross_entropy import cross_entropy as softmax  # needs Triton
         all_logits = hidden.new_empty(chunk_len, len(weight))
-        all_probs = all_logits if wide == hidden.dtype else torch.empty_like(all_logits, dtype=wide)
         for first in range(0, len(hidden), chunk_len):
             chunk = slice(first, first + chunk_len)
-            h, target = hidden[chunk], targets[chunk]
-            logits, probs = all_logits[: len(h)], all_probs[: len(h)]  # (C, V)
+            h = hidden[chunk]
+            logits = all_logits[: len(h)]  # (C, V)
             torch.mm(h, weight.t(), out=logits)
-            target_logits[chunk] = logits.gather(1, target)
-            top = logits.amax(-1, keepdim=True).to(wide)
-            total = torch.sub(logits, top, out=probs).exp_().sum(-1, keepdim=True)
-            log_z[chunk] = top + total.log()
-            if hidden_grad is None or weight_grad is None:
-                continue
-            # d(total)/d(logits) in the place of the logits: probabilities times a factor of the
-            # row, less 1 at the target. That difference is rounded, not its terms.
-            factor = (1.0 + 2.0 * z_weight * log_z[chunk]) * ctx.scale
-            prob = (target_logits[chunk] - log_z[chunk]).exp()
-            at_target = (factor * prob - ctx.scale) * counted[chunk]
-            torch.mul(probs, factor / total * counted[chunk], out=logits)
-            logits.scatter_(1, target, at_target.to(logits.dtype))
-            torch.mm(logits, weight, out=hidden_grad[chunk])
-            _add_product(weight_grad, logits.t(), h)
+            log_z[chunk], target_logits[chunk] = softmax(
+                logits, targets[chunk], counted[chunk], z_weight, ctx.scale, has_gradients
+            )
+            if hidden_grad is not None and weight_grad is not None:
+                torch.mm(logits, weight, out=hidden_grad[chunk])
+                _add_product(weight_grad, logits.t(), h)
         cross_entropy = ((log_z - target_logits) * counted).sum()
         z_loss = torch.zeros_like(cross_entropy)
         if z_weight:
@@ -153,6 +146,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mul(weight_grad, factor, out=torch.empty_like(weight_grad, dtype=ctx.dtype)),
             *(None,) * 4,
         )
+
+
+def _softmax(
+    logits: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    z_weight: float,
+    scale: float,
+    has_gradients: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `models.kernels.cross_entropy.cross_entropy` does it, in several passes."""
+    targets, counted = targets.unsqueeze(-1), counted.unsqueeze(-1)  # (C, 1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    target_logits = logits.gather(1, targets).to(wide)
+    top = logits.amax(-1, keepdim=True).to(wide)
+    probs = logits if wide == logits.dtype else torch.empty_like(logits, dtype=wide)
+    total = torch.sub(logits, top, out=probs).exp_().sum(-1, keepdim=True)
+    log_z = top + total.log()
+    if has_gradients:
+        # Probabilities times a factor of the row, less 1 at the target. That difference is
+        # rounded, not its terms.
+        factor = (1.0 + 2.0 * z_weight * log_z) * scale
+        at_target = (factor * (target_logits - log_z).exp() - scale) * counted
+        torch.mul(probs, factor / total * counted, out=logits)
+        logits.scatter_(1, targets, at_target.to(logits.dtype))
+    return log_z.squeeze(-1), target_logits.squeeze(-1)
 
 
 def _chunk_len(hidden: Tensor, weight: Tensor) -> int:

@@ -1,0 +1,99 @@
+"""Softmax and cross entropy of logits, and their gradients in the logits' place: one pass each.
+
+Letters: C tokens of a chunk, V vocab_size.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COLUMNS = 4096  # of a row, at a time
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits,
+    targets,
+    counted,
+    log_z,
+    target_logits,
+    V,
+    z_weight,
+    scale,
+    GRADIENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    of_row = logits + row * V
+    column = tl.arange(0, COLUMNS)
+    target = tl.load(targets + row)
+    target_logit = tl.load(of_row + target).to(tl.float32)
+    # Each lane has a largest logit of its own, and a sum that is relative to it.
+    tops = tl.full([COLUMNS], -1e30, tl.float32)
+    totals = tl.zeros([COLUMNS], tl.float32)
+    first = 0
+    while first < V:
+        x = tl.load(of_row + first + column, mask=first + column < V, other=float("-inf"))
+        x = x.to(tl.float32)
+        new_tops = tl.maximum(tops, x)
+        totals = totals * tl.exp(tops - new_tops) + tl.exp(x - new_tops)
+        tops = new_tops
+        first += COLUMNS
+    top = tl.max(tops, 0)
+    total = tl.sum(totals * tl.exp(tops - top), 0)
+    z = top + tl.log(total)
+    tl.store(log_z + row, z)
+    tl.store(target_logits + row, target_logit)
+    if GRADIENTS:
+        weight = tl.load(counted + row).to(tl.float32)
+        factor = (1.0 + 2.0 * z_weight * z) * scale
+        # That difference is rounded, not its terms.
+        at_target = (factor * (tl.exp(target_logit - top) / total) - scale) * weight
+        factor = factor / total * weight
+        first = 0
+        while first < V:
+            mask = first + column < V
+            x = tl.load(of_row + first + column, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.where(first + column == target, at_target, tl.exp(x - top) * factor)
+            tl.store(of_row + first + column, grad.to(logits.dtype.element_ty), mask=mask)
+            first += COLUMNS
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    z_weight: float,
+    scale: float,
+    has_gradients: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `models.losses` does with a chunk's logits.
+
+    Args:
+        logits: (C, V), contiguous. With gradients those of cross_entropy + z_weight * log^2 Z are
+            in their place afterwards, times scale, 0 where a token does not count.
+        targets: (C,) int64, from 0 to V - 1 also where a token does not count.
+        counted: (C,) bool.
+        z_weight: of log^2 Z.
+        scale: of the gradients.
+        has_gradients: whether they are wanted.
+
+    Returns:
+        log Z (C,) and the targets' logits (C,), float32.
+    """
+    log_z, target_logits = torch.empty(2, len(logits), device=logits.device).unbind()
+    _cross_entropy_kernel[(len(logits),)](
+        logits,
+        targets,
+        counted,
+        log_z,
+        target_logits,
+        logits.size(1),
+        z_weight,
+        scale,
+        GRADIENTS=has_gradients,
+        COLUMNS=min(COLUMNS, triton.next_power_of_2(logits.size(1))),
+        num_warps=8,
+    )
+    return log_z, target_logits
