@@ -11,7 +11,7 @@ from engine.checkpoint_files import complete_checkpoints
 from engine.config import RunConfig
 from engine.run_folder import write_whole
 from models.admin import set_omegas
-from models.moe_config import StrictModel
+from models.moe_config import ON_ONE_RANK, StrictModel
 
 PROFILE_FILE = "admin_profile.json"
 
@@ -41,7 +41,8 @@ def new_profile(config: RunConfig, variances: dict[str, list[float]]) -> Profile
     """A profile and what it depends on."""
     model = config.model.model_dump(mode="json")
     if model["moe"] is not None:
-        model["moe"].pop("ep_size")
+        for key in ON_ONE_RANK:
+            model["moe"].pop(key)
     data = config.data.model_dump(mode="json", exclude={"path"})
     return Profile(seed=config.training.seed, model=model, data=data, variances=variances)
 

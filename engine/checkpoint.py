@@ -35,11 +35,12 @@ from engine.optimizers import EightBitMoment, Moment
 from engine.run_folder import differing, flat_keys
 from engine.shares import Share, adam_step, finish_adam, shares, start_adam, whole_weights
 from models.config import ModelConfig
+from models.moe_config import ON_ONE_RANK
 from models.transformer import EncoderDecoder, Transformer, empty_model
 from models.weights import check_tensors, load_tensors, tensor_shapes
 
-# Where experts lie belongs to the layout, not to the model.
-_LAYOUT_KEYS = {"moe.ep_size"}
+# Where experts lie, and how tokens reach them, belongs to the layout, not to the model.
+_LAYOUT_KEYS = {"moe.ep_size", "moe.exchange_chunks"}
 _POLL_SECONDS = 0.05
 
 
@@ -393,7 +394,7 @@ def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
     require_whole(checkpoint)
     config = ModelConfig.model_validate(checkpoint.manifest["config"]["magnetar"]["model"])
     if config.moe is not None:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+        config = config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
     _require_same_tensors(checkpoint, config)
     model = empty_model(config)
     load_tensors(model, dict(whole_tensors(checkpoint)))

@@ -17,7 +17,7 @@ from models.weights import CONFIG_FILE, first_problem
 
 RUN_KEY = "run"
 # An exported model belongs to no layout.
-_FREE_KEYS = {"moe.ep_size"}
+_FREE_KEYS = {"moe.ep_size", "moe.exchange_chunks"}
 
 
 # As it was written, whatever a validation or a loss scale came to.

@@ -35,6 +35,7 @@ from engine.deepspeed_keys import EIGHT_BIT
 from engine.optimizers import BLOCK, MIN_8BIT_SIZE, takes_8_bits
 from models.config import ModelConfig
 from models.moe import MoE
+from models.moe_config import ON_ONE_RANK
 from models.transformer import empty_model
 from models.weights import on_one_rank
 
@@ -168,7 +169,7 @@ def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     zero["stage"] = layout.zero_stage
     moe = result["magnetar"]["model"]["moe"]
     if moe is not None:
-        moe["ep_size"] = layout.ep_size
+        moe |= ON_ONE_RANK | {"ep_size": layout.ep_size}
         zero.pop("parameter_alignment", None)  # follows from the stage
     return result
 

@@ -32,6 +32,7 @@ _FREE_KEYS = {
     "magnetar.training.resume",
     "magnetar.training.activation_checkpointing",  # memory against time: the numbers stay
     "magnetar.model.moe.ep_size",  # where experts lie: a checkpoint belongs to no layout
+    "magnetar.model.moe.exchange_chunks",
 }
 _TRAINED_SECTIONS = (
     "train_batch_size",

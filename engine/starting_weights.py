@@ -22,6 +22,7 @@ _FREE_KEYS = {
     "activation_dropout",
     "drop_path",
     "moe.ep_size",
+    "moe.exchange_chunks",
     "moe.frozen",
     "moe.jitter",
     "moe.second_expert",

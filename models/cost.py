@@ -5,6 +5,7 @@ from torch import nn
 
 from models.config import ModelConfig
 from models.moe import MoE
+from models.moe_config import ON_ONE_RANK
 from models.transformer import empty_model
 
 
@@ -16,7 +17,7 @@ def num_parameters(config: ModelConfig) -> tuple[int, int]:
     and backward.
     """
     if config.moe is not None:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+        config = config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
     with torch.device("meta"):
         model = empty_model(config)
     total = sum(parameter.numel() for parameter in model.parameters())

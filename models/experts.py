@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import kernels
+from models.exchange import Exchange
 from models.feed_forward import ACTIVATIONS, GATED_ACTIVATIONS
 from models.init import RandomSource
 
@@ -102,7 +103,11 @@ class Experts(nn.Module):
         return kernels.usable(rows) and not self.gated and dropout == 0
 
     def forward(
-        self, rows: Tensor, counts: Tensor, defer_bias: bool = False
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        defer_bias: bool = False,
+        exchange: Exchange | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply each expert to its own rows.
 
@@ -110,10 +115,20 @@ class Experts(nn.Module):
             rows: (R, D), sorted by expert.
             counts: (L,) int64, rows of each expert; sums to R.
             defer_bias: whoever weighs the rows adds the last bias; only where kernels are used.
+            exchange: the rows (A, D) and counts (E,) are this rank's tokens', sorted as
+                models.exchange says; they go to their experts and come back. Only where kernels
+                are used. Not outside this module, for which ZeRO 3 collects the weights.
 
         Returns:
-            (R, D); with defer_bias (R, D) without it, and (L, D) the biases.
+            (R, D); with defer_bias (R, D) without it, and (L, D) the biases. With exchange (A, D).
         """
+        if exchange is not None:
+            from models.kernels.exchange import ExchangedNetwork  # Triton is not everywhere
+
+            affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
+            parameters = (self.w1, self.b1, *affine, self.w2, self.b2)
+            network = (self.activation_name, self.norm_eps)
+            return ExchangedNetwork.apply(rows, *parameters, exchange, *network)
         offsets = counts.cumsum(0).to(torch.int32)
         if self.uses_kernels(rows):
             from models.kernels.experts import SparseNetwork  # Triton is not everywhere

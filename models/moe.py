@@ -12,7 +12,6 @@ Training uses the subclasses of models.deepspeed_moe; nothing here needs DeepSpe
 import math
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,84 +28,14 @@ from models.dispatch import (
     routed_tokens,
     sort_assignments,
 )
+from models.exchange import Exchange, chunk_order
 from models.experts import Experts
 from models.init import RandomSource
 from models.kernels import MAX_EXPERTS, MAX_TOP_K
 from models.moe_config import MoELayerConfig
 from models.noise import CAPACITY_ORDER, JITTER, drawn_sample_keys, token_keys, uniform
-from models.router import LinearRouter, Router, Routing, XMoERouter, balance_loss, normalized
-
-
-class RoutingStats(NamedTuple):
-    """What one MoE layer reports of one forward pass: sums over this rank's routed tokens.
-
-    Being sums, they add up over ranks and micro-batches; only the temperature is the same on every
-    rank.
-
-    Attributes:
-        probs: (E,) float32 with gradient, the distributions that the balance loss sees.
-        first_choices: (E,) int64, tokens whose first choice is an expert; sums to all tokens.
-        entropy: () float32, of the gate, in nats.
-        log_z_squared: () float32 with gradient, log^2 sum exp(router logits) (ST-MoE, arXiv
-            2202.08906, eq. 5).
-        load: (E,) float32, assignments to each expert before any is dropped.
-        dropped: () float32, assignments dropped.
-        temperature: () float32, the router's tau; 1 for a router without one.
-    """
-
-    probs: Tensor
-    first_choices: Tensor
-    entropy: Tensor
-    log_z_squared: Tensor
-    load: Tensor
-    dropped: Tensor
-    temperature: Tensor
-
-    @property
-    def num_tokens(self) -> Tensor:
-        """() int64, at least 1: a batch may be all padding."""
-        return self.first_choices.sum().clamp(min=1)
-
-    @property
-    def aux_loss(self) -> Tensor:
-        """() float32, the balance loss of these tokens alone."""
-        return balance_loss(self.probs, self.first_choices)
-
-    @property
-    def z_loss(self) -> Tensor:
-        """() float32, the router z-loss of these tokens alone."""
-        return self.log_z_squared / self.num_tokens
-
-    @property
-    def mean_entropy(self) -> Tensor:
-        """() float32, nats a token; ln E is indifferent, 0 decided."""
-        return self.entropy / self.num_tokens
-
-
-class _AllToAll(torch.autograd.Function):
-    """Rows to other ranks, uneven splits; the gradient travels back the same way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        comm: ModuleType,
-        group: dist.ProcessGroup,
-        rows: Tensor,
-        receive_splits: list[int],
-        send_splits: list[int],
-    ) -> Tensor:
-        ctx.comm, ctx.group = comm, group
-        ctx.receive_splits, ctx.send_splits = receive_splits, send_splits
-        received = rows.new_empty(sum(receive_splits), rows.size(1))
-        comm.all_to_all_single(
-            received, rows.contiguous(), receive_splits, send_splits, group=group
-        )
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None, None]:
-        splits = (ctx.send_splits, ctx.receive_splits)
-        return None, None, _AllToAll.apply(ctx.comm, ctx.group, grad, *splits), None, None
+from models.router import LinearRouter, Router, Routing, XMoERouter, normalized
+from models.routing_stats import RoutingStats
 
 
 class SparseFeedForward(nn.Module):
@@ -153,9 +82,9 @@ class SparseFeedForward(nn.Module):
         with self._timed("time_moe"):
             routing: Routing = self.gate(self._jittered(h, keys), keys)
             kept = self._kept(routing, index, x.shape[:2], keys)
-            assignments = sort_assignments(routing.experts, self.moe.num_experts, kept)
+            assignments, exchange = self._sorted(routing.experts, kept, self._num_chunks(h))
             rows = gather_tokens(h, assignments.order, self.moe.top_k)  # (A, D)
-            rows = self._apply_experts(rows, assignments.counts)
+            rows = self._apply_experts(rows, assignments.counts, exchange)
             out = self._combine(rows, assignments, routing.weights)
         return self._everywhere(out, index, tokens).view_as(x), self._stats(routing, assignments)
 
@@ -183,14 +112,16 @@ class SparseFeedForward(nn.Module):
 
         with self._timed("time_moe"):
             routing, temperature = self.gate(h, by_kernel=True)
+            num_chunks = self._num_chunks(h)
+            exchange = self._exchange(routing.load, num_chunks)
             offsets, counts, row_of, assignment_of = sorted_positions(
-                routing.experts, routing.block_counts
+                routing.experts, routing.block_counts, self.ep_size, num_chunks
             )
             rows, bias = GatherRows.apply(h, row_of, assignment_of), None  # (A, D)
-            if self.ep_size == 1:
+            if exchange is None:
                 rows, bias = self.experts(rows, counts, defer_bias=True)
             else:
-                rows = self._apply_experts(rows, counts)
+                rows = self._apply_experts(rows, counts, exchange)
             placed = (routing.experts, row_of, assignment_of, offsets)
             out = CombineRows.apply(rows, bias, routing.weights, *placed)
         return out, RoutingStats(
@@ -252,28 +183,39 @@ class SparseFeedForward(nn.Module):
             return uniform(keys, 1, CAPACITY_ORDER).squeeze(-1)
         return None
 
-    def _apply_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """(A, D) sorted by expert and the experts' (E,) counts -> (A, D), what they return."""
-        if self.ep_size == 1:
-            return self.experts(rows, counts)
-        send_counts = counts.view(self.ep_size, -1)  # (ep_size, L)
-        receive_counts = torch.empty_like(send_counts)
-        comm, group = self.comm, self.ep_group
-        assert group is not None, "no ranks to exchange tokens with"
-        comm.all_to_all_single(receive_counts, send_counts.contiguous(), group=group)
-        splits = torch.stack([receive_counts.sum(1), send_counts.sum(1)])
-        receive_splits, send_splits = splits.tolist()
+    def _sorted(
+        self, experts: Tensor, kept: Tensor | None, num_chunks: int
+    ) -> tuple[Assignments, Exchange | None]:
+        """The (N, K) choices that are kept, in the order in which they are sent, if they are."""
+        num_experts = self.moe.num_experts
+        if num_chunks == 1:
+            assignments = sort_assignments(experts, num_experts, kept)
+        else:
+            places = chunk_order(num_experts, self.ep_size, num_chunks, experts.device)
+            order, counts = sort_assignments(places[experts], num_experts, kept)
+            assignments = Assignments(order, counts[places])
+        return assignments, self._exchange(assignments.counts, num_chunks)
 
-        with self._timed("time_falltoall"):
-            rows = _AllToAll.apply(comm, group, rows, receive_splits, send_splits)  # (R, D)
-        # Rows come sorted by (sender, expert); the grouped matmul wants (expert, sender).
-        expert_of = torch.arange(self.num_local_experts, device=rows.device).repeat(self.ep_size)
-        expert_of = expert_of.repeat_interleave(receive_counts.view(-1), output_size=rows.size(0))
-        by_expert = expert_of.argsort(stable=True)
-        rows = self.experts(rows.index_select(0, by_expert), receive_counts.sum(0))
-        rows = torch.empty_like(rows).index_copy(0, by_expert, rows)
-        with self._timed("time_salltoall"):
-            return _AllToAll.apply(comm, group, rows, send_splits, receive_splits)
+    def _num_chunks(self, h: Tensor) -> int:
+        """In how many chunks the experts' rows are exchanged."""
+        overlaps = self.ep_size > 1 and self.experts.uses_kernels(h)
+        return self.moe.num_exchange_chunks if overlaps else 1
+
+    def _exchange(self, counts: Tensor, num_chunks: int) -> Exchange | None:
+        """Start to tell the other ranks the (E,) rows of each expert; None: there are none."""
+        if self.ep_size == 1:
+            return None
+        assert self.ep_group is not None, "no ranks to exchange tokens with"
+        by_rank = counts.view(self.ep_size, -1)
+        return Exchange(self.comm, self.ep_group, by_rank, num_chunks, self._timed)
+
+    def _apply_experts(self, rows: Tensor, counts: Tensor, exchange: Exchange | None) -> Tensor:
+        """(A, D) sorted by expert and the experts' (E,) counts -> (A, D), what they return."""
+        if exchange is None:
+            return self.experts(rows, counts)
+        if self.experts.uses_kernels(rows):
+            return self.experts(rows, counts, exchange=exchange)
+        return exchange.through(rows, self.experts)
 
     def _combine(self, rows: Tensor, assignments: Assignments, weights: Tensor) -> Tensor:
         """(A, D) and weights (N, K) -> (N, D), each token's weighted sum; dropped ones add 0."""

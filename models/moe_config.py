@@ -1,7 +1,7 @@
 """What a MoE layer is: the keys under `magnetar.model.moe` of the JSON."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,11 @@ Count = Annotated[int, Field(ge=1)]
 Counts = Annotated[Count | list[Count], WrapValidator(_one_problem)]
 
 
+# The keys of where experts lie and how tokens reach them, as they are with one rank.
+ON_ONE_RANK: dict[str, Any] = {"ep_size": 1, "exchange_chunks": None}
+EXCHANGE_CHUNKS = 1  # where none are asked for, and experts can be so divided
+
+
 class MoEConfig(StrictModel):
     """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
 
@@ -53,6 +58,14 @@ class MoEConfig(StrictModel):
         ge=1,
         description="Ranks that share one set of experts (expert parallelism). It must divide "
         "both num_experts and the number of ranks.",
+    )
+    exchange_chunks: int | None = Field(
+        default=None,
+        ge=1,
+        description="Parts in which tokens travel to the experts of other ranks and back, each "
+        "while another is computed; it changes no number. It must divide num_experts / ep_size. "
+        "Only with ep_size > 1. null: chosen. Where the experts have no kernels (on CPUs, with a "
+        "gated activation or activation_dropout) nothing is overlapped.",
     )
     router: Literal["xmoe", "linear"] = Field(
         default="xmoe",
@@ -173,6 +186,19 @@ class MoEConfig(StrictModel):
                 f"num_experts={self.num_experts} must be a multiple of ep_size={self.ep_size}"
                 f"{which}: use {near} experts, or one of the ep_size {self.possible_ep_sizes}"
             )
+        elif self.exchange_chunks is not None and self.ep_size == 1:
+            wrong.append(
+                f"exchange_chunks={self.exchange_chunks} belongs to ep_size > 1, where tokens "
+                "travel: leave it out, or use a larger ep_size"
+            )
+        elif any(
+            count // self.ep_size % (self.exchange_chunks or 1) for count in self.expert_counts
+        ):
+            local = math.gcd(*self.expert_counts) // self.ep_size
+            wrong.append(
+                f"exchange_chunks={self.exchange_chunks} must divide num_experts / ep_size: use "
+                f"one of {[size for size in range(1, local + 1) if local % size == 0]}"
+            )
         fewest = min(self.expert_counts)
         if self.top_k > fewest:
             wrong.append(
@@ -253,6 +279,12 @@ class MoELayerConfig(MoEConfig):
     """The keys of one MoE layer."""
 
     num_experts: int = Field(ge=1, description="Experts of the layer, over the whole job.")
+
+    @property
+    def num_exchange_chunks(self) -> int:
+        """Parts of the exchange, asked for or chosen."""
+        local = self.num_experts // self.ep_size
+        return self.exchange_chunks or math.gcd(EXCHANGE_CHUNKS, local)
 
     @property
     def router_width(self) -> int:

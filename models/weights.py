@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.moe import MoE
+from models.moe_config import ON_ONE_RANK
 from models.transformer import EncoderDecoder, Transformer, empty_model
 from models.weight_files import (
     WEIGHTS_FILE,
@@ -266,7 +267,7 @@ def on_one_rank(config: ModelConfig) -> ModelConfig:
     """The same model with all its experts here, not those of one rank of many."""
     if config.moe is None:
         return config
-    return config.model_copy(update={"moe": config.moe.model_copy(update={"ep_size": 1})})
+    return config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
 
 
 def check_tensors(

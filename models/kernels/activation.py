@@ -199,21 +199,24 @@ def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int]:
             "COLUMNS": columns,
             "num_warps": min(16, max(4, columns // 256)),
         }
-    columns = min(1024, columns)
+    columns = min(1024 if backward else 512, columns)
     return {"R": min(TILE_ROWS, 2048 // columns), "COLUMNS": columns, "num_warps": 4}
 
 
-def forward(x: Tensor, activation: Activation, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, activation: Activation, offsets: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(A, F) -> h (A, F), and of the norm (A,) means and (A,) scales, float32.
 
     Args:
         x: rows sorted by expert, contiguous.
         activation: what is applied.
         offsets: (E,) int32, where each expert's rows end.
+        out: (A, F), contiguous, where h is written; None: a new tensor.
     """
     (num_rows, d_ff), num_experts = x.shape, offsets.numel()
     norm = activation.gain is not None
-    h = torch.empty_like(x)
+    h = torch.empty_like(x) if out is None else out
     means, scales = x.new_empty(2, num_rows if norm else 0, dtype=torch.float32)
     shape = _shape(d_ff, norm, backward=False)
     grid = (num_tiles(num_rows, num_experts, TILE_ROWS), triton.cdiv(d_ff, shape["COLUMNS"]))
@@ -245,11 +248,15 @@ def backward(
     offsets: Tensor,
     means: Tensor,
     scales: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F)."""
+    """Gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F).
+
+    The first is written to `out`, contiguous, where that is given.
+    """
     (num_rows, d_ff), num_experts = x.shape, offsets.numel()
     norm = activation.gain is not None
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(x) if out is None else out
     tiles = num_tiles(num_rows, num_experts, TILE_ROWS)
     partial = torch.empty(3 if norm else 1, tiles, d_ff, dtype=torch.float32, device=x.device)
     shape = _shape(d_ff, norm, backward=True)

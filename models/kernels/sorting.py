@@ -1,6 +1,7 @@
 """Which row each assignment gets when the rows lie sorted by expert: a counting sort.
 
-Letters: N tokens, E experts, K top_k, A = N*K assignments, B blocks of BLOCK_TOKENS tokens.
+Letters: N tokens, E experts, K top_k, A = N*K assignments, B blocks of BLOCK_TOKENS tokens, W ranks
+that share the experts, C chunks of each rank's.
 
 models.kernels.routing has counted each block's assignments to each expert. Their running sum, over
 experts and within one over blocks, is where a block's rows begin; within a block every assignment
@@ -23,9 +24,12 @@ from models.kernels.routing import BLOCK_TOKENS, num_blocks_of
 class Positions(NamedTuple):
     """Where the assignments lie when sorted by expert, then by token, then by choice.
 
+    Experts come in the order of models.exchange: by chunk, rank, expert. With one chunk that is the
+    order of their indices.
+
     Attributes:
-        offsets: (E,) int32, where each expert's rows end.
-        counts: (E,) int64, rows of each expert.
+        offsets: (E,) int32, where each expert's rows end, in that order.
+        counts: (E,) int64, rows of each expert, in that order.
         row_of: (N, K) int32, the row of each assignment.
         assignment_of: (A,) int32, its inverse: token * K + choice of each row.
     """
@@ -48,6 +52,8 @@ def _positions_kernel(
     num_blocks,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    RANKS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ASSIGNMENTS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -65,8 +71,14 @@ def _positions_kernel(
         other = tl.load(experts + other_assignment, mask=is_other, other=-1)
         is_earlier = other_index[None, :] < index[:, None]
         rank += tl.sum((is_earlier & (other[None, :] == expert[:, None])).to(tl.int32), 1)
+    place = expert
+    if CHUNKS > 1:
+        of_rank: tl.constexpr = E // RANKS
+        of_chunk: tl.constexpr = of_rank // CHUNKS
+        local = expert % of_rank
+        place = (local // of_chunk * RANKS + expert // of_rank) * of_chunk + local % of_chunk
     # `ends` runs over experts, and within one over blocks: what ends before is where this begins.
-    bin_at = expert * num_blocks + block
+    bin_at = place * num_blocks + block
     row = rank + tl.load(ends + bin_at - 1, mask=is_own & (bin_at > 0), other=0)
     tl.store(row_of + assignment, row, mask=is_own)
     tl.store(assignment_of + row, assignment, mask=is_own)
@@ -80,16 +92,21 @@ def _positions_kernel(
         tl.store(counts + column, (end - start).to(tl.int64), mask=is_expert)
 
 
-def sorted_positions(experts: Tensor, block_counts: Tensor) -> Positions:
+def sorted_positions(
+    experts: Tensor, block_counts: Tensor, num_ranks: int = 1, num_chunks: int = 1
+) -> Positions:
     """Sort the assignments by expert, by counting.
 
     Args:
         experts: (N, K) int32.
         block_counts: (E, B) int32, of FusedRouting.
+        num_ranks: W.
+        num_chunks: C.
     """
     (num_tokens, top_k), (num_experts, num_blocks) = experts.shape, block_counts.shape
     assert num_blocks == num_blocks_of(num_tokens)
-    ends = block_counts.view(-1).cumsum(0, dtype=torch.int32)  # (E*B,)
+    by_rank = block_counts.view(num_ranks, num_chunks, -1)
+    ends = by_rank.transpose(0, 1).reshape(-1).cumsum(0, dtype=torch.int32)  # (E*B,)
     row_of = torch.empty_like(experts)
     assignment_of = experts.new_empty(num_tokens * top_k)
     offsets = experts.new_empty(num_experts)
@@ -106,6 +123,8 @@ def sorted_positions(experts: Tensor, block_counts: Tensor) -> Positions:
         num_blocks,
         E=num_experts,
         BLOCK_E=triton.next_power_of_2(num_experts),
+        RANKS=num_ranks,
+        CHUNKS=num_chunks,
         ASSIGNMENTS=BLOCK_TOKENS * top_k,
         BLOCK_A=size,
         CHUNK=32,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.exchange import chunk_order
 from models.router import MIN_TEMPERATURE, route
 
 routing = pytest.importorskip("models.kernels.routing", reason="needs Triton")
@@ -263,6 +264,21 @@ def test_positions_are_a_stable_sort(num_tokens: int, top_k: int, num_experts: i
     counts = flat.bincount(minlength=num_experts)
     torch.testing.assert_close(place.assignment_of.cpu(), order.int())
     torch.testing.assert_close(place.row_of.cpu().view(-1)[order], torch.arange(flat.numel()).int())
+    torch.testing.assert_close(place.counts.cpu(), counts)
+    torch.testing.assert_close(place.offsets.cpu(), counts.cumsum(0).int())
+
+
+def test_positions_by_chunk_and_rank_are_those_of_experts_so_named() -> None:
+    case = Case(24, 2, "softmax", True, False)
+    found = fused(raw_scores(case), None, case)
+    place = sorting.sorted_positions(found.experts, found.block_counts, 2, 3)
+    places = chunk_order(24, 2, 3, torch.device("cpu"))
+    named = places[found.experts.long().cpu()].view(-1)
+    order, counts = named.argsort(stable=True), named.bincount(minlength=24)
+    torch.testing.assert_close(place.assignment_of.cpu(), order.int())
+    torch.testing.assert_close(
+        place.row_of.cpu().view(-1)[order], torch.arange(named.numel()).int()
+    )
     torch.testing.assert_close(place.counts.cpu(), counts)
     torch.testing.assert_close(place.offsets.cpu(), counts.cumsum(0).int())
 

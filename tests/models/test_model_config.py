@@ -86,6 +86,25 @@ def test_an_ep_size_that_does_not_divide_the_experts_is_refused_with_ways_out(
         MoEConfig(num_experts=num_experts, ep_size=int(size))
 
 
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        ({"exchange_chunks": 2}, "exchange_chunks=2 belongs to ep_size > 1, where tokens travel"),
+        ({"exchange_chunks": 1}, "leave it out, or use a larger ep_size"),
+        (
+            {"exchange_chunks": 4, "ep_size": 2, "num_experts": 12},
+            "exchange_chunks=4 must divide num_experts / ep_size: use one of [1, 2, 3, 6]",
+        ),
+        ({"exchange_chunks": 4, "ep_size": 2, "num_experts": [8, 12]}, "use one of [1, 2]"),
+        ({"exchange_chunks": 0, "ep_size": 2}, "greater than or equal to 1"),
+    ],
+)
+def test_an_exchange_in_parts_that_cannot_be_is_refused(keys: dict, shown: str) -> None:
+    assert shown in moe_message(**({"num_experts": 8} | keys))
+    layer = MoEConfig(num_experts=[8, 12], ep_size=2, exchange_chunks=2).of_layer(1)
+    assert layer.num_exchange_chunks == 2
+
+
 def test_more_choices_than_experts_are_refused_with_a_way_out() -> None:
     message = moe_message(num_experts=1, top_k=2)
     assert "top_k=2 must not exceed num_experts=1: use top_k 1, or more experts" in message
