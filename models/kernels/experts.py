@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.kernels import activation
 from models.kernels.activation import Activation
+from models.kernels.weight_gradient import weight_gradient
 
 
 class SparseNetwork(torch.autograd.Function):
@@ -57,10 +58,11 @@ class SparseNetwork(torch.autograd.Function):
         """(A, D) -> gradients of rows, w1, b1, gain, shift and w2."""
         rows, w1, b1, gain, shift, w2, offsets, x, h, means, scales = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_w2 = torch._grouped_mm(h.t(), grad, offs=offsets)
+        nodes = [node for node, _ in ctx.next_functions]
+        grad_w2 = weight_gradient(nodes[5], h, grad, offsets)
         grad_h = torch._grouped_mm(grad, w2.transpose(1, 2), offs=offsets)
         between = Activation(ctx.name, b1, gain, shift, ctx.eps)
         grad_x, *grads = activation.backward(grad_h, x, between, offsets, means, scales)
-        grad_w1 = torch._grouped_mm(rows.t(), grad_x, offs=offsets)
+        grad_w1 = weight_gradient(nodes[1], rows, grad_x, offsets)
         grad_rows = torch._grouped_mm(grad_x, w1.transpose(1, 2), offs=offsets)
         return grad_rows, grad_w1, *grads, grad_w2, None, None, None

@@ -45,3 +45,29 @@ def test_with_and_without(
     for one, other in zip(with_kernels, without, strict=True):
         scale = max(1e-6, other.double().abs().max().item())
         assert (one.double() - other.double()).abs().max().item() <= 2e-5 * scale
+
+
+def test_gradients_of_several_passes_grow_in_place() -> None:
+    torch.manual_seed(0)
+    moe = MoEConfig.model_validate({"num_experts": 8, "top_k": 2}).of_layer(0)
+    with torch.device("cuda"):
+        layer = MoE(128, 256, moe, "gelu", True, 1.0)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+        layer = layer.bfloat16()
+        passes = torch.randn(3, 4, 50, 128, dtype=torch.bfloat16)
+    experts = layer.deepspeed_moe.experts
+    expected = {name: 0.0 for name, _ in experts.named_parameters()}
+    places = []
+    for x in passes:
+        layer(x)[0].float().square().mean().backward()
+        places.append((experts.w1.grad.data_ptr(), experts.w2.grad.data_ptr()))
+    for x in passes:
+        loss = layer(x)[0].float().square().mean()
+        found = torch.autograd.grad(loss, [*experts.parameters()])
+        for (name, _), gradient in zip(experts.named_parameters(), found, strict=True):
+            expected[name] += gradient.double()
+    assert places[0] == places[1] == places[2]
+    for name, parameter in experts.named_parameters():
+        scale = expected[name].abs().max().item()
+        assert (parameter.grad.double() - expected[name]).abs().max().item() <= 2**-7 * scale
