@@ -5,9 +5,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+    model_validator,
+)
 
 from data.errors import UserError
 from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN, BatchSizes, batch_problems, filled
@@ -16,7 +22,9 @@ from engine.config_rules import broken_rules
 from engine.config_text import apply_overrides, read_json_object, shown
 from engine.deepspeed_keys import DeepSpeedKeys
 from models.config import ModelConfig
-from models.moe_config import StrictModel
+from models.moe_config import Count, StrictModel, one_problem
+
+SaveEvery = Annotated[Count | Literal["never"] | None, WrapValidator(one_problem)]
 
 _POLYNOMIAL_ONLY = ("total_steps", "power", "end_lr")
 
@@ -167,11 +175,11 @@ class TrainingConfig(StrictModel):
         ge=1,
         description="Sequences of the validation split that count, from its start. null: all.",
     )
-    save_every: int | None = Field(
+    save_every: SaveEvery = Field(
         default=None,
-        ge=1,
         description="Steps between two checkpoints. null: one at the end only, so that a run that "
-        "is killed starts over.",
+        "is killed starts over. `never`: not even that one, so that a run leaves its numbers and "
+        "no model.",
     )
     keep_checkpoints: int = Field(
         default=2, ge=1, description="Checkpoints kept; older ones are removed."

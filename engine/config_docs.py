@@ -22,6 +22,7 @@ SHIPPED = {
     "lm_xmoe.json": "The paper's sparse model: every second of 12 layers has 64 experts.",
     "lm_xmoe_16.json": "The same with 16 experts.",
     "lm_xmoe_256.json": "The same with 256 experts, 13 billion parameters.",
+    "xmoe_256_one_gpu.json": "The model of `lm_xmoe_256.json` on one GPU of 141 GB, for 20 steps.",
     "subln_200.json": "200 Sub-LN layers, 64 wide, for 100 steps: depth, not language.",
     "deepnorm_1000.json": "1,000 DeepNorm layers, likewise.",
     "mlm_dense.json": "A masked language model: an encoder of 12 layers, 768 wide.",
@@ -96,6 +97,9 @@ The `mlm_` configs have the size of the X-MoE paper's encoders (arXiv 2204.09179
 d_model 768, 12 heads, d_ff 3072; the sparse one also its 32 experts and its router, 16 wide. Where
 the MoE layers stand, how many tokens are masked and all that concerns the optimizer is ours, in the
 usual range of such models. The data, `prepared/multilingual`, is yours to bring.
+
+`xmoe_256_one_gpu.json` shows that the largest model trains on a single GPU, with 8-bit states, no
+accumulation and no checkpoint at the end; [benchmarks/](../benchmarks/README.md) has its memory.
 
 `subln_200.json` and `deepnorm_1000.json` try how deep a model trains; what came out is in
 [experiments/](../experiments/README.md). Their data is the State of the Union speeches in a

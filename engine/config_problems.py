@@ -46,8 +46,10 @@ def expected(field: FieldInfo) -> str:
     others = [a for a in get_args(field.annotation) if get_origin(a) is list]
     if annotation is not field.annotation and others:  # `moe.num_experts`
         return "a whole number, at least 1, or a list of such numbers"
+    limits = list(field.metadata)
     if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
+        annotation, *about = get_args(annotation)
+        limits += [limit for a in about if isinstance(a, FieldInfo) for limit in a.metadata]
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     if annotation in words:
         text = words[annotation]
@@ -60,7 +62,7 @@ def expected(field: FieldInfo) -> str:
         text = "a list of texts"
     else:
         text = "an object, { ... }"
-    for limit in field.metadata:
+    for limit in limits:
         for kind, attribute, phrase in (
             (Ge, "ge", "at least"),
             (Gt, "gt", "more than"),
@@ -71,6 +73,9 @@ def expected(field: FieldInfo) -> str:
                 text += f", {phrase} {getattr(limit, attribute)}"
         if isinstance(limit, MinLen):
             text += ", not empty"
+    for other in get_args(field.annotation)[1:]:
+        if get_origin(other) is Literal:  # `training.save_every`
+            text += "".join(f", or {shown(v)}" for v in get_args(other))
     return text + (" (or null)" if annotation is not field.annotation else "")
 
 

@@ -24,6 +24,7 @@ from engine.optimizers import (
     MIN_8BIT_SIZE,
     check_lengths,
     groups_by_bits,
+    small_groups,
     take_client_optimizer,
 )
 from engine.partition import partition
@@ -228,6 +229,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     if is_8_bit:
         min_8bit_size = optimizer_params.get("min_8bit_size", MIN_8BIT_SIZE)
         model_parameters = groups_by_bits(model, model_parameters, min_8bit_size)
+    model_parameters = small_groups(model_parameters)
     client_optimizer = take_client_optimizer(deepspeed_config)
     if config.zero_stage == 3:
         partition(model, deepspeed_config, DTYPES[config.dtype])

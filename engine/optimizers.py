@@ -1,10 +1,10 @@
-"""The optimizers that are not DeepSpeed's: AdamW with 8-bit states, from bitsandbytes.
+"""How an optimizer's parameters are grouped, and AdamW with 8-bit states, from bitsandbytes.
 
-Its two moments are one byte an element each (arXiv 2110.02861): blocks of 256 elements share a
-float32 scale, and a byte stands for one of 256 numbers in [-1, 1] (the code book). Which tensors
-keep float32 moments follows from the model alone, not from the layout: the embeddings, as in the
-paper, and tensors of fewer than `min_8bit_size` elements. Where the blocks begin does follow from
-the layout, since they are cut from a rank's flat partition.
+The two moments of AdamW8bit are one byte an element each (arXiv 2110.02861): blocks of 256 elements
+share a float32 scale, and a byte stands for one of 256 numbers in [-1, 1] (the code book). Which
+tensors keep float32 moments follows from the model alone, not from the layout: the embeddings, as
+in the paper, and tensors of fewer than `min_8bit_size` elements. Where the blocks begin does follow
+from the layout, since they are cut from a rank's flat partition.
 """
 
 import logging
@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from data.errors import UserError
@@ -24,6 +25,7 @@ VERSION = "0.50.2"
 MIN_8BIT_SIZE = 4096
 BLOCK = 256  # bitsandbytes': its kernels are compiled for it
 _MAX_NUMEL = 2**31 - 1  # the kernels count in 32 bits
+_MAX_GROUP_NUMEL = 2**30  # 4 GiB of float32 gradients
 _CHUNK = BLOCK * 2**14  # elements converted at a time
 
 
@@ -41,6 +43,27 @@ def require_optimizer_package(deepspeed: dict[str, Any]) -> None:
             f'optimizer.type="{EIGHT_BIT}" needs the package {PACKAGE}, which is not installed: '
             f'run pip install {PACKAGE}=={VERSION}, or use type "AdamW"'
         )
+
+
+def small_groups(param_groups: Iterable[dict]) -> list[dict]:
+    """The parameter groups, divided so that what an update copies of one is small.
+
+    ZeRO 1 and 2 copy a group's weights to lay them out one behind the other, and its gradients
+    to float32 in each update. A group of one tensor is laid out already. Parameters keep their
+    order; one that is larger than a group may be is a group by itself.
+    """
+    divided = []
+    for group in param_groups:
+        parts: list[list[Tensor]] = []
+        numel = 0  # of the last part
+        for parameter in group["params"]:
+            if not parts or numel + parameter.numel() > _MAX_GROUP_NUMEL:
+                parts.append([])
+                numel = 0
+            parts[-1].append(parameter)
+            numel += parameter.numel()
+        divided += [group | {"params": part} for part in parts]
+    return divided
 
 
 def takes_8_bits(tensor_numel: int, is_embedding: bool, min_8bit_size: int) -> bool:
@@ -83,6 +106,8 @@ def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], A
     """
     section = deepspeed["optimizer"]
     if section["type"] != EIGHT_BIT:
+        if section["params"].get("torch_adam") and get_accelerator().device_name() == "cpu":
+            section["params"]["fused"] = True  # one pass over weights, gradient and moments, not 8
         return None
     # On import it says that a 4-bit kernel is missing on this CPU, which nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -52,6 +52,8 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
         f"{training.run_dir}: {training.num_steps} steps of "
         f"{config.deepspeed['train_batch_size']} x {config.data.seq_len} tokens{begin}"
     )
+    if training.save_every == "never":
+        lines["run"] += ", saving nothing"
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
@@ -88,22 +90,29 @@ def finish(
         console.print(f"{title}\n", style="bold", markup=False)
     for text in texts:
         console.print(text, end="\n\n", soft_wrap=not console.is_terminal)
-    programs = programs_folder()
-    checkpoint = run_dir / "checkpoints" / f"step_{engine.global_steps:08d}"
+    trained = f"{duration(summary['seconds'])} at {summary['tokens_per_second']:,.0f} tokens/s"
+    lines = {"trained": trained} | closing_lines(config, engine.global_steps)
+    progress.note("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
+
+
+def closing_lines(config: RunConfig, step: int) -> dict[str, str]:
+    """Where the things of a finished run lie, and what to do with them."""
+    run_dir, programs = Path(config.training.run_dir), programs_folder()
+    is_saved = config.training.save_every != "never"
+    checkpoint = f"{run_dir}/checkpoints/step_{step:08d}"
     lines = {
-        "trained": f"{duration(summary['seconds'])} at "
-        f"{summary['tokens_per_second']:,.0f} tokens/s",
-        "checkpoint": f"{checkpoint}",
+        "checkpoint": checkpoint if is_saved else 'none, by magnetar.training.save_every="never"',
         "metrics": f"{run_dir}/metrics.jsonl, {run_dir}/summary.json",
     }
     if config.deepspeed.get("tensorboard", {}).get("enabled"):
         lines["curves"] = f"{programs}tensorboard --logdir {run_dir}/tensorboard"
-    lines["next"] = f"{programs}python -m launchers.evaluate {run_dir}"
-    if config.model.architecture == "decoder":
+    if is_saved and config.model.architecture == "decoder":
         lines["next"] = (
             f'{programs}python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
         )
-    progress.note("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
+    elif is_saved:
+        lines["next"] = f"{programs}python -m launchers.evaluate {run_dir}"
+    return lines
 
 
 def programs_folder() -> str:

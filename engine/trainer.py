@@ -203,7 +203,8 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                 with metrics.paused_clock():
                     state.seconds += metrics.lap()
                     state.num_clipped = int(sparse_clip.num_clipped)
-                    saver.save(step, asdict(state))
+                    if training.save_every != "never":
+                        saver.save(step, asdict(state))
     state.after = state.after or validate()
     finish(engine, config, prepared, valid_data, asdict(state), progress)
     engine.destroy()  # its hooks are cycles that no garbage collection finds
@@ -211,9 +212,9 @@ def train(config: RunConfig, prepared: Prepared) -> None:
         lock.close()
 
 
-def due(step: int, every: int | None, last: int) -> bool:
+def due(step: int, every: int | str | None, last: int) -> bool:
     """Whether something that happens every so many steps, and at the last one, happens now."""
-    return step == last or (every is not None and step % every == 0)
+    return step == last or (isinstance(every, int) and step % every == 0)
 
 
 def micro_batches(

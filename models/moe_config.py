@@ -21,7 +21,7 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> int | list[int]:
+def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
     """A union's problems are those of each of its types: only one of them is the user's."""
     try:
         return validate(value)
@@ -31,7 +31,7 @@ def _one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> int |
 
 
 Count = Annotated[int, Field(ge=1)]
-Counts = Annotated[Count | list[Count], WrapValidator(_one_problem)]
+Counts = Annotated[Count | list[Count], WrapValidator(one_problem)]
 
 
 # The keys of where experts lie and how tokens reach them, as they are with one rank.

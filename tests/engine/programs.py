@@ -356,6 +356,36 @@ def bytes_of(tensors: list[Any]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def in_groups(max_numel: int, program: str, *arguments: Any) -> Any:
+    """What a function of this module returns where optimizer groups have so many elements."""
+    from engine import optimizers
+
+    optimizers._MAX_GROUP_NUMEL = max_numel
+    return globals()[program](*arguments)
+
+
+def peak_of_an_update(changes: dict[str, Any]) -> int:
+    """Bytes that the second update takes for a while; the first one makes the states."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from engine.engine import loss_weights, train_step
+
+    engine, _, config = start(changes)
+    update, events = engine.step, []
+
+    def profiled() -> None:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            update()
+        events[:] = recorded.profiler.kineto_results.events()
+
+    engine.step = profiled
+    for step in range(2):
+        train_step(engine, batches(engine, step, config), loss_weights(config), seed=1, step=step)
+    engine.destroy()
+    changed = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return int(np.cumsum([nbytes for _, nbytes in sorted(changed, key=lambda c: c[0])]).max())
+
+
 def newest_whole_checkpoints(runs: list[Any]) -> list[tuple[int | None, str]]:
     """Of each run the step of its newest whole checkpoint, and what was printed to stderr."""
     import contextlib

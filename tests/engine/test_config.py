@@ -138,6 +138,14 @@ def test_whole_numbers_pass_for_numbers_and_5e8_for_a_size() -> None:
     assert config.deepspeed["zero_optimization"]["reduce_bucket_size"] == 500_000_000
 
 
+@pytest.mark.parametrize("every", ["never", 5, None])
+def test_saving_may_be_switched_off(every: object) -> None:
+    config, problems = check_config(quickstart(magnetar__training__save_every=every), 2)
+    assert config is not None, problems
+    assert config.training.save_every == every
+    assert check_config(config.to_dict(), 2)[0] == config
+
+
 def test_no_clipping_is_allowed_without_sparse_clip() -> None:
     raw = quickstart(magnetar__sparse_clip__enabled=False)
     del raw["gradient_clipping"]
@@ -183,6 +191,9 @@ WRONG = [
     ("magnetar.model.moe.router_z_loss_weight", -1.0, ["at least 0"]),
     ("activation_checkpointing", {"profile": True}, ["set that to true, or remove the section"]),
     ("magnetar.training.log_every", 0, ["at least 1"]),
+    ("magnetar.training.save_every", "nevr", ['a whole number, at least 1, or "never" (or null)']),
+    ("magnetar.training.save_every", 0, ['a whole number, at least 1, or "never" (or null)']),
+    ("magnetar.training.save_every", [5], ['a whole number, at least 1, or "never" (or null)']),
     ("magnetar.training.resume", "yes", ['"auto", "never"']),
     ("magnetar.training.lr_schedule.warmup_steps", 401, ["num_steps=400", "use at most 400"]),
     ("magnetar.training.lr_schedule.total_steps", 30, ["warmup_steps=40", "use at most 30"]),

@@ -1,6 +1,7 @@
 """AdamW with 8-bit states: its numbers, its groups, its checkpoints, and who is refused."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engine.optimizers import (
     groups_by_bits,
     quantised,
     require_optimizer_package,
+    small_groups,
 )
 from models.transformer import build_model
 from tests.engine.programs import BASE, with_keys
@@ -127,6 +129,24 @@ def test_embeddings_and_small_tensors_keep_32_bits() -> None:
         }
 
 
+@pytest.mark.parametrize("max_numel", [1, 10, 12, 100])
+def test_large_groups_are_divided_in_order(max_numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "_MAX_GROUP_NUMEL", max_numel)
+    first = [torch.empty(n) for n in (3, 7, 4, 4, 4, 30, 1)]
+    groups = [{"params": first, "name": "a", "lr": 1.0}, {"params": [torch.empty(12)], "moe": True}]
+    divided = small_groups(groups)
+    for group in groups:
+        parts = [g for g in divided if ("moe" in g) == ("moe" in group)]
+        assert [id(p) for part in parts for p in part["params"]] == [id(p) for p in group["params"]]
+        assert all({**part, "params": 0} == {**group, "params": 0} for part in parts)
+        sizes = [[p.numel() for p in part["params"]] for part in parts]
+        assert all(sum(numels) <= max_numel or len(numels) == 1 for numels in sizes)
+        for numels, following in pairwise(sizes):
+            assert sum(numels) + following[0] > max_numel
+    assert groups[0]["params"] is first
+    assert len(first) == 7
+
+
 REFUSED = [
     ({"optimizer.type": "AdamW8bit"}, ["torch_adam=true contradicts", 'or use type "AdamW"']),
     (
@@ -209,6 +229,47 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     program = "tests.engine.programs:resumed"
     found = iter(run_on_ranks(program, 2, cases, folder)[0])
     return {kind: [next(found) for _ in of_kind] for kind, of_kind in pairs.items()}
+
+
+@pytest.mark.slow
+def test_small_groups_change_no_number(tmp_path: Path) -> None:
+    cases = [{STAGE: stage, EP: ep} for stage in range(4) for ep in (1, 2)]
+    cases += [keys | TYPE | {"bf16.enabled": True} for keys in cases if keys[STAGE]]
+    program = "tests.engine.programs:in_groups"
+    whole, small = (
+        run_on_ranks(program, 2, max_numel, "losses_and_norms", cases, 4)[0]
+        for max_numel in (2**30, 3000)
+    )
+    for keys, one, other in zip(cases, whole, small, strict=True):
+        # Blocks of 256 elements begin elsewhere, and bf16 rounds what that changes.
+        bound = 2e-3 if "bf16.enabled" in keys else 1e-5
+        for name in ("loss", "norm"):
+            assert one[name] == pytest.approx(other[name], rel=bound), (keys, name)
+
+
+@pytest.mark.slow
+def test_a_run_in_small_groups_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
+    cases = [(SMALL | layout, SMALL | layout) for layout in LAYOUTS]
+    program = "tests.engine.programs:in_groups"
+    found = run_on_ranks(program, 2, 3000, "resumed", cases, str(tmp_path))[0]
+    for layout, result in zip(LAYOUTS, found, strict=True):
+        assert result["differing"] == 0, layout
+        assert result["resumed"] == result["losses"], layout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("optimizer", [{}, SMALL])
+def test_an_update_copies_one_group_at_a_time(stage: int, optimizer: dict[str, Any]) -> None:
+    keys = optimizer | {STAGE: stage, "bf16.enabled": True, "magnetar.model.moe.num_experts": 16}
+    # 16 experts' matrices have 32,768 elements each, and nine tenths of all are theirs.
+    program = "tests.engine.programs:in_groups"
+    whole, small = (
+        run_on_ranks(program, 1, max_numel, "peak_of_an_update", keys)[0]
+        for max_numel in (2**30, 32768)
+    )
+    assert small >= 4 * 32768  # one group's gradients in float32
+    assert whole > 1.5 * small
 
 
 @pytest.mark.gpu

@@ -112,6 +112,31 @@ def test_the_same_command_twice_from_scratch_gives_the_same_digits(
     assert records(tmp_path / "run") == records(uninterrupted)
 
 
+def test_a_run_that_never_saves_leaves_its_numbers_and_starts_anew(
+    corpus: Path, tmp_path: Path
+) -> None:
+    steps = {"magnetar.training.num_steps": 6, "magnetar.training.save_every": 3}
+    done = launch(write_config(tmp_path, corpus, name="saved", changes=steps))
+    assert done.returncode == 0, done.stdout
+    config = write_config(
+        tmp_path, corpus, changes=steps | {"magnetar.training.save_every": "never"}
+    )
+    for _ in range(2):
+        done = launch(config)
+        assert done.returncode == 0, done.stdout
+        assert "tokens, saving nothing" in done.stdout
+        assert 'none, by magnetar.training.save_every="never"' in done.stdout
+        assert "resuming" not in done.stdout
+        assert "launchers.generate" not in done.stdout
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        assert records(tmp_path / "run") == records(tmp_path / "saved")
+    saved, unsaved = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("saved", "run")
+    )
+    assert unsaved["clipped_steps"] == saved["clipped_steps"] > 0
+    assert unsaved["tokens_per_second"] > 0
+
+
 def test_the_loss_falls_and_everything_promised_is_there(uninterrupted: Path) -> None:
     losses = [record["loss"] for record in records(uninterrupted) if "loss" in record]
     assert len(losses) == 60
