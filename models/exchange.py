@@ -94,7 +94,7 @@ class Exchange:
         )
         self._on_host = self._counts
         if counts.is_cuda:
-            self._on_host = torch.empty_like(self._counts, device="cpu", pin_memory=True)
+            self._on_host = torch.empty(self._counts.shape, dtype=counts.dtype, pin_memory=True)
             with torch.cuda.stream(_copying_stream(counts.device)):
                 self._arrival.wait()
                 self._on_host.copy_(self._counts, non_blocking=True)

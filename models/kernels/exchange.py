@@ -24,6 +24,7 @@ from models.kernels import activation
 from models.kernels.activation import Activation
 from models.kernels.dispatch import ROWS, TILE_ROWS
 from models.kernels.tiles import num_tiles, rows_of_tile, sum_tiles
+from models.kernels.weight_gradient import weight_gradient
 
 
 class Segments(NamedTuple):
@@ -215,11 +216,13 @@ def _product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     return torch._grouped_mm(rows, matrices, offs=offsets)
 
 
-def _weight_gradient(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
-    """(R, X) and (R, Y) -> (L, X, Y)."""
+def _weight_gradient(node: Any, rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor | None:
+    """(R, X) and (R, Y) -> (L, X, Y) for a node of `next_functions`; None: nobody wants it."""
+    if node is None:
+        return None
     if rows.size(0) == 0:
         return rows.new_zeros(offsets.numel(), rows.size(1), grad.size(1))
-    return torch._grouped_mm(rows.t(), grad, offs=offsets)
+    return weight_gradient(node, rows, grad, offsets)
 
 
 class ExchangedNetwork(torch.autograd.Function):
@@ -336,11 +339,9 @@ class ExchangedNetwork(torch.autograd.Function):
             first = w1[chunk.experts].transpose(1, 2)
             chunk.unsort(_product(chunk.rows(grad_x), first, chunk.offsets), chunk.rows(leaving))
         back.append(exchange.start_back(len(chunks) - 1, leaving, grad_rows))
-        grad_w1 = grad_w2 = None
-        if ctx.needs_input_grad[5]:
-            grad_w2 = _weight_gradient(h, grads, segments.offsets)
-        if ctx.needs_input_grad[1]:
-            grad_w1 = _weight_gradient(inputs, grad_x, segments.offsets)
+        nodes = [node for node, _ in ctx.next_functions]  # of tensors: no norm has none
+        grad_w2 = _weight_gradient(nodes[-2], h, grads, segments.offsets)
+        grad_w1 = _weight_gradient(nodes[1], inputs, grad_x, segments.offsets)
         between_grads = [
             None if parts[0] is None else torch.cat(parts) for parts in zip(*small, strict=True)
         ]

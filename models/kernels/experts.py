@@ -58,8 +58,8 @@ class SparseNetwork(torch.autograd.Function):
         """(A, D) -> gradients of rows, w1, b1, gain, shift and w2."""
         rows, w1, b1, gain, shift, w2, offsets, x, h, means, scales = ctx.saved_tensors
         grad = grad.contiguous()
-        nodes = [node for node, _ in ctx.next_functions]
-        grad_w2 = weight_gradient(nodes[5], h, grad, offsets)
+        nodes = [node for node, _ in ctx.next_functions]  # of tensors: no norm has none
+        grad_w2 = weight_gradient(nodes[-2], h, grad, offsets)
         grad_h = torch._grouped_mm(grad, w2.transpose(1, 2), offs=offsets)
         between = Activation(ctx.name, b1, gain, shift, ctx.eps)
         grad_x, *grads = activation.backward(grad_h, x, between, offsets, means, scales)

@@ -1,0 +1,169 @@
+"""The benchmark of expert parallelism measures what it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import expert_parallel
+from benchmarks.expert_parallel import (
+    NOTHING_TRAVELS,
+    STEP,
+    NothingTravels,
+    busiest_rank,
+    config_of,
+    device_times,
+    main,
+    parse,
+    summarised,
+    table,
+    union,
+)
+from data.errors import UserError
+
+SIZES = ["num_layers=2", "d_model=32", "d_ff=48", "num_heads=2", "vocab_size=64", "max_seq_len=16"]
+TINY = ["--cpu", "--rounds", "1", "--steps", "1", "--set", "magnetar.data.seq_len=16"]
+for size in SIZES:
+    TINY += ["--set", f"magnetar.model.{size}"]
+
+
+def test_what_overlaps_is_counted_once() -> None:
+    assert union([]) == 0
+    assert union([(5, 7), (0, 2), (1, 4), (1, 2), (7, 8)]) == 7
+
+
+def event(name: str, category: str, begin: float, length: float) -> dict[str, Any]:
+    return {"ph": "X", "name": name, "cat": category, "ts": begin, "dur": length}
+
+
+def test_an_exchange_is_exposed_where_nothing_is_computed() -> None:
+    all_to_all = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
+    events = [
+        event(STEP, "user_annotation", 1000, 10_000),
+        event("gemm", "kernel", 500, 100),  # before the step
+        event("gemm", "kernel", 2000, 2000),
+        event("activation", "kernel", 3500, 1000),  # until 4500
+        event(all_to_all, "kernel", 4000, 1500),  # 1000 of it beside nothing
+        event("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "kernel", 5000, 2500),  # 2000 of it
+        event("aten::mm", "cpu_op", 1000, 9000),
+        event("cudaEventSynchronize", "cuda_runtime", 1500, 10),
+        event("cudaEventRecord", "cuda_runtime", 1600, 10),
+        event("Memcpy DtoH (Device -> Pinned)", "gpu_memcpy", 6000, 1),
+        {"ph": "i", "name": "cudaStreamSynchronize", "ts": 2000},
+    ]
+    assert device_times(events) == {
+        "step_ms": 10.0,
+        "exchange_ms": 1.5,
+        "exposed_ms": 1.0,
+        "other_exposed_ms": 2.0,
+        "idle_ms": 4.5,
+        "synchronisations": 1,
+        "copies_to_host": 1,
+    }
+
+
+def test_the_busiest_rank_is_the_mean_over_layers() -> None:
+    loads = [torch.tensor([3.0, 3.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0])]
+    assert busiest_rank(loads, 2) == pytest.approx((1.5 + 1.0) / 2)
+    assert busiest_rank(loads, 1) == 1.0
+
+
+def test_scaling_is_over_one_gpu_and_exposed_is_a_share_of_its_step() -> None:
+    profile = {"step_ms": 200.0, "exposed_ms": 5.0, "exchange_ms": 20.0, "synchronisations": 7}
+    spread = {"run": "spread", "ranks": 2, "chunks": 4, "step_ms": [130.0, 125.0, 120.0]}
+    records = [
+        {"run": "one", "ranks": 1, "chunks": 1, "step_ms": [100.0], "busiest_rank": 1.0},
+        spread | {"busiest_rank": 1.25, "profile": [profile, profile | {"exposed_ms": 10.0}]},
+    ]
+    found = summarised(records, 1000)
+    assert [record["scaling"] for record in found] == [1.0, 0.8]
+    assert found[0]["tokens_per_second_per_gpu"] == 10_000
+    *_, line = table({"results": found}).splitlines()
+    assert line == (
+        "| spread | 2 | 4 | 125.0 (120.0 to 130.0) | 8,000 | 0.800 | 20.0, 20.0 | 2.5%, 5.0% "
+        "| 7, 7 | 1.250 |"
+    )
+
+
+def test_where_nothing_travels_what_is_sent_is_what_arrives() -> None:
+    given, output = torch.arange(3.0), torch.zeros(3)
+    work = NothingTravels(torch.device("cpu")).all_to_all_single(
+        output, given, [1, 2], [1, 2], group=None, async_op=True
+    )
+    work.wait()
+    assert torch.equal(output, given)
+
+
+def test_every_run_has_the_same_experts_and_sequences_for_each_gpu() -> None:
+    options = parse(["--gpus", "2", "--out", "results.json"])
+    for run, ranks, num_experts, ep_size in (
+        ("one", 1, 16, 1),
+        ("replicated", 2, 16, 1),
+        ("spread", 2, 32, 2),
+    ):
+        config = config_of(options, run, ranks)
+        moe, sizes = config.model.moe, config.deepspeed
+        assert moe is not None
+        assert (moe.num_experts, moe.ep_size, moe.dispatch) == (num_experts, ep_size, "dropless")
+        assert sizes["train_batch_size"] == 1024 * ranks
+        assert sizes["train_micro_batch_size_per_gpu"] == 128
+        assert sizes["gradient_accumulation_steps"] == 8
+        assert config.zero_stage == 1
+    assert config_of(options, "spread", 2).model.num_layers == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--gpus", "1", "--out", "a.json"], "--gpus 1 shares nothing: use 2 or more"),
+        (["--out", "a.txt"], "--out a.txt must end in .json: such as --out results.json"),
+        (
+            ["--cpu", "--batch", "3", "--out", "a.json"],
+            "this cannot be measured:\n  train_batch_size=3, train_micro_batch_size_per_gpu=2",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_message(
+    arguments: list[str],
+    shown: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # put back afterwards, whatever --cpu does
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_ranks_that_fail_are_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Done:
+        stdout = "no space left"
+
+    monkeypatch.setattr(expert_parallel, "launch", lambda *_, **__: Done())
+    options = parse([*TINY, "--out", str(tmp_path / "results.json")])
+    with pytest.raises(UserError, match="the ranks of `one` failed:\nno space left"):
+        expert_parallel.measure(options)
+
+
+@pytest.mark.slow
+def test_all_runs_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    out = tmp_path / "new" / "results.json"
+    main([*TINY, "--chunks", "1,2,3", "--out", str(out)])
+    found = json.loads(out.read_text())
+    runs = [(record["run"], record["ranks"], record["chunks"]) for record in found["results"]]
+    assert runs == [
+        ("one", 1, 1),
+        ("replicated", 2, 1),
+        ("spread", 2, 1),
+        ("spread", 2, 2),  # 3 does not divide 4 experts
+        (NOTHING_TRAVELS, 2, 1),
+    ]
+    assert all(record["median_ms"] > 0 for record in found["results"])
+    assert found["results"][2]["busiest_rank"] > 1.0
+    assert "| spread | 2 | 2 |" in capsys.readouterr().out
