@@ -316,7 +316,7 @@ def build_torchscale(config: RunConfig, device: torch.device) -> Trainee:
     parameters = list(decoder.parameters())
     given = config.deepspeed["optimizer"]["params"]
     keys = {key: given[key] for key in ("lr", "betas", "eps", "weight_decay") if key in given}
-    optimizer = torch.optim.AdamW(parameters, **keys, fused=device.type == "cuda" or None)
+    optimizer = torch.optim.AdamW(parameters, **keys, fused=True)
     threshold = config.gradient_clipping or float("inf")
 
     def step(batch: Sequence[MicroBatch], number: int) -> Tensor:

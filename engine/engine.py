@@ -20,9 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from engine.admin import needs_profile, start_omegas
 from engine.config import LRSchedule, RunConfig
 from engine.deepspeed_keys import EIGHT_BIT
+from engine.host_memory import keep_freed_memory
 from engine.optimizers import (
     MIN_8BIT_SIZE,
     check_lengths,
+    fuse_torchs_adam,
     groups_by_bits,
     small_groups,
     take_client_optimizer,
@@ -115,6 +117,7 @@ def start_distributed() -> torch.device:
     deepspeed.init_distributed(verbose=False)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
+        keep_freed_memory()
         local_world_size = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     else:
@@ -230,6 +233,12 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         min_8bit_size = optimizer_params.get("min_8bit_size", MIN_8BIT_SIZE)
         model_parameters = groups_by_bits(model, model_parameters, min_8bit_size)
     model_parameters = small_groups(model_parameters)
+    fuse_torchs_adam(deepspeed_config, device)
+    if config.zero_stage in (1, 2):
+        # These allocate such a bucket in every backward pass, however small the model is.
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        section = deepspeed_config["zero_optimization"]
+        section["reduce_bucket_size"] = min(section.get("reduce_bucket_size", numel), numel)
     client_optimizer = take_client_optimizer(deepspeed_config)
     if config.zero_stage == 3:
         partition(model, deepspeed_config, DTYPES[config.dtype])

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from data.errors import UserError
@@ -98,6 +97,18 @@ def groups_by_bits(
     return divided
 
 
+def fuse_torchs_adam(deepspeed: dict[str, Any], device: torch.device) -> None:
+    """Have PyTorch's Adam update in one pass over the memory, on a CPU.
+
+    Args:
+        deepspeed: DeepSpeed's sections, to whose optimizer PyTorch's own key is added.
+        device: of the weights.
+    """
+    params = deepspeed["optimizer"]["params"]
+    if device.type == "cpu" and params.get("torch_adam"):
+        params["fused"] = True
+
+
 def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], Any] | None:
     """What makes the optimizer from parameter groups, where DeepSpeed does not know its type.
 
@@ -106,8 +117,6 @@ def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], A
     """
     section = deepspeed["optimizer"]
     if section["type"] != EIGHT_BIT:
-        if section["params"].get("torch_adam") and get_accelerator().device_name() == "cpu":
-            section["params"]["fused"] = True  # one pass over weights, gradient and moments, not 8
         return None
     # On import it says that a 4-bit kernel is missing on this CPU, which nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -473,3 +473,11 @@ def kept_values(engine: Any) -> list[torch.Tensor]:
             value.copy_to(copy) if isinstance(value, EightBitMoment) else copy.copy_(value)
             copies.append(copy)
     return copies
+
+
+def optimizer_of(changes: dict[str, Any]) -> tuple[int, int, list[Any]]:
+    """Elements of ZeRO's bucket and of the model, and each optimizer group's `fused`."""
+    engine, _, _ = start(changes)
+    numel = sum(parameter.numel() for parameter in engine.module.parameters())
+    groups = engine.basic_optimizer.param_groups
+    return engine.optimizer.reduce_bucket_size, numel, [group.get("fused") for group in groups]

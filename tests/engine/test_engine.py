@@ -246,3 +246,14 @@ def test_weight_decay_follows_its_recurrence(independent: bool) -> None:
         weight = weight - factor * (lr * update + shrink * weight)
         # float32 against float64 over 12 steps; the decays differ by half a weight here.
         assert torch.allclose(found[step].double(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bucket_of_gradients_is_no_larger_than_the_model_and_torchs_adam_is_fused() -> None:
+    changes = {"zero_optimization.stage": 1}
+    target = "tests.engine.programs:optimizer_of"
+    ((bucket, numel, fused),) = run_on_ranks(target, 1, changes)
+    assert bucket == numel
+    assert set(fused) == {True}
+    smaller = changes | {"zero_optimization.reduce_bucket_size": 1000}
+    ((bucket, _, _),) = run_on_ranks(target, 1, smaller)
+    assert bucket == 1000
