@@ -18,16 +18,14 @@ from benchmarks.peers import import_torchscale, integer_histograms, need
 from data.errors import UserError
 from engine.config import RunConfig, check_config
 from engine.engine import MicroBatch, build_engine, loss_weights, train_step
+from models.compiled import MAX_VERSIONS
 from models.config import ModelConfig
 from models.cost import flops_per_token
 from models.feed_forward import FeedForward
 from models.losses import IGNORE_INDEX
-from models.moe import MoE
 from models.norms import NORM_STYLES, Depths
 from models.transformer import build_model
 
-# Blocks of one class share torch.compile's cache of a function; a model has more than its 8.
-COMPILED_VERSIONS = 64
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")  # nothing is logged
 
 
@@ -175,32 +173,23 @@ def cost(config: RunConfig) -> float:
     return flops_per_token(config.model, config.data.seq_len)
 
 
-def compile_dense(model: Any, what: str) -> None:
-    """Compile a model's blocks, or all but its output, under torch.compile.
-
-    MoE layers and the output, whose loops are this project's own, stay as they are.
-    """
-    torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
-    kept = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
-    for module in (*kept, model.output):
-        module.forward = torch.compiler.disable(module.forward)
-    if what == "model":
-        model.compile()
-        return
-    for block in model.blocks:
-        block.compile()
-
-
 def build_magnetar(
     config: RunConfig, device: torch.device, *, dense: bool = False, compiled: str = ""
 ) -> Trainee:
     """This project's model in the engine of `launchers.train`; compiled "blocks" or "model"."""
     if dense:
         config = dense_config(config)
+    if compiled == "blocks":
+        values = config.to_dict()
+        values["magnetar"]["training"]["compile"] = True
+        config = checked(values)
     engine, _ = build_engine(config, device)
     num_parameters = count(engine.module)
-    if compiled:
-        compile_dense(engine.module, compiled)
+    if compiled == "model":  # but for the output, whose loop is this project's own
+        torch._dynamo.config.recompile_limit = MAX_VERSIONS
+        output = engine.module.output
+        output.forward = torch.compiler.disable(output.forward)
+        engine.module.compile()
     weights, seed = loss_weights(config), config.training.seed
 
     def step(batch: Sequence[MicroBatch], number: int) -> Tensor:

@@ -165,6 +165,12 @@ class TrainingConfig(StrictModel):
         "layer again there: less memory, a third more work, the same numbers. It may change when "
         "a run goes on.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile attention, norms and dense networks with torch.compile: on a GPU some "
+        "8 % more tokens a second, on either a minute before the first step. Numbers are rounded "
+        "otherwise. Not with ZeRO 3.",
+    )
     lr_schedule: LRSchedule = Field(description="The learning rate over the steps.")
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
     eval_every: int | None = Field(

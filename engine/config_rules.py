@@ -300,6 +300,20 @@ def checkpointing_is_switched_on(activation_checkpointing: Any, training: Any) -
     ]
 
 
+def compiled_blocks_keep_their_weights(zero_optimization: Any, training: Any) -> list[Problem]:
+    """ZeRO 3 collects weights in hooks of modules, which compiled blocks do not call."""
+    if not training.compile or zero_optimization.stage != 3:
+        return []
+    path = "magnetar.training.compile"
+    return [
+        Problem(
+            path,
+            f"{path}=true contradicts zero_optimization.stage=3, which collects each module's "
+            "weights when it is called: use stage 1 or 2, or remove it",
+        )
+    ]
+
+
 def ranks_hold_experts(model: ModelConfig, world_size: int) -> list[Problem]:
     """ep_size divides the number of ranks."""
     if model.moe is None or world_size % model.moe.ep_size == 0:
@@ -336,6 +350,7 @@ RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
     (the_model_can_train_on_text, ("model",)),
     (independent_decay_is_adam_ws, ("optimizer", "training")),
     (checkpointing_is_switched_on, ("activation_checkpointing", "training")),
+    (compiled_blocks_keep_their_weights, ("zero_optimization", "training")),
     (ranks_hold_experts, ("model", "world_size")),
 )
 

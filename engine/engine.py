@@ -34,6 +34,7 @@ from engine.shares import tensors_of_optimizer
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
 from engine.trained_run import DTYPES
+from models.compiled import compile_blocks
 from models.deepspeed_moe import moe_class
 from models.losses import IGNORE_INDEX
 from models.moe import MoE, RoutingStats
@@ -110,6 +111,9 @@ def start_distributed() -> torch.device:
     # killed meanwhile leaves a lock file on which every later job hangs. The module must be
     # reached through sys.modules: `deepspeed.comm.torch` as an attribute is torch itself.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # Before CUDA is first used: a heap of fixed segments soon has no place in one piece for the
+    # gradients of a layer's experts.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
         # Started by hand. Under MPI DeepSpeed asks mpi4py instead. Port 0: any that is free.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -252,6 +256,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
     )
     if is_8_bit:
         check_lengths(tensor for _, tensor in tensors_of_optimizer(engine))
+    if config.training.compile:
+        compile_blocks(model)
     sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)
     sparse_clip.install(engine)
     return engine, sparse_clip

@@ -31,6 +31,7 @@ _FREE_KEYS = {
     "magnetar.training.sample_tokens",
     "magnetar.training.resume",
     "magnetar.training.activation_checkpointing",  # memory against time: the numbers stay
+    "magnetar.training.compile",
     "magnetar.model.moe.ep_size",  # where experts lie: a checkpoint belongs to no layout
     "magnetar.model.moe.exchange_chunks",
 }

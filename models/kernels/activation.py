@@ -82,6 +82,7 @@ def _forward_kernel(
     TILE: tl.constexpr,
     R: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     expert, first, end = rows_of_tile(tl.program_id(0), offsets, NUM_EXPERTS, EXPERTS, TILE)
     if expert < NUM_EXPERTS:
@@ -92,7 +93,7 @@ def _forward_kernel(
         if NORM:
             g = tl.load(gain + place, mask=is_column, other=0.0).to(tl.float32)
             c = tl.load(shift + place, mask=is_column, other=0.0).to(tl.float32)
-        for step in range(0, TILE, R):
+        for step in tl.range(0, TILE, R, num_stages=STAGES):
             row = first + step + tl.arange(0, R)
             mask = (row < end)[:, None] & is_column[None, :]
             at = row.to(tl.int64)[:, None] * F + column[None, :]
@@ -130,6 +131,7 @@ def _backward_kernel(
     TILE: tl.constexpr,
     R: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0)
     expert, first, end = rows_of_tile(tile, offsets, NUM_EXPERTS, EXPERTS, TILE)
@@ -143,7 +145,7 @@ def _backward_kernel(
             g = tl.load(gain + place, mask=is_column, other=0.0).to(tl.float32)
             sum_gain = tl.zeros([COLUMNS], tl.float32)
             sum_shift = tl.zeros([COLUMNS], tl.float32)
-        for step in range(0, TILE, R):
+        for step in tl.range(0, TILE, R, num_stages=STAGES):
             row = first + step + tl.arange(0, R)
             mask = (row < end)[:, None] & is_column[None, :]
             at = row.to(tl.int64)[:, None] * F + column[None, :]
@@ -187,20 +189,20 @@ class Activation(NamedTuple):
     eps: float = 1e-5
 
 
-def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int]:
-    """Rows and columns of a program's step, and its warps: a norm needs whole rows.
+def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int | None]:
+    """A program's rows and columns a step, steps in flight, warps: a norm needs whole rows.
 
     Found on an H100 at d_ff 4096, and constants: the order of the sums decides the last bits.
+    Whole rows leave room for one program on a processor, which must fetch ahead by itself.
     """
     columns = triton.next_power_of_2(d_ff)
     if norm:
-        return {
-            "R": 2 if backward else 1,
-            "COLUMNS": columns,
-            "num_warps": min(16, max(4, columns // 256)),
-        }
+        warps = min(16 if backward else 8, max(4, columns // 256))
+        rows, stages = (2, 3) if backward else (1, 3)
+        return {"R": rows, "COLUMNS": columns, "STAGES": stages, "num_warps": warps}
     columns = min(1024 if backward else 512, columns)
-    return {"R": min(TILE_ROWS, 2048 // columns), "COLUMNS": columns, "num_warps": 4}
+    rows = min(TILE_ROWS, 2048 // columns)
+    return {"R": rows, "COLUMNS": columns, "STAGES": None, "num_warps": 4}
 
 
 def forward(

@@ -158,4 +158,4 @@ def test_the_kernel_adds_and_rounds_once(x: int, y: int, counts: tuple[int, ...]
     offsets = torch.tensor(counts).cumsum(0).int().cuda()
     kernel._add_gradient(total, left, right, offsets)
     error = (total.double() - expected).abs()
-    assert (error <= 2**-9 * expected.abs() + 1e-4).all()
+    assert (error <= 2**-8 * expected.abs() + 1e-4).all()  # half of bf16's last place
