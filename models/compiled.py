@@ -36,4 +36,4 @@ def _compiled_in_training(block: Block) -> Callable[..., Any]:
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
