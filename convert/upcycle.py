@@ -18,8 +18,7 @@ from convert.report import how_to_load, how_to_start
 from data.errors import UserError
 from models.config import ModelConfig
 from models.init import RandomSource
-from models.moe import build_router
-from models.router import LinearRouter, XMoERouter
+from models.router import LinearRouter, XMoERouter, build_router
 from models.weight_files import LazyTensors, Spec
 from models.weights import tensor_shapes
 

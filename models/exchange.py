@@ -1,12 +1,14 @@
 """Rows to the ranks that have their experts, and back.
 
 Letters: W ranks that share one set of experts, E experts, L = E / W of each rank, C chunks,
-A rows that this rank sends, R rows that its experts get, D d_model, N tokens, K top_k.
+M = L / C experts of a chunk, A rows that this rank sends, R rows that its experts get, S rows of
+those that come from other ranks, D d_model, N tokens, K top_k.
 
-Chunk c holds the experts c*L/C to (c+1)*L/C of every rank, and is exchanged by itself: rows of one
+Chunk c holds the experts c*M to (c+1)*M of every rank, and is exchanged by itself: rows of one
 chunk travel while those of another are computed. What is sent is sorted by (chunk, rank, expert),
-and arrives sorted by (chunk, sender, expert). An expert lies in one chunk, so it sees the same rows
-in the same order however many chunks there are.
+and arrives sorted by (chunk, sender, expert); what this rank has for its own experts lies behind
+all that and does not travel. An expert lies in one chunk, so it sees the same rows in the same
+order however many chunks there are.
 
 How many rows go where is known on the device, and the host must know it before it can ask for
 buffers and call NCCL: the one wait of a layer. It is for a copy on a stream of its own, so that the
@@ -24,31 +26,59 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def chunk_order(num_experts: int, num_ranks: int, num_chunks: int, device: torch.device) -> Tensor:
-    """(E,) int64, the place of each expert where experts are sorted by chunk, then by rank."""
-    places = torch.arange(num_experts, device=device).view(num_chunks, num_ranks, -1)
-    return places.transpose(0, 1).reshape(-1)
-
-
-class _Splits(NamedTuple):
-    """Rows of each chunk to, or from, each rank.
+class SendOrder(NamedTuple):
+    """The order in which a rank sends its rows.
 
     Attributes:
-        rows: [chunk][rank].
-        ends: where each chunk's rows end.
+        experts: (E,) int64, the experts in that order.
+        places: (E,) int64, the place of each expert in it.
     """
 
-    rows: list[list[int]]
-    ends: list[int]
+    experts: Tensor
+    places: Tensor
+
+
+@cache
+def send_order(
+    num_experts: int, num_ranks: int, num_chunks: int, rank: int, device: torch.device
+) -> SendOrder:
+    """The experts sorted by (chunk, rank, expert), and behind all others those of `rank`."""
+    experts = torch.arange(num_experts, device=device).view(num_ranks, num_chunks, -1)
+    others = torch.cat([experts[:rank], experts[rank + 1 :]]).transpose(0, 1)
+    order = torch.cat([others.reshape(-1), experts[rank].reshape(-1)])
+    return SendOrder(order, order.argsort())
+
+
+class _Splits:
+    """Rows of each chunk to, or from, each rank."""
+
+    def __init__(self, counts: Tensor, rank: int) -> None:
+        """Take (C, W) of the host, of a rank."""
+        own, others = counts[:, rank], counts.clone()
+        others[:, rank] = 0
+        self.rows: list[list[int]] = others.tolist()  # [chunk][rank]
+        self.own_rows: list[int] = own.tolist()
+        self.ends: list[int] = others.sum(1).cumsum(0).tolist()
+        self.own_ends: list[int] = own.cumsum(0).tolist()
+
+    @property
+    def total(self) -> int:
+        """All rows, those that do not travel among them."""
+        return self.ends[-1] + self.own_ends[-1]
 
     def part(self, chunk: int, rows: Tensor) -> Tensor:
-        """The rows of a chunk among those of all of them."""
+        """What travels of a chunk."""
         return rows[self.ends[chunk] - sum(self.rows[chunk]) : self.ends[chunk]]
 
+    def own_part(self, chunk: int, rows: Tensor) -> Tensor:
+        """What does not, where it lies behind all that does."""
+        end = self.ends[-1] + self.own_ends[chunk]
+        return rows[end - self.own_rows[chunk] : end]
 
-def _splits(counts: Tensor) -> _Splits:
-    """Of (C, W) on the host."""
-    return _Splits(counts.tolist(), counts.sum(1).cumsum(0).tolist())
+    def sorted_part(self, chunk: int, rows: Tensor) -> Tensor:
+        """All rows of a chunk, where they lie sorted by expert."""
+        end = self.ends[chunk] + self.own_ends[chunk]
+        return rows[end - self.own_rows[chunk] - sum(self.rows[chunk]) : end]
 
 
 @cache
@@ -62,6 +92,7 @@ class Exchange:
     Made on every rank of the group at once: that starts the exchange of the counts.
 
     Attributes:
+        rank: of this process in the group.
         num_chunks: C.
         timed: measures what is not hidden of the way there, "time_falltoall", and of the way back,
             "time_salltoall".
@@ -71,6 +102,7 @@ class Exchange:
         self,
         comm: ModuleType,
         group: dist.ProcessGroup,
+        rank: int,
         counts: Tensor,
         num_chunks: int,
         timed: Callable[[str], AbstractContextManager[None]],
@@ -80,11 +112,12 @@ class Exchange:
         Args:
             comm: whose all_to_all_single is called.
             group: the W ranks.
+            rank: of this process among them.
             counts: (W, L) int64, rows for each expert of each rank.
             num_chunks: C, which divides L.
             timed: see the class.
         """
-        self.comm, self.group = comm, group
+        self.comm, self.group, self.rank = comm, group, rank
         self.num_chunks = num_chunks
         self.timed = timed
         self._counts = counts.new_empty(2, *counts.shape)  # what is sent, what is received
@@ -109,7 +142,7 @@ class Exchange:
             self._arrival.wait()
         by_chunk = self._on_host.unflatten(2, (self.num_chunks, -1)).sum(-1)  # (2, W, C)
         sent, received = by_chunk.transpose(1, 2)
-        return _splits(sent), _splits(received)
+        return _Splits(sent, self.rank), _Splits(received, self.rank)
 
     def received_counts(self) -> Tensor:
         """(W, L) int64, the rows that each rank sends to each expert of this one."""
@@ -122,19 +155,32 @@ class Exchange:
     @property
     def num_received(self) -> int:
         """R."""
+        return self._sent_and_received[1].total
+
+    @property
+    def num_arriving(self) -> int:
+        """S."""
         return self._sent_and_received[1].ends[-1]
 
     @property
     def num_sent(self) -> int:
         """A."""
-        return self._sent_and_received[0].ends[-1]
+        return self._sent_and_received[0].total
 
-    def received_part(self, chunk: int, rows: Tensor) -> Tensor:
-        """A chunk's rows of (R, ...) in the order of arrival, or of the experts."""
+    def arriving_part(self, chunk: int, rows: Tensor) -> Tensor:
+        """A chunk's rows of (S, D)."""
         return self._sent_and_received[1].part(chunk, rows)
 
+    def own_part(self, chunk: int, rows: Tensor) -> Tensor:
+        """Those of a chunk's (A, D) that do not travel."""
+        return self._sent_and_received[0].own_part(chunk, rows)
+
+    def sorted_part(self, chunk: int, rows: Tensor) -> Tensor:
+        """A chunk's rows of (R, ...), sorted by expert."""
+        return self._sent_and_received[1].sorted_part(chunk, rows)
+
     def start(self, chunk: int, rows: Tensor, arriving: Tensor) -> dist.Work:
-        """Send a chunk of (A, D) to its experts, into a chunk of (R, D).
+        """Send a chunk of (A, D) to its experts, into a chunk of (S, D).
 
         Until the work has been waited for, the caller keeps both.
         """
@@ -142,7 +188,7 @@ class Exchange:
         return self._start(chunk, (sent, rows), (received, arriving))
 
     def start_back(self, chunk: int, rows: Tensor, arriving: Tensor) -> dist.Work:
-        """Send a chunk of (R, D) to where it came from, into a chunk of (A, D); see `start`."""
+        """Send a chunk of (S, D) to where it came from, into a chunk of (A, D); see `start`."""
         sent, received = self._sent_and_received
         return self._start(chunk, (received, rows), (sent, arriving))
 
@@ -173,21 +219,24 @@ class Exchange:
         with self.timed("time_falltoall"):
             rows = _AllToAll.apply(rows, self, False)  # (R, D)
         counts = self.received_counts()
-        by_expert = _by_expert(counts, rows.size(0))
+        by_expert = _by_expert(counts, self.rank, rows.size(0))
         rows = experts(rows.index_select(0, by_expert), counts.sum(0))
         rows = torch.empty_like(rows).index_copy(0, by_expert, rows)
         with self.timed("time_salltoall"):
             return _AllToAll.apply(rows, self, True)
 
 
-def _by_expert(counts: Tensor, num_rows: int) -> Tensor:
-    """(W, L) rows of each sender for each expert -> (R,), the place of arrival of sorted rows.
+def _by_expert(counts: Tensor, rank: int, num_rows: int) -> Tensor:
+    """(W, L) rows of each sender for each expert -> (R,), where sorted rows have arrived.
 
-    Rows come sorted by (sender, expert); the grouped matmul wants (expert, sender).
+    Rows come sorted by (sender, expert), this rank's own last; the grouped matmul wants
+    (expert, sender).
     """
+    arriving = torch.cat([counts[:rank], counts[rank + 1 :], counts[rank : rank + 1]])
+    starts = (arriving.view(-1).cumsum(0) - arriving.view(-1)).view_as(counts)
+    starts = torch.cat([starts[:rank], starts[-1:], starts[rank:-1]])
     sizes = counts.t().reshape(-1)  # (L*W,)
-    arrival = (counts.view(-1).cumsum(0).view_as(counts) - counts).t().reshape(-1)
-    shifts = arrival - (sizes.cumsum(0) - sizes)
+    shifts = starts.t().reshape(-1) - (sizes.cumsum(0) - sizes)
     places = torch.arange(num_rows, device=counts.device)
     return places + shifts.repeat_interleave(sizes, output_size=num_rows)
 
@@ -198,10 +247,14 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange, back: bool) -> Tensor:
         ctx.exchange, ctx.back = exchange, back
+        rows = rows.contiguous()
         num_rows = exchange.num_sent if back else exchange.num_received
         arriving = rows.new_empty(num_rows, rows.size(1))
         start = exchange.start_back if back else exchange.start
-        start(0, rows.contiguous(), arriving).wait()
+        work = start(0, rows, arriving)
+        num_own = exchange.own_part(0, arriving if back else rows).size(0)
+        arriving[num_rows - num_own :] = rows[rows.size(0) - num_own :]
+        work.wait()
         return arriving
 
     @staticmethod

@@ -28,13 +28,13 @@ from models.dispatch import (
     routed_tokens,
     sort_assignments,
 )
-from models.exchange import Exchange, chunk_order
+from models.exchange import Exchange, SendOrder, send_order
 from models.experts import Experts
 from models.init import RandomSource
 from models.kernels import MAX_EXPERTS, MAX_TOP_K
 from models.moe_config import MoELayerConfig
 from models.noise import CAPACITY_ORDER, JITTER, drawn_sample_keys, token_keys, uniform
-from models.router import LinearRouter, Router, Routing, XMoERouter, normalized
+from models.router import Routing, build_router, normalized
 from models.routing_stats import RoutingStats
 
 
@@ -115,7 +115,7 @@ class SparseFeedForward(nn.Module):
             num_chunks = self._num_chunks(h)
             exchange = self._exchange(routing.load, num_chunks)
             offsets, counts, row_of, assignment_of = sorted_positions(
-                routing.experts, routing.block_counts, self.ep_size, num_chunks
+                routing.experts, routing.block_counts, self._send_order(h, num_chunks)
             )
             rows, bias = GatherRows.apply(h, row_of, assignment_of), None  # (A, D)
             if exchange is None:
@@ -187,13 +187,11 @@ class SparseFeedForward(nn.Module):
         self, experts: Tensor, kept: Tensor | None, num_chunks: int
     ) -> tuple[Assignments, Exchange | None]:
         """The (N, K) choices that are kept, in the order in which they are sent, if they are."""
-        num_experts = self.moe.num_experts
-        if num_chunks == 1:
-            assignments = sort_assignments(experts, num_experts, kept)
-        else:
-            places = chunk_order(num_experts, self.ep_size, num_chunks, experts.device)
-            order, counts = sort_assignments(places[experts], num_experts, kept)
-            assignments = Assignments(order, counts[places])
+        num_experts, order = self.moe.num_experts, self._send_order(experts, num_chunks)
+        if order is None:
+            return sort_assignments(experts, num_experts, kept), None
+        sent, counts = sort_assignments(order.places[experts], num_experts, kept)
+        assignments = Assignments(sent, counts[order.places])
         return assignments, self._exchange(assignments.counts, num_chunks)
 
     def _num_chunks(self, h: Tensor) -> int:
@@ -205,9 +203,18 @@ class SparseFeedForward(nn.Module):
         """Start to tell the other ranks the (E,) rows of each expert; None: there are none."""
         if self.ep_size == 1:
             return None
-        assert self.ep_group is not None, "no ranks to exchange tokens with"
+        group = self.ep_group
+        assert group is not None, "no ranks to exchange tokens with"
         by_rank = counts.view(self.ep_size, -1)
-        return Exchange(self.comm, self.ep_group, by_rank, num_chunks, self._timed)
+        return Exchange(self.comm, group, group.rank(), by_rank, num_chunks, self._timed)
+
+    def _send_order(self, x: Tensor, num_chunks: int) -> SendOrder | None:
+        """In which order the experts' rows are sent, on the device of x; None: nowhere."""
+        if self.ep_size == 1:
+            return None
+        assert self.ep_group is not None, "no ranks to exchange tokens with"
+        sizes = (self.moe.num_experts, self.ep_size, num_chunks, self.ep_group.rank())
+        return send_order(*sizes, x.device)
 
     def _apply_experts(self, rows: Tensor, counts: Tensor, exchange: Exchange | None) -> Tensor:
         """(A, D) sorted by expert and the experts' (E,) counts -> (A, D), what they return."""
@@ -245,22 +252,6 @@ class SparseFeedForward(nn.Module):
     def _timed(self, name: str) -> AbstractContextManager[None]:
         """What a subclass measures: time_moe, and time_falltoall and time_salltoall within it."""
         return nullcontext()
-
-
-def build_router(d_model: int, moe: MoELayerConfig) -> Router:
-    """The router of a MoE layer, weights not yet drawn."""
-    shape = (d_model, moe.num_experts, moe.top_k, moe.gate)
-    normalize = moe.normalize_weights == "before_dropping"
-    if moe.router == "linear":
-        return LinearRouter(*shape, second_expert=moe.second_expert, normalize=normalize)
-    return XMoERouter(
-        *shape,
-        moe.router_width,
-        second_expert=moe.second_expert,
-        normalize=normalize,
-        normalize_tokens=moe.normalize_tokens,
-        learned_temperature=moe.learned_temperature,
-    )
 
 
 class MoE(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.init import RandomSource
 from models.linear import WideLinear
+from models.moe_config import MoELayerConfig
 from models.noise import SECOND_EXPERT, uniform
 
 if TYPE_CHECKING:
@@ -290,6 +291,22 @@ class XMoERouter(Router):
         if self.temperature is not None:
             routing = routing._replace(temperature=tau.detach().squeeze().clone())
         return routing
+
+
+def build_router(d_model: int, moe: MoELayerConfig) -> Router:
+    """The router of a MoE layer, weights not yet drawn."""
+    shape = (d_model, moe.num_experts, moe.top_k, moe.gate)
+    normalize = moe.normalize_weights == "before_dropping"
+    if moe.router == "linear":
+        return LinearRouter(*shape, second_expert=moe.second_expert, normalize=normalize)
+    return XMoERouter(
+        *shape,
+        moe.router_width,
+        second_expert=moe.second_expert,
+        normalize=normalize,
+        normalize_tokens=moe.normalize_tokens,
+        learned_temperature=moe.learned_temperature,
+    )
 
 
 def balance_loss(probs: Tensor, first_choices: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The experts of one rank on rows that come from, and go back to, all ranks of its group.
 
 Letters: W ranks, L local experts, C chunks, M = L / C experts of a chunk, A rows that this rank
-sends, R rows that its experts get, D d_model, F d_ff. models.exchange says what a chunk is.
+sends, R rows that its experts get, S rows of those that come from other ranks, D d_model, F d_ff.
+models.exchange says what a chunk is and where rows lie.
 
 Rows of one sender for one expert are a segment. They arrive sorted by (sender, expert), and
 the products want (expert, sender): in both orders a segment lies in one piece, so rows are moved by
-segments, each tile of them by a shift of its own, without any sort and without indices.
+segments, each tile of them by a shift of its own, without any sort and without indices. This rank's
+own are read, and written, where it keeps what it sends.
 """
 
 # Triton evaluates the annotations of a kernel's arguments and knows none for pointers.
@@ -34,7 +36,8 @@ class Segments(NamedTuple):
         offsets: (L,) int32, where each expert's rows end.
         chunk_offsets: (C, M) int32, the same, counted from the chunk's first row.
         ends: (C, M*W) int32, where segments end in the order (expert, sender), likewise.
-        arrivals: (C, M*W) int32, in that order too: where segments begin on arrival, likewise.
+        arrivals: (C, M*W) int32, in that order too: where segments begin on arrival; this rank's
+            own, where they begin among its own rows of the chunk.
     """
 
     offsets: Tensor
@@ -50,6 +53,7 @@ def _segments_kernel(
     chunk_offsets,
     ends,
     arrivals,
+    rank,
     RANKS: tl.constexpr,
     LOCAL: tl.constexpr,
     OF_CHUNK: tl.constexpr,
@@ -74,11 +78,13 @@ def _segments_kernel(
     at = counts + sender * LOCAL + first_expert + expert
     count = tl.load(at, mask=is_segment, other=0).to(tl.int32)
     place = (first_expert + expert) * RANKS + sender
-    tl.store(arrivals + place, tl.cumsum(count, 0) - count, mask=is_segment)
+    own = tl.where(sender == rank, count, 0)
+    start = tl.where(sender == rank, tl.cumsum(own, 0), tl.cumsum(count - own, 0)) - count
+    tl.store(arrivals + place, start, mask=is_segment)
 
 
-def segments_of(counts: Tensor, num_chunks: int) -> Segments:
-    """Where rows lie, of (W, L) int64 rows of each sender for each expert."""
+def segments_of(counts: Tensor, rank: int, num_chunks: int) -> Segments:
+    """Where rows of `rank` lie, of (W, L) int64 rows of each sender for each expert."""
     num_ranks, num_experts = counts.shape
     of_chunk = num_experts // num_chunks
     found = Segments(
@@ -90,6 +96,7 @@ def segments_of(counts: Tensor, num_chunks: int) -> Segments:
     _segments_kernel[(num_chunks,)](
         counts,
         *found,
+        rank,
         RANKS=num_ranks,
         LOCAL=num_experts,
         OF_CHUNK=of_chunk,
@@ -101,13 +108,15 @@ def segments_of(counts: Tensor, num_chunks: int) -> Segments:
 
 @triton.jit
 def _move_kernel(
-    source,
-    target,
+    by_expert,
+    by_sender,
+    own,
     ends,
     arrivals,
     bias,
     partial,
     D,
+    rank,
     RANKS: tl.constexpr,
     NUM_SEGMENTS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -132,72 +141,85 @@ def _move_kernel(
         for step in range(0, TILE, R):
             row = first + step + tl.arange(0, R)
             mask = (row < end)[:, None] & is_column[None, :]
-            by_expert = row.to(tl.int64)[:, None] * D + column[None, :]
-            by_sender = (row + shift).to(tl.int64)[:, None] * D + column[None, :]
+            here = row.to(tl.int64)[:, None] * D + column[None, :]
+            there = (row + shift).to(tl.int64)[:, None] * D + column[None, :]
             if ARRIVING:
-                value = tl.load(source + by_sender, mask=mask, other=0.0)
+                if segment % RANKS == rank:
+                    value = tl.load(own + there, mask=mask, other=0.0)
+                else:
+                    value = tl.load(by_sender + there, mask=mask, other=0.0)
                 if SUMMED:
                     total += value.to(tl.float32)
-                tl.store(target + by_expert, value, mask=mask)
+                tl.store(by_expert + here, value, mask=mask)
             else:
-                value = tl.load(source + by_expert, mask=mask, other=0.0)
+                value = tl.load(by_expert + here, mask=mask, other=0.0)
                 if BIASED:
                     value = value.to(tl.float32) + own_bias.to(tl.float32)[None, :]
-                tl.store(target + by_sender, value.to(target.dtype.element_ty), mask=mask)
+                value = value.to(by_sender.dtype.element_ty)
+                if segment % RANKS == rank:
+                    tl.store(own + there, value, mask=mask)
+                else:
+                    tl.store(by_sender + there, value, mask=mask)
         if SUMMED:
             tl.store(partial + tile.to(tl.int64) * D + column, tl.sum(total, 0), mask=is_column)
 
 
 class _Chunk:
-    """The rows of one chunk of the experts, within tensors of all R rows."""
+    """The rows of one chunk of the experts, within tensors of all of them."""
 
-    def __init__(self, exchange: Exchange, segments: Segments, number: int, num_ranks: int) -> None:
-        self.exchange, self.number, self.num_ranks = exchange, number, num_ranks
+    def __init__(self, exchange: Exchange, segments: Segments, number: int) -> None:
+        self.exchange, self.number = exchange, number
         self.offsets = segments.chunk_offsets[number]  # (M,)
         self.ends, self.arrivals = segments.ends[number], segments.arrivals[number]
         self.experts = slice(number * self.offsets.numel(), (number + 1) * self.offsets.numel())
 
     def rows(self, rows: Tensor) -> Tensor:
         """The chunk's part of (R, ...)."""
-        return self.exchange.received_part(self.number, rows)
+        return self.exchange.sorted_part(self.number, rows)
 
     def own(self, table: Tensor | None) -> Tensor | None:
         """The part of (L, ...) that belongs to the chunk's experts."""
         return None if table is None else table[self.experts]
 
-    def sort(self, source: Tensor, target: Tensor) -> None:
-        """Parts of (R, D) in order of arrival -> by expert."""
-        self._move(source, target, None, None, arriving=True)
+    def sort(self, arriving: Tensor, sent: Tensor, target: Tensor) -> None:
+        """From (S, D) in order of arrival, and this rank's own of (A, D), to (R, D) by expert."""
+        self._move(self.rows(target), arriving, sent, None, None, arriving=True)
 
-    def sort_and_sum(self, source: Tensor, target: Tensor) -> Tensor:
+    def sort_and_sum(self, arriving: Tensor, sent: Tensor, target: Tensor) -> Tensor:
         """`sort`; the (M*W, D) float32 sums over each segment."""
-        tiles = num_tiles(source.size(0), self.ends.numel(), TILE_ROWS)
-        partial = source.new_empty(tiles, source.size(1), dtype=torch.float32)
-        self._move(source, target, None, partial, arriving=True)
+        target = self.rows(target)
+        tiles = num_tiles(target.size(0), self.ends.numel(), TILE_ROWS)
+        partial = target.new_empty(tiles, target.size(1), dtype=torch.float32)
+        self._move(target, arriving, sent, None, partial, arriving=True)
         return sum_tiles(partial, self.ends, TILE_ROWS, torch.float32)
 
-    def unsort(self, source: Tensor, target: Tensor, bias: Tensor | None = None) -> None:
-        """Parts of (R, D) by expert -> in order of arrival, plus the experts' (M, D) biases."""
-        self._move(source, target, bias, None, arriving=False)
+    def unsort(
+        self, source: Tensor, leaving: Tensor, sent: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """The way back, of the chunk's rows by expert, plus the experts' (M, D) biases."""
+        self._move(source, leaving, sent, bias, None, arriving=False)
 
     def _move(
         self,
-        source: Tensor,
-        target: Tensor,
+        by_expert: Tensor,
+        by_sender: Tensor,
+        sent: Tensor,
         bias: Tensor | None,
         partial: Tensor | None,
         arriving: bool,
     ) -> None:
-        (num_rows, d_model), num_segments = source.shape, self.ends.numel()
+        (num_rows, d_model), num_segments = by_expert.shape, self.ends.numel()
         _move_kernel[(num_tiles(num_rows, num_segments, TILE_ROWS),)](
-            source,
-            target,
+            by_expert,
+            self.exchange.arriving_part(self.number, by_sender),
+            self.exchange.own_part(self.number, sent),
             self.ends,
             self.arrivals,
             bias,
             partial,
             d_model,
-            RANKS=self.num_ranks,
+            self.exchange.rank,
+            RANKS=num_segments // self.offsets.numel(),
             NUM_SEGMENTS=num_segments,
             SEGMENTS=triton.next_power_of_2(num_segments),
             ARRIVING=arriving,
@@ -207,6 +229,10 @@ class _Chunk:
             R=ROWS,
             COLUMNS=triton.next_power_of_2(d_model),
         )
+
+
+def _chunks(exchange: Exchange, segments: Segments) -> list[_Chunk]:
+    return [_Chunk(exchange, segments, number) for number in range(exchange.num_chunks)]
 
 
 def _product(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
@@ -268,24 +294,20 @@ class ExchangedNetwork(torch.autograd.Function):
             (A, D).
         """
         rows = rows.contiguous()
-        counts = exchange.received_counts()  # (W, L)
-        segments = segments_of(counts, exchange.num_chunks)
-        chunks = [
-            _Chunk(exchange, segments, number, counts.size(0))
-            for number in range(exchange.num_chunks)
-        ]
-        arriving = rows.new_empty(exchange.num_received, rows.size(1))
+        segments = segments_of(exchange.received_counts(), exchange.rank, exchange.num_chunks)
+        chunks = _chunks(exchange, segments)
+        arriving = rows.new_empty(exchange.num_arriving, rows.size(1))
         with exchange.timed("time_falltoall"):
             there = [exchange.start(0, rows, arriving)]
             there[0].wait()
-        inputs, leaving = torch.empty_like(arriving), torch.empty_like(arriving)
-        out = torch.empty_like(rows)
-        h = rows.new_empty(len(arriving), w1.size(2))
+        leaving, out = torch.empty_like(arriving), torch.empty_like(rows)
+        inputs = rows.new_empty(exchange.num_received, rows.size(1))
+        h = rows.new_empty(exchange.num_received, w1.size(2))
         back, kept = [], []
         for number, chunk in enumerate(chunks):
             if number:
                 there[number].wait()
-            chunk.sort(chunk.rows(arriving), chunk.rows(inputs))
+            chunk.sort(arriving, rows, inputs)
             x = _product(chunk.rows(inputs), w1[chunk.experts], chunk.offsets)
             if number + 1 < len(chunks):
                 there.append(exchange.start(number + 1, rows, arriving))
@@ -294,14 +316,14 @@ class ExchangedNetwork(torch.autograd.Function):
             between = Activation(name, b1[chunk.experts], chunk.own(gain), chunk.own(shift), eps)
             _, means, scales = activation.forward(x, between, chunk.offsets, chunk.rows(h))
             y = _product(chunk.rows(h), w2[chunk.experts], chunk.offsets)
-            chunk.unsort(y, chunk.rows(leaving), b2[chunk.experts])
+            chunk.unsort(y, leaving, out, b2[chunk.experts])
             kept += [x, means, scales]
         with exchange.timed("time_salltoall"):
             back.append(exchange.start_back(len(chunks) - 1, leaving, out))
             for work in back:
                 work.wait()
         ctx.save_for_backward(w1, b1, gain, shift, w2, b2, inputs, h, *segments, *kept)
-        ctx.exchange, ctx.name, ctx.eps, ctx.num_ranks = exchange, name, eps, counts.size(0)
+        ctx.exchange, ctx.name, ctx.eps = exchange, name, eps
         return out
 
     @staticmethod
@@ -311,19 +333,16 @@ class ExchangedNetwork(torch.autograd.Function):
         w1, b1, gain, shift, w2, b2, inputs, h, *others = ctx.saved_tensors
         segments, kept = Segments(*others[:4]), others[4:]
         exchange = ctx.exchange
-        chunks = [
-            _Chunk(exchange, segments, number, ctx.num_ranks)
-            for number in range(exchange.num_chunks)
-        ]
+        chunks = _chunks(exchange, segments)
         grad = grad.contiguous()
-        arriving = torch.empty_like(inputs)
+        arriving = grad.new_empty(exchange.num_arriving, grad.size(1))
         there = [exchange.start(0, grad, arriving)]
-        grads, leaving = torch.empty_like(inputs), torch.empty_like(inputs)
+        grads, leaving = torch.empty_like(inputs), torch.empty_like(arriving)
         grad_rows, grad_x = torch.empty_like(grad), torch.empty_like(h)
         back, sums, small = [], [], []
         for number, chunk in enumerate(chunks):
             there[number].wait()
-            sums.append(chunk.sort_and_sum(chunk.rows(arriving), chunk.rows(grads)))
+            sums.append(chunk.sort_and_sum(arriving, grad, grads))
             second = w2[chunk.experts].transpose(1, 2)
             grad_h = _product(chunk.rows(grads), second, chunk.offsets)
             if number + 1 < len(chunks):
@@ -337,7 +356,8 @@ class ExchangedNetwork(torch.autograd.Function):
             own = (means, scales, chunk.rows(grad_x))
             small.append(activation.backward(grad_h, x, between, chunk.offsets, *own)[1:])
             first = w1[chunk.experts].transpose(1, 2)
-            chunk.unsort(_product(chunk.rows(grad_x), first, chunk.offsets), chunk.rows(leaving))
+            grad_inputs = _product(chunk.rows(grad_x), first, chunk.offsets)
+            chunk.unsort(grad_inputs, leaving, grad_rows)
         back.append(exchange.start_back(len(chunks) - 1, leaving, grad_rows))
         nodes = [node for node, _ in ctx.next_functions]  # of tensors: no norm has none
         grad_w2 = _weight_gradient(nodes[-2], h, grads, segments.offsets)
@@ -345,7 +365,7 @@ class ExchangedNetwork(torch.autograd.Function):
         between_grads = [
             None if parts[0] is None else torch.cat(parts) for parts in zip(*small, strict=True)
         ]
-        grad_b2 = torch.cat(sums).view(b2.size(0), ctx.num_ranks, -1).sum(1).to(b2.dtype)
+        grad_b2 = torch.cat(sums).view(b2.size(0), -1, b2.size(1)).sum(1).to(b2.dtype)
         for work in back:
             work.wait()
         return grad_rows, grad_w1, *between_grads, grad_w2, grad_b2, None, None, None

@@ -1,7 +1,6 @@
 """Which row each assignment gets when the rows lie sorted by expert: a counting sort.
 
-Letters: N tokens, E experts, K top_k, A = N*K assignments, B blocks of BLOCK_TOKENS tokens, W ranks
-that share the experts, C chunks of each rank's.
+Letters: N tokens, E experts, K top_k, A = N*K assignments, B blocks of BLOCK_TOKENS tokens.
 
 models.kernels.routing has counted each block's assignments to each expert. Their running sum, over
 experts and within one over blocks, is where a block's rows begin; within a block every assignment
@@ -18,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.exchange import SendOrder
 from models.kernels.routing import BLOCK_TOKENS, num_blocks_of
 
 
 class Positions(NamedTuple):
     """Where the assignments lie when sorted by expert, then by token, then by choice.
 
-    Experts come in the order of models.exchange: by chunk, rank, expert. With one chunk that is the
-    order of their indices.
+    Experts come in the order of their indices, or in which models.exchange sends their rows.
 
     Attributes:
         offsets: (E,) int32, where each expert's rows end, in that order.
@@ -48,12 +47,12 @@ def _positions_kernel(
     assignment_of,
     offsets,
     counts,
+    places,
     num_assignments,
     num_blocks,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    RANKS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    PLACED: tl.constexpr,
     ASSIGNMENTS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -72,11 +71,8 @@ def _positions_kernel(
         is_earlier = other_index[None, :] < index[:, None]
         rank += tl.sum((is_earlier & (other[None, :] == expert[:, None])).to(tl.int32), 1)
     place = expert
-    if CHUNKS > 1:
-        of_rank: tl.constexpr = E // RANKS
-        of_chunk: tl.constexpr = of_rank // CHUNKS
-        local = expert % of_rank
-        place = (local // of_chunk * RANKS + expert // of_rank) * of_chunk + local % of_chunk
+    if PLACED:
+        place = tl.load(places + expert, mask=is_own, other=0).to(tl.int32)
     # `ends` runs over experts, and within one over blocks: what ends before is where this begins.
     bin_at = place * num_blocks + block
     row = rank + tl.load(ends + bin_at - 1, mask=is_own & (bin_at > 0), other=0)
@@ -93,20 +89,20 @@ def _positions_kernel(
 
 
 def sorted_positions(
-    experts: Tensor, block_counts: Tensor, num_ranks: int = 1, num_chunks: int = 1
+    experts: Tensor, block_counts: Tensor, order: SendOrder | None = None
 ) -> Positions:
     """Sort the assignments by expert, by counting.
 
     Args:
         experts: (N, K) int32.
         block_counts: (E, B) int32, of FusedRouting.
-        num_ranks: W.
-        num_chunks: C.
+        order: of the experts; None: that of their indices.
     """
     (num_tokens, top_k), (num_experts, num_blocks) = experts.shape, block_counts.shape
     assert num_blocks == num_blocks_of(num_tokens)
-    by_rank = block_counts.view(num_ranks, num_chunks, -1)
-    ends = by_rank.transpose(0, 1).reshape(-1).cumsum(0, dtype=torch.int32)  # (E*B,)
+    if order is not None:
+        block_counts = block_counts.index_select(0, order.experts)
+    ends = block_counts.view(-1).cumsum(0, dtype=torch.int32)  # (E*B,)
     row_of = torch.empty_like(experts)
     assignment_of = experts.new_empty(num_tokens * top_k)
     offsets = experts.new_empty(num_experts)
@@ -119,12 +115,12 @@ def sorted_positions(
         assignment_of,
         offsets,
         counts,
+        None if order is None else order.places,
         num_tokens * top_k,
         num_blocks,
         E=num_experts,
         BLOCK_E=triton.next_power_of_2(num_experts),
-        RANKS=num_ranks,
-        CHUNKS=num_chunks,
+        PLACED=order is not None,
         ASSIGNMENTS=BLOCK_TOKENS * top_k,
         BLOCK_A=size,
         CHUNK=32,

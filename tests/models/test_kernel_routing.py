@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.exchange import chunk_order
+from models.exchange import send_order
 from models.router import MIN_TEMPERATURE, route
 
 routing = pytest.importorskip("models.kernels.routing", reason="needs Triton")
@@ -268,12 +268,12 @@ def test_positions_are_a_stable_sort(num_tokens: int, top_k: int, num_experts: i
     torch.testing.assert_close(place.offsets.cpu(), counts.cumsum(0).int())
 
 
-def test_positions_by_chunk_and_rank_are_those_of_experts_so_named() -> None:
+def test_positions_in_the_order_of_sending_are_those_of_experts_so_named() -> None:
     case = Case(24, 2, "softmax", True, False)
     found = fused(raw_scores(case), None, case)
-    place = sorting.sorted_positions(found.experts, found.block_counts, 2, 3)
-    places = chunk_order(24, 2, 3, torch.device("cpu"))
-    named = places[found.experts.long().cpu()].view(-1)
+    sent = send_order(24, 2, 3, 1, found.experts.device)
+    place = sorting.sorted_positions(found.experts, found.block_counts, sent)
+    named = sent.places[found.experts.long()].view(-1).cpu()
     order, counts = named.argsort(stable=True), named.bincount(minlength=24)
     torch.testing.assert_close(place.assignment_of.cpu(), order.int())
     torch.testing.assert_close(
