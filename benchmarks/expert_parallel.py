@@ -346,7 +346,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found |= {"versions": versions(), "environment": _nccl_settings()}
     keys = ("experts", "batch", "micro_batch", "set", "rounds", "steps", "carve_out")
     found |= {key: getattr(options, key) for key in keys} | {"config": str(options.config)}
-    for run in RUNS:
+    for run in options.runs:
         ranks = 1 if run == "one" else options.gpus
         print(f"{run}: {ranks} rank{'s' * (ranks > 1)}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -392,6 +392,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--carve-out", type=int, default=0, help="processors that matrix products leave free: 0"
     )
+    parser.add_argument("--quick", action="store_true", help="without `replicated`")
     parser.add_argument("--out", type=Path, required=True, help="results, a .json file")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
@@ -399,6 +400,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for key, value in SIZES[options.cpu].items():
         if getattr(options, key) is None:
             setattr(options, key, Path(value) if key == "config" else value)
+    options.runs = [run for run in RUNS if not (options.quick and run == "replicated")]
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     return options
 
@@ -419,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--gpus {options.gpus} shares nothing: use 2 or more")
     if options.out.suffix != ".json":
         raise UserError(f"--out {options.out} must end in .json: such as --out results.json")
-    for run in RUNS:  # before anything is started
+    for run in options.runs:  # before anything is started
         config_of(options, run, 1 if run == "one" else options.gpus)
     found = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)

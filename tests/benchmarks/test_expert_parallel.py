@@ -138,6 +138,11 @@ def test_what_cannot_be_measured_is_refused_in_one_message(
     assert shown in capsys.readouterr().err
 
 
+def test_a_quick_benchmark_leaves_out_one_run() -> None:
+    assert parse(["--out", "a.json"]).runs == ["one", "replicated", "spread"]
+    assert parse(["--quick", "--out", "a.json"]).runs == ["one", "spread"]
+
+
 def test_ranks_that_fail_are_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Done:
         stdout = "no space left"
