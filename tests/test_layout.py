@@ -76,7 +76,7 @@ def test_importing_prints_nothing_of_our_own_and_changes_no_environment() -> Non
         for path in SOURCES
     ]
     program = (
-        "import importlib, os, sys, deepspeed, torch\n"
+        "import importlib, os, sys, bitsandbytes, deepspeed, torch\n"  # these may
         "environment, threads = dict(os.environ), torch.get_num_threads()\n"
         "print('here')\n"
         f"for module in {modules}: importlib.import_module(module)\n"
