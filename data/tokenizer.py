@@ -170,7 +170,11 @@ def _gpt2_json(vocabulary: Path, merges: Path) -> bytes:
 
 
 def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, out_model: Path, sample_chars: int | None = None
+    texts: Iterable[str],
+    vocab_size: int,
+    out_model: Path,
+    sample_chars: int | None = None,
+    symbols: Sequence[str] = (),
 ) -> None:
     """Trains a SentencePiece vocabulary (unigram, byte fallback) and writes it to `out_model`.
 
@@ -182,6 +186,7 @@ def train_sentencepiece(
         out_model: the file to write; it appears only when complete.
         sample_chars: at most so many characters are learnt from. None: 2048 an entry, but at least
             8 Mi and at most 64 Mi.
+        symbols: pieces of their own, wherever they stand.
 
     Raises:
         UserError: the text is empty, or too little or too varied for this vocabulary.
@@ -199,7 +204,7 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            user_defined_symbols=["\n"],
+            user_defined_symbols=["\n", *symbols],
             allow_whitespace_only_pieces=True,  # indentation in one token
             unk_id=0,
             eos_id=1,
