@@ -106,6 +106,7 @@ class Experts(nn.Module):
         self,
         rows: Tensor,
         counts: Tensor,
+        offsets: Tensor | None = None,
         defer_bias: bool = False,
         exchange: Exchange | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -114,6 +115,7 @@ class Experts(nn.Module):
         Args:
             rows: (R, D), sorted by expert.
             counts: (L,) int64, rows of each expert; sums to R.
+            offsets: (L,) int32, where they end, if that is known.
             defer_bias: whoever weighs the rows adds the last bias; only where kernels are used.
             exchange: the rows (A, D) and counts (E,) are this rank's tokens', sorted as
                 models.exchange says; they go to their experts and come back. Only where kernels
@@ -129,7 +131,8 @@ class Experts(nn.Module):
             parameters = (self.w1, self.b1, *affine, self.w2, self.b2)
             network = (self.activation_name, self.norm_eps)
             return ExchangedNetwork.apply(rows, *parameters, exchange, *network)
-        offsets = counts.cumsum(0).to(torch.int32)
+        if offsets is None:
+            offsets = counts.cumsum(0).to(torch.int32)
         if self.uses_kernels(rows):
             from models.kernels.experts import SparseNetwork  # Triton is not everywhere
 

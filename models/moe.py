@@ -119,7 +119,7 @@ class SparseFeedForward(nn.Module):
             )
             rows, bias = GatherRows.apply(h, row_of, assignment_of), None  # (A, D)
             if exchange is None:
-                rows, bias = self.experts(rows, counts, defer_bias=True)
+                rows, bias = self.experts(rows, counts, offsets, defer_bias=True)
             else:
                 rows = self._apply_experts(rows, counts, exchange)
             placed = (routing.experts, row_of, assignment_of, offsets)

@@ -282,5 +282,5 @@ def backward(
         TILE=TILE_ROWS,
         **shape,
     )
-    sums = [sum_tiles(part, offsets, TILE_ROWS, activation.bias.dtype) for part in partial]
+    sums = sum_tiles(partial, offsets, TILE_ROWS, activation.bias.dtype)
     return grad_x, sums[0], sums[1] if norm else None, sums[2] if norm else None

@@ -8,6 +8,8 @@ A sum over an expert's rows is a sum over its tiles of what each has written: al
 order, as atomic additions would not be.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -43,6 +45,7 @@ def _sum_tiles_kernel(
     partial,
     out,
     offsets,
+    num_rows,
     num_columns,
     NUM_EXPERTS: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -50,7 +53,7 @@ def _sum_tiles_kernel(
     TILES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    expert = tl.program_id(0)
+    expert, part = tl.program_id(0), tl.program_id(2).to(tl.int64)
     index = tl.arange(0, EXPERTS)
     ends = tl.load(offsets + index, mask=index < NUM_EXPERTS, other=0)
     starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < NUM_EXPERTS), other=0)
@@ -64,15 +67,15 @@ def _sum_tiles_kernel(
     while begin < count:
         tile = begin + tl.arange(0, TILES)
         mask = (tile < count)[:, None] & is_column[None, :]
-        where = (first + tile).to(tl.int64)[:, None] * num_columns + columns[None, :]
+        where = (part * num_rows + first + tile)[:, None] * num_columns + columns[None, :]
         total += tl.load(partial + where, mask=mask, other=0.0)
         begin += TILES
-    place = expert.to(tl.int64) * num_columns + columns
+    place = (part * NUM_EXPERTS + expert) * num_columns + columns
     tl.store(out + place, tl.sum(total, 0).to(out.dtype.element_ty), mask=is_column)
 
 
 def sum_tiles(partial: Tensor, offsets: Tensor, tile_rows: int, dtype: torch.dtype) -> Tensor:
-    """(tiles, F) float32, a row for each tile -> (E, F), the sums over each expert's tiles.
+    """(..., tiles, F) float32, a row for each tile -> (..., E, F), sums over each expert's tiles.
 
     Args:
         partial: what tiles past the last one hold is not read.
@@ -80,13 +83,15 @@ def sum_tiles(partial: Tensor, offsets: Tensor, tile_rows: int, dtype: torch.dty
         tile_rows: R.
         dtype: of the result.
     """
-    num_experts, num_columns = offsets.numel(), partial.size(1)
-    out = torch.empty(num_experts, num_columns, dtype=dtype, device=partial.device)
+    *parts, num_rows, num_columns = partial.shape
+    num_experts = offsets.numel()
+    out = torch.empty(*parts, num_experts, num_columns, dtype=dtype, device=partial.device)
     columns = 128
-    _sum_tiles_kernel[(num_experts, triton.cdiv(num_columns, columns))](
+    _sum_tiles_kernel[(num_experts, triton.cdiv(num_columns, columns), math.prod(parts))](
         partial,
         out,
         offsets,
+        num_rows,
         num_columns,
         NUM_EXPERTS=num_experts,
         EXPERTS=triton.next_power_of_2(num_experts),

@@ -135,4 +135,7 @@ def test_sums_over_tiles_leave_out_what_no_tile_wrote() -> None:
     partial = torch.full((num_tiles(75, 3, 32), 5), torch.nan, device=DEVICE)
     partial[:3], partial[3] = torch.arange(15.0).view(3, 5), 7.0  # 3 tiles of 32 rows, 0 and 1
     sums = sum_tiles(partial, ends, 32, torch.float32).cpu()
-    assert sums.tolist() == [[15.0, 18.0, 21.0, 24.0, 27.0], [0.0] * 5, [7.0] * 5]
+    expected = [[15.0, 18.0, 21.0, 24.0, 27.0], [0.0] * 5, [7.0] * 5]
+    assert sums.tolist() == expected
+    both = sum_tiles(torch.stack([partial, 2 * partial]), ends, 32, torch.float32).cpu()
+    assert both.tolist() == [expected, [[2 * value for value in row] for row in expected]]
