@@ -46,7 +46,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {
         "config": Path("ds_configs/lm_xmoe.json"),
         "experts": [32],
-        "micro_batch": 128,
+        "micro_batch": 256,
         "rounds": 3,
         "steps": 3,
     },
@@ -279,7 +279,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=counts, help="a layer: 32; on a CPU 8")
     parser.add_argument("--batch", type=positive, help="sequences of a step: the config's")
     parser.add_argument(
-        "--micro-batch", type=positive, help="sequences at once: 128; on a CPU the config's"
+        "--micro-batch", type=positive, help="sequences at once: 256; on a CPU the config's"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the config"
