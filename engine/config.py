@@ -154,6 +154,13 @@ class TrainingConfig(StrictModel):
         description="Weight of the mean of log^2 Z, Z the sum of the exponentials of a target's "
         "logits (arXiv 2309.14322: 1e-4). Validation losses are without it.",
     )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of each target's probability that is spread evenly over the vocabulary "
+        "(arXiv 1512.00567). Reported and validation losses are without it.",
+    )
     independent_weight_decay: bool = Field(
         default=False,
         description="Weights shrink by weight_decay times the schedule's factor, not times the "

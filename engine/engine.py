@@ -51,21 +51,28 @@ class LossWeights(NamedTuple):
         router_z: of the mean of log^2 Z of the router logits, averaged over MoE layers (ST-MoE).
         balances_batch: whether the balance loss is that of the whole batch, and not of each
             accumulation step by itself.
+        label_smoothing: of the targets in the cross entropy that is minimised; reported is that
+            without it.
     """
 
     aux: float = 0.0
     z: float = 0.0
     router_z: float = 0.0
     balances_batch: bool = False
+    label_smoothing: float = 0.0
 
 
 def loss_weights(config: RunConfig) -> LossWeights:
     """The weights that a config asks for."""
-    moe, z = config.model.moe, config.training.z_loss_weight
+    moe, training = config.model.moe, config.training
+    weights = LossWeights(z=training.z_loss_weight, label_smoothing=training.label_smoothing)
     if moe is None:
-        return LossWeights(z=z)
-    balances_batch = moe.balance_scope == "batch"
-    return LossWeights(moe.aux_loss_weight, z, moe.router_z_loss_weight, balances_batch)
+        return weights
+    return weights._replace(
+        aux=moe.aux_loss_weight,
+        router_z=moe.router_z_loss_weight,
+        balances_batch=moe.balance_scope == "batch",
+    )
 
 
 class StepResult(NamedTuple):
@@ -293,7 +300,13 @@ def train_step(
         seed_dropout(seed, step, micro_step, rank)
         first = (micro_step * num_ranks + rank) * len(targets)
         keys = sample_keys(seed, step, first, targets)
-        return engine(*inputs, sample_keys=keys, targets=targets, z_weight=weights.z)
+        return engine(
+            *inputs,
+            sample_keys=keys,
+            targets=targets,
+            z_weight=weights.z,
+            label_smoothing=weights.label_smoothing,
+        )
 
     chosen = None  # each MoE layer's first choices in the whole batch
     if weights.balances_batch and len(batch) > 1:

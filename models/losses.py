@@ -34,7 +34,7 @@ class TokenLosses(NamedTuple):
     """Sums over the targets that count. Only `total` has a gradient.
 
     Attributes:
-        total: () float32, cross_entropy + z_weight * z_loss.
+        total: () float32, what is minimised: the smoothed cross entropy + z_weight * z_loss.
         cross_entropy: () float32, nats.
         z_loss: () float32, log^2 Z of the output logits (arXiv 2309.14322); 0 if z_weight is.
         num_tokens: () int64, targets that are not IGNORE_INDEX.
@@ -53,31 +53,50 @@ class Output(Linear):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, targets: Tensor | None = None, z_weight: float = 0.0
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        z_weight: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> Tensor | TokenLosses:
         """(B, T, D) -> (B, T, V), or with (B, T) int64 targets their `token_losses`."""
         if targets is None:
             return super().forward(x)
-        return token_losses(x, self.weight, targets, z_weight)
+        return token_losses(x, self.weight, targets, z_weight, label_smoothing)
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    z_weight: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> TokenLosses:
     """The losses of the logits hidden @ weight.T, summed over the tokens.
 
     Logits are rounded to their type; softmax and sums are float32 (of float64, float64).
+
+    Smoothing is that of Szegedy et al. (arXiv 1512.00567, eq. 7): in the total the cross entropy is
+    (1 - eps) * -log p(target) + eps * the mean over the vocabulary of -log p, which is
+    -log p(target) + eps * (the target's logit - the mean logit).
 
     Args:
         hidden: (B, T, D) of any float dtype.
         weight: (V, D) of the same.
         targets: (B, T) int64; IGNORE_INDEX does not count.
         z_weight: of the z-loss in the total.
+        label_smoothing: eps, from 0 to below 1.
     """
     has_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     counted = targets.flatten() != IGNORE_INDEX
     total, cross_entropy, z_loss = _LinearCrossEntropy.apply(
-        hidden.flatten(0, 1), weight, targets.flatten(), counted, z_weight, has_gradients
+        hidden.flatten(0, 1),
+        weight,
+        targets.flatten(),
+        counted,
+        z_weight,
+        label_smoothing,
+        has_gradients,
     )
     return TokenLosses(total, cross_entropy, z_loss, counted.sum())
 
@@ -97,11 +116,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         counted: Tensor,
         z_weight: float,
+        label_smoothing: float,
         has_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         log_z = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        target_logits = torch.empty_like(log_z)
+        target_logits, mean_logits = torch.empty_like(log_z), torch.empty_like(log_z)
         hidden_grad = weight_grad = None
         if has_gradients:
             hidden_grad = torch.empty_like(hidden)
@@ -119,20 +139,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h = hidden[chunk]
             logits = all_logits[: len(h)]  # (C, V)
             torch.mm(h, weight.t(), out=logits)
-            log_z[chunk], target_logits[chunk] = softmax(
-                logits, targets[chunk], counted[chunk], z_weight, ctx.scale, has_gradients
+            log_z[chunk], target_logits[chunk], mean_logits[chunk] = softmax(
+                logits,
+                targets[chunk],
+                counted[chunk],
+                z_weight,
+                label_smoothing,
+                ctx.scale,
+                has_gradients,
             )
             if hidden_grad is not None and weight_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[chunk])
                 _add_product(weight_grad, logits.t(), h)
-        cross_entropy = ((log_z - target_logits) * counted).sum()
+        total = cross_entropy = ((log_z - target_logits) * counted).sum()
+        if label_smoothing:
+            total = total + label_smoothing * ((target_logits - mean_logits) * counted).sum()
         z_loss = torch.zeros_like(cross_entropy)
         if z_weight:
             z_loss = (log_z.square() * counted).sum()
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(cross_entropy, z_loss)
-        return cross_entropy + z_weight * z_loss, cross_entropy, z_loss
+        return total + z_weight * z_loss, cross_entropy, z_loss
 
     @staticmethod
     @once_differentiable
@@ -144,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             torch.mul(hidden_grad, factor, out=torch.empty_like(hidden_grad)),
             torch.mul(weight_grad, factor, out=torch.empty_like(weight_grad, dtype=ctx.dtype)),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -153,25 +181,35 @@ def _softmax(
     targets: Tensor,
     counted: Tensor,
     z_weight: float,
+    label_smoothing: float,
     scale: float,
     has_gradients: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `models.kernels.cross_entropy.cross_entropy` does it, in several passes."""
     targets, counted = targets.unsqueeze(-1), counted.unsqueeze(-1)  # (C, 1)
     wide = torch.promote_types(logits.dtype, torch.float32)
     target_logits = logits.gather(1, targets).to(wide)
+    mean_logits = torch.zeros_like(target_logits)
+    if label_smoothing:
+        mean_logits = logits.mean(-1, keepdim=True, dtype=wide)
     top = logits.amax(-1, keepdim=True).to(wide)
     probs = logits if wide == logits.dtype else torch.empty_like(logits, dtype=wide)
     total = torch.sub(logits, top, out=probs).exp_().sum(-1, keepdim=True)
     log_z = top + total.log()
     if has_gradients:
-        # Probabilities times a factor of the row, less 1 at the target. That difference is
-        # rounded, not its terms.
+        # Probabilities times a factor of the row, less the smoothed target: 1 - eps where it is,
+        # and eps / V everywhere. That difference is rounded, not its terms.
+        everywhere = label_smoothing / logits.size(1) * scale
         factor = (1.0 + 2.0 * z_weight * log_z) * scale
-        at_target = (factor * (target_logits - log_z).exp() - scale) * counted
-        torch.mul(probs, factor / total * counted, out=logits)
+        at_target = factor * (target_logits - log_z).exp() - (1.0 - label_smoothing) * scale
+        at_target = (at_target - everywhere) * counted
+        if label_smoothing:
+            probs.mul_(factor / total * counted)
+            torch.sub(probs, everywhere * counted.to(wide), out=logits)
+        else:
+            torch.mul(probs, factor / total * counted, out=logits)
         logits.scatter_(1, targets, at_target.to(logits.dtype))
-    return log_z.squeeze(-1), target_logits.squeeze(-1)
+    return log_z.squeeze(-1), target_logits.squeeze(-1), mean_logits.squeeze(-1)
 
 
 def _chunk_len(hidden: Tensor, weight: Tensor) -> int:

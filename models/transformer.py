@@ -159,6 +159,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         targets: Tensor | None = None,
         z_weight: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> ModelOutput | ModelLosses:
         """Logits at every position, or with targets what they cost.
 
@@ -175,6 +176,7 @@ class Transformer(nn.Module):
             cache: of the positions before these; it grows by T.
             targets: (B, T) int64, see `models.losses.token_losses`; None: logits are wanted.
             z_weight: of the z-loss in the total of the losses.
+            label_smoothing: of the targets in that total, see `models.losses.token_losses`.
 
         Raises:
             ValueError: if the positions exceed the model's maximum.
@@ -204,7 +206,7 @@ class Transformer(nn.Module):
             x = per_modality(self.final_norm, x, split_position)
         if targets is not None:
             assert self.output is not None, "features without an output have no losses"
-            return ModelLosses(self.output(x, targets, z_weight), routing)
+            return ModelLosses(self.output(x, targets, z_weight, label_smoothing), routing)
         return ModelOutput(x if self.output is None else self.output(x), routing)
 
     def embed(
@@ -332,6 +334,7 @@ class EncoderDecoder(nn.Module):
         sample_keys: Tensor | None = None,
         targets: Tensor | None = None,
         z_weight: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> ModelOutput | ModelLosses:
         """Logits of the token after each target position, or with targets what they cost.
 
@@ -343,6 +346,7 @@ class EncoderDecoder(nn.Module):
             sample_keys: (B,) int64, see Transformer.
             targets: (B, T) int64, see Transformer.
             z_weight: see Transformer.
+            label_smoothing: see Transformer.
         """
         memory, routing = self.encoder(source, source_padding, sample_keys=sample_keys)
         found = self.decoder(
@@ -353,6 +357,7 @@ class EncoderDecoder(nn.Module):
             sample_keys=sample_keys,
             targets=targets,
             z_weight=z_weight,
+            label_smoothing=label_smoothing,
         )
         return found._replace(routing=routing + found.routing)
 

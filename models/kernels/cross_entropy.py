@@ -18,9 +18,12 @@ def _cross_entropy_kernel(
     counted,
     log_z,
     target_logits,
+    mean_logits,
     V,
     z_weight,
+    label_smoothing,
     scale,
+    SMOOTHS: tl.constexpr,
     GRADIENTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -32,10 +35,13 @@ def _cross_entropy_kernel(
     # Each lane has a largest logit of its own, and a sum that is relative to it.
     tops = tl.full([COLUMNS], -1e30, tl.float32)
     totals = tl.zeros([COLUMNS], tl.float32)
+    sums = tl.zeros([COLUMNS], tl.float32)
     first = 0
     while first < V:
-        x = tl.load(of_row + first + column, mask=first + column < V, other=float("-inf"))
-        x = x.to(tl.float32)
+        mask = first + column < V
+        x = tl.load(of_row + first + column, mask=mask, other=float("-inf")).to(tl.float32)
+        if SMOOTHS:
+            sums += tl.where(mask, x, 0.0)
         new_tops = tl.maximum(tops, x)
         totals = totals * tl.exp(tops - new_tops) + tl.exp(x - new_tops)
         tops = new_tops
@@ -45,17 +51,24 @@ def _cross_entropy_kernel(
     z = top + tl.log(total)
     tl.store(log_z + row, z)
     tl.store(target_logits + row, target_logit)
+    tl.store(mean_logits + row, tl.sum(sums, 0) / V)
     if GRADIENTS:
         weight = tl.load(counted + row).to(tl.float32)
         factor = (1.0 + 2.0 * z_weight * z) * scale
+        everywhere = label_smoothing / V * scale
         # That difference is rounded, not its terms.
-        at_target = (factor * (tl.exp(target_logit - top) / total) - scale) * weight
+        at_target = factor * (tl.exp(target_logit - top) / total) - (1.0 - label_smoothing) * scale
+        at_target = (at_target - everywhere) * weight
+        everywhere *= weight
         factor = factor / total * weight
         first = 0
         while first < V:
             mask = first + column < V
             x = tl.load(of_row + first + column, mask=mask, other=0.0).to(tl.float32)
-            grad = tl.where(first + column == target, at_target, tl.exp(x - top) * factor)
+            grad = tl.exp(x - top) * factor
+            if SMOOTHS:
+                grad -= everywhere
+            grad = tl.where(first + column == target, at_target, grad)
             tl.store(of_row + first + column, grad.to(logits.dtype.element_ty), mask=mask)
             first += COLUMNS
 
@@ -65,35 +78,42 @@ def cross_entropy(
     targets: Tensor,
     counted: Tensor,
     z_weight: float,
+    label_smoothing: float,
     scale: float,
     has_gradients: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What `models.losses` does with a chunk's logits.
 
     Args:
-        logits: (C, V), contiguous. With gradients those of cross_entropy + z_weight * log^2 Z are
-            in their place afterwards, times scale, 0 where a token does not count.
+        logits: (C, V), contiguous. With gradients those of the smoothed cross entropy +
+            z_weight * log^2 Z are in their place afterwards, times scale, 0 where a token does not
+            count.
         targets: (C,) int64, from 0 to V - 1 also where a token does not count.
         counted: (C,) bool.
         z_weight: of log^2 Z.
+        label_smoothing: eps, see `models.losses.token_losses`.
         scale: of the gradients.
         has_gradients: whether they are wanted.
 
     Returns:
-        log Z (C,) and the targets' logits (C,), float32.
+        log Z (C,), the targets' logits (C,) and the mean logits (C,), which are 0 where nothing is
+        smoothed; float32.
     """
-    log_z, target_logits = torch.empty(2, len(logits), device=logits.device).unbind()
+    log_z, target_logits, mean_logits = torch.empty(3, len(logits), device=logits.device).unbind()
     _cross_entropy_kernel[(len(logits),)](
         logits,
         targets,
         counted,
         log_z,
         target_logits,
+        mean_logits,
         logits.size(1),
         z_weight,
+        label_smoothing,
         scale,
+        SMOOTHS=label_smoothing > 0,
         GRADIENTS=has_gradients,
         COLUMNS=min(COLUMNS, triton.next_power_of_2(logits.size(1))),
         num_warps=8,
     )
-    return log_z, target_logits
+    return log_z, target_logits, mean_logits

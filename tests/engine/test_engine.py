@@ -108,6 +108,7 @@ class FakeEngine:
         sample_keys: torch.Tensor,
         targets: torch.Tensor,
         z_weight: float,
+        label_smoothing: float,
     ) -> ModelLosses:
         has_gradients = torch.is_grad_enabled()
         self.seen.append(
@@ -115,7 +116,8 @@ class FakeEngine:
         )
         logits, routing = self.outputs[int(tokens)]
         identity = torch.eye(logits.size(-1))
-        return ModelLosses(token_losses(logits, identity, targets, z_weight), routing)
+        losses = token_losses(logits, identity, targets, z_weight, label_smoothing)
+        return ModelLosses(losses, routing)
 
     def get_lr(self) -> list[float]:
         return [0.5]
@@ -208,6 +210,13 @@ def test_losses_without_weight_are_not_minimised() -> None:
     result, engine, losses = fake_step(LossWeights())
     assert engine.minimised == pytest.approx([2 * loss for loss in losses["loss"]], rel=1e-6)
     assert float(result.z_loss) == 0
+
+
+def test_smoothed_targets_are_minimised_and_the_plain_cross_entropy_is_reported() -> None:
+    plain, smoothed = fake_step(LossWeights()), fake_step(LossWeights(label_smoothing=0.5))
+    assert smoothed.result.loss == plain.result.loss
+    for before, after in zip(plain.engine.minimised, smoothed.engine.minimised, strict=True):
+        assert abs(before - after) > 0.01
 
 
 def test_a_balance_loss_of_the_whole_batch_counts_first_with_the_same_noise() -> None:

@@ -14,6 +14,7 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 
 
 @pytest.mark.parametrize("columns", [8, 4096], ids="{} columns at a time".format)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("z_weight", [0.0, 0.1])
 @pytest.mark.parametrize("vocab_size", [1, 16, 37])
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -21,6 +22,7 @@ def test_losses_and_gradients_are_those_of_the_plain_path(
     dtype: torch.dtype,
     vocab_size: int,
     z_weight: float,
+    label_smoothing: float,
     columns: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -30,10 +32,10 @@ def test_losses_and_gradients_are_those_of_the_plain_path(
     targets = torch.randint(vocab_size, (9,), generator=generator)
     counted = torch.arange(9) % 3 > 0
     exact = logits.double()
-    expected = _softmax(exact, targets, counted, z_weight, 1.0, True)
-    found = kernel.cross_entropy(
-        gradients := logits.to(DEVICE), targets.to(DEVICE), counted.to(DEVICE), z_weight, 1.0, True
-    )
+    numbers = (z_weight, label_smoothing, 1.0, True)
+    expected = _softmax(exact, targets, counted, *numbers)
+    gradients = logits.to(DEVICE)
+    found = kernel.cross_entropy(gradients, targets.to(DEVICE), counted.to(DEVICE), *numbers)
     for value, of_plain in zip(found, expected, strict=True):
         torch.testing.assert_close(value.cpu().double(), of_plain, rtol=1e-6, atol=2e-6)
     error = (gradients.cpu().double() - exact).abs()
@@ -44,8 +46,8 @@ def test_extreme_logits_and_a_scale() -> None:
     logits = torch.tensor([[-3e4, 3e4, 0.0], [-6e4, -6e4, -6e4], [float("-inf"), 1.0, 1.0]])
     targets, counted = torch.tensor([0, 1, 2]), torch.tensor([True, True, True])
     gradients = logits.to(DEVICE)
-    log_z, of_target = kernel.cross_entropy(
-        gradients, targets.to(DEVICE), counted.to(DEVICE), 0.0, 64.0, True
+    log_z, of_target, _ = kernel.cross_entropy(
+        gradients, targets.to(DEVICE), counted.to(DEVICE), 0.0, 0.0, 64.0, True
     )
     expected_log_z = torch.tensor([3e4, -6e4 + 1.0986123, 1.6931472])
     torch.testing.assert_close(log_z.cpu(), expected_log_z)
@@ -58,6 +60,7 @@ def test_without_gradients_logits_stay() -> None:
     logits = torch.randn(4, 11, device=DEVICE)
     before = logits.clone()
     targets, counted = logits.new_zeros(4).long(), logits.new_ones(4).bool()
-    log_z, _ = kernel.cross_entropy(logits, targets, counted, 0.0, 1.0, False)
+    log_z, _, means = kernel.cross_entropy(logits, targets, counted, 0.0, 0.1, 1.0, False)
+    torch.testing.assert_close(means, before.mean(-1))
     torch.testing.assert_close(log_z, before.logsumexp(-1))
     assert torch.equal(logits, before)

@@ -47,7 +47,7 @@ def inputs(dtype: torch.dtype, shape: tuple[int, int] = (B, T)) -> tuple[Tensor,
 
 
 def expected_of(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_weight: float, label_smoothing: float = 0.0
 ) -> tuple[TokenLosses, Tensor, Tensor]:
     """The losses in float64, and the gradients of the total."""
     h, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
@@ -57,7 +57,9 @@ def expected_of(
     counted = targets != IGNORE_INDEX
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     z_loss = (logits.logsumexp(-1).square() * counted).sum()
-    total = cross_entropy + z_weight * z_loss
+    # fairseq's label_smoothed_cross_entropy, over the whole vocabulary (Szegedy et al., 2016).
+    smooth = (-logits.log_softmax(-1).mean(-1) * counted).sum()
+    total = (1 - label_smoothing) * cross_entropy + label_smoothing * smooth + z_weight * z_loss
     total.backward()
     assert h.grad is not None
     assert w.grad is not None
@@ -73,14 +75,17 @@ def assert_near(found: Tensor | None, expected: Tensor, tolerance: float) -> Non
     )
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_weight", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_losses_and_gradients_equal_those_of_whole_logits_in_float64(
-    dtype: torch.dtype, z_weight: float, chunk_len: int
+    dtype: torch.dtype, z_weight: float, label_smoothing: float, chunk_len: int
 ) -> None:
     hidden, weight, targets = inputs(dtype)
-    expected, hidden_grad, weight_grad = expected_of(hidden, weight, targets, z_weight)
-    found = token_losses(hidden, weight, targets, z_weight)
+    expected, hidden_grad, weight_grad = expected_of(
+        hidden, weight, targets, z_weight, label_smoothing
+    )
+    found = token_losses(hidden, weight, targets, z_weight, label_smoothing)
     (3 * found.total).backward()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for name in ("total", "cross_entropy", "z_loss"):
@@ -113,18 +118,35 @@ def test_the_cross_entropy_is_that_of_a_loop() -> None:
     assert found.total.item() == pytest.approx(cross_entropy + 0.5 * z_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.9])
 @pytest.mark.parametrize("z_weight", [0.0, 3.0])
-def test_the_gradient_is_that_of_finite_differences(z_weight: float, chunk_len: int) -> None:
+def test_the_gradient_is_that_of_finite_differences(
+    z_weight: float, label_smoothing: float, chunk_len: int
+) -> None:
     hidden, weight, targets = inputs(torch.float64, (2, 3))
     assert torch.autograd.gradcheck(
-        lambda h, w: token_losses(h, w, targets, z_weight).total, (hidden, weight)
+        lambda h, w: token_losses(h, w, targets, z_weight, label_smoothing).total,
+        (hidden, weight),
     )
 
 
+def test_smoothing_is_that_of_torchs_own_cross_entropy() -> None:
+    hidden, weight, targets = inputs(torch.float64)
+    found = token_losses(hidden, weight, targets, label_smoothing=0.3)
+    logits = (hidden @ weight.t()).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=0.3)
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert abs(found.total.item() - found.cross_entropy.item()) > 0.5
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_weight", [0.0, 0.1])
-def test_a_batch_without_targets_has_loss_0_count_0_and_gradient_0(z_weight: float) -> None:
+def test_a_batch_without_targets_has_loss_0_count_0_and_gradient_0(
+    z_weight: float, label_smoothing: float
+) -> None:
     hidden, weight, targets = inputs(torch.float32)
-    found = token_losses(hidden, weight, torch.full_like(targets, IGNORE_INDEX), z_weight)
+    nothing = torch.full_like(targets, IGNORE_INDEX)
+    found = token_losses(hidden, weight, nothing, z_weight, label_smoothing)
     assert [value.item() for value in found] == [0.0, 0.0, 0.0, 0]
     found.total.backward()
     for tensor in (hidden, weight):
@@ -213,18 +235,21 @@ def test_without_gradients_the_same_losses_cost_one_product() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_weight", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gpu_finds_the_same(
-    dtype: torch.dtype, z_weight: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, z_weight: float, label_smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "TILE", 1)
     monkeypatch.setattr(losses, "MIN_CHUNK", 4)
     monkeypatch.setattr(losses, "GPU_CHUNK_BYTES", 0)
     hidden, weight, targets = inputs(dtype)
-    expected, hidden_grad, weight_grad = expected_of(hidden, weight, targets, z_weight)
+    expected, hidden_grad, weight_grad = expected_of(
+        hidden, weight, targets, z_weight, label_smoothing
+    )
     h, w = (tensor.detach().cuda().requires_grad_() for tensor in (hidden, weight))
-    found = token_losses(h, w, targets.cuda(), z_weight)
+    found = token_losses(h, w, targets.cuda(), z_weight, label_smoothing)
     upstream = 1.003  # 1 in bf16, which must not round it
     (upstream * found.total).backward()
     # The logits may be rounded to the other side of those on a CPU.
@@ -263,7 +288,7 @@ def run(model: nn.Module, tokens: Tensor, **arguments: object) -> Any:
 def test_a_model_with_targets_learns_what_its_logits_would_teach_it(
     keys: dict[str, Any], recomputes: bool, chunk_len: int
 ) -> None:
-    model, z_weight = model_of(keys), 0.1
+    model, z_weight, smoothing = model_of(keys), 0.1, 0.2
     if recomputes:
         set_checkpointing(model, lambda *arguments: checkpoint(*arguments, use_reentrant=False))
     _, _, targets = inputs(torch.float32)
@@ -271,10 +296,14 @@ def test_a_model_with_targets_learns_what_its_logits_would_teach_it(
     logits, routing = run(model, tokens)
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     z_loss = (logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)).sum()
-    (cross_entropy + z_weight * z_loss).backward()
+    smoothed = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=smoothing
+    )
+    (smoothed + z_weight * z_loss).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    found, found_routing = run(model, tokens, targets=targets, z_weight=z_weight)
+    numbers = {"z_weight": z_weight, "label_smoothing": smoothing}
+    found, found_routing = run(model, tokens, targets=targets, **numbers)
     found.total.backward()
     assert found.cross_entropy.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
     assert found.z_loss.item() == pytest.approx(z_loss.item(), rel=1e-5)
