@@ -72,19 +72,53 @@ class MaskingConfig(StrictModel):
         return fields
 
 
+class PairsConfig(StrictModel):
+    """Sentence pairs, for an `encoder_decoder` that translates.
+
+    DeepSpeed's sample is then a bin, some pairs of like lengths side by side: `train_batch_size` is
+    the bins of a step, and `train_micro_batch_size_per_gpu` is 1.
+    """
+
+    bin_tokens: int = Field(
+        default=8192,
+        ge=16,
+        description="Places of a bin: pairs * (source length + target length), padding included. "
+        "At most so many; a step has at most train_batch_size * bin_tokens.",
+    )
+    temperature: float = Field(
+        default=5.0,
+        ge=1,
+        description="T: a direction of n pairs is drawn with probability proportional to its "
+        "weight times n^(1/T). 1: as many as there are; 5: small ones more often (arXiv "
+        "1907.05019).",
+    )
+    directions: list[str] | None = Field(
+        default=None,
+        description='What is learned, such as ["en-de", "de-en"]. null: every direction.',
+    )
+
+
 class DataConfig(StrictModel):
     """What is read."""
 
-    path: str = Field(min_length=1, description="Folder written by launchers.prepare_data.")
+    path: str = Field(
+        min_length=1,
+        description="Folder written by launchers.prepare_data, or with `pairs` by "
+        "launchers.prepare_pairs.",
+    )
     seq_len: int = Field(
         ge=1,
-        description="Tokens in a training sequence; at most max_seq_len, and max_target_len.",
+        description="Tokens in a training sequence; at most max_seq_len, and max_target_len. With "
+        "`pairs` those of the longest source; targets have up to max_target_len.",
+    )
+    pairs: PairsConfig | None = Field(
+        default=None, description="Sentence pairs in place of running text. null: text."
     )
     masking: MaskingConfig | None = Field(
         default=None,
         description="What is masked. null: all its defaults, with architecture `encoder` (a "
         "masked language model) and `encoder_decoder` (which learns to restore the text); a "
-        "`decoder` has none.",
+        "`decoder` has none, and with `pairs` nothing is masked.",
     )
 
 
@@ -186,7 +220,14 @@ class TrainingConfig(StrictModel):
     eval_sequences: int | None = Field(
         default=None,
         ge=1,
-        description="Sequences of the validation split that count, from its start. null: all.",
+        description="Sequences of the validation split that count, from its start; with data.pairs "
+        "those of each direction. null: all.",
+    )
+    eval_translations: int = Field(
+        default=0,
+        ge=0,
+        description="Sentences of each direction that are translated at every evaluation for BLEU "
+        "and chrF, from the start of the validation split. 0: none. Only with data.pairs.",
     )
     save_every: SaveEvery = Field(
         default=None,
@@ -371,7 +412,11 @@ def check_config(
     if problems:
         return None, problems
     magnetar = MagnetarConfig.model_validate_json(json.dumps(own))
-    if magnetar.data.masking is None and magnetar.model.architecture != "decoder":
+    if (
+        magnetar.data.masking is None
+        and magnetar.data.pairs is None
+        and magnetar.model.architecture != "decoder"
+    ):
         data = magnetar.data.model_copy(update={"masking": MaskingConfig()})
         magnetar = magnetar.model_copy(update={"data": data})
     return RunConfig(_resolved(values, magnetar, world_size), magnetar), []

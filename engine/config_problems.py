@@ -44,7 +44,7 @@ def expected(field: FieldInfo) -> str:
     """The values that a key takes: `a whole number, at least 1`."""
     annotation = without_none(field.annotation)
     others = [a for a in get_args(field.annotation) if get_origin(a) is list]
-    if annotation is not field.annotation and others:  # `moe.num_experts`
+    if others and get_origin(annotation) is not list:  # `moe.num_experts`
         return "a whole number, at least 1, or a list of such numbers"
     limits = list(field.metadata)
     if get_origin(annotation) is Annotated:

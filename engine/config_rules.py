@@ -221,7 +221,8 @@ def experts_fit_grouped_matmuls(
 def sequences_fit(data: Any, model: ModelConfig) -> list[Problem]:
     """The data's windows are no longer than the model's positions, on either side."""
     limits = {"max_seq_len": model.max_seq_len}
-    if model.architecture == "encoder_decoder" and model.max_target_len is not None:
+    is_one_length = data.pairs is None  # pairs have targets of a length of their own
+    if model.architecture == "encoder_decoder" and model.max_target_len and is_one_length:
         limits["max_target_len"] = model.max_target_len
     return [
         Problem(
@@ -245,6 +246,79 @@ def a_decoder_masks_nothing(data: Any, model: ModelConfig) -> list[Problem]:
             f"{path}={{...}} belongs to magnetar.model.architecture 'encoder' or "
             "'encoder_decoder', but architecture is 'decoder', which predicts each token from "
             "those before it: remove it, or use another architecture",
+        )
+    ]
+
+
+def pairs_are_translated(data: Any, model: ModelConfig) -> list[Problem]:
+    """Pairs have two sides, nothing to hide, and bins of many shapes."""
+    if data.pairs is None:
+        return []
+    path, problems = "magnetar.data.pairs", []
+    if model.architecture != "encoder_decoder":
+        problems.append(
+            Problem(
+                path,
+                f"{path}={{...}} needs magnetar.model.architecture 'encoder_decoder', which reads "
+                f"one side and writes the other, but architecture is {model.architecture!r}: use "
+                "that, or remove pairs to train on text",
+            )
+        )
+    if data.masking is not None:
+        problems.append(
+            Problem(
+                "magnetar.data.masking",
+                f"magnetar.data.masking={{...}} contradicts {path}, whose sources are read as they "
+                "are: keep one of them",
+            )
+        )
+    if model.moe is not None and model.moe.dispatch == "capacity":
+        problems.append(
+            Problem(
+                "magnetar.model.moe.dispatch",
+                f'magnetar.model.moe.dispatch="capacity" does not go with {path}, whose bins '
+                "differ in shape, so that an expert's room would depend on which bins meet: use "
+                '"dropless"',
+            )
+        )
+    longest = data.seq_len + (model.max_target_len or model.max_seq_len)
+    if data.pairs.bin_tokens < longest:
+        problems.append(
+            Problem(
+                f"{path}.bin_tokens",
+                f"{path}.bin_tokens={data.pairs.bin_tokens} does not hold the longest pair, of "
+                f"magnetar.data.seq_len={data.seq_len} and {longest - data.seq_len} target tokens: "
+                f"use at least {longest}, or shorter sequences",
+            )
+        )
+    return problems
+
+
+def a_bin_is_a_sample(data: Any, train_micro_batch_size_per_gpu: int | None) -> list[Problem]:
+    """Bins differ in shape, so a forward pass has one."""
+    if data.pairs is None or train_micro_batch_size_per_gpu == 1:
+        return []
+    path = "train_micro_batch_size_per_gpu"
+    return [
+        Problem(
+            path,
+            f"{path}={shown(train_micro_batch_size_per_gpu)} must be 1 with magnetar.data.pairs, "
+            "where a sample is a bin of many sentences: set 1, and bin_tokens to what the memory "
+            "holds",
+        )
+    ]
+
+
+def translations_need_pairs(data: Any, training: Any) -> list[Problem]:
+    """There is nothing to translate in running text."""
+    if data.pairs is not None or not training.eval_translations:
+        return []
+    path = "magnetar.training.eval_translations"
+    return [
+        Problem(
+            path,
+            f"{path}={training.eval_translations} needs magnetar.data.pairs, and there is text "
+            "alone: remove it, or prepare pairs",
         )
     ]
 
@@ -347,6 +421,9 @@ RULES: tuple[tuple[Callable[..., list[Problem]], tuple[str, ...]], ...] = (
     (experts_fit_grouped_matmuls, ("model", "bf16", "fp16")),
     (sequences_fit, ("data", "model")),
     (a_decoder_masks_nothing, ("data", "model")),
+    (pairs_are_translated, ("data", "model")),
+    (a_bin_is_a_sample, ("data", "train_micro_batch_size_per_gpu")),
+    (translations_need_pairs, ("data", "training")),
     (the_model_can_train_on_text, ("model",)),
     (independent_decay_is_adam_ws, ("optimizer", "training")),
     (checkpointing_is_switched_on, ("activation_checkpointing", "training")),

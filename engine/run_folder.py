@@ -26,6 +26,7 @@ _FREE_KEYS = {
     "magnetar.training.log_every",
     "magnetar.training.eval_every",
     "magnetar.training.eval_sequences",
+    "magnetar.training.eval_translations",
     "magnetar.training.save_every",
     "magnetar.training.keep_checkpoints",
     "magnetar.training.sample_tokens",

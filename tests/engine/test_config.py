@@ -540,6 +540,84 @@ def test_the_decoder_of_an_encoder_decoder_bounds_the_sequences_too() -> None:
     assert "use seq_len 100, or max_target_len 128" in line
 
 
+def translating(**values: object) -> dict:
+    """The quickstart on sentence pairs, with values replaced."""
+    own = {
+        "magnetar__model__architecture": "encoder_decoder",
+        "magnetar__data__pairs": {"bin_tokens": 512},
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    return quickstart(**own | values)
+
+
+def test_pairs_mask_nothing_and_round_trip() -> None:
+    raw = translating(magnetar__data__pairs={"directions": ["en-de"], "bin_tokens": 256})
+    config, problems = check_config(raw, 2)
+    assert config is not None, problems
+    resolved = config.to_dict()
+    assert resolved["gradient_accumulation_steps"] == 8
+    assert resolved["magnetar"]["data"] == {
+        "path": "prepared/sotu",
+        "seq_len": 128,
+        "pairs": {"bin_tokens": 256, "temperature": 5.0, "directions": ["en-de"]},
+        "masking": None,
+    }
+    assert check_config(resolved, 2)[0] == config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "parts"),
+    [
+        (
+            "magnetar.model.architecture",
+            "decoder",
+            ["magnetar.data.pairs={...} needs", "but architecture is 'decoder'", "remove pairs"],
+        ),
+        ("magnetar.data.masking", {}, ["contradicts magnetar.data.pairs", "keep one of them"]),
+        (
+            "magnetar.model.moe",
+            {"num_experts": 8, "dispatch": "capacity", "capacity_factor": 1.0},
+            ["moe.dispatch", "bins differ in shape", 'use "dropless"'],
+        ),
+        (
+            "magnetar.data.pairs.bin_tokens",
+            255,
+            ["seq_len=128 and 128 target tokens", "use at least 256"],
+        ),
+        ("magnetar.data.pairs.bin_tokens", 8, ["at least 16"]),
+        ("magnetar.data.pairs.temperature", 0.5, ["at least 1"]),
+        ("magnetar.data.pairs.directions", "en-de", ["a list of texts"]),
+        ("train_micro_batch_size_per_gpu", 8, ["must be 1 with magnetar.data.pairs", "bin_tokens"]),
+        ("train_micro_batch_size_per_gpu", None, ["=null must be 1 with magnetar.data.pairs"]),
+    ],
+)
+def test_what_contradicts_pairs_is_named_with_a_way_out(
+    path: str, value: object, parts: list[str]
+) -> None:
+    (line,) = messages(set_path(translating(), path, value))
+    for part in (path.rpartition(".")[2], *parts):
+        assert part in line
+
+
+def test_targets_of_pairs_have_a_length_of_their_own() -> None:
+    assert messages(translating(magnetar__model__max_target_len=100)) == []
+    longest = translating(magnetar__model__max_target_len=385)
+    assert "385 target tokens: use at least 513" in messages(longest)[0]
+
+
+def test_only_pairs_are_translated() -> None:
+    assert messages(translating(magnetar__training__eval_translations=8)) == []
+    (line,) = messages(quickstart(magnetar__training__eval_translations=8))
+    assert line.startswith("magnetar.training.eval_translations=8 needs magnetar.data.pairs")
+    assert "prepare pairs" in line
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1])
+def test_label_smoothing_leaves_some_of_the_label(value: float) -> None:
+    (line,) = messages(quickstart(magnetar__training__label_smoothing=value))
+    assert line.startswith(f"magnetar.training.label_smoothing={value} must be a number, at least")
+
+
 def test_a_model_without_logits_is_not_trained() -> None:
     raw = quickstart(magnetar__model__output_projection=False)
     (line,) = messages(set_path(raw, "magnetar.model.tie_embeddings", False))
