@@ -91,6 +91,7 @@ class SparseClip:
         self.dense_norm = self.expert_norm = self.norm = torch.zeros((), device=device)
         self.coefficient = torch.ones((), device=device)
         self.num_clipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._made: dict[tuple[int | None, ...], tuple[Tensor, Tensor]] = {}
 
     def measure(
         self, gradient_groups: Sequence[GradientGroup], partitioned: bool, scale: float = 1.0
@@ -115,22 +116,27 @@ class SparseClip:
                     dist.all_reduce(square, group=ep_group)
                     squares[index] = square
         squares = squares / scale**2
-        kappa_squared = torch.tensor(
-            [
-                1.0 / g.num_experts if g.num_experts and self.enabled else 1.0
-                for g in gradient_groups
-            ],
-            device=self.device,
-        )
-        is_expert = torch.tensor(
-            [g.num_experts is not None for g in gradient_groups], device=self.device
-        )
-        self.dense_norm = squares[~is_expert].sum().sqrt()
-        self.expert_norm = squares[is_expert].sum().sqrt()
+        kappa_squared, is_expert = self._constants(tuple(g.num_experts for g in gradient_groups))
+        self.dense_norm = squares.where(~is_expert, 0.0).sum().sqrt()
+        self.expert_norm = squares.where(is_expert, 0.0).sum().sqrt()
         self.norm = (squares * kappa_squared).sum().sqrt()
         self.coefficient = clip_coefficient(self.norm, self.threshold)
         clipped = (self.coefficient < 1) & self.norm.isfinite()  # an overflowed step is skipped
         self.num_clipped = self.num_clipped + clipped
+
+    def _constants(self, num_experts: tuple[int | None, ...]) -> tuple[Tensor, Tensor]:
+        """kappa^2 of groups with so many experts, and which are of experts.
+
+        Kept, for making them on a GPU is waiting for it.
+        """
+        if num_experts not in self._made:
+            kappas = [1.0 / count if count and self.enabled else 1.0 for count in num_experts]
+            is_expert = [count is not None for count in num_experts]
+            self._made[num_experts] = (
+                torch.tensor(kappas, device=self.device),
+                torch.tensor(is_expert, device=self.device),
+            )
+        return self._made[num_experts]
 
     def install(self, engine: Any) -> None:
         """Put this clipping in the place of DeepSpeed's in an engine.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.attention import Cache, attention_mask
 from models.block import Block, Context
 from models.config import ModelConfig
+from models.embedding import Embedding
 from models.init import RandomSource
 from models.losses import Output, TokenLosses
 from models.moe import MoE, RoutingStats
@@ -68,7 +69,7 @@ class Transformer(nn.Module):
         depths: Depths,
         *,
         has_output: bool = True,
-        embedding: nn.Embedding | None = None,
+        embedding: Embedding | None = None,
         moe_class: type[MoE] = MoE,
     ) -> None:
         """Build a stack of a resolved config (vocab_size not None), weights not yet drawn.
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
         )
         self.checkpoint: Callable[..., Any] | None = None
         d_model, norm_eps = config.d_model, config.norm_eps
-        self.embedding = embedding or nn.Embedding(config.vocab_size, d_model)
+        self.embedding = embedding or Embedding(config.vocab_size, d_model)
         self.owns_embedding = embedding is None
         self.token_norm = nn.LayerNorm(d_model, norm_eps) if config.stable_embedding else None
         self._build_positions(is_second)
@@ -113,7 +114,7 @@ class Transformer(nn.Module):
     def _build_positions(self, is_second: bool) -> None:
         config = self.config
         kind, shape = config.absolute_positions, (self.max_len, config.d_model)
-        self.positions = nn.Embedding(*shape) if kind == "learned" else None
+        self.positions = Embedding(*shape) if kind == "learned" else None
         tables = {"sinusoidal": sinusoidal_table, "sinusoidal_fairseq": fairseq_sinusoidal_table}
         table = tables[kind](*shape) if kind in tables else None
         # Not persistent: the table is a function of the config.
