@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -36,11 +36,13 @@ def write_atomically(file: Path, text: str) -> None:
     temporary.replace(file)
 
 
-def _shards(pieces: Iterator[tuple[str, Piece]]) -> Iterator[tuple[str, list[Piece]]]:
+def _shards(
+    pieces: Iterator[tuple[str, Piece]], splits: Sequence[str]
+) -> Iterator[tuple[str, list[Piece]]]:
     """Consecutive pieces of a split, in parts of about SHARD_CHARS, each with its file stem."""
-    open_shards: dict[str, list[Piece]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    counts = dict.fromkeys(SPLITS, 0)
+    open_shards: dict[str, list[Piece]] = {split: [] for split in splits}
+    sizes = dict.fromkeys(splits, 0)
+    counts = dict.fromkeys(splits, 0)
     for split, piece in pieces:
         open_shards[split].append(piece)
         sizes[split] += len(piece.text)
@@ -48,7 +50,7 @@ def _shards(pieces: Iterator[tuple[str, Piece]]) -> Iterator[tuple[str, list[Pie
             yield f"{split}-{counts[split]:06}", open_shards[split]
             open_shards[split], sizes[split] = [], 0
             counts[split] += 1
-    for split in SPLITS:
+    for split in splits:
         if open_shards[split]:
             yield f"{split}-{counts[split]:06}", open_shards[split]
 
@@ -87,7 +89,11 @@ def _cached_tokenizer(path: Path) -> Tokenizer:
 
 
 def tokenise(
-    pieces: Iterator[tuple[str, Piece]], vocabulary: Path, folder: Path, workers: int
+    pieces: Iterator[tuple[str, Piece]],
+    vocabulary: Path,
+    folder: Path,
+    workers: int,
+    splits: Sequence[str] = SPLITS,
 ) -> tuple[dict[str, list[Path]], int]:
     """Tokenises whatever `folder` does not hold yet.
 
@@ -96,18 +102,19 @@ def tokenise(
         vocabulary: a file for `load_tokenizer`.
         folder: where shards are written, and found again after an interruption.
         workers: processes; 1 works in this one.
+        splits: the names that occur, or may.
 
     Returns:
         The stems of the shards in order, by split, and how many of them were already there.
     """
-    stems: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    stems: dict[str, list[Path]] = {split: [] for split in splits}
     num_kept = 0
 
     def todo() -> Iterator[tuple[Path, Path, list[Piece]]]:
         nonlocal num_kept
-        for name, shard in _shards(pieces):
+        for name, shard in _shards(pieces, splits):
             stem = folder / name
-            stems[name.partition("-")[0]].append(stem)
+            stems[name.rpartition("-")[0]].append(stem)
             if stem.with_suffix(".json").exists():
                 num_kept += 1
             else:

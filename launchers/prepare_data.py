@@ -19,7 +19,8 @@ import rich.table
 from rich.console import Console
 
 from data.corpus import Documents
-from data.prepare import DEFAULT_VALID_FRACTION, PrepareConfig, Reporter, prepare
+from data.partial import Reporter
+from data.prepare import DEFAULT_VALID_FRACTION, PrepareConfig, prepare
 from data.token_files import Manifest
 from launchers.user_errors import user_errors
 

@@ -3,16 +3,19 @@ import fcntl
 import gzip
 import json
 import lzma
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tokenizers
 
+import data.partial
 import data.prepare
 import data.shards
 from data.errors import UserError
-from data.prepare import PrepareConfig, Reporter, prepare
+from data.partial import Reporter
+from data.prepare import PrepareConfig, prepare
 from data.token_files import open_prepared
 
 
@@ -130,7 +133,7 @@ def test_a_run_killed_while_joining_resumes(config, tmp_path, monkeypatch):
 def test_a_run_killed_while_tidying_up_has_made_a_whole_folder(config, tmp_path, monkeypatch):
     prepare(replace(config, out=tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(data.prepare, "_remove_scaffolding", raise_killed)
+        patch.setattr(data.partial, "remove_scaffolding", raise_killed)
         with pytest.raises(Killed):
             prepare(config)
     open_prepared(config.out)
@@ -140,7 +143,7 @@ def test_a_run_killed_while_tidying_up_has_made_a_whole_folder(config, tmp_path,
 
 def test_a_run_killed_before_its_first_shard_resumes(config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.prepare, "write_atomically", raise_on("settings.json"))
+        patch.setattr(data.partial, "write_atomically", raise_on("settings.json"))
         with pytest.raises(Killed):
             prepare(config)
     with pytest.MonkeyPatch.context() as patch:
@@ -157,7 +160,7 @@ def raise_killed(*arguments):
 
 
 def raise_on(name):
-    original = data.prepare.write_atomically
+    original = data.shards.write_atomically
 
     def write(file, text):
         if file.name == name:
@@ -343,7 +346,7 @@ def test_a_file_is_not_both_trained_on_and_validated(config):
 
 def test_a_killed_worker_is_explained(config, monkeypatch):
     def broken(*arguments):
-        raise data.prepare.BrokenProcessPool
+        raise BrokenProcessPool
 
     monkeypatch.setattr(data.prepare, "tokenise", broken)
     with pytest.raises(UserError, match=r"killed.*workers=1: run the same command with fewer"):
