@@ -52,10 +52,14 @@ class Cache:
         cross = self.layers[0].cross
         return None if cross is None else cross[0].size(2)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows (B',) of the batch, in this order: what beam search needs."""
+    def select(self, rows: Tensor, own_only: bool = False) -> None:
+        """Keep these rows (B',) of the batch, in this order: what beam search needs.
+
+        own_only: each row keeps its source, so that nothing changes in the encoder's keys and
+        values.
+        """
         for layer in self.layers:
-            for name in ("own", "cross"):
+            for name in ("own",) if own_only else ("own", "cross"):
                 pair = getattr(layer, name)
                 if pair is not None:
                     setattr(layer, name, tuple(tensor.index_select(0, rows) for tensor in pair))
