@@ -85,6 +85,7 @@ class StepResult(NamedTuple):
         router_z_loss: () float32, that of the routers, averaged over MoE layers.
         routing: one RoutingStats a MoE layer, over this rank's micro-batches.
         lr: the learning rate of the update.
+        num_targets: () int64, targets that count in the whole batch.
     """
 
     loss: Tensor
@@ -93,6 +94,7 @@ class StepResult(NamedTuple):
     router_z_loss: Tensor
     routing: list[RoutingStats]
     lr: float
+    num_targets: Tensor
 
 
 def launched_rank() -> int:
@@ -274,7 +276,12 @@ MicroBatch = tuple[tuple[Tensor, ...], Tensor]  # the model's inputs, and its ta
 
 
 def train_step(
-    engine: Any, micro_batches: Iterable[MicroBatch], weights: LossWeights, seed: int, step: int
+    engine: Any,
+    micro_batches: Iterable[MicroBatch],
+    weights: LossWeights,
+    seed: int,
+    step: int,
+    max_rows: int | None = None,
 ) -> StepResult:
     """One optimizer step: forward and backward of each micro-batch, then clip and update.
 
@@ -287,18 +294,21 @@ def train_step(
         weights: of what is added to the cross entropy.
         seed: of the noise.
         step: of the noise, too: a resumed run draws what an uninterrupted one would have drawn.
+        max_rows: of a micro-batch, where they have different numbers of rows; None: as many as
+            each has. By it a row knows its place in the batch, which its noise follows.
     """
     batch = list(micro_batches)
     lr = engine.get_lr()[0]
     num_ranks = dist.get_world_size() if dist.is_initialized() else 1
     counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in batch])
     counts = sum_over_ranks(counts)  # (gradient_accumulation_steps,)
-    num_targets = counts.sum().clamp(min=1)
+    all_targets = counts.sum()
+    num_targets = all_targets.clamp(min=1)
 
     def output_of(micro_step: int) -> ModelLosses:
         (inputs, targets), rank = batch[micro_step], dist.get_rank() if num_ranks > 1 else 0
         seed_dropout(seed, step, micro_step, rank)
-        first = (micro_step * num_ranks + rank) * len(targets)
+        first = (micro_step * num_ranks + rank) * (max_rows or len(targets))
         keys = sample_keys(seed, step, first, targets)
         return engine(
             *inputs,
@@ -334,7 +344,7 @@ def train_step(
         routings.append([RoutingStats(*(value.detach() for value in stats)) for stats in routing])
     loss, aux_loss, z_loss, router_z_loss = torch.stack(reported).mean(0)
     routing = [whole_batch(layer) for layer in zip(*routings, strict=True)]
-    return StepResult(loss, aux_loss, z_loss, router_z_loss, routing, lr)
+    return StepResult(loss, aux_loss, z_loss, router_z_loss, routing, lr, all_targets)
 
 
 def whole_batch(of_micro_batches: Sequence[RoutingStats]) -> RoutingStats:

@@ -1,7 +1,7 @@
 """Loss and perplexity of a model on the validation split."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import deepspeed.comm as dist
 import torch
 from torch import nn
 
-from data.packed_lm import PackedLM, valid_batches
+from data.packed_lm import Batch, PackedLM, valid_batches
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     dataset: PackedLM,
@@ -55,18 +54,33 @@ def evaluate(
         max_sequences: only the first so many windows; None: all of them.
         progress: called with the batches to wrap them in a progress bar; None: no bar.
     """
-    distributed = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    batches = valid_batches(dataset, batch_size, *rank_and_world_size(), max_sequences)
+    return evaluate_batches(model, batches, device, num_bytes, progress)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This rank and how many there are: 0 and 1 without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@torch.no_grad()
+def evaluate_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    num_bytes: int | None = None,
+    progress: Any = None,
+) -> Evaluation:
+    """Ask about this rank's batches, of which every rank has as many; see `evaluate`."""
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    batches: Iterator = valid_batches(dataset, batch_size, rank, world_size, max_sequences)
     for inputs, targets in progress(batches) if progress else batches:
         asked, *given = (torch.from_numpy(array).to(device) for array in (targets, *inputs))
         sums = model(*given, targets=asked).losses
         totals += torch.stack([sums.cross_entropy.double(), sums.num_tokens.double()])
     model.train(was_training)
-    if distributed:
+    if dist.is_initialized():
         dist.all_reduce(totals)
     loss_total, num_tokens = totals.tolist()
     return Evaluation(

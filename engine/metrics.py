@@ -98,11 +98,20 @@ class Metrics:
     for each evaluation. A resumed run first removes what lies beyond its checkpoint.
     """
 
-    def __init__(self, engine: Any, config: RunConfig, sparse_clip: SparseClip, path: Path) -> None:
-        """Open the file; only rank 0 writes."""
+    def __init__(
+        self,
+        engine: Any,
+        config: RunConfig,
+        sparse_clip: SparseClip,
+        path: Path,
+        num_targets: int = 0,
+    ) -> None:
+        """Open the file; only rank 0 writes. num_targets: those of the steps before."""
         self.engine, self.config, self.sparse_clip, self.path = engine, config, sparse_clip, path
         self.peak_flops = peak_flops(engine.device)
+        # Windows are all of one length; pairs are counted by their targets.
         self.batch_tokens = engine.train_batch_size() * config.data.seq_len
+        self.num_targets = torch.tensor(num_targets, device=engine.device)
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.moe_layers = moe_layers(config.model)
         self.loss_weights = loss_weights(config)
@@ -110,7 +119,8 @@ class Metrics:
 
     def restart_clock(self) -> None:
         """Count the time of training steps from now."""
-        self.last_time, self.last_step = time.perf_counter(), self.engine.global_steps
+        self.last_time = time.perf_counter()
+        self.last_tokens = self.num_tokens(self.engine.global_steps)
         self.started = self.last_time
 
     @contextmanager
@@ -122,6 +132,16 @@ class Metrics:
         self.last_time += paused
         self.started += paused
 
+    def count(self, result: StepResult) -> None:
+        """Add a step's targets to their number; nobody waits for the device."""
+        self.num_targets += result.num_targets
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of the run so far: the places of its windows, or the targets of its pairs."""
+        if self.config.data.pairs is not None:
+            return int(self.num_targets)
+        return step * self.batch_tokens
+
     def lap(self) -> float:
         """Seconds of training since the last lap."""
         now = time.perf_counter()
@@ -132,8 +152,9 @@ class Metrics:
         """The record of a step; every rank takes part. Times cover the steps since the last."""
         losses, routing = reduce_over_ranks(result)
         now = time.perf_counter()
-        tokens_per_second = (step - self.last_step) * self.batch_tokens / (now - self.last_time)
-        self.last_time, self.last_step = now, step
+        num_tokens = self.num_tokens(step)
+        tokens_per_second = (num_tokens - self.last_tokens) / (now - self.last_time)
+        self.last_time, self.last_tokens = now, num_tokens
         clip = self.sparse_clip
         norms: list[Tensor] = [clip.norm, clip.dense_norm, clip.expert_norm, clip.coefficient]
         norm, dense_norm, expert_norm, coefficient = torch.stack(norms).tolist()
@@ -143,7 +164,7 @@ class Metrics:
             coefficient = 0.0
         record: dict[str, float] = {
             "step": step,
-            "tokens": step * self.batch_tokens,
+            "tokens": num_tokens,
             "loss": losses["loss"],
             "perplexity": math.exp(min(losses["loss"], 700.0)),
             "lr": result.lr,
