@@ -1,0 +1,34 @@
+"""Writes the small parallel corpus of `make translate-demo` as tables for launchers.prepare_pairs.
+
+python -m launchers.verses --languages en es --out prepared/verses
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.verses import TRANSLATIONS, write_verses
+from launchers.user_errors import user_errors
+
+
+@user_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the tables, and say how long they are."""
+    parser = argparse.ArgumentParser(prog="python -m launchers.verses", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    known = ", ".join(TRANSLATIONS)
+    add("--languages", nargs="+", default=["en", "es"], metavar="L", help=f"some of {known}")
+    add("--max-chars", type=int, default=100, metavar="N", help="of a verse (%(default)s)")
+    add("--out", type=Path, required=True, metavar="DIR", help="where train.tsv and valid.tsv go")
+    options = parser.parse_args(arguments)
+    train, valid = write_verses(options.out, options.languages, options.max_chars)
+    print(
+        f"{options.out}: {train:,} verses to learn from, {valid:,} to be tested on, "
+        f"in {', '.join(options.languages)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
