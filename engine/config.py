@@ -96,6 +96,12 @@ class PairsConfig(StrictModel):
         default=None,
         description='What is learned, such as ["en-de", "de-en"]. null: every direction.',
     )
+    too_long: Literal["drop", "truncate", "refuse"] = Field(
+        default="drop",
+        description="What happens to training pairs that are longer than seq_len or the targets' "
+        "limit; how many there are is reported. A truncated side keeps its end. Validation "
+        "truncates them.",
+    )
 
 
 class DataConfig(StrictModel):

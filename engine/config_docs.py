@@ -27,6 +27,10 @@ SHIPPED = {
     "deepnorm_1000.json": "1,000 DeepNorm layers, likewise.",
     "mlm_dense.json": "A masked language model: an encoder of 12 layers, 768 wide.",
     "mlm_xmoe.json": "The same with the X-MoE paper's router and its 32 experts.",
+    "mt_dense.json": "Translation between many languages: an encoder and a decoder of 6 layers.",
+    "mt_dense_12.json": "The same with 12 layers each.",
+    "mt_xmoe.json": "`mt_dense.json` with 16 experts in every second layer, at its FLOPs.",
+    "mt_xmoe_64.json": "The same with 64 experts.",
 }
 
 _INTRODUCTION = """\
@@ -83,7 +87,7 @@ layouts. `magnetar.model.moe.balance_scope` "batch" with dispatch `dropless` fre
 
 {shipped}
 
-Only the `lm_` configs are the TorchScale paper's (arXiv 2211.13184). They follow its appendix: 2048
+Only the `lm_` configs are wholly the TorchScale paper's (arXiv 2211.13184). They follow its appendix: 2048
 sequences of 128 tokens a step, 50,000 steps, Adam with betas 0.9 and 0.98, learning rate 5e-4 with
 750 steps of warm-up and linear decay, dropout 0.1, weight decay 0.01, GPT-2's vocabulary (50,257
 tokens, padded to 50,304 for speed). The sparse ones have `capacity` dispatch with factor 1.0, which
@@ -97,6 +101,13 @@ The `mlm_` configs have the size of the X-MoE paper's encoders (arXiv 2204.09179
 d_model 768, 12 heads, d_ff 3072; the sparse one also its 32 experts and its router, 16 wide. Where
 the MoE layers stand, how many tokens are masked and all that concerns the optimizer is ours, in the
 usual range of such models. The data, `prepared/multilingual`, is yours to bring.
+
+The `mt_` configs have the paper's settings for translation (Adam with betas 0.9 and 0.98, learning
+rate 5e-4 after the inverse square root of the step, label smoothing 0.1, dropout 0.1, no weight
+decay, clipping at 1.0) at a size for one GPU and a corpus of some million words a language: half its
+width, 65,536 places a step in place of 262,144 tokens, 4,000 steps of warm-up in place of 6,000.
+Each token goes to one expert as wide as the dense network, so that `mt_xmoe.json` has the FLOPs of
+`mt_dense.json`. The data, `prepared/bible`, is a folder that `launchers.prepare_pairs` has made.
 
 `xmoe_256_one_gpu.json` shows that the largest model trains on a single GPU, with 8-bit states, no
 accumulation and no checkpoint at the end; [benchmarks/](../benchmarks/README.md) has its memory.
