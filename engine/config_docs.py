@@ -87,8 +87,8 @@ layouts. `magnetar.model.moe.balance_scope` "batch" with dispatch `dropless` fre
 
 {shipped}
 
-Only the `lm_` configs are wholly the TorchScale paper's (arXiv 2211.13184). They follow its appendix: 2048
-sequences of 128 tokens a step, 50,000 steps, Adam with betas 0.9 and 0.98, learning rate 5e-4 with
+Only the `lm_` configs are wholly the TorchScale paper's (arXiv 2211.13184). They follow its
+appendix: 2048 sequences of 128 tokens a step, 50,000 steps, Adam with betas 0.9 and 0.98, learning rate 5e-4 with
 750 steps of warm-up and linear decay, dropout 0.1, weight decay 0.01, GPT-2's vocabulary (50,257
 tokens, padded to 50,304 for speed). The sparse ones have `capacity` dispatch with factor 1.0, which
 gives each expert room for 2 * tokens / experts tokens, as in the paper's code. The paper does not
@@ -104,7 +104,7 @@ usual range of such models. The data, `prepared/multilingual`, is yours to bring
 
 The `mt_` configs have the paper's settings for translation (Adam with betas 0.9 and 0.98, learning
 rate 5e-4 after the inverse square root of the step, label smoothing 0.1, dropout 0.1, no weight
-decay, clipping at 1.0) at a size for one GPU and a corpus of some million words a language: half its
+decay, clipping at 1.0) at a size for one GPU and a corpus of a million words a language: half its
 width, 65,536 places a step in place of 262,144 tokens, 4,000 steps of warm-up in place of 6,000.
 Each token goes to one expert as wide as the dense network, so that `mt_xmoe.json` has the FLOPs of
 `mt_dense.json`. The data, `prepared/bible`, is a folder that `launchers.prepare_pairs` has made.
