@@ -183,12 +183,32 @@ class SparseClip:
             # A norm that is not finite tells fp16's dynamic loss scale of an overflow.
             return self.norm * optimizer.loss_scale
 
+        flattened_before = optimizer._get_preflattened_grad_partition
+
+        def flat_and_clipped(index: int) -> Tensor:
+            """One pass for what DeepSpeed would do in three: flatten, make float32, scale."""
+            whole = flattened_before(index)
+            gradients = optimizer.averaged_gradients[index] if whole is None else [whole]
+            like = optimizer.single_partition_of_fp32_groups[index]
+            flat = like.new_empty(int(optimizer.partition_size[index]))
+            # With one dimension it has a say in the type, and the product is float32.
+            factor = (self.coefficient / optimizer.loss_scale).to(flat).view(1)
+            end = 0
+            for gradient in gradients:
+                first, end = end, end + gradient.numel()
+                torch.mul(gradient.view(-1), factor, out=flat[first:end])
+            flat[end:].zero_()
+            return flat
+
         def unscale_and_clip_grads(flat_gradients: Sequence[Tensor], total_norm: Tensor) -> None:
+            if not optimizer.cpu_offload:
+                return
             factor = self.coefficient / optimizer.loss_scale
             for gradient in flat_gradients:
                 gradient.data.mul_(factor.to(gradient.device))
 
         optimizer.scaled_global_norm = scaled_global_norm
+        optimizer._get_preflattened_grad_partition = flat_and_clipped
         optimizer.unscale_and_clip_grads = unscale_and_clip_grads
         # DeepSpeed would look through every tensor for what is not finite, in ten launches each,
         # and wait. The norm, which follows, is finite on every rank alike if all of them are.

@@ -262,6 +262,7 @@ def test_a_run_in_small_groups_is_resumed_with_the_same_bits(tmp_path: Path) -> 
 @pytest.mark.parametrize("optimizer", [{}, SMALL])
 def test_an_update_copies_one_group_at_a_time(stage: int, optimizer: dict[str, Any]) -> None:
     keys = optimizer | {STAGE: stage, "bf16.enabled": True, "magnetar.model.moe.num_experts": 16}
+    keys["magnetar.model.moe.every"] = 1
     # 16 experts' matrices have 32,768 elements each, and nine tenths of all are theirs.
     program = "tests.engine.programs:in_groups"
     whole, small = (
