@@ -88,11 +88,11 @@ layouts. `magnetar.model.moe.balance_scope` "batch" with dispatch `dropless` fre
 {shipped}
 
 Only the `lm_` configs are wholly the TorchScale paper's (arXiv 2211.13184). They follow its
-appendix: 2048 sequences of 128 tokens a step, 50,000 steps, Adam with betas 0.9 and 0.98, learning rate 5e-4 with
-750 steps of warm-up and linear decay, dropout 0.1, weight decay 0.01, GPT-2's vocabulary (50,257
-tokens, padded to 50,304 for speed). The sparse ones have `capacity` dispatch with factor 1.0, which
-gives each expert room for 2 * tokens / experts tokens, as in the paper's code. The paper does not
-give its threshold for clipping; 1.0 is ours.
+appendix: 2048 sequences of 128 tokens a step, 50,000 steps, Adam with betas 0.9 and 0.98, learning
+rate 5e-4 with 750 steps of warm-up and linear decay, dropout 0.1, weight decay 0.01, GPT-2's
+vocabulary (50,257 tokens, padded to 50,304 for speed). The sparse ones have `capacity` dispatch
+with factor 1.0, which gives each expert room for 2 * tokens / experts tokens, as in the paper's
+code. The paper does not give its threshold for clipping; 1.0 is ours.
 
 The sparse `lm_` configs and `mlm_xmoe.json` have `ep_size` 8 and need a multiple of 8 ranks. A
 smaller one, `--set magnetar.model.moe.ep_size=2` say, needs fewer, with more experts on each.
