@@ -50,6 +50,14 @@ def parse_direction(direction: str, languages: Sequence[str]) -> tuple[str, str]
     return known[0]
 
 
+def tagged_languages(tokenizer: Tokenizer) -> list[str]:
+    """The languages whose tags are pieces of a vocabulary, in the order of their ids."""
+    spelt = re.compile(f"<2({LANGUAGE.pattern})>")
+    pieces = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
+    found = [match[1] for piece in pieces if (match := spelt.fullmatch(piece))]
+    return [language for language in found if len(tokenizer.encode(tag(language))) == 1]
+
+
 class Codec:
     """Text to ids and back, with language tags.
 
@@ -102,11 +110,14 @@ class Codec:
 
     def target_ids(self, text: str) -> list[int]:
         """What a decoder answers: the text, the end."""
-        ids: list[int] = []
-        # Text that merely spells a tag must not become one: it is cut behind the "<".
-        for part in self._inside_tag.split(" " + text):
-            ids += self.tokenizer.encode(part)
-        return [*ids, self.eos_id]
+        return [*(i for part in self.parts(text) for i in self.tokenizer.encode(part)), self.eos_id]
+
+    def parts(self, text: str) -> list[str]:
+        """What the tokenizer is given of a text, each part by itself.
+
+        Text that merely spells a tag must not become one: it is cut behind the "<".
+        """
+        return self._inside_tag.split(" " + text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids up to the first end; tags read as nothing."""

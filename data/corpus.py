@@ -13,6 +13,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args
 
@@ -34,8 +35,12 @@ class Piece(NamedTuple):
     ends_document: bool
 
 
-def matching_files(patterns: Sequence[str]) -> list[Path]:
+def matching_files(patterns: Sequence[str], formats: Sequence[str] = FORMATS) -> list[Path]:
     """The files that some globs (or plain names) match, sorted, each once.
+
+    Args:
+        patterns: the globs.
+        formats: the suffixes that are accepted, before that of a compression.
 
     Raises:
         UserError: a pattern matches no file, or a file has a suffix that cannot be read.
@@ -51,12 +56,12 @@ def matching_files(patterns: Sequence[str]) -> list[Path]:
             raise UserError(f"no file matches {pattern!r} (seen from {Path.cwd()}): {way_out}")
         files.update(found)
     for path in files:
-        file_format(path)
+        file_format(path, formats)
     return sorted(files)
 
 
-def file_format(path: Path) -> str:
-    """`.txt`, `.jsonl` or `.parquet`: the suffix of a file without its compression.
+def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
+    """`.txt`, `.jsonl` or another of the formats: the suffix of a file without its compression.
 
     Raises:
         UserError: it is another one.
@@ -64,10 +69,10 @@ def file_format(path: Path) -> str:
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes = suffixes[:-1]
-    if not suffixes or suffixes[-1] not in FORMATS:
+    if not suffixes or suffixes[-1] not in formats:
         raise UserError(
             f"{path}: cannot tell the format from this name: rename it to end in one of "
-            f"{', '.join(FORMATS)}, optionally followed by one of {', '.join(COMPRESSIONS)}"
+            f"{', '.join(formats)}, optionally followed by one of {', '.join(COMPRESSIONS)}"
         )
     return suffixes[-1]
 
@@ -129,12 +134,12 @@ def _file_pieces(
 ) -> Iterator[Piece]:
     kind = file_format(path)
     try:
-        with path.open("rb") as raw:
+        with readable(path), path.open("rb") as raw:
             position = 0
             if kind == ".parquet":
                 pieces = _split_texts(_parquet_texts(path, raw, text_key))
             else:
-                stream = _decompressed(path, raw)
+                stream = decompressed(path, raw)
                 if kind == ".jsonl":
                     pieces = _split_texts(_jsonl_texts(path, stream, text_key))
                 else:
@@ -146,7 +151,18 @@ def _file_pieces(
                 on_bytes(position - before)
             on_bytes(path.stat().st_size - position)
     except UnicodeDecodeError as error:
-        raise _not_utf8(path) from error
+        raise not_utf8(path) from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says of a file that cannot be read, in the block, what is wrong with it.
+
+    Raises:
+        UserError: it is damaged, or the system refuses it.
+    """
+    try:
+        yield
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise UserError(
             f"{path} is damaged or not what its suffix {path.suffix!r} says: {error}. Make it "
@@ -156,7 +172,8 @@ def _file_pieces(
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    """The bytes of an open file, whichever way its suffix says that it is compressed."""
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.suffix == ".xz":
@@ -301,11 +318,11 @@ def _checked_text(text: Any, where: str, text_key: str, keys: list[str]) -> str:
     return text
 
 
-def _not_utf8(path: Path) -> UserError:
-    """Looks again, now byte by byte, for what the fast decoder stumbled over."""
+def not_utf8(path: Path) -> UserError:
+    """What to say of a file in which a decoder stumbled: looks for the byte, line by line."""
     offset = 0
     with path.open("rb") as raw:
-        for number, line in enumerate(_decompressed(path, raw), start=1):
+        for number, line in enumerate(decompressed(path, raw), start=1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.codec import Codec, parse_direction, tag
+from data.codec import Codec, parse_direction, tag, tagged_languages
 from data.errors import UserError
 from data.tokenizer import load_tokenizer, train_sentencepiece
 from tests.data.test_tokenizer import AWKWARD, TEXTS
@@ -75,3 +75,9 @@ def test_a_direction_that_is_none_is_a_message(direction):
 def test_an_ambiguous_direction_is_a_message():
     with pytest.raises(UserError, match="can be read in several ways"):
         parse_direction("a-b-c", ["a", "a-b", "b-c", "c"])
+
+
+def test_a_vocabulary_says_itself_which_languages_it_has(codec, tmp_path):
+    assert tagged_languages(codec.tokenizer) == list(LANGUAGES)
+    train_sentencepiece(TEXTS, 340, tmp_path / "tokenizer.model")
+    assert tagged_languages(load_tokenizer(tmp_path / "tokenizer.model")) == []

@@ -1,0 +1,163 @@
+"""Which rows of tokenised tables are pairs of two languages, and why the others are not.
+
+Rows of the validation split are pairs if both sides hold something. Training pairs may be filtered
+too; each row that is dropped counts under the first reason that holds.
+
+Memory: 8 bytes a row for each column of a language that duplicates are looked for in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import UserError
+from data.packed_lm import BoolArray, IntArray, WordArray, mixed
+from data.pairs import PairsRecord, TableRecord, rows_file
+from data.token_files import TokenSplit, token_dtype
+
+HASHED_AT_ONCE = 1 << 22  # tokens
+
+
+@dataclass(frozen=True)
+class PairFilter:
+    """What is asked of a training pair."""
+
+    dedupe: bool = False  # once only, and not one of the validation split
+    max_length_ratio: float | None = None  # of the longer side to the shorter, in tokens
+    max_length: int | None = None  # of a side, tag and end included, in tokens
+
+    def check(self) -> None:
+        """Raises a UserError for values without a meaning."""
+        ratio, length = self.max_length_ratio, self.max_length
+        if ratio is not None and not 1 <= ratio < float("inf"):
+            raise UserError(f"max_length_ratio={ratio} must be at least 1: use 3, say")
+        if length is not None and length < 3:
+            raise UserError(f"max_length={length} must be at least 3: tag, a token, and the end")
+
+
+@dataclass
+class _Candidates:
+    """The rows of two languages in one split of a table, as far as they have not been dropped."""
+
+    table: TableRecord
+    split: str
+    languages: tuple[str, str]
+    columns: tuple[TokenSplit, TokenSplit]
+    is_pair: BoolArray  # (rows,)
+    dropped: dict[str, int]
+
+    def drop(self, reason: str, is_bad: BoolArray) -> None:
+        """Drops the rows that are bad; counts those that were not dropped before."""
+        is_bad = is_bad & self.is_pair
+        self.is_pair &= ~is_bad
+        if count := int(is_bad.sum()):
+            self.dropped[reason] = count
+
+
+def choose_pairs(
+    folder: Path, tables: list[TableRecord], asked: PairFilter, vocab_size: int
+) -> list[TableRecord]:
+    """The records with their pairs, whose row files now lie in `folder`.
+
+    Args:
+        folder: with the token files.
+        tables: records without pairs.
+        asked: of the training split.
+        vocab_size: of the tokens.
+    """
+    candidates = [one for table in tables for one in _candidates(folder, table, vocab_size)]
+    for one in candidates:
+        first, second = (_content_lengths(column) for column in one.columns)
+        one.drop("empty side", (first == 0) | (second == 0))
+        if one.split != "train":
+            continue
+        longer, shorter = np.maximum(first, second), np.minimum(first, second)
+        if asked.max_length is not None:
+            one.drop("too long", longer + 2 > asked.max_length)
+        if asked.max_length_ratio is not None:
+            one.drop("length ratio", longer > asked.max_length_ratio * shorter)
+    if asked.dedupe:
+        _drop_duplicates(candidates)
+    for one in candidates:
+        record = PairsRecord(
+            languages=one.languages, num_pairs=int(one.is_pair.sum()), dropped=one.dropped
+        )
+        one.table.splits[one.split].pairs.append(record)
+        rows = np.flatnonzero(one.is_pair).astype("<u4")
+        rows.tofile(rows_file(folder, one.table.name, one.split, one.languages))
+    return tables
+
+
+def _candidates(folder: Path, table: TableRecord, vocab_size: int) -> Iterator[_Candidates]:
+    for split, record in table.splits.items():
+        order = [*record.columns]
+        pairs = {(a, b) if order.index(a) < order.index(b) else (b, a) for a, b in table.directions}
+        for languages in sorted(pairs, key=lambda pair: [order.index(name) for name in pair]):
+            first, second = (
+                TokenSplit(
+                    folder / f"{table.name}.{split}.{language}.bin",
+                    record.columns[language],
+                    token_dtype(vocab_size),
+                    vocab_size,
+                )
+                for language in languages
+            )
+            everything = np.ones(record.num_rows, dtype=np.bool_)
+            yield _Candidates(table, split, languages, (first, second), everything, {})
+
+
+def _content_lengths(column: TokenSplit) -> IntArray:
+    """Tokens of each row, without its end: (rows,) int64."""
+    starts = np.asarray(column.document_starts).astype(np.int64)
+    return starts[1:] - starts[:-1] - 1
+
+
+def _drop_duplicates(candidates: list[_Candidates]) -> None:
+    """Drops pairs that come again in any table, in either direction, or are to be validated."""
+    column_hashes: dict[Path, WordArray] = {}
+
+    def pair_hashes(one: _Candidates) -> WordArray:
+        for column in one.columns:
+            if column.path not in column_hashes:
+                column_hashes[column.path] = row_hashes(column)
+        sides = zip(one.languages, one.columns, strict=True)
+        first, second = (column_hashes[column.path] for _, column in sorted(sides, key=_language))
+        return mixed(first + mixed(second))
+
+    for languages in {frozenset(one.languages) for one in candidates}:
+        of_both = [one for one in candidates if {*one.languages} == languages]
+        validated = [pair_hashes(one)[one.is_pair] for one in of_both if one.split == "valid"]
+        seen = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *validated]))
+        for one in of_both:
+            if one.split == "train":
+                one.drop("in the validation split", np.isin(pair_hashes(one), seen))
+        earlier = np.empty(0, dtype=np.uint64)
+        for one in of_both:
+            if one.split == "train":
+                hashes, rows = pair_hashes(one), np.flatnonzero(one.is_pair)
+                distinct, first_at = np.unique(hashes[rows], return_index=True)
+                is_first = np.zeros(len(hashes), dtype=np.bool_)
+                is_first[rows[first_at]] = True
+                one.drop("duplicate", ~is_first | np.isin(hashes, earlier))
+                earlier = np.union1d(earlier, distinct)
+
+
+def _language(side: tuple[str, TokenSplit]) -> str:
+    return side[0]
+
+
+def row_hashes(column: TokenSplit) -> WordArray:
+    """A hash of each row's tokens, a function of them alone: (rows,) uint64."""
+    starts = np.asarray(column.document_starts).astype(np.int64)
+    cuts = np.searchsorted(starts, np.arange(0, starts[-1], HASHED_AT_ONCE), side="left")
+    blocks = []
+    for first, last in pairwise([*np.unique(cuts), len(starts) - 1]):
+        inner = starts[first : last + 1] - starts[first]
+        tokens = column.read(int(starts[first]), int(starts[last])).astype(np.uint64)
+        position = np.arange(inner[-1]) - np.repeat(inner[:-1], np.diff(inner))
+        words = mixed(tokens + mixed(position.astype(np.uint64)))
+        blocks.append(np.add.reduceat(words, inner[:-1]))
+    return mixed(np.concatenate(blocks))

@@ -1,0 +1,440 @@
+"""Makes a folder of prepared pairs: trains or copies the vocabulary, tokenises, chooses the pairs.
+
+The rows are read three times: to count them, to sample text for the vocabulary, and to tokenise
+them column by column, as data.prepare does with documents. Then, from the token files alone, it is
+decided which rows are pairs of which languages.
+
+Every text is learnt from with the temperature T of the vocabulary: a language with n characters
+gives a share proportional to n^(1/T) of the sample (Arivazhagan et al., 2019), and so is read more
+than once if it is small.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.codec import Codec, parse_direction, tag
+from data.corpus import Piece, matching_files
+from data.errors import UserError
+from data.pair_filters import PairFilter, choose_pairs
+from data.pairs import PAIRS_VERSION, PairsManifest, TableRecord, TableSplitRecord, open_pairs
+from data.partial import (
+    SILENT,
+    Reporter,
+    files_digest,
+    made_whole,
+    refuse_other,
+    remove_scaffolding,
+)
+from data.shards import join, tokenise, write_atomically
+from data.tables import TABLE_FORMATS, Row, read_rows
+from data.token_files import SPLITS, token_dtype
+from data.tokenizer import load_tokenizer, train_sentencepiece
+
+MIN_VOCAB_SIZE = 300
+MAX_SAMPLE_CHARS = 64 << 20
+MIN_SAMPLE_CHARS = 8 << 20
+SAMPLE_CHARS_PER_ENTRY = 2048
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """One corpus. Each split is a glob or ""; one of them at least is given."""
+
+    name: str
+    train: str = ""
+    valid: str = ""
+    columns: tuple[str, ...] | None = None  # languages; None: every column but `id`
+    weight: float = 1.0  # of its directions in training
+
+
+@dataclass(frozen=True)
+class PreparePairsConfig:
+    """What to prepare. Give `vocab_size` or `tokenizer`."""
+
+    out: Path  # the folder to make
+    tables: tuple[TableConfig, ...]
+    vocab_size: int | None = None  # train a vocabulary of so many entries
+    vocab_temperature: float = 5.0  # at least 1; 1: as much text as there is
+    tokenizer: Path | None = None  # a folder of pairs whose vocabulary is used
+    directions: tuple[str, ...] | None = None  # None: n-way all, long those that it lists
+    filter: PairFilter = field(default_factory=PairFilter)  # of the training pairs
+    workers: int = 1  # processes that tokenise
+
+
+@dataclass
+class StoredTable:
+    """What a first reading finds: an n-way table, or one direction of a long one."""
+
+    name: str
+    config: TableConfig
+    direction: tuple[str, str] | None
+    languages: list[str] = field(default_factory=list)
+    num_rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    num_chars: dict[str, int] = field(default_factory=dict)  # of training text, by language
+    num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by split and language
+
+    def directions(self, asked: list[tuple[str, str]] | None) -> list[tuple[str, str]]:
+        """The directions to prepare."""
+        if asked is not None:
+            return [pair for pair in asked if {*pair} <= {*self.languages}]
+        if self.direction is not None:
+            return [self.direction]
+        return [(a, b) for a in self.languages for b in self.languages if a != b]
+
+
+Files = dict[tuple[str, str], list[Path]]  # by name of the table and split
+Rows = Iterator[tuple[StoredTable, str, Row]]  # each with its split
+
+
+def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> PairsManifest:
+    """The manifest of the folder `config.out`, made now unless it is already up to date.
+
+    Raises:
+        UserError: contradictory settings, unusable text, a full disk, or a folder `config.out`
+            that was made from something else.
+    """
+    _check(config)
+    files = _files(config)
+    settings = _settings(config, files)
+    if config.out.exists():
+        if not (config.out / "manifest.json").is_file():
+            raise UserError(f"{config.out} exists and holds no pairs: choose another --out")
+        manifest = open_pairs(config.out).manifest
+        refuse_other(config.out, manifest.settings, settings)
+        remove_scaffolding(config.out)
+        reporter.message(f"{config.out} is up to date")
+        return manifest
+    tables = _stored_tables(config, files, reporter)
+    languages = [*dict.fromkeys(language for table in tables for language in table.languages)]
+    asked = None
+    if config.directions is not None:
+        asked = [parse_direction(direction, languages) for direction in config.directions]
+        _refuse_absent(asked, tables)
+    reader = _Reader(config, files, {table.name: table for table in tables}, reporter)
+    with made_whole(config.out, settings, config.workers, reporter) as partial:
+        codec = _vocabulary(config, languages, reader, partial, reporter)
+        columns = [
+            _column(table.name, split, language) for table, split, language in _columns(tables)
+        ]
+        stems, num_kept = tokenise(
+            _pieces(reader.rows("tokenising"), codec),
+            partial / codec.tokenizer.file_name,
+            partial / "shards",
+            config.workers,
+            columns,
+        )
+        if num_kept:
+            reporter.message(f"kept {num_kept} finished shards")
+        records = _join(tables, asked, stems, partial)
+        reporter.message("choosing pairs")
+        manifest = PairsManifest(
+            tokenizer_fingerprint=codec.tokenizer.fingerprint,
+            vocab_size=codec.vocab_size,
+            eos_id=codec.eos_id,
+            dtype=token_dtype(codec.vocab_size),
+            languages=[*codec.languages],
+            tables=choose_pairs(partial, records, config.filter, codec.vocab_size),
+            settings=settings,
+        )
+        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2))
+    return manifest
+
+
+def _check(config: PreparePairsConfig) -> None:
+    names = [table.name for table in config.tables]
+    if not names:
+        raise UserError("give a table at least: --table NAME=TRAIN.tsv,VALID.tsv")
+    for table in config.tables:
+        if names.count(table.name) > 1:
+            raise UserError(f"--table {table.name} is given twice: give each its own name")
+        if not table.name.replace("-", "").replace("_", "").isalnum() or not table.name.isascii():
+            raise UserError(f"--table {table.name!r}: a name is letters, digits, - and _")
+        if not (table.train or table.valid):
+            raise UserError(f"--table {table.name} names no file: --table NAME=TRAIN,VALID")
+        if not 0 < table.weight < float("inf"):
+            raise UserError(f"--weight {table.name}={table.weight} must be above 0")
+        if table.columns is not None and len({*table.columns}) < 2:
+            raise UserError(f"--columns {','.join(table.columns)}: name two languages at least")
+    if (config.vocab_size is None) == (config.tokenizer is None):
+        raise UserError(
+            "give either --vocab-size N, to train a vocabulary, or --tokenizer DIR, to use that of "
+            "other prepared pairs"
+        )
+    if config.vocab_size is not None and config.vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size={config.vocab_size} is too small: 256 byte pieces, the tags and "
+            f"the text's own characters must fit; use {MIN_VOCAB_SIZE} at least"
+        )
+    if config.vocab_size is not None and not any(table.train for table in config.tables):
+        raise UserError(
+            "no table has a training file, and a vocabulary learns from those: use "
+            "--tokenizer DIR, the folder of the training pairs"
+        )
+    if not 1 <= config.vocab_temperature < float("inf"):
+        raise UserError(f"vocab_temperature={config.vocab_temperature} must be at least 1")
+    if config.directions is not None and not config.directions:
+        raise UserError("--directions names none: use all, or en-de,de-en")
+    if config.workers < 1:
+        raise UserError(f"workers={config.workers} must be at least 1")
+    config.filter.check()
+
+
+def _files(config: PreparePairsConfig) -> Files:
+    files = {}
+    for table in config.tables:
+        for split, pattern in zip(SPLITS, (table.train, table.valid), strict=True):
+            if pattern:
+                files[table.name, split] = matching_files([pattern], TABLE_FORMATS)
+    by_split = {
+        split: {path.resolve() for (_, of), paths in files.items() if of == split for path in paths}
+        for split in SPLITS
+    }
+    both = by_split["train"] & by_split["valid"]
+    if both:
+        raise UserError(
+            f"{min(both)} is named for training and for validation: what is validated must not be "
+            "trained on"
+        )
+    return files
+
+
+def _settings(config: PreparePairsConfig, files: Files) -> dict[str, Any]:
+    """All that determines the result, as JSON: what a later run is compared with."""
+    other = open_pairs(config.tokenizer).manifest if config.tokenizer else None
+    settings: dict[str, Any] = {
+        "version": PAIRS_VERSION,
+        "tables": [table.name for table in config.tables],
+        "vocab_size": config.vocab_size,
+        "vocab_temperature": config.vocab_temperature if config.vocab_size else None,
+        "tokenizer": other and other.tokenizer_fingerprint,
+        "directions": None if config.directions is None else [*config.directions],
+        "dedupe": config.filter.dedupe,
+        "max_length_ratio": config.filter.max_length_ratio,
+        "max_length": config.filter.max_length,
+    }
+    for table in config.tables:
+        for split in SPLITS:
+            settings[f"{table.name}.{split}"] = files_digest(files.get((table.name, split), []))
+        settings[f"{table.name}.columns"] = None if table.columns is None else [*table.columns]
+        settings[f"{table.name}.weight"] = table.weight
+    return settings
+
+
+def _stored_tables(
+    config: PreparePairsConfig, files: Files, reporter: Reporter
+) -> list[StoredTable]:
+    """Every table as it will be stored, counted."""
+    tables: dict[str, StoredTable] = {}
+    reader = _Reader(config, files, tables, reporter)
+    for table, split, row in reader.rows("counting"):
+        table.num_rows[split] += 1
+        for language, text in row.texts.items():
+            if language not in table.num_chars:
+                table.languages.append(language)
+                table.num_chars[language] = 0
+            if split == "train":
+                table.num_chars[language] += len(text)
+            if text.strip():
+                table.num_bytes[split, language] += len(text.encode())
+    for one in config.tables:
+        stored = [table for table in tables.values() if table.config is one]
+        found = [*dict.fromkeys(language for table in stored for language in table.languages)]
+        for language in one.columns or ():
+            if language not in found:
+                raise UserError(
+                    f"table {one.name} has no column {language!r} (--columns): it has "
+                    f"{', '.join(found) or 'no row in those languages'}"
+                )
+        for table in stored:
+            if len(table.languages) < 2:
+                raise UserError(
+                    f"table {table.name} has only one language, {found[0]}: add another"
+                )
+        for split in SPLITS:
+            if (one.name, split) in files and not any(table.num_rows[split] for table in stored):
+                raise UserError(
+                    f"{files[one.name, split][0]} holds no row of table {one.name}: fill it, or "
+                    "leave it out of --table"
+                )
+    return [*tables.values()]
+
+
+def _refuse_absent(asked: list[tuple[str, str]], tables: list[StoredTable]) -> None:
+    for direction in asked:
+        if not any({*direction} <= {*table.languages} for table in tables):
+            raise UserError(
+                f"--directions {'-'.join(direction)}: no table holds both languages; give a table "
+                "that does, or leave the direction out"
+            )
+
+
+@dataclass
+class _Reader:
+    """Reads every row of every table, as often as is asked."""
+
+    config: PreparePairsConfig
+    files: Files
+    tables: dict[str, StoredTable]  # by name; those that are not there yet are added
+    reporter: Reporter
+
+    def rows(self, stage: str, splits: tuple[str, ...] = SPLITS) -> Rows:
+        """The rows, table after table and split after split."""
+        done_bytes = 0
+        all_bytes = sum(
+            path.stat().st_size
+            for (_, split), paths in self.files.items()
+            if split in splits
+            for path in paths
+        )
+
+        def on_bytes(num_bytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += num_bytes
+            self.reporter.progress(stage, done_bytes, all_bytes)
+
+        for one in self.config.tables:
+            for split in splits:
+                for path in self.files.get((one.name, split), []):
+                    for row in read_rows(path, one.columns, on_bytes):
+                        yield self._table(one, row.direction), split, row
+
+    def _table(self, one: TableConfig, direction: tuple[str, str] | None) -> StoredTable:
+        name = one.name if direction is None else f"{one.name}.{'-'.join(direction)}"
+        if name not in self.tables:
+            self.tables[name] = StoredTable(name, one, direction)
+        return self.tables[name]
+
+
+def _vocabulary(
+    config: PreparePairsConfig,
+    languages: list[str],
+    reader: _Reader,
+    partial: Path,
+    reporter: Reporter,
+) -> Codec:
+    """The codec, whose vocabulary now lies in `partial`."""
+    file = partial / "tokenizer.model"
+    if config.tokenizer is not None:
+        other = open_pairs(config.tokenizer)
+        for language in languages:
+            other.codec.tag_id(language)
+        file.write_bytes(other.codec.tokenizer.file_content)
+        return other.codec
+    assert config.vocab_size is not None
+    if not file.exists():
+        limit = min(
+            max(SAMPLE_CHARS_PER_ENTRY * config.vocab_size, MIN_SAMPLE_CHARS), MAX_SAMPLE_CHARS
+        )
+        texts = sampled_texts(
+            _training_texts(reader), _num_chars(reader), config.vocab_temperature, limit
+        )
+        reporter.message(f"training a vocabulary of {config.vocab_size} entries")
+        symbols = [tag(language) for language in languages]
+        train_sentencepiece(texts, config.vocab_size, file, 2 * limit, symbols)
+    return Codec(load_tokenizer(file), languages)
+
+
+def _num_chars(reader: _Reader) -> dict[str, int]:
+    """Characters of training text by language."""
+    totals: dict[str, int] = {}
+    for table in reader.tables.values():
+        for language, count in table.num_chars.items():
+            totals[language] = totals.get(language, 0) + count
+    return totals
+
+
+def _training_texts(reader: _Reader) -> Iterator[tuple[str, str]]:
+    for _, _, row in reader.rows("reading for the vocabulary", ("train",)):
+        yield from row.texts.items()
+
+
+def sampled_texts(
+    texts: Iterator[tuple[str, str]],
+    num_chars: dict[str, int],
+    temperature: float,
+    max_chars: int,
+) -> Iterator[str]:
+    """Text spread evenly over each language, in shares proportional to n^(1/T).
+
+    Args:
+        texts: language and text, in any order.
+        num_chars: n, the characters of each language.
+        temperature: T.
+        max_chars: about so many characters are drawn, or as many as there are if that is less.
+
+    Yields:
+        Texts with the space in front that a codec puts there; one may come several times.
+    """
+    size = min(max_chars, sum(num_chars.values()))
+    powers = {language: n ** (1 / temperature) if n else 0.0 for language, n in num_chars.items()}
+    rates = {
+        language: size * powers[language] / sum(powers.values()) / max(n, 1)
+        for language, n in num_chars.items()
+    }
+    seen, drawn = dict.fromkeys(num_chars, 0), dict.fromkeys(num_chars, 0.0)
+    for language, text in texts:
+        seen[language] += len(text)
+        while text and drawn[language] + len(text) / 2 <= seen[language] * rates[language]:
+            drawn[language] += len(text)
+            yield " " + text
+
+
+def _column(table: str, split: str, language: str) -> str:
+    """What a column's shards are called; no dot, which would begin a suffix."""
+    return f"{table}.{split}.{language}".replace(".", "+")
+
+
+def _columns(tables: list[StoredTable]) -> Iterator[tuple[StoredTable, str, str]]:
+    """Every column of every split that has rows."""
+    for table in tables:
+        for split in SPLITS:
+            if table.num_rows[split]:
+                for language in table.languages:
+                    yield table, split, language
+
+
+def _pieces(rows: Rows, codec: Codec) -> Iterator[tuple[str, Piece]]:
+    """Every text with the name of its column; a missing one has no piece but the end."""
+    for table, split, row in rows:
+        for language in table.languages:
+            text = row.texts.get(language, "")
+            parts = codec.parts(text) if text.strip() else [""]
+            column = _column(table.name, split, language)
+            for i, part in enumerate(parts):
+                yield column, Piece(part, i == 0, i == len(parts) - 1)
+
+
+def _join(
+    tables: list[StoredTable],
+    asked: list[tuple[str, str]] | None,
+    stems: dict[str, list[Path]],
+    partial: Path,
+) -> list[TableRecord]:
+    """Writes the token files; the records, still without pairs."""
+    records: dict[str, TableRecord] = {}
+    for table, split, language in _columns(tables):
+        record = records.setdefault(
+            table.name,
+            TableRecord(
+                name=table.name,
+                weight=table.config.weight,
+                directions=table.directions(asked),
+                splits={},
+            ),
+        )
+        joined = join(
+            stems[_column(table.name, split, language)],
+            partial / f"{table.name}.{split}.{language}.bin",
+        )
+        num_rows = table.num_rows[split]
+        assert joined.num_documents == num_rows
+        of_split = record.splits.setdefault(
+            split, TableSplitRecord(num_rows=num_rows, columns={}, pairs=[])
+        )
+        # The shards counted the space in front of each text too.
+        num_bytes = table.num_bytes[split, language]
+        of_split.columns[language] = joined.model_copy(update={"num_bytes": num_bytes})
+    return [*records.values()]

@@ -1,0 +1,204 @@
+"""Makes the folder of sentence pairs that translation is trained on.
+
+python -m launchers.prepare_pairs --table bible=bible.train.tsv.xz,bible.valid.tsv.xz \
+    --vocab-size 16000 --dedupe --max-length-ratio 3 --out prepared/bible
+"""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import rich.box
+import rich.table
+from rich.console import Console
+
+from data.errors import UserError
+from data.pair_filters import PairFilter
+from data.pairs import PairsManifest, TableRecord, TableSplitRecord
+from data.prepare_pairs import PreparePairsConfig, TableConfig, prepare_pairs
+from data.token_files import SPLITS
+from launchers.prepare_data import terminal_reporter
+from launchers.user_errors import user_errors
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfig:
+    """The command line as a config.
+
+    Raises:
+        UserError: a value is not of its form, or speaks of a table that is not there.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m launchers.prepare_pairs",
+        description="Tokenise parallel text into a folder that translation is trained on. Stopped "
+        "runs resume: give the same command again.",
+    )
+    add = parser.add_argument
+    add(
+        "--table",
+        action="append",
+        default=[],
+        metavar="NAME=TRAIN[,VALID]",
+        help="globs of .tsv or .jsonl [.gz .xz .zst], either may be empty; again for each corpus",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    add("--vocab-size", type=int, metavar="N", help="train a SentencePiece vocabulary")
+    add(
+        "--vocab-temperature",
+        type=float,
+        default=PreparePairsConfig.vocab_temperature,
+        metavar="T",
+        help="a language of n characters gives n^(1/T) of what the vocabulary learns from "
+        "(default %(default)s)",
+    )
+    add("--tokenizer", type=Path, metavar="DIR", help="use the vocabulary of other prepared pairs")
+    add(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="[NAME=]en,de",
+        help="languages to read, of every table or of one (default: every column but id)",
+    )
+    add(
+        "--directions",
+        default="all",
+        metavar="all|en-de,de-en",
+        help="all: of an n-way table every one, of a long table those that it lists (default)",
+    )
+    add(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        help="how much more often a table is drawn from in training (default 1)",
+    )
+    add("--dedupe", action="store_true", help="drop pairs seen before, or in a validation split")
+    add("--max-length-ratio", type=float, metavar="R", help="drop pairs of more unequal lengths")
+    add("--max-length", type=int, metavar="N", help="drop pairs with more tokens on a side")
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: every core, %(default)s here)",
+    )
+    values = parser.parse_args(arguments)
+    return PreparePairsConfig(
+        out=values.out,
+        tables=_tables(values.table, values.columns, values.weight),
+        vocab_size=values.vocab_size,
+        vocab_temperature=values.vocab_temperature,
+        tokenizer=values.tokenizer,
+        directions=None if values.directions == "all" else _list(values.directions),
+        filter=PairFilter(values.dedupe, values.max_length_ratio, values.max_length),
+        workers=values.workers,
+    )
+
+
+def _tables(
+    tables: list[str], all_columns: list[str], all_weights: list[str]
+) -> tuple[TableConfig, ...]:
+    names = [table.partition("=")[0] for table in tables]
+    columns: dict[str, tuple[str, ...]] = {}
+    for value in all_columns:
+        name, is_named, languages = value.rpartition("=")
+        for table in [_known(name, names, "--columns")] if is_named else names:
+            columns[table] = _list(languages)
+    weights: dict[str, float] = {}
+    for value in all_weights:
+        name, _, weight = value.partition("=")
+        try:
+            weights[_known(name, names, "--weight")] = float(weight)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"--weight {value} is not NAME=NUMBER: use bible=2, say") from error
+    found = []
+    for table in tables:
+        name, is_named, files = table.partition("=")
+        train, *valid = files.split(",")
+        if not is_named or len(valid) > 1:
+            raise UserError(
+                f"--table {table} is not NAME=TRAIN,VALID: use bible=train.tsv,valid.tsv, say"
+            )
+        found.append(
+            TableConfig(
+                name, train, "".join(valid), columns.get(name), weight=weights.get(name, 1.0)
+            )
+        )
+    return tuple(found)
+
+
+def _known(name: str, names: list[str], option: str) -> str:
+    if name not in names:
+        raise UserError(f"{option} {name}: no --table has this name, only {', '.join(names)}")
+    return name
+
+
+def _list(values: str) -> tuple[str, ...]:
+    return tuple(value for value in values.split(",") if value)
+
+
+def print_summary(manifest: PairsManifest, out: Path, was_there: bool) -> None:
+    """Prints what the folder holds, what was dropped, and whether it was there before."""
+    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for column in ("table", "split", "rows", "tokens", "directions", "pairs", "dropped"):
+        is_text = column in ("table", "split", "dropped")
+        shown.add_column(column, justify="left" if is_text else "right")
+    names = [*dict.fromkeys(table.name.partition(".")[0] for table in manifest.tables)]
+    for name in names:
+        for split in SPLITS:
+            # A long table is stored as one for each direction, called NAME.DIRECTION.
+            found = [
+                (table, table.splits[split])
+                for table in manifest.tables
+                if table.name.partition(".")[0] == name and split in table.splits
+            ]
+            if found:
+                counts = [*map(sum, zip(*(_counts(*one) for one in found), strict=True))]
+                dropped = dropped_text([record for _, record in found])
+                shown.add_row(name, split, *(f"{count:,}" for count in counts), dropped)
+    console = Console()
+    console.print(shown)
+    console.print(
+        f"languages: {', '.join(manifest.languages)}\n"
+        f"vocabulary: {manifest.vocab_size:,} entries, {manifest.tokenizer_file}\n"
+        f"{'up to date' if was_there else 'written'}: {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _counts(table: TableRecord, record: TableSplitRecord) -> tuple[int, int, int, int]:
+    """Rows, tokens, directions and pairs."""
+    num_pairs = {frozenset(pairs.languages): pairs.num_pairs for pairs in record.pairs}
+    return (
+        record.num_rows,
+        sum(column.num_tokens for column in record.columns.values()),
+        len(table.directions),
+        sum(num_pairs[frozenset(direction)] for direction in table.directions),
+    )
+
+
+def dropped_text(records: Sequence[TableSplitRecord]) -> str:
+    """How many rows were no pair, by reason, summed over the pairs of languages."""
+    totals: Counter[str] = Counter()
+    for record in records:
+        for pairs in record.pairs:
+            totals.update(pairs.dropped)
+    return ", ".join(f"{reason} {count:,}" for reason, count in totals.items()) or "none"
+
+
+@user_errors()
+def main() -> None:
+    """Entry point."""
+    config = parse_arguments()
+    was_there = config.out.exists()  # `prepare_pairs` then leaves it as it is
+    with terminal_reporter() as reporter:
+        manifest = prepare_pairs(config, reporter)
+    print_summary(manifest, config.out, was_there)
+
+
+if __name__ == "__main__":
+    main()
