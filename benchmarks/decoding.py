@@ -1,0 +1,120 @@
+"""What the cache of keys and values saves: translating with it and without, in one run.
+
+    python -m benchmarks.decoding --out benchmarks/results/decoding_cpu.json
+
+An encoder-decoder with random weights, whose translations all end at the limit. Without the cache
+every step runs the decoder over all tokens so far. Both do the same search, in turn, and must find
+the same translations. `decoder_tokens` counts what the decoder was given. Without the cache the
+model computes the logits of all positions, too, of which the search reads the last ones; the
+vocabulary is small so that this is the smaller part of the work.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.provenance import git_commit, hardware, versions
+from models.beam_search import Translation, translate
+from models.config import ModelConfig
+from models.transformer import EncoderDecoder, build_model
+
+EOS = 1
+MODEL = {
+    "architecture": "encoder_decoder",
+    "vocab_size": 4000,
+    "num_layers": 6,
+    "d_model": 256,
+    "d_ff": 1024,
+    "num_heads": 4,
+    "max_seq_len": 128,
+}
+BEAMS = (1, 4)
+
+
+def measured(
+    model: EncoderDecoder, source: torch.Tensor, beam: int, length: int, cached: bool
+) -> tuple[dict[str, Any], list[Translation]]:
+    """Seconds and decoder tokens of one search, and what it found."""
+    counted = [0]
+    hook = model.decoder.register_forward_hook(
+        lambda _module, given, _output: counted.append(given[0].numel())
+    )
+    limits = torch.full((source.size(0),), length)
+    if source.is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    found = translate(model, source, None, EOS, max_len=limits, beam=beam, cached=cached)
+    seconds = time.perf_counter() - begin  # the translations are on the CPU: nothing is under way
+    hook.remove()
+    return {"seconds": seconds, "decoder_tokens": sum(counted)}, found
+
+
+def compare(
+    model: EncoderDecoder, source: torch.Tensor, beam: int, length: int, repeats: int
+) -> dict[str, Any]:
+    """Both ways in turn, and the ratio of their medians."""
+    times: dict[bool, list[float]] = {True: [], False: []}
+    tokens: dict[bool, int] = {}
+    measured(model, source[:1], beam, 8, True)  # what is only done once
+    for _ in range(repeats):
+        answers = {}
+        for cached in times:
+            row, answers[cached] = measured(model, source, beam, length, cached)
+            times[cached].append(row["seconds"])
+            tokens[cached] = row["decoder_tokens"]
+        assert {len(found.tokens) for found in answers[True]} == {length - 1}
+        assert [a.tokens for a in answers[True]] == [a.tokens for a in answers[False]]
+    seconds = {cached: statistics.median(values) for cached, values in times.items()}
+    return {
+        "beam": beam,
+        "seconds_with_cache": times[True],
+        "seconds_without": times[False],
+        "decoder_tokens_with_cache": tokens[True],
+        "decoder_tokens_without": tokens[False],
+        "ratio": seconds[False] / seconds[True],
+    }
+
+
+def main() -> None:
+    """Measure, write and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, help="a .json file")
+    parser.add_argument("--sentences", type=int, default=8)
+    parser.add_argument("--source-len", type=int, default=50)
+    parser.add_argument("--length", type=int, default=101, help="tokens, the end among them")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--experts", type=int, default=0, help="0: dense")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    moe = {"moe": {"num_experts": options.experts, "every": 2}} if options.experts else {}
+    config = ModelConfig.model_validate(MODEL | moe)
+    model = build_model(config, seed=0).to(device).eval()
+    assert isinstance(model, EncoderDecoder)
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.sentences, options.source_len)
+    source = torch.randint(2, config.vocab_size or 0, shape, generator=generator).to(device)
+    rows = []
+    for beam in BEAMS:
+        rows.append(compare(model, source, beam, options.length, options.repeats))
+        print(f"beam {beam}: {rows[-1]['ratio']:.1f} times as fast with the cache", flush=True)
+    result = {
+        "model": MODEL | moe,
+        "sentences": options.sentences,
+        "source_len": options.source_len,
+        "length": options.length,
+        "rows": rows,
+        "hardware": hardware(device),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
