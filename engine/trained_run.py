@@ -85,7 +85,7 @@ def open_run(run_dir: Path, checkpoint: str | None = None, data: Path | None = N
 
 
 def _open_exported(folder: Path, data: Path | None) -> TrainedRun:
-    model, about = _read_config(folder)
+    model, about = read_folder_config(folder)
     if RUN_KEY not in about:
         raise UserError(
             f"{folder} holds weights that no run has trained as they are: name a run, or what "
@@ -93,17 +93,19 @@ def _open_exported(folder: Path, data: Path | None) -> TrainedRun:
         )
     run, config = exported_run(folder, model, about)
     prepared = _open_data(folder, config, run.tokenizer_fingerprint, data)
-    return TrainedRun(folder.name, run.step, config, prepared, lambda: _load_folder(folder))
+    return TrainedRun(folder.name, run.step, config, prepared, lambda: load_folder(folder))
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, dict]:
+def read_folder_config(folder: Path) -> tuple[ModelConfig, dict]:
+    """The model of a folder of weights, and the further keys of its config.json."""
     try:
         return weights.read_config(folder)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _load_folder(folder: Path) -> Transformer | EncoderDecoder:
+def load_folder(folder: Path) -> Transformer | EncoderDecoder:
+    """The model of a folder of weights."""
     try:
         return weights.load_model(folder)
     except ValueError as error:
@@ -162,7 +164,7 @@ def open_text_model(
     if not has_weights(path) or checkpoint is not None:
         run = open_run(path, checkpoint, data)
         return TextModel(run.model, run.prepared.tokenizer, run.device)
-    config, about = _read_config(path)
+    config, about = read_folder_config(path)
     files = [path / name for name in get_args(TokenizerFile) if (path / name).is_file()]
     if data is not None:
         tokenizer = open_prepared(data).tokenizer
@@ -179,7 +181,7 @@ def open_text_model(
             f"the vocabulary of {data or files[0]} has {tokenizer.vocab_size} entries, and the "
             f"model of {path} {config.vocab_size}: give the one that it was trained with"
         )
-    model = _load_folder(path)
+    model = load_folder(path)
     if RUN_KEY in about:  # as the run itself would answer
         model = model.to(DTYPES[exported_run(path, config, about)[1].dtype])
     return TextModel(model.to(_device()), tokenizer, _device())

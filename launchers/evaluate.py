@@ -1,7 +1,8 @@
-"""Validation loss and perplexity of a trained run, in one process.
+"""Validation loss and perplexity of a trained run, or BLEU and chrF of one that translates.
 
 python -m launchers.evaluate runs/quickstart
 python -m launchers.evaluate runs/quickstart --checkpoint step_00000200 --sequences 64 --json
+python -m launchers.evaluate runs/bible --directions en-de de-en --max-sentences 200
 """
 
 import argparse
@@ -17,6 +18,8 @@ from rich.progress import track
 from data.errors import UserError
 from launchers.quiet import quiet_deepspeed
 from launchers.user_errors import user_errors
+
+_OF_TRANSLATION = ("directions", "max_sentences", "beam", "length_penalty")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -34,11 +37,76 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, metavar="N", help="sequences at once (%(default)s)")
     add("--sequences", type=int, metavar="N", help="only the first N sequences (default: all)")
     add("--json", action="store_true", help="print one JSON object")
+    of_translation = parser.add_argument_group("for a run that translates")
+    add = of_translation.add_argument
+    add("--directions", nargs="+", metavar="FROM-TO", help="such as en-de (default: all)")
+    add("--max-sentences", type=int, metavar="N", help="of each direction (default: all)")
+    add("--beam", type=int, metavar="N", help="hypotheses; 1: greedy (4)")
+    add("--length-penalty", type=float, metavar="A", help="see launchers.translate (1.0)")
     options = parser.parse_args(arguments)
-    for name, value in (("batch-size", options.batch_size), ("sequences", options.sequences)):
+    for name in ("batch_size", "sequences", "max_sentences", "beam"):
+        value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if options.length_penalty is not None and not 0 <= options.length_penalty < math.inf:
+        raise UserError(f"--length-penalty {options.length_penalty:g} must be 0 or more")
     return options
+
+
+def _check_kind(options: argparse.Namespace, translates: bool) -> None:
+    """Refuse options of the other kind of run."""
+    others = ("sequences",) if translates else _OF_TRANSLATION
+    for name in others:
+        if getattr(options, name) is not None:
+            kind = "translates" if translates else "does not translate"
+            raise UserError(
+                f"--{name.replace('_', '-')} says nothing about {options.run}, which {kind}: leave "
+                "it out"
+            )
+
+
+def evaluate_translations(options: argparse.Namespace) -> None:
+    """Translate the validation split, and print how good that is."""
+    from data.codec import parse_direction
+    from engine.translation import (
+        Decoding,
+        evaluate_translation,
+        signature_lines,
+        translation_tables,
+        validation_texts,
+    )
+    from engine.translation_run import open_pairs_of, open_translation_run
+    from launchers.translate import translation_bar
+
+    # The prepared folder, which is needed here anyhow, holds the vocabulary too.
+    run = open_translation_run(options.run, options.checkpoint, options.data)
+    prepared = open_pairs_of(run, options.run, options.data)
+    learnt = run.config.data.pairs if run.config else None
+    asked = options.directions or (learnt.directions if learnt else None)
+    directions = [parse_direction(name, prepared.languages) for name in asked] if asked else None
+    texts = validation_texts(prepared, directions, options.max_sentences)
+    given = {"beam": options.beam, "length_penalty": options.length_penalty}
+    decoding = Decoding(
+        batch_size=options.batch_size,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    with translation_bar() as progress:
+        scores = evaluate_translation(run.model, run.codec, texts, decoding, progress)
+    if options.json:
+        answer = {
+            "run": str(options.run),
+            "checkpoint": run.name,
+            "step": run.step,
+            "data": str(prepared.path),
+            **scores.to_dict(),
+        }
+        print(json.dumps(answer, indent=1))
+        return
+    console = Console(highlight=False)
+    for found in translation_tables(f"Validation split of {prepared.path}, {run.name}", scores):
+        console.print(found)
+    for line in signature_lines(scores):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 @user_errors()
@@ -49,8 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from engine.evaluation import evaluate
     from engine.report import asked_about, evaluation_table
     from engine.trained_run import open_run
+    from engine.translation_run import is_translation_run
     from engine.windows import predicted_bytes, unigram_perplexity, windows
 
+    translates = is_translation_run(options.run, options.checkpoint)
+    _check_kind(options, translates)
+    if translates:
+        evaluate_translations(options)
+        return
     run = open_run(options.run, options.checkpoint, options.data)
     valid = windows(run.prepared.valid, run.config)
     num_sequences = math.ceil((valid.split.num_tokens - 1) / valid.seq_len)

@@ -1,0 +1,108 @@
+"""Sentences that are longer than a model's positions: split, cut short, or refused."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from data.codec import Codec
+from data.errors import UserError
+
+TooLong = Literal["split", "truncate", "refuse"]
+SHOWN_LINES = 5
+
+# Where a text is split, the best first: behind the end of a sentence, a part of one, a word.
+_BORDERS = (
+    re.compile(r"(?<=[.!?…;:])\s+|(?<=[。！？；：])\s*"),
+    re.compile(r"(?<=,)\s+|(?<=[，、])\s*"),
+    re.compile(r"\s+"),
+)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Sources that fit into the positions, and what they were.
+
+    Attributes:
+        ids: what the encoder reads.
+        sentence: for each of them, whose part it is, ascending.
+        too_long: numbers of the sentences that did not fit, from 0.
+    """
+
+    ids: list[list[int]]
+    sentence: list[int]
+    too_long: list[int]
+
+
+def fit(texts: Sequence[str], codec: Codec, target: str, max_len: int, too_long: TooLong) -> Fitted:
+    """Ids of texts that are to become another language, none of more than max_len tokens.
+
+    Args:
+        texts: one sentence each; an empty one, or one of spaces alone, has no ids.
+        codec: of the model.
+        target: the language that is asked for.
+        max_len: the encoder's positions, the tag's and the end's among them.
+        too_long: what happens to a longer one.
+
+    Raises:
+        UserError: a sentence is longer, and that is to be refused; or the language is unknown.
+    """
+    found = Fitted([], [], [])
+    for number, text in enumerate(texts):
+        text = text.strip()
+        if not text:
+            continue
+        ids = codec.source_ids(text, target)
+        parts = [ids]
+        if len(ids) > max_len:
+            found.too_long.append(number)
+            if too_long == "refuse":
+                raise UserError(
+                    f"sentence {number + 1} has {len(ids)} tokens, and the model reads at most "
+                    f"max_seq_len={max_len}: shorten it, or let it be split or truncated with "
+                    "--too-long"
+                )
+            if too_long == "truncate":
+                parts = [[*ids[: max_len - 1], codec.eos_id]]
+            else:
+                pieces = split_text(
+                    text, lambda part: len(codec.source_ids(part, target)) <= max_len
+                )
+                # A single character of more tokens than there are positions is cut.
+                parts = [codec.source_ids(piece, target) for piece in pieces]
+                parts = [
+                    part if len(part) <= max_len else [*part[: max_len - 1], codec.eos_id]
+                    for part in parts
+                ]
+        found.ids.extend(parts)
+        found.sentence.extend([number] * len(parts))
+    return found
+
+
+def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """A text in parts that fit, each as long as halving makes it; one character is never split."""
+    if fits(text) or len(text) < 2:
+        return [text]
+    middle = len(text) / 2
+    for border in _BORDERS:
+        cuts = [cut for cut in border.finditer(text) if cut.start() > 0 and cut.end() < len(text)]
+        if cuts:
+            cut = min(cuts, key=lambda cut: abs((cut.start() + cut.end()) / 2 - middle))
+            first, second = text[: cut.start()], text[cut.end() :]
+            break
+    else:
+        first, second = text[: len(text) // 2], text[len(text) // 2 :]
+    return [*split_text(first, fits), *split_text(second, fits)]
+
+
+def told(too_long: Sequence[int], num_sentences: int, max_len: int, done: TooLong) -> str:
+    """One line for a person: how many sentences were too long, and what was done; "" for none."""
+    if not too_long:
+        return ""
+    shown = ", ".join(str(number + 1) for number in too_long[:SHOWN_LINES])
+    more = ", ..." if len(too_long) > SHOWN_LINES else ""
+    what = {"split": "split", "truncate": "truncated", "refuse": "refused"}[done]
+    return (
+        f"{len(too_long):,} of {num_sentences:,} sentences were longer than the model's "
+        f"{max_len} positions and have been {what}: number {shown}{more}"
+    )

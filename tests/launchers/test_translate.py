@@ -1,0 +1,228 @@
+"""python -m launchers.translate."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from data.tokenizer import train_sentencepiece
+from engine.translation_run import _vocabulary
+from launchers.translate import lines_of, main
+from models.transformer import empty_model
+from models.weights import save_weights
+from tests.engine.translations import MAX_LEN, make_folder, model_config
+from tests.ranks import ROOT
+
+TO_ENGLISH = ("--from", "de", "--to", "en")
+SENTENCES = ["Das Meer ist ruhig.", "", "Zwei Schiffe", "   ", "Meer"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("weights") / "model")
+
+
+def translated(capfdbinary: pytest.CaptureFixture[bytes], *arguments: object) -> list[str]:
+    main([str(argument) for argument in arguments])
+    return capfdbinary.readouterr().out.decode().splitlines()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message with which the command ends."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+@pytest.mark.parametrize("more", [("--beam", 1), ("--beam", 3), ("--sample", "--seed", 4)])
+def test_files_standard_input_and_one_sentence_give_the_same(
+    more: tuple,
+    folder: Path,
+    tmp_path: Path,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, out = tmp_path / "text.txt", tmp_path / "text.en"
+    content = "\n".join(SENTENCES).encode()
+    file.write_bytes(content)
+    from_file = translated(capfdbinary, folder, file, *TO_ENGLISH, *more)
+    assert len(from_file) == len(SENTENCES)
+    assert [bool(line) for line in from_file] == [True, False, True, False, True]
+    stdin(monkeypatch, content + b"\n")
+    assert translated(capfdbinary, folder, *TO_ENGLISH, *more) == from_file
+    small = ("--batch-size", 1, "--out", out)
+    assert translated(capfdbinary, folder, file, *TO_ENGLISH, *more, *small) == []
+    assert out.read_bytes().decode().splitlines() == from_file
+    alone = translated(capfdbinary, folder, *TO_ENGLISH, *more, "--text", SENTENCES[0])
+    assert alone == from_file[:1]
+
+
+def test_several_files_are_one_input(
+    folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    files[0].write_text("Meer\nZwei Schiffe\n")
+    files[1].write_text("\ufeffMeer\r\n")
+    lines = translated(capfdbinary, folder, *files, *TO_ENGLISH)
+    assert len(lines) == 3
+    assert lines[0] == lines[2]
+
+
+def test_max_len_the_length_penalty_and_the_target_matter(
+    folder: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    def text(*more: object, target: str = "en") -> str:
+        options = ("--from", "de", "--to", target, "--text", SENTENCES[0])
+        return "".join(translated(capfdbinary, folder, *options, *more))
+
+    assert len(text("--max-len", 2).encode()) < len(text("--max-len", 20).encode())
+    assert text() != text(target="zh")
+    assert text("--sample", "--seed", 1) != text("--sample", "--seed", 2)
+    assert text("--sample", "--top-p", 0.001, "--length-penalty", 0) == text("--beam", 1)
+
+
+def test_an_empty_input_is_an_empty_output(
+    folder: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin(monkeypatch, b"")
+    assert translated(capfdbinary, folder, *TO_ENGLISH) == []
+
+
+def test_long_sentences_are_split_truncated_or_refused_and_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("Meer\n" + "Das Meer ist ruhig. " * 5 + "\n")
+    lengths = {}
+    for what, done in (("split", "split"), ("truncate", "truncated")):
+        out = tmp_path / what
+        options = ("--too-long", what, "--out", out, "--max-len", 4)
+        main([str(part) for part in (folder, file, *TO_ENGLISH, *options)])
+        assert (
+            f"1 of 2 sentences were longer than the model's {MAX_LEN} positions and have been "
+            f"{done}: number 2" in capsys.readouterr().err
+        )
+        lengths[what] = len(out.read_bytes().splitlines()[1])
+    assert lengths["split"] > lengths["truncate"] > 0
+    message = refusal(capsys, folder, file, *TO_ENGLISH, "--too-long", "refuse")
+    assert "error: sentence 2 has " in message
+    assert f"the model reads at most max_seq_len={MAX_LEN}" in message
+
+
+def test_a_line_that_is_not_utf8_is_named() -> None:
+    lines = lines_of("speech.txt", io.BytesIO(b"Meer\n" + "ä\n".encode("latin-1")))
+    assert next(lines) == "Meer"
+    rule = r"speech.txt, line 2, is not UTF-8 at byte 1: save it as UTF-8"
+    with pytest.raises(UserError, match=rule):
+        next(lines)
+
+
+@pytest.mark.slow
+def test_the_command_prints_translations_alone_and_ends_without_a_traceback(folder: Path) -> None:
+    command = [sys.executable, "-m", "launchers.translate", str(folder), *TO_ENGLISH]
+
+    def run(content: bytes) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(command, cwd=ROOT, input=content, capture_output=True, check=False)
+
+    good, bad = run(b"Meer\n\n"), run(b"Meer\n\xe4\n")
+    assert (good.returncode, good.stderr) == (0, b"")
+    assert good.stdout.count(b"\n") == 2
+    assert bad.returncode == 2
+    assert bad.stderr == (
+        b"error: standard input, line 2, is not UTF-8 at byte 1: save it as UTF-8\n"
+    )
+    assert bad.stdout == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--beam", "0"], "--beam 0 must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--max-len", "0"], "--max-len 0 must be at least 1"),
+        (["--length-penalty", "-1"], "--length-penalty -1 must be 0 or more"),
+        (["--length-penalty", "inf"], "--length-penalty inf must be 0 or more"),
+        (["--temperature", "1"], "--temperature 1 belongs to --sample"),
+        (["--top-p", "0.5"], "--top-p 0.5 belongs to --sample"),
+        (["--seed", "3"], "--seed 3 belongs to --sample"),
+        (["--sample", "--temperature", "0"], "--temperature 0 must be more than 0"),
+        (["--sample", "--top-p", "0"], "--top-p 0 must be more than 0 and at most 1"),
+        (["--sample", "--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["--to", "de"], "--from and --to are both de: name two languages"),
+        (["--text", "caf\udce9"], "--text is not UTF-8 at character 4"),
+        (["--from", "fr"], "language 'fr' is unknown here: use one of de, en, zh"),
+        (["--to", "fr"], "language 'fr' is unknown here: use one of de, en, zh"),
+        (["--out", "nowhere/text"], "--out nowhere/text: nowhere is no folder: make it first"),
+        (["--out", "tests"], "--out tests is a folder: name a file"),
+        (["--data", "nowhere"], "is not there (nowhere): name the prepared folder"),
+    ],
+)
+def test_impossible_arguments_are_refused(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*TO_ENGLISH, "--text", "Meer", *arguments]
+    assert message in refusal(capsys, folder, *given)
+
+
+def test_files_that_are_not_there_and_two_inputs_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "nowhere.txt is not a file" in refusal(capsys, folder, "nowhere.txt", *TO_ENGLISH)
+    message = refusal(capsys, folder, "README.md", *TO_ENGLISH, "--text", "Meer")
+    assert "--text and README.md: give one of the two" in message
+
+
+def test_a_run_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, tmp_path / "none", *TO_ENGLISH, "--text", "Meer")
+    assert f"run folder {tmp_path / 'none'} does not exist" in message
+
+
+def test_a_model_of_another_architecture_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = empty_model(model_config(architecture="decoder"))
+    save_weights(tmp_path / "model", decoder.config, decoder.state_dict())
+    message = refusal(capsys, tmp_path / "model", *TO_ENGLISH, "--text", "Meer")
+    assert "is no translation run: a model that translates has learnt sentence pairs" in message
+    assert f"use `python -m launchers.generate {tmp_path / 'model'}`" in message
+
+
+@pytest.mark.slow
+def test_a_run_that_has_learnt_text_is_refused(trained, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, trained.folder, *TO_ENGLISH, "--text", "Meer")
+    assert f"{trained.folder} is no translation run" in message
+
+
+def test_a_vocabulary_without_tags_or_that_is_too_large_or_missing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "model")
+    vocabulary, text = folder / "tokenizer.model", ("--text", "Meer")
+    train_sentencepiece(["The sea is calm, and two ships are here."], 280, vocabulary)
+    message = refusal(capsys, folder, *TO_ENGLISH, *text)
+    assert "has no language tags such as <2de>: prepare pairs" in message
+    words = " ".join(f"word{number} and {7 * number}" for number in range(2000))
+    train_sentencepiece([words], 310, vocabulary)
+    message = refusal(capsys, folder, *TO_ENGLISH, *text)
+    assert "the vocabulary has 310 entries, and the model of" in message
+    vocabulary.unlink()
+    message = refusal(capsys, folder, *TO_ENGLISH, *text)
+    assert f"is not there ({vocabulary}): name the prepared folder" in message
+
+
+def test_the_vocabulary_of_another_run_is_refused(
+    folder: Path,
+) -> None:
+    with pytest.raises(UserError, match="is another vocabulary") as raised:
+        _vocabulary(folder, None, "0" * 64, None)
+    assert "was trained with (000000000000): give the one that it was trained with" in str(
+        raised.value
+    )
