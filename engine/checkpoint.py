@@ -16,7 +16,6 @@ import torch
 from pydantic import ValidationError
 
 from data.errors import UserError
-from data.token_files import Prepared
 from engine.checkpoint_files import (
     PARTIAL,
     WEIGHT,
@@ -32,6 +31,7 @@ from engine.checkpoint_files import (
 )
 from engine.config import RunConfig
 from engine.optimizers import EightBitMoment, Moment
+from engine.run_data import RunData
 from engine.run_folder import differing, flat_keys
 from engine.shares import Share, adam_step, finish_adam, shares, start_adam, whole_weights
 from models.config import ModelConfig
@@ -59,7 +59,7 @@ class Saver:
     rank has alike.
     """
 
-    def __init__(self, engine: Any, config: RunConfig, prepared: Prepared) -> None:
+    def __init__(self, engine: Any, config: RunConfig, prepared: RunData) -> None:
         """Have the optimizer wait for copies, and clear away what a killed run left."""
         self.engine, self.config, self.prepared = engine, config, prepared
         self.folder = Path(config.training.run_dir) / "checkpoints"
@@ -297,7 +297,7 @@ def layout(config: RunConfig, world_size: int) -> dict[str, int]:
     }
 
 
-def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: Prepared) -> None:
+def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> None:
     """Refuse to go on from a checkpoint of another model or other data.
 
     Raises:

@@ -15,6 +15,7 @@ from engine.refused_keys import REFUSED
 
 SHIPPED = {
     "quickstart.json": "Two layers and eight experts on a small corpus, for two CPU ranks.",
+    "translate_demo.json": "Translation of short verses, likewise, for `make translate-demo`.",
     "lm_dense.json": "The TorchScale paper's language model without experts: 12 layers.",
     "lm_dense_24.json": "The same with 24 layers.",
     "lm_dense_48.json": "The same with 48 layers.",

@@ -4,19 +4,18 @@ import deepspeed.comm as dist
 import torch
 
 from data.errors import UserError
-from data.token_files import Prepared
 from engine.admin import profile_path, write_profile
 from engine.checkpoint_files import complete_checkpoints
 from engine.config import RunConfig
 from engine.engine import start_distributed, trained_moe_class
+from engine.run_data import RunData, training_set
 from engine.trainer import micro_batches
-from engine.windows import windows
 from models.admin import omegas, recorded_moments, variances
 from models.deepspeed_moe import join_expert_groups
 from models.transformer import build_model
 
 
-def profile(config: RunConfig, prepared: Prepared) -> dict[str, list[float]]:
+def profile(config: RunConfig, prepared: RunData) -> dict[str, list[float]]:
     """Run the first training batch through the initial model and write the run's profile.
 
     Every rank calls this; the batch is the first that training will read, whole, so the profile
@@ -42,7 +41,7 @@ def profile(config: RunConfig, prepared: Prepared) -> dict[str, list[float]]:
     with torch.device(device):
         model = build_model(config.model, config.training.seed, trained_moe_class(config)).eval()
     join_expert_groups(model)
-    data = windows(prepared.train, config)
+    data = training_set(prepared, config)
     with recorded_moments(model) as moments, torch.no_grad():
         for inputs, _ in micro_batches(config, data, 1, device):
             model(*inputs)

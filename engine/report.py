@@ -16,10 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from data.packed_lm import IGNORE_INDEX, PackedLM, window_batch
+from data.pair_batches import PairBatches, ValidBins
 from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.progress import ProgressLine, duration, table
-from engine.windows import unigram_perplexity
+from engine.run_data import RunData, TrainingSet, ValidationSet, unigram_perplexity_of
+from engine.translation import Decoding, TranslationScores, signature_lines, translation_tables
+from engine.validation import Example, examples_of, validation_translations
 from models.cost import in_words, num_parameters
 from models.generation import sample
 
@@ -27,7 +30,9 @@ NUM_SAMPLES = 3
 PROMPT_TOKENS = 16
 
 
-def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
+def describe(
+    config: RunConfig, prepared: RunData, train: TrainingSet, valid: ValidationSet, first_step: int
+) -> str:
     """A few lines: the model, its experts, the layout, the data, the run."""
     model, training = config.model, config.training
     lines = in_words(model)
@@ -37,9 +42,26 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
         f"{world_size} rank{'s' * (world_size > 1)}, ep_size {ep_size}, "
         f"ZeRO {config.zero_stage}, {config.dtype}"
     )
-    lines["data"] = (
-        f"{prepared.path}: {prepared.train.num_tokens:,} tokens, vocabulary {prepared.vocab_size:,}"
-    )
+    vocabulary = f"vocabulary {prepared.vocab_size:,}"
+    if isinstance(prepared, Prepared):
+        size = f"{prepared.train.num_tokens:,} tokens"
+        step_size = f"{config.data.seq_len} tokens"
+    else:
+        assert isinstance(train, PairBatches)
+        assert isinstance(valid, ValidBins)
+        assert config.data.pairs is not None
+        size = f"{len(prepared.languages)} languages, {len(train.directions)} directions"
+        step_size = f"{config.data.pairs.bin_tokens:,} places for pairs"
+        done = {"drop": "dropped", "truncate": "truncated"}.get(config.data.pairs.too_long, "")
+        for pairs, found, what in (
+            ("pairs", train.num_too_long, done),
+            ("validation pairs", valid.num_too_long, "truncated"),
+        ):
+            if found:
+                lines["too long"] = lines.get("too long", "") + (
+                    f"{'; ' * ('too long' in lines)}{sum(found.values()):,} {pairs}, {what}"
+                )
+    lines["data"] = f"{prepared.path}: {size}, {vocabulary}"
     if (masking := config.data.masking) is not None:
         unit = "tokens"
         if masking.unit == "span":
@@ -50,7 +72,7 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
         begin = ", already finished"
     lines["run"] = (
         f"{training.run_dir}: {training.num_steps} steps of "
-        f"{config.deepspeed['train_batch_size']} x {config.data.seq_len} tokens{begin}"
+        f"{config.deepspeed['train_batch_size']} x {step_size}{begin}"
     )
     if training.save_every == "never":
         lines["run"] += ", saving nothing"
@@ -60,8 +82,8 @@ def describe(config: RunConfig, prepared: Prepared, first_step: int) -> str:
 def finish(
     engine: Any,
     config: RunConfig,
-    prepared: Prepared,
-    valid: PackedLM,
+    prepared: RunData,
+    valid: ValidationSet,
     state: dict,
     progress: ProgressLine,
 ) -> None:
@@ -69,12 +91,18 @@ def finish(
 
     Every rank takes part: the experts' ranks exchange tokens whenever the model is asked.
     """
-    title, texts = closing_texts(engine, config, prepared, valid)
+    scores = validation_translations(engine, config, prepared, Decoding())
+    if isinstance(valid, ValidBins):
+        title = "Sentences of the validation split, before and after training"
+        texts = translated_texts(state["examples"], examples_of(scores))
+    else:
+        assert isinstance(prepared, Prepared)
+        title, texts = closing_texts(engine, config, prepared, valid)
     if dist.get_rank() != 0:
         return
     run_dir = Path(config.training.run_dir)
-    unigram = unigram_perplexity(prepared, config, state["after"]["num_tokens"])
-    summary = make_summary(engine, config, state, unigram)
+    unigram = unigram_perplexity_of(prepared, valid, config, state["after"]["num_tokens"])
+    summary = make_summary(engine, config, state, unigram, scores)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     before, after = state["before"], state["after"]
     console = progress.console
@@ -86,6 +114,12 @@ def finish(
             unigram,
         )
     )
+    if scores is not None:
+        for each in translation_tables("Translations of the validation split", scores):
+            console.print(each)
+        for line in signature_lines(scores):
+            console.print(line, soft_wrap=True, markup=False)
+        console.print()
     if texts:
         console.print(f"{title}\n", style="bold", markup=False)
     for text in texts:
@@ -110,6 +144,8 @@ def closing_lines(config: RunConfig, step: int) -> dict[str, str]:
         lines["next"] = (
             f'{programs}python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
         )
+    elif is_saved and config.data.pairs is not None:
+        lines["next"] = f"{programs}python -m launchers.translate {run_dir} --from A --to B"
     elif is_saved:
         lines["next"] = f"{programs}python -m launchers.evaluate {run_dir}"
     return lines
@@ -128,6 +164,8 @@ def programs_folder() -> str:
 def asked_about(config: RunConfig, num_tokens: int) -> str:
     """`722 masked tokens`: what a validation loss is the mean over."""
     masked = "masked " if config.model.architecture == "encoder" else ""
+    if config.data.pairs is not None:
+        masked = "target "
     return f"{num_tokens:,} {masked}tokens"
 
 
@@ -153,6 +191,31 @@ def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float
         for row, values in zip(cells[1:], rows.values(), strict=True):
             row.append(f"{values['bits_per_byte']:.3f}")
     return table(title, columns, cells)
+
+
+def validation_words(values: dict[str, float]) -> str:
+    """`perplexity 7.31, BLEU 12.0`: an evaluation in a line."""
+    bleu = f", BLEU {values['bleu']:.1f}, chrF {values['chrf']:.1f}" if "bleu" in values else ""
+    return f"perplexity {values['perplexity']:,.2f}{bleu}"
+
+
+def translated_texts(before: list[Example], after: list[Example]) -> list[Text]:
+    """Sources with their references, what the initial model made of them, and the trained one."""
+    initial = {(example[0], example[1]): example[3] for example in before}
+    texts = []
+    for direction, source, reference, translation in after:
+        rows = {
+            direction: source,
+            "reference": reference,
+            "before": initial.get((direction, source), ""),
+            "after": translation,
+        }
+        text = Text()
+        for name, words in rows.items():
+            text.append(f"{name:<11}", "dim").append(f"{words}\n", "bold" * (name == "after"))
+        text.rstrip()
+        texts.append(text)
+    return texts
 
 
 def continuation_text(prompt: str, continuation: str) -> Text:
@@ -267,10 +330,18 @@ def decode_continuation(tokenizer: Any, tokens: list[int], prompt_length: int) -
     return prompt, tokenizer.decode(tokens)[len(prompt) :]
 
 
-def make_summary(engine: Any, config: RunConfig, state: dict, unigram: float) -> dict[str, Any]:
+def make_summary(
+    engine: Any,
+    config: RunConfig,
+    state: dict,
+    unigram: float,
+    scores: TranslationScores | None = None,
+) -> dict[str, Any]:
     """The content of summary.json."""
     steps, seconds = engine.global_steps, state["seconds"]
     num_tokens = steps * engine.train_batch_size() * config.data.seq_len
+    if config.data.pairs is not None:
+        num_tokens = state["num_targets"]
     total, active = num_parameters(config.model)
     return {
         "steps": steps,
@@ -284,6 +355,7 @@ def make_summary(engine: Any, config: RunConfig, state: dict, unigram: float) ->
         "validation_after": state["after"],
         "unigram_perplexity": unigram,
         "perplexity_of_unigram": state["after"]["perplexity"] / unigram,
+        **({} if scores is None else {"translations": scores.to_dict()}),
         "world_size": dist.get_world_size(),
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
         "versions": {

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from data.packed_lm import PackedLM, train_micro_batch
-from data.token_files import Prepared, open_prepared
+from data.pairs import PreparedPairs
 from engine.admin import require_profile
 from engine.checkpoint import Saver, check_fits, load_checkpoint, newest_whole_checkpoint
 from engine.checkpoint_files import complete_checkpoints
@@ -26,18 +25,27 @@ from engine.engine import (
     start_distributed,
     train_step,
 )
-from engine.evaluation import evaluate
 from engine.metrics import Metrics, keep_records_up_to
 from engine.optimizers import require_optimizer_package
+from engine.pair_data import MAX_BIN_ROWS
 from engine.progress import ProgressLine
-from engine.report import describe, finish
+from engine.report import describe, finish, validation_words
+from engine.run_data import (
+    RunData,
+    TrainingSet,
+    micro_batch,
+    open_run_data,
+    training_set,
+    validation_set,
+)
 from engine.run_folder import check_run_folder, claim_run_folder, write_whole
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import require_starting_weights
-from engine.windows import predicted_bytes, windows
+from engine.translation import Decoding
+from engine.validation import examples_of, validate, validation_translations
 
 
-def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared]:
+def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]:
     """Check everything that can be checked before a process group exists.
 
     Returns:
@@ -63,16 +71,16 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
     return result, prepared
 
 
-def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared]:
+def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]:
     """The config with what depends on the data filled in, and the data.
 
     Raises:
         UserError: for data that is missing or does not fit, or a missing package of a
             monitor or of the optimizer.
     """
-    prepared = open_prepared(Path(config.data.path))
-    windows(prepared.train, config)
-    windows(prepared.valid, config)
+    prepared = open_run_data(config)
+    training_set(prepared, config)
+    validation_set(prepared, config)
     resolved = config.to_dict()
     resolved["magnetar"]["model"]["vocab_size"] = fitting_vocab_size(config, prepared)
     schedule = resolved["magnetar"]["training"]["lr_schedule"]
@@ -91,7 +99,7 @@ def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, Prepared
     return result, prepared
 
 
-def fitting_vocab_size(config: RunConfig, prepared: Prepared) -> int:
+def fitting_vocab_size(config: RunConfig, prepared: RunData) -> int:
     """Rows of the embedding: one for each piece of the vocabulary, and one for a mask token.
 
     Raises:
@@ -132,17 +140,21 @@ class TrainerState:
     Attributes:
         seconds: training time so far, over all starts.
         num_clipped: steps so far that SparseClip clipped.
+        num_targets: tokens so far that were asked about.
         before: validation of the initial weights.
         after: the last validation so far.
+        examples: what the initial weights made of a few sentences, see engine.validation.
     """
 
     seconds: float = 0.0
     num_clipped: int = 0
+    num_targets: int = 0
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
+    examples: list = field(default_factory=list)
 
 
-def train(config: RunConfig, prepared: Prepared) -> None:
+def train(config: RunConfig, prepared: RunData) -> None:
     """Train to the end, resuming where the run's newest checkpoint left off.
 
     Args:
@@ -157,33 +169,37 @@ def train(config: RunConfig, prepared: Prepared) -> None:
     lock = claim_run_folder(run_dir) if launched_rank() == 0 else None
     device = start_distributed()
     is_first_rank = dist.get_rank() == 0
-    train_data, valid_data = windows(prepared.train, config), windows(prepared.valid, config)
+    train_data, valid_data = training_set(prepared, config), validation_set(prepared, config)
     engine, sparse_clip = build_engine(config, device)
     if is_first_rank:  # not earlier: a start that fails must not claim the folder
         write_whole(run_dir / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+        if isinstance(prepared, PreparedPairs):  # all that translating needs beside the weights
+            name = prepared.manifest.tokenizer_file
+            (run_dir / name).write_bytes((prepared.path / name).read_bytes())
     weights = loss_weights(config)
     state = resume(engine, sparse_clip, config)
     first_step = engine.global_steps
-    metrics = Metrics(engine, config, sparse_clip, run_dir / "metrics.jsonl")
+    file, max_rows = run_dir / "metrics.jsonl", MAX_BIN_ROWS if config.data.pairs else None
+    metrics = Metrics(engine, config, sparse_clip, file, state.num_targets)
     progress = ProgressLine(first_step, training.num_steps, shown=is_first_rank)
-    progress.note(describe(config, prepared, first_step))
+    progress.note(describe(config, prepared, train_data, valid_data, first_step))
 
-    def validate() -> dict[str, float]:
-        batch_size = engine.train_micro_batch_size_per_gpu()
-        num_sequences = training.eval_sequences
-        num_bytes = predicted_bytes(prepared, valid_data, config, num_sequences)
-        return evaluate(
-            engine.module, valid_data, batch_size, device, num_bytes, num_sequences
-        ).to_dict()
+    def look() -> tuple[dict[str, float], list]:
+        values = validate(engine, config, prepared, valid_data)
+        scores = validation_translations(engine, config, prepared, Decoding(beam=1))
+        if scores is not None:
+            values |= {"bleu": scores.bleu, "chrf": scores.chrf}
+        return values, examples_of(scores)
 
     if not state.before:
-        state.before = validate()
+        state.before, state.examples = look()
         metrics.write_validation(0, state.before)
     metrics.restart_clock()
     with progress, Saver(engine, config, prepared) as saver:
         for step in range(first_step + 1, training.num_steps + 1):
             batch = micro_batches(config, train_data, step, device)
-            result = train_step(engine, batch, weights, training.seed, step)
+            result = train_step(engine, batch, weights, training.seed, step, max_rows)
+            metrics.count(result)
             is_logged = due(step, training.log_every, training.num_steps)
             is_saved = due(step, training.save_every, training.num_steps)
             if is_logged or is_saved:
@@ -194,18 +210,17 @@ def train(config: RunConfig, prepared: Prepared) -> None:
                 progress.update(record)
             if due(step, training.eval_every, training.num_steps):
                 with metrics.paused_clock():
-                    state.after = validate()
+                    state.after, _ = look()
                 metrics.write_validation(step, state.after)
-                progress.note(
-                    f"step {step}: validation perplexity {state.after['perplexity']:,.2f}"
-                )
+                progress.note(f"step {step}: validation {validation_words(state.after)}")
             if is_saved:
                 with metrics.paused_clock():
                     state.seconds += metrics.lap()
                     state.num_clipped = int(sparse_clip.num_clipped)
+                    state.num_targets = int(metrics.num_targets)
                     if training.save_every != "never":
                         saver.save(step, asdict(state))
-    state.after = state.after or validate()
+    state.after = state.after or look()[0]
     finish(engine, config, prepared, valid_data, asdict(state), progress)
     engine.destroy()  # its hooks are cycles that no garbage collection finds
     if lock is not None:
@@ -218,24 +233,16 @@ def due(step: int, every: int | str | None, last: int) -> bool:
 
 
 def micro_batches(
-    config: RunConfig, dataset: PackedLM, step: int, device: torch.device
+    config: RunConfig, dataset: TrainingSet, step: int, device: torch.device
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """This rank's part of the samples of an optimizer step (from 1): inputs and targets."""
 
     def on_device(array: Any) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    sizes = config.deepspeed
-    for micro_step in range(sizes["gradient_accumulation_steps"]):
-        inputs, targets = train_micro_batch(
-            dataset,
-            first_sample=(step - 1) * sizes["train_batch_size"],
-            micro_step=micro_step,
-            micro_batch_size=sizes["train_micro_batch_size_per_gpu"],
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            seed=config.training.seed,
-        )
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for micro_step in range(config.deepspeed["gradient_accumulation_steps"]):
+        inputs, targets = micro_batch(config, dataset, step, micro_step, rank, world_size)
         yield tuple(map(on_device, inputs)), on_device(targets)
 
 

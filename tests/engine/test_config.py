@@ -57,6 +57,8 @@ def worlds_of(name: str) -> tuple[int, ...]:
     """Numbers of ranks that a shipped config fits."""
     if name.startswith("mt_"):
         return 1, 2
+    if name == "translate_demo.json":
+        return 2, 2
     small_batches = {"quickstart.json": (2, 4)} | dict.fromkeys(
         ("subln_200.json", "deepnorm_1000.json"), (1, 2, 32)
     )

@@ -137,7 +137,12 @@ class FakeStep(NamedTuple):
     losses: dict[str, list[float]]  # of each micro-batch: its share of the mean over all tokens
 
 
-def fake_step(weights: LossWeights, counts: tuple[int, int] = (7, 3), step: int = 4) -> FakeStep:
+def fake_step(
+    weights: LossWeights,
+    counts: tuple[int, int] = (7, 3),
+    step: int = 4,
+    max_rows: int | None = None,
+) -> FakeStep:
     """Micro-batches of so many targets, and of 6 and 10 routed tokens."""
     torch.manual_seed(0)
     outputs, batches = [], []
@@ -181,7 +186,7 @@ def fake_step(weights: LossWeights, counts: tuple[int, int] = (7, 3), step: int 
                 losses["aux_loss"][index] += share * 3 * t * p / 2
             losses["router_z_loss"][index] += share * float(log_z[index, layer]) / tokens / 2
     engine = FakeEngine(outputs)
-    return FakeStep(train_step(engine, batches, weights, 3, step), engine, losses)
+    return FakeStep(train_step(engine, batches, weights, 3, step, max_rows), engine, losses)
 
 
 @pytest.mark.parametrize("balances_batch", [False, True])
@@ -191,6 +196,7 @@ def test_a_step_minimises_means_over_all_tokens_of_its_micro_batches(
 ) -> None:
     weights = LossWeights(aux=0.3, z=0.2, router_z=0.7, balances_batch=balances_batch)
     result, engine, losses = fake_step(weights, counts)
+    assert result.num_targets == sum(counts)
     for index, found in enumerate(engine.minimised):
         total = losses["loss"][index] + 0.3 * losses["aux_loss"][index]
         total += 0.2 * losses["z_loss"][index] + 0.7 * losses["router_z_loss"][index]
@@ -234,6 +240,9 @@ def test_samples_have_keys_by_their_place_in_the_batch_and_by_step() -> None:
     again, other = (fake_step(LossWeights(), step=step).engine.seen for step in (4, 5))
     assert again == seen
     assert abs(other[0]["keys"][0] - keys[0]) > 2**40
+    apart = fake_step(LossWeights(), max_rows=100).engine.seen
+    assert apart[0]["keys"] == keys[:2]
+    assert apart[1]["keys"] == [keys[0] + 100, keys[0] + 101]
     assert other[0]["draw"] != seen[0]["draw"]
 
 

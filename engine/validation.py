@@ -1,0 +1,67 @@
+"""What a model in training makes of the validation split: losses and, of pairs, translations."""
+
+from typing import Any
+
+from data.codec import parse_direction
+from data.pair_batches import ValidBins
+from data.pairs import PreparedPairs
+from data.token_files import Prepared
+from engine.config import RunConfig
+from engine.evaluation import evaluate, evaluate_batches, rank_and_world_size
+from engine.pair_data import rank_bins
+from engine.run_data import RunData, ValidationSet
+from engine.translation import Decoding, TranslationScores, evaluate_translation, validation_texts
+from engine.windows import predicted_bytes
+
+NUM_EXAMPLES = 3
+Example = tuple[str, str, str, str]  # direction, source, reference, translation
+
+
+def validate(
+    engine: Any, config: RunConfig, prepared: RunData, valid: ValidationSet
+) -> dict[str, float]:
+    """Loss and perplexity; every rank takes part.
+
+    Args:
+        engine: of the model.
+        config: the run's.
+        prepared: its data.
+        valid: its validation set.
+    """
+    model, device = engine.module, engine.device
+    if isinstance(valid, ValidBins):
+        batches = rank_bins(valid, *rank_and_world_size())
+        return evaluate_batches(model, batches, device).to_dict()
+    assert isinstance(prepared, Prepared)
+    batch_size = engine.train_micro_batch_size_per_gpu()
+    num_sequences = config.training.eval_sequences
+    num_bytes = predicted_bytes(prepared, valid, config, num_sequences)
+    return evaluate(model, valid, batch_size, device, num_bytes, num_sequences).to_dict()
+
+
+def validation_translations(
+    engine: Any, config: RunConfig, prepared: RunData, decoding: Decoding
+) -> TranslationScores | None:
+    """How well the first sentences of each direction are translated; None where nothing is.
+
+    Every rank takes part.
+    """
+    num_sentences = config.training.eval_translations
+    if not num_sentences or config.data.pairs is None:
+        return None
+    assert isinstance(prepared, PreparedPairs)
+    named = config.data.pairs.directions
+    directions = None
+    if named is not None:
+        directions = [parse_direction(name, prepared.languages) for name in named]
+    texts = validation_texts(prepared, directions, num_sentences)
+    return evaluate_translation(engine.module, prepared.codec, texts, decoding)
+
+
+def examples_of(scores: TranslationScores | None) -> list[Example]:
+    """One translation of each of a few directions."""
+    if scores is None:
+        return []
+    found = list(scores.examples.items())
+    every = max(1, len(found) // NUM_EXAMPLES)
+    return [("-".join(d), *texts) for d, texts in found[::every][:NUM_EXAMPLES]]
