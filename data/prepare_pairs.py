@@ -111,7 +111,8 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
     languages = [*dict.fromkeys(language for table in tables for language in table.languages)]
     asked = None
     if config.directions is not None:
-        asked = [parse_direction(direction, languages) for direction in config.directions]
+        given = [parse_direction(direction, languages) for direction in config.directions]
+        asked = [*dict.fromkeys(given)]
         _refuse_absent(asked, tables)
     reader = _Reader(config, files, {table.name: table for table in tables}, reporter)
     with made_whole(config.out, settings, config.workers, reporter) as partial:

@@ -60,7 +60,7 @@ def prepared_verses(folder: Path, num_train: int, num_valid: int = 7) -> Prepare
         TableConfig(
             "verses",
             str(write_tsv(folder / "train.tsv", verses(num_train))),
-            str(write_tsv(folder / "valid.tsv", verses(num_valid, seed=1))),
+            str(write_tsv(folder / "valid.tsv", verses(num_valid, seed=1))) if num_valid else "",
         ),
         TableConfig(
             "help",

@@ -90,10 +90,11 @@ def test_several_tables_share_one_vocabulary_and_their_directions(config, tmp_pa
 
 def test_only_the_columns_and_directions_that_are_asked_for_are_prepared(config, table):
     columns = replace(table, columns=("de", "en"))
-    prepare_pairs(replace(config, tables=(columns,), directions=("de-en",)))
+    prepare_pairs(replace(config, tables=(columns,), directions=("de-en", "de-en")))
     prepared = open_pairs(config.out)
     assert {*prepared.languages} == {"en", "de"}
     assert prepared.directions("train") == [("de", "en")]
+    assert len(prepared.pairs("train", "de", "en")) == len(TRAIN)
 
 
 def test_an_empty_side_is_no_pair_of_its_directions_and_counted(config, tmp_path):
