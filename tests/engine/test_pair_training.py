@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from convert.export import export
 from data.errors import UserError
 from data.packed_lm import IGNORE_INDEX
 from data.pairs import PreparedPairs, open_pairs
@@ -18,6 +19,7 @@ from engine.checkpoint_files import newest_checkpoint
 from engine.config import load_config
 from engine.pair_data import target_perplexity, training_bins, validation_bins
 from engine.run_data import open_run_data
+from engine.trained_run import open_text_model
 from engine.trainer import prepare_run
 from models.transformer import EncoderDecoder
 from tests.data.parallel import prepared_verses
@@ -175,10 +177,24 @@ def test_everything_promised_is_there(trained: Path, prepared: PreparedPairs) ->
         "after ",
         "reference",
         "launchers.translate",
+        "--from en --to de",
         "too long",
         "dropped",
     ):
         assert words in shown
+
+
+@pytest.mark.slow
+def test_what_continues_text_sends_its_user_to_what_translates(trained: Path) -> None:
+    with pytest.raises(UserError, match=r"has learnt sentence pairs: use .* launchers\.translate"):
+        open_text_model(trained)
+
+
+@pytest.mark.slow
+def test_an_exported_run_has_its_vocabulary(trained: Path, tmp_path: Path) -> None:
+    export(trained, tmp_path / "exported")
+    vocabulary = (tmp_path / "exported" / "tokenizer.model").read_bytes()
+    assert vocabulary == (trained / "tokenizer.model").read_bytes()
 
 
 def test_the_unigram_perplexity_is_that_of_the_targets(
