@@ -22,7 +22,7 @@ from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.progress import ProgressLine, duration, table
 from engine.run_data import RunData, TrainingSet, ValidationSet, unigram_perplexity_of
-from engine.translation import Decoding, TranslationScores, signature_lines, translation_tables
+from engine.translation import TranslationScores, signature_lines, translation_tables
 from engine.validation import Example, examples_of, validation_translations
 from models.cost import in_words, num_parameters
 from models.generation import sample
@@ -92,7 +92,7 @@ def finish(
 
     Every rank takes part: the experts' ranks exchange tokens whenever the model is asked.
     """
-    scores = validation_translations(engine, config, prepared, Decoding())
+    scores = validation_translations(engine, config, prepared, beam=4)
     if isinstance(valid, ValidBins):
         title = "Sentences of the validation split, before and after training"
         texts = translated_texts(state["examples"], examples_of(scores))

@@ -41,8 +41,7 @@ from engine.run_data import (
 from engine.run_folder import check_run_folder, claim_run_folder, write_whole
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import require_starting_weights
-from engine.translation import Decoding
-from engine.validation import examples_of, validate, validation_translations
+from engine.validation import evaluation
 
 
 def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]:
@@ -184,15 +183,8 @@ def train(config: RunConfig, prepared: RunData) -> None:
     progress = ProgressLine(first_step, training.num_steps, shown=is_first_rank)
     progress.note(describe(config, prepared, train_data, valid_data, first_step))
 
-    def look() -> tuple[dict[str, float], list]:
-        values = validate(engine, config, prepared, valid_data)
-        scores = validation_translations(engine, config, prepared, Decoding(beam=1))
-        if scores is not None:
-            values |= {"bleu": scores.bleu, "chrf": scores.chrf}
-        return values, examples_of(scores)
-
     if not state.before:
-        state.before, state.examples = look()
+        state.before, state.examples = evaluation(engine, config, prepared, valid_data)
         metrics.write_validation(0, state.before)
     metrics.restart_clock()
     with progress, Saver(engine, config, prepared) as saver:
@@ -210,7 +202,7 @@ def train(config: RunConfig, prepared: RunData) -> None:
                 progress.update(record)
             if due(step, training.eval_every, training.num_steps):
                 with metrics.paused_clock():
-                    state.after, _ = look()
+                    state.after, _ = evaluation(engine, config, prepared, valid_data)
                 metrics.write_validation(step, state.after)
                 progress.note(f"step {step}: validation {validation_words(state.after)}")
             if is_saved:
@@ -220,7 +212,7 @@ def train(config: RunConfig, prepared: RunData) -> None:
                     state.num_targets = int(metrics.num_targets)
                     if training.save_every != "never":
                         saver.save(step, asdict(state))
-    state.after = state.after or look()[0]
+    state.after = state.after or evaluation(engine, config, prepared, valid_data)[0]
     finish(engine, config, prepared, valid_data, asdict(state), progress)
     engine.destroy()  # its hooks are cycles that no garbage collection finds
     if lock is not None:

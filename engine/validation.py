@@ -14,20 +14,35 @@ from engine.translation import Decoding, TranslationScores, evaluate_translation
 from engine.windows import predicted_bytes
 
 NUM_EXAMPLES = 3
+BATCH_SIZE = 64  # sentences that are translated at once
 Example = tuple[str, str, str, str]  # direction, source, reference, translation
 
 
-def validate(
+def evaluation(
     engine: Any, config: RunConfig, prepared: RunData, valid: ValidationSet
-) -> dict[str, float]:
-    """Loss and perplexity; every rank takes part.
+) -> tuple[dict[str, float], list[Example]]:
+    """What is written of an evaluation, and a few translations; every rank takes part.
 
     Args:
         engine: of the model.
         config: the run's.
         prepared: its data.
         valid: its validation set.
+
+    Returns:
+        Loss and perplexity and, where something is translated (greedily: it is a curve that
+        matters), BLEU and chrF.
     """
+    values = _losses(engine, config, prepared, valid)
+    scores = validation_translations(engine, config, prepared, beam=1)
+    if scores is not None:
+        values |= {"bleu": scores.bleu, "chrf": scores.chrf}
+    return values, examples_of(scores)
+
+
+def _losses(
+    engine: Any, config: RunConfig, prepared: RunData, valid: ValidationSet
+) -> dict[str, float]:
     model, device = engine.module, engine.device
     if isinstance(valid, ValidBins):
         batches = rank_bins(valid, *rank_and_world_size())
@@ -40,12 +55,13 @@ def validate(
 
 
 def validation_translations(
-    engine: Any, config: RunConfig, prepared: RunData, decoding: Decoding
+    engine: Any, config: RunConfig, prepared: RunData, beam: int
 ) -> TranslationScores | None:
     """How well the first sentences of each direction are translated; None where nothing is.
 
     Every rank takes part.
     """
+    decoding = Decoding(beam=beam, batch_size=BATCH_SIZE)
     num_sentences = config.training.eval_translations
     if not num_sentences or config.data.pairs is None:
         return None
