@@ -113,7 +113,13 @@ def check_run_folder(config: RunConfig) -> None:
     different = differing(begun, now, free)
     if different:
         listed = "\n  ".join(f"{key}: {there} there, {here} here" for key, there, here in different)
-        if any(key == "gradient_accumulation_steps" for key, _, _ in different):
+        accumulates = any(key == "gradient_accumulation_steps" for key, _, _ in different)
+        if accumulates and config.data.pairs is not None:
+            listed += (
+                "\nwith data.pairs it follows from the ranks: take as many, or begin a run with "
+                'moe.balance_scope="batch", which goes on with any number'
+            )
+        elif accumulates:
             listed += (
                 f"\nwith train_micro_batch_size_per_gpu left out, gradient_accumulation_steps="
                 f"{begun.get('gradient_accumulation_steps')} gives the same numbers on any ranks; "

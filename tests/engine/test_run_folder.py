@@ -10,10 +10,10 @@ from engine.run_folder import check_run_folder, write_whole
 from tests.engine.programs import BASE, with_keys
 
 
-def config(run_dir: Path, **changes: object) -> RunConfig:
+def config(run_dir: Path, world_size: int = 1, **changes: object) -> RunConfig:
     keys = {key.replace("__", "."): value for key, value in changes.items()}
     result, problems = check_config(
-        with_keys(BASE, {"magnetar.training.run_dir": str(run_dir)} | keys), 1
+        with_keys(BASE, {"magnetar.training.run_dir": str(run_dir)} | keys), world_size
     )
     assert result is not None, problems
     return result
@@ -76,6 +76,27 @@ def test_accumulation_may_change_where_it_changes_no_number(
     with pytest.raises(UserError, match="gradient_accumulation_steps: 1 there, 2 here") as error:
         check_run_folder(other)
     assert "gradient_accumulation_steps=1 gives the same numbers on any ranks" in str(error.value)
+
+
+@pytest.mark.parametrize("scope", ["micro_step", "batch"])
+def test_a_run_on_pairs_goes_on_with_other_ranks_where_that_changes_no_number(
+    scope: str, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    pairs = {
+        "magnetar__model__architecture": "encoder_decoder",
+        "magnetar__model__moe": {"num_experts": 4, "balance_scope": scope},
+        "magnetar__data__pairs": {},
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    begin(run_dir, config(run_dir, 2, **pairs))
+    other = config(run_dir, 1, **pairs)
+    if scope == "batch":
+        check_run_folder(other)
+        return
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 4 there, 8 here") as error:
+        check_run_folder(other)
+    assert "with data.pairs it follows from the ranks: take as many" in str(error.value)
     assert 'moe.balance_scope="batch"' in str(error.value)
 
 
