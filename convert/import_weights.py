@@ -1,6 +1,7 @@
 """A folder that `export` has written as a run's folder again: one checkpoint, weights alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from engine.checkpoint import part_name
 from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece
 from engine.config import RunConfig
 from engine.exported_run import RUN_KEY, ExportedRun, exported_run
+from engine.translation_run import VOCABULARY
 from models.weight_files import LazyTensors, as_type, grouped
 from models.weights import CONFIG_FILE, appearing_whole
 
@@ -52,6 +54,8 @@ def import_weights(path: Path, out: Path) -> list[str]:
                 raise UserError(f"{out}: {name} is not what was written: use another disk")
         text = json.dumps(config_in(run.config, out), indent=1)
         (folder / CONFIG_FILE).write_text(text + "\n")
+        if config.data.pairs is not None and (path / VOCABULARY).is_file():
+            shutil.copyfile(path / VOCABULARY, folder / VOCABULARY)
     return [
         f"imported  {path}",
         f"wrote     {out / 'checkpoints' / checkpoint.path.name}, weights alone: Adam starts anew, "
@@ -81,7 +85,7 @@ def _write_checkpoint(folder: Path, run: ExportedRun, tensors: LazyTensors) -> C
         parts.append(part_name(index))
         writer.write_part(parts[-1], pieces)
     next(coming, None)  # the last one has been written
-    about = run.model_dump() | {
+    about = run.model_dump(exclude_unset=True) | {
         "layout": {"world_size": len(parts), "ep_size": 1, "zero_stage": 0},
         "optimizer": run.optimizer.model_dump() | {"step": 0},
     }

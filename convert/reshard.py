@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.expert_tensors import experts_of_layers, place_of
+from convert.folders import vocabulary_file
 from convert.out_folder import require_new
 from convert.progress import watched
 from convert.report import how_to_train_on
@@ -63,6 +64,9 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
             _copy_metrics(checkpoint, folder)
             text = json.dumps(written.manifest["config"], indent=1)
             (folder / "config.json").write_text(text + "\n")
+            if config["magnetar"]["data"].get("pairs"):
+                for name, content in vocabulary_file(source).items():
+                    (folder / name).write_bytes(content)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror or error}): free some space, lift a "

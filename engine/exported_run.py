@@ -29,8 +29,10 @@ class TrainerEntry(StrictModel):
 
     seconds: float = 0.0
     num_clipped: int = 0
+    num_targets: int = 0
     before: dict[str, _Number] = Field(default_factory=dict)
     after: dict[str, _Number] = Field(default_factory=dict)
+    examples: list[list[str]] = Field(default_factory=list)
 
 
 class OptimizerEntry(StrictModel):

@@ -162,9 +162,14 @@ def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_siz
 
 
 def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """A resolved config for another layout: the same global batch, accumulation and model."""
+    """A resolved config for another layout: the same global batch, accumulation and model.
+
+    Of sentence pairs, whose micro batch is a bin, accumulation follows from the ranks.
+    """
     result = copy.deepcopy(dict(saved))
-    result.pop(MICRO, None)  # follows from the other two and the ranks
+    # The third size follows from the other two and the ranks.
+    has_pairs = result["magnetar"]["data"].get("pairs") is not None
+    result.pop(ACCUMULATION if has_pairs else MICRO, None)
     zero = result["zero_optimization"]
     zero["stage"] = layout.zero_stage
     moe = result["magnetar"]["model"]["moe"]

@@ -86,7 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folder of the vocabulary (default: the run's, or the one that it was trained on)",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # a FILE may follow options
     _check(options)
     return options
 

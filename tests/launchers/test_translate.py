@@ -61,6 +61,8 @@ def test_files_standard_input_and_one_sentence_give_the_same(
     small = ("--batch-size", 1, "--out", out)
     assert translated(capfdbinary, folder, file, *TO_ENGLISH, *more, *small) == []
     assert out.read_bytes().decode().splitlines() == from_file
+    main([str(part) for part in (folder, *TO_ENGLISH, *more, "--out", out, file)])
+    assert out.read_bytes().decode().splitlines() == from_file, "files may follow options"
     alone = translated(capfdbinary, folder, *TO_ENGLISH, *more, "--text", SENTENCES[0])
     assert alone == from_file[:1]
 
