@@ -1,6 +1,7 @@
 """Checkpoints of small models, made without training."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from engine.checkpoint_files import MOMENTS, WEIGHT, Checkpoint, CheckpointWriter, Piece, evenly_cut
 from engine.config import RunConfig, check_config
+from engine.trainer import TrainerState
 from models.transformer import build_model
 from models.weights import tensor_shapes, tied_names
 from tests.engine.programs import BASE, with_keys
@@ -106,6 +108,6 @@ def about(config: RunConfig, world_size: int, step: int) -> dict[str, Any]:
         "config": config.to_dict(),
         "tokenizer_fingerprint": "a" * 64,
         "data_fingerprint": "b" * 64,
-        "trainer": {"seconds": 1.0, "num_clipped": 0, "before": {}, "after": {}},
+        "trainer": asdict(TrainerState(seconds=1.0)),
         "optimizer": {"step": step, "schedule_step": step, "skipped_steps": 0, "loss_scaler": {}},
     }
