@@ -1,7 +1,7 @@
 """What spreading experts over GPUs costs: weak scaling, and the share of the step in all-to-all.
 
     python -m benchmarks.expert_parallel --gpus 2 --out benchmarks/results/expert_parallel.json
-    python -m benchmarks.expert_parallel --cpu --out /tmp/expert_parallel.json
+    python -m benchmarks.expert_parallel --cpu --out expert_parallel_cpu.json
 
 The model of ds_configs/lm_xmoe.json, dropless, ZeRO 1, in the engine of launchers.train, on random
 tokens, with as many sequences and experts for each GPU in every run:
