@@ -61,7 +61,9 @@ def rise(folder: Path, out: str, command: str, source: str, *options: str) -> in
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(both)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # Freed tensors go back to the system at once: the peak is what was held, not what the
+        # allocator kept.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         check=False,
@@ -95,7 +97,7 @@ def test_no_conversion_holds_a_model_in_memory(tmp_path: Path) -> None:
     }
     assert size(tmp_path / "exported") > 190 * MIB
     assert size(tmp_path / "upcycled") > 320 * MIB
-    # A float64 sum of the largest tensor, the tensor, a copy of it and what the allocator keeps.
+    # A float64 sum of the largest tensor, the tensor, and copies of both.
     # import also holds one file of a checkpoint.
     rises["imported"] -= PART_BYTES / MIB
-    assert max(rises.values()) < 40, rises
+    assert max(rises.values()) < 24, rises
