@@ -1,0 +1,73 @@
+"""Training across two hosts: DeepSpeed's hostfile and pdsh, between namespaces of this machine."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.hosts import TwoHosts, missing, two_hosts
+from tests.ranks import ROOT
+from tests.runs import launch, make_corpus, records, write_config
+
+REASON = missing()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as found:
+        yield found
+
+
+def train(two: TwoHosts, config: Path, *arguments: str) -> str:
+    """Train on both hosts to the end of the command; what they print."""
+    command = two.launcher_command(
+        *("--module", "launchers.train", "--deepspeed_config", str(config)), *arguments
+    )
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=two.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=180)
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_experts_on_two_hosts_train_like_one_rank(two: TwoHosts, tmp_path: Path) -> None:
+    # The same run goes on with its experts on twice as many ranks: with ep_size 2 only gradients
+    # cross the cable, with ep_size 4 the tokens do, too.
+    corpus = make_corpus(tmp_path / "corpus")
+    changes = {"magnetar.model.dropout": 0.0, "magnetar.training.num_steps": 8}
+    config = write_config(tmp_path, corpus, changes=changes)
+    output = train(two, config, "--set", "magnetar.training.num_steps=4")
+    assert "layout   4 ranks, ep_size 2" in output
+    assert {line.split(":")[0] for line in output.splitlines() if "process" in line} >= {
+        host.address for host in two.hosts
+    }
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1
+    output = train(two, config, "--set", "magnetar.model.moe.ep_size=4")
+    assert "layout   4 ranks, ep_size 4" in output
+
+    alone = write_config(tmp_path, corpus, "alone", changes | {"magnetar.model.moe.ep_size": 1})
+    done = launch(alone, ranks=1)
+    assert done.returncode == 0, done.stdout
+    reference, curve = records(tmp_path / "alone"), records(tmp_path / "run")
+    assert [row.keys() for row in curve] == [row.keys() for row in reference]
+    losses = [[row[name] for name in row if "loss" in name] for row in curve]
+    assert sum(len(row) for row in losses) >= 8 + 3  # of eight steps and three evaluations
+    for row, found, expected in zip(curve, losses, reference, strict=True):
+        # float32 sums in another order, and Adam.
+        wanted = [value for name, value in expected.items() if "loss" in name]
+        assert found == pytest.approx(wanted, rel=0, abs=5e-5), row
