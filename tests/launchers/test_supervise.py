@@ -1,0 +1,72 @@
+"""The command line of launchers.supervise, which starts nothing but the training."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.supervisor import Options, Place, Supervisor
+from launchers.supervise import main, parse_arguments
+from tests.runs import write_config
+
+
+def test_what_one_typed_before_is_understood() -> None:
+    before = "--hostfile hosts --include a:0@b --module launchers.train --deepspeed_config x.json"
+    found = parse_arguments([*before.split(), "--set", "a=1", "-q", "--set", "b=2"])
+    assert found == Options(
+        config=Path("x.json"),
+        settings=("a=1", "b=2"),
+        hostfile=Path("hosts"),
+        include="a:0@b",
+        passed=("--quiet",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--module launchers.plot", "invalid choice: 'launchers.plot'"),
+        ("rm", "unrecognized arguments: rm"),
+        ("--no_python", "unrecognized arguments: --no_python"),
+        ("--include a --exclude b --hostfile h", "contradict each other"),
+        ("--include a --num_gpus 2 --hostfile h", "do not go with --num_nodes and --num_gpus"),
+        ("--include a", "need --hostfile"),
+        ("--num_gpus 0", "0 is less than 1"),
+        ("--backoff nan", "nan is no number of seconds"),
+    ],
+)
+def test_anything_else_is_refused(
+    arguments: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_arguments([*arguments.split(), "--deepspeed_config", "x.json"])
+    assert raised.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_json_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--deepspeed_config", "none.json"])
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.startswith("error: none.json does not exist")
+
+
+def test_the_launcher_gets_the_hosts_that_are_left(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("10.0.0.1 slots=2\n10.0.0.2 slots=2\n")
+    config = write_config(tmp_path, tmp_path)
+    arguments = ["--hostfile", str(hosts), "--deepspeed_config", str(config)]
+    supervisor = Supervisor(parse_arguments([*arguments, "--master_addr", "m"]))
+    place = Place({"10.0.0.1": [0, 1], "10.0.0.2": [0]}, (), True, "10.0.0.1")
+    command = " ".join(supervisor._command(place, ["a=1"]))
+    assert "--include 10.0.0.1:0,1@10.0.0.2:0 --no_ssh_check --master_addr m" in command
+    assert command.endswith(
+        f"--force_multi --module launchers.train --deepspeed_config {config} --set a=1"
+    )
+    left = place._replace(slots={"10.0.0.2": [0]})
+    assert "--master_addr 10.0.0.2 --force_multi" in " ".join(supervisor._command(left, []))
+
+
+def test_the_first_slots_are_taken_where_not_all_fit() -> None:
+    place = Place({"a": [0, 1], "b": [0, 2], "c": [5]})
+    assert place.of_first_ranks(3).slots == {"a": [0, 1], "b": [0]}
+    assert place.of_first_ranks(2).slots == {"a": [0, 1]}
