@@ -40,7 +40,7 @@ from models.transformer import EncoderDecoder, Transformer, empty_model
 from models.weights import check_tensors, load_tensors, tensor_shapes
 
 # Where experts lie, and how tokens reach them, belongs to the layout, not to the model.
-_LAYOUT_KEYS = {"moe.ep_size", "moe.exchange_chunks"}
+_LAYOUT_KEYS = {f"moe.{key}" for key in ON_ONE_RANK}
 _POLL_SECONDS = 0.05
 
 

@@ -12,12 +12,12 @@ from engine.checkpoint_files import sha256
 from engine.config import RunConfig, check_config
 from engine.run_folder import differing, flat_keys
 from models.config import ModelConfig
-from models.moe_config import StrictModel
+from models.moe_config import ON_ONE_RANK, StrictModel
 from models.weights import CONFIG_FILE, first_problem
 
 RUN_KEY = "run"
 # An exported model belongs to no layout.
-_FREE_KEYS = {"moe.ep_size", "moe.exchange_chunks"}
+_FREE_KEYS = {f"moe.{key}" for key in ON_ONE_RANK}
 
 
 # As it was written, whatever a validation or a loss scale came to.

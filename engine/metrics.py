@@ -16,6 +16,7 @@ from engine.config import RunConfig
 from engine.engine import StepResult, loss_weights
 from engine.run_folder import write_whole
 from engine.sparse_clip import SparseClip
+from engine.traffic import TrafficMeter
 from models.config import ModelConfig
 from models.cost import flops_per_token
 from models.moe import RoutingStats
@@ -114,6 +115,7 @@ class Metrics:
         self.num_targets = torch.tensor(num_targets, device=engine.device)
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.moe_layers = moe_layers(config.model)
+        self.traffic = TrafficMeter(engine.module, self.moe_layers, engine.device)
         self.loss_weights = loss_weights(config)
         self.restart_clock()
 
@@ -135,6 +137,7 @@ class Metrics:
     def count(self, result: StepResult) -> None:
         """Add a step's targets to their number; nobody waits for the device."""
         self.num_targets += result.num_targets
+        self.traffic.count_step()
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the run so far: the places of its windows, or the targets of its pairs."""
@@ -192,7 +195,7 @@ class Metrics:
         record["memory_gib"] = self._memory_gib()
         for layer, stats in zip(self.moe_layers, routing, strict=True):
             record |= routing_record(layer, stats)
-        return record
+        return record | self.traffic.record()
 
     def _memory_gib(self) -> float:
         """Peak memory of this rank: the card's where there is one, else the process's."""

@@ -174,7 +174,8 @@ def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     zero["stage"] = layout.zero_stage
     moe = result["magnetar"]["model"]["moe"]
     if moe is not None:
-        moe |= ON_ONE_RANK | {"ep_size": layout.ep_size}
+        moe |= ON_ONE_RANK if layout.ep_size == 1 else {"exchange_chunks": None}
+        moe["ep_size"] = layout.ep_size
         zero.pop("parameter_alignment", None)  # follows from the stage
     return result
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 from data.errors import UserError
 from engine.config import RunConfig, check_config
 from models.config import ModelConfig
+from models.moe_config import ON_ONE_RANK
 
 # What may change when a run goes on: how long it is, how often it reports, where it runs.
 _FREE_KEYS = {
@@ -33,8 +34,8 @@ _FREE_KEYS = {
     "magnetar.training.resume",
     "magnetar.training.activation_checkpointing",  # memory against time: the numbers stay
     "magnetar.training.compile",
-    "magnetar.model.moe.ep_size",  # where experts lie: a checkpoint belongs to no layout
-    "magnetar.model.moe.exchange_chunks",
+    # Where experts lie: a checkpoint belongs to no layout.
+    *(f"magnetar.model.moe.{key}" for key in ON_ONE_RANK),
 }
 _TRAINED_SECTIONS = (
     "train_batch_size",

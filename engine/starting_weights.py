@@ -11,6 +11,7 @@ from engine.config import RunConfig
 from engine.run_folder import differing, flat_keys
 from engine.trained_run import choose_checkpoint
 from models.config import ModelConfig
+from models.moe_config import ON_ONE_RANK
 from models.weight_files import WEIGHTS_FILE, has_weights, read_json
 from models.weights import CONFIG_FILE, load_tensors, load_weights
 
@@ -21,8 +22,7 @@ _FREE_KEYS = {
     "attention_dropout",
     "activation_dropout",
     "drop_path",
-    "moe.ep_size",
-    "moe.exchange_chunks",
+    *(f"moe.{key}" for key in ON_ONE_RANK),
     "moe.frozen",
     "moe.jitter",
     "moe.second_expert",

@@ -18,6 +18,7 @@ from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import nn
 
 from models.moe import MoE, SparseFeedForward
+from models.nodes import peers_of
 
 
 class TimedSparseFeedForward(SparseFeedForward, MOELayer):
@@ -68,13 +69,18 @@ class GroupedMoE(MoE):
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: None = None
     ) -> None:
-        """Take part in making the groups; DeepSpeed calls it on every rank."""
+        """Take part in making the groups; DeepSpeed calls it on every rank.
+
+        How experts lie on nodes is a key of `moe` here, and not one of DeepSpeed's.
+        """
+        moe = self.deepspeed_moe.moe
         if self.ep_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+                self.ep_size, use_data_before_expert_parallel_=moe.placement == "across_nodes"
             )
         self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
-        self.deepspeed_moe.ep_group = self.ep_group
+        if self.ep_size > 1:
+            self.deepspeed_moe.peers = peers_of(self.ep_group, moe)
 
 
 class ReplicatedMoE(GroupedMoE, DeepSpeedMoE):

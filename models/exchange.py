@@ -17,13 +17,54 @@ device has work meanwhile: whatever is queued between the Exchange and its first
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Peers(NamedTuple):
+    """The W ranks that share one set of experts, as one of them sees them.
+
+    Attributes:
+        group: of them all.
+        rank: of this process among them.
+        nodes: (W,) the node that each lies on; empty: one for all.
+        inside: those of this rank's node; None: rows travel straight to their experts.
+        across: those of the same place in their nodes, likewise.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    nodes: tuple[int, ...] = ()
+    inside: dist.ProcessGroup | None = None
+    across: dist.ProcessGroup | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """In how many groups rows travel after they have been sorted inside a node; 1: none."""
+        return 1 if self.across is None else self.across.size()
+
+
+@dataclass
+class Traffic:
+    """What a rank has sent to experts and back, forward and backward.
+
+    Attributes:
+        stayed: bytes of rows for its own experts.
+        inside: bytes to other ranks of its node.
+        between: bytes to other nodes.
+        messages: to other nodes.
+    """
+
+    stayed: int = 0
+    inside: int = 0
+    between: int = 0
+    messages: int = 0
 
 
 class SendOrder(NamedTuple):
@@ -40,11 +81,20 @@ class SendOrder(NamedTuple):
 
 @cache
 def send_order(
-    num_experts: int, num_ranks: int, num_chunks: int, rank: int, device: torch.device
+    num_experts: int,
+    num_ranks: int,
+    num_chunks: int,
+    rank: int,
+    device: torch.device,
+    num_nodes: int = 1,
 ) -> SendOrder:
-    """The experts sorted by (chunk, rank, expert), and behind all others those of `rank`."""
+    """The experts sorted by (chunk, rank, expert), and behind all others those of `rank`.
+
+    With several nodes ranks are sorted by (place in the node, node).
+    """
     experts = torch.arange(num_experts, device=device).view(num_ranks, num_chunks, -1)
-    others = torch.cat([experts[:rank], experts[rank + 1 :]]).transpose(0, 1)
+    ranks = torch.arange(num_ranks, device=device).view(num_nodes, -1).t().reshape(-1)
+    others = experts[ranks[ranks != rank]].transpose(0, 1)
     order = torch.cat([others.reshape(-1), experts[rank].reshape(-1)])
     return SendOrder(order, order.argsort())
 
@@ -81,6 +131,13 @@ class _Splits:
         return rows[end - self.own_rows[chunk] - sum(self.rows[chunk]) : end]
 
 
+class Work(Protocol):
+    """What is under way."""
+
+    def wait(self) -> object:
+        """Return when it has arrived; on a GPU, have the current stream wait for that."""
+
+
 @cache
 def _copying_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
@@ -92,7 +149,8 @@ class Exchange:
     Made on every rank of the group at once: that starts the exchange of the counts.
 
     Attributes:
-        rank: of this process in the group.
+        peers: with whom.
+        rank: of this process among them.
         num_chunks: C.
         timed: measures what is not hidden of the way there, "time_falltoall", and of the way back,
             "time_salltoall".
@@ -101,29 +159,32 @@ class Exchange:
     def __init__(
         self,
         comm: ModuleType,
-        group: dist.ProcessGroup,
-        rank: int,
+        peers: Peers,
         counts: Tensor,
         num_chunks: int,
         timed: Callable[[str], AbstractContextManager[None]],
+        traffic: Traffic | None = None,
     ) -> None:
         """Start the exchange of counts.
 
         Args:
             comm: whose all_to_all_single is called.
-            group: the W ranks.
-            rank: of this process among them.
+            peers: the W ranks.
             counts: (W, L) int64, rows for each expert of each rank.
             num_chunks: C, which divides L.
             timed: see the class.
+            traffic: to which what is sent is added; None: nobody counts.
         """
-        self.comm, self.group, self.rank = comm, group, rank
+        self.comm, self.peers, self.rank = comm, peers, peers.rank
         self.num_chunks = num_chunks
         self.timed = timed
-        self._counts = counts.new_empty(2, *counts.shape)  # what is sent, what is received
-        self._counts[0] = counts
+        self.traffic = traffic
+        self.num_ranks, self.num_local_experts = counts.shape
+        told, sizes, num_heard = self._what_is_told(counts)
+        self._counts = counts.new_empty(counts.numel() + num_heard)  # what is sent, what is heard
+        self._counts[: counts.numel()] = counts.view(-1)
         self._arrival = comm.all_to_all_single(
-            self._counts[1], self._counts[0], group=group, async_op=True
+            self._counts[counts.numel() :], told, *sizes, group=peers.group, async_op=True
         )
         self._on_host = self._counts
         if counts.is_cuda:
@@ -133,15 +194,33 @@ class Exchange:
                 self._on_host.copy_(self._counts, non_blocking=True)
                 self._copied = torch.cuda.current_stream().record_event()
 
+    def _what_is_told(self, counts: Tensor) -> tuple[Tensor, tuple[list[int], ...], int]:
+        """What each rank is told of (W, L) counts, how much of it (heard, told), and is heard."""
+        return counts.view(-1), (), counts.numel()
+
+    def _received(self, counts: Tensor) -> Tensor:
+        """(W, L) of all that was sent and heard, on the host or the device."""
+        return counts[-self.num_ranks * self.num_local_experts :].view(self.num_ranks, -1)
+
+    def _of_chunks(self, counts: Tensor) -> Tensor:
+        """(..., L) -> (..., C), the rows of each chunk."""
+        return counts.unflatten(-1, (self.num_chunks, -1)).sum(-1)
+
     @cached_property
-    def _sent_and_received(self) -> tuple[_Splits, _Splits]:
-        """What is sent and received, once the host knows: it waits."""
+    def _host_counts(self) -> Tensor:
+        """All that was sent and heard, once the host knows: it waits."""
         if self._counts.is_cuda:
             self._copied.synchronize()
         else:
             self._arrival.wait()
-        by_chunk = self._on_host.unflatten(2, (self.num_chunks, -1)).sum(-1)  # (2, W, C)
-        sent, received = by_chunk.transpose(1, 2)
+        return self._on_host
+
+    @cached_property
+    def _sent_and_received(self) -> tuple[_Splits, _Splits]:
+        """What is sent and received, by chunk and rank."""
+        sent = self._host_counts[: self.num_ranks * self.num_local_experts]
+        parts = (sent.view(self.num_ranks, -1), self._received(self._host_counts))
+        sent, received = (self._of_chunks(part).t() for part in parts)
         return _Splits(sent, self.rank), _Splits(received, self.rank)
 
     def received_counts(self) -> Tensor:
@@ -150,7 +229,7 @@ class Exchange:
             torch.cuda.current_stream().wait_event(self._copied)
         else:
             self._arrival.wait()
-        return self._counts[1]
+        return self._received(self._counts)
 
     @property
     def num_received(self) -> int:
@@ -179,30 +258,50 @@ class Exchange:
         """A chunk's rows of (R, ...), sorted by expert."""
         return self._sent_and_received[1].sorted_part(chunk, rows)
 
-    def start(self, chunk: int, rows: Tensor, arriving: Tensor) -> dist.Work:
+    def start(self, chunk: int, rows: Tensor, arriving: Tensor) -> Work:
         """Send a chunk of (A, D) to its experts, into a chunk of (S, D).
 
         Until the work has been waited for, the caller keeps both.
         """
         sent, received = self._sent_and_received
-        return self._start(chunk, (sent, rows), (received, arriving))
+        self._count(chunk, rows, False)
+        return self._travel(chunk, sent.part(chunk, rows), received.part(chunk, arriving), False)
 
-    def start_back(self, chunk: int, rows: Tensor, arriving: Tensor) -> dist.Work:
+    def start_back(self, chunk: int, rows: Tensor, arriving: Tensor) -> Work:
         """Send a chunk of (S, D) to where it came from, into a chunk of (A, D); see `start`."""
         sent, received = self._sent_and_received
-        return self._start(chunk, (received, rows), (sent, arriving))
+        self._count(chunk, rows, True)
+        return self._travel(chunk, received.part(chunk, rows), sent.part(chunk, arriving), True)
 
-    def _start(
-        self, chunk: int, source: tuple[_Splits, Tensor], target: tuple[_Splits, Tensor]
-    ) -> dist.Work:
+    def _travel(self, chunk: int, rows: Tensor, arriving: Tensor, back: bool) -> Work:
+        """Start to send what travels of a chunk."""
+        there, here = (splits.rows[chunk] for splits in self._sent_and_received)
+        if back:
+            there, here = here, there
         return self.comm.all_to_all_single(
-            target[0].part(chunk, target[1]),
-            source[0].part(chunk, source[1]),
-            target[0].rows[chunk],
-            source[0].rows[chunk],
-            group=self.group,
-            async_op=True,
+            arriving, rows, here, there, group=self.peers.group, async_op=True
         )
+
+    def _count(self, chunk: int, rows: Tensor, back: bool) -> None:
+        """Add to the traffic what this rank sends of a chunk of rows like these."""
+        if self.traffic is None:
+            return
+        splits = self._sent_and_received[back]
+        bytes_of_row = rows.size(1) * rows.element_size()
+        inside, between = self._num_sent(chunk, back)
+        self.traffic.stayed += bytes_of_row * splits.own_rows[chunk]
+        self.traffic.inside += bytes_of_row * inside
+        self.traffic.between += bytes_of_row * sum(between)
+        self.traffic.messages += sum(map(bool, between))
+
+    def _num_sent(self, chunk: int, back: bool) -> tuple[int, list[int]]:
+        """Rows of a chunk that this rank sends inside its node, and in each message to another."""
+        rows, nodes = self._sent_and_received[back].rows[chunk], self.peers.nodes
+        if not nodes:
+            return sum(rows), []
+        own = nodes[self.rank]
+        between = [num for num, node in zip(rows, nodes, strict=True) if node != own]
+        return sum(rows) - sum(between), between
 
     def through(self, rows: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What experts return, in one chunk and nothing overlapped.

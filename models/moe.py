@@ -28,11 +28,13 @@ from models.dispatch import (
     routed_tokens,
     sort_assignments,
 )
-from models.exchange import Exchange, SendOrder, send_order
+from models.exchange import Exchange, Peers, SendOrder, Traffic, send_order
 from models.experts import Experts
+from models.hierarchical_exchange import HierarchicalExchange
 from models.init import RandomSource
 from models.kernels import MAX_EXPERTS, MAX_TOP_K
 from models.moe_config import MoELayerConfig
+from models.nodes import place_of_rank
 from models.noise import CAPACITY_ORDER, JITTER, drawn_sample_keys, token_keys, uniform
 from models.router import Routing, build_router, normalized
 from models.routing_stats import RoutingStats
@@ -42,8 +44,9 @@ class SparseFeedForward(nn.Module):
     """Router, dispatch, experts, combine.
 
     Attributes:
-        ep_group: the ranks that share one set of experts, to be set before the first forward pass
+        peers: the ranks that share one set of experts, to be set before the first forward pass
             where there are several.
+        traffic: what this rank has sent to experts and back in training.
         comm: the module whose collective functions are called: a subclass has them logged.
     """
 
@@ -66,7 +69,8 @@ class SparseFeedForward(nn.Module):
         self.layer = layer
         self.ep_size = moe.ep_size
         self.num_local_experts = experts.num_local_experts
-        self.ep_group: dist.ProcessGroup | None = None
+        self.peers: Peers | None = None
+        self.traffic = Traffic()
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, sample_keys: Tensor | None = None
@@ -203,18 +207,19 @@ class SparseFeedForward(nn.Module):
         """Start to tell the other ranks the (E,) rows of each expert; None: there are none."""
         if self.ep_size == 1:
             return None
-        group = self.ep_group
-        assert group is not None, "no ranks to exchange tokens with"
+        assert self.peers is not None, "no ranks to exchange tokens with"
+        kind = Exchange if self.peers.across is None else HierarchicalExchange
         by_rank = counts.view(self.ep_size, -1)
-        return Exchange(self.comm, group, group.rank(), by_rank, num_chunks, self._timed)
+        traffic = self.traffic if self.training else None
+        return kind(self.comm, self.peers, by_rank, num_chunks, self._timed, traffic)
 
     def _send_order(self, x: Tensor, num_chunks: int) -> SendOrder | None:
         """In which order the experts' rows are sent, on the device of x; None: nowhere."""
         if self.ep_size == 1:
             return None
-        assert self.ep_group is not None, "no ranks to exchange tokens with"
-        sizes = (self.moe.num_experts, self.ep_size, num_chunks, self.ep_group.rank())
-        return send_order(*sizes, x.device)
+        assert self.peers is not None, "no ranks to exchange tokens with"
+        sizes = (self.moe.num_experts, self.ep_size, num_chunks, self.peers.rank)
+        return send_order(*sizes, x.device, self.peers.num_nodes)
 
     def _apply_experts(self, rows: Tensor, counts: Tensor, exchange: Exchange | None) -> Tensor:
         """(A, D) sorted by expert and the experts' (E,) counts -> (A, D), what they return."""
@@ -318,8 +323,10 @@ class MoE(nn.Module):
     @property
     def first_expert(self) -> int:
         """Global index of this rank's first expert."""
-        rank = dist.get_rank() if self.ep_size > 1 else 0
-        return (rank % self.ep_size) * self.num_local_experts
+        if self.ep_size == 1:
+            return 0
+        sizes = (dist.get_rank(), dist.get_world_size(), self.ep_size)
+        return place_of_rank(*sizes, self.deepspeed_moe.moe.placement) * self.num_local_experts
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, sample_keys: Tensor | None = None

@@ -35,7 +35,12 @@ Counts = Annotated[Count | list[Count], WrapValidator(one_problem)]
 
 
 # The keys of where experts lie and how tokens reach them, as they are with one rank.
-ON_ONE_RANK: dict[str, Any] = {"ep_size": 1, "exchange_chunks": None}
+ON_ONE_RANK: dict[str, Any] = {
+    "ep_size": 1,
+    "placement": "within_nodes",
+    "exchange": "auto",
+    "exchange_chunks": None,
+}
 EXCHANGE_CHUNKS = 1  # where none are asked for, and experts can be so divided
 
 
@@ -58,6 +63,23 @@ class MoEConfig(StrictModel):
         ge=1,
         description="Ranks that share one set of experts (expert parallelism). It must divide "
         "both num_experts and the number of ranks.",
+    )
+    placement: Literal["within_nodes", "across_nodes"] = Field(
+        default="within_nodes",
+        description="How a set of experts lies on several nodes. `within_nodes`: on ep_size ranks "
+        "one after the other, so with ep_size up to the ranks of a node tokens stay inside it, and "
+        "experts' gradients travel between nodes. `across_nodes`: on ranks as far apart as can be, "
+        "so that those with the same experts are neighbours: tokens travel between nodes and "
+        "experts' gradients inside them, which is less where experts are large and tokens few. "
+        "It changes no number. Only with ep_size > 1.",
+    )
+    exchange: Literal["auto", "flat", "hierarchical"] = Field(
+        default="auto",
+        description="How tokens travel to experts on several nodes. `flat`: each rank sends to "
+        "each. `hierarchical`: inside the node first, to the rank of the same place as the "
+        "expert's, and from there to the other node, in fewer and larger messages. It needs as "
+        "many ranks on each node, several of them; elsewhere tokens travel flat. `auto`: "
+        "hierarchical. It changes no number. Only with ep_size > 1.",
     )
     exchange_chunks: int | None = Field(
         default=None,
@@ -186,11 +208,13 @@ class MoEConfig(StrictModel):
                 f"num_experts={self.num_experts} must be a multiple of ep_size={self.ep_size}"
                 f"{which}: use {near} experts, or one of the ep_size {self.possible_ep_sizes}"
             )
-        elif self.exchange_chunks is not None and self.ep_size == 1:
-            wrong.append(
-                f"exchange_chunks={self.exchange_chunks} belongs to ep_size > 1, where tokens "
-                "travel: leave it out, or use a larger ep_size"
-            )
+        elif self.ep_size == 1:
+            wrong += [
+                f"{name}={value} belongs to ep_size > 1, where tokens travel: leave it out, or "
+                "use a larger ep_size"
+                for name, usual in ON_ONE_RANK.items()
+                if (value := getattr(self, name)) != usual
+            ]
         elif any(
             count // self.ep_size % (self.exchange_chunks or 1) for count in self.expert_counts
         ):

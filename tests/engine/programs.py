@@ -481,3 +481,36 @@ def optimizer_of(changes: dict[str, Any]) -> tuple[int, int, list[Any]]:
     numel = sum(parameter.numel() for parameter in engine.module.parameters())
     groups = engine.basic_optimizer.param_groups
     return engine.optimizer.reduce_bucket_size, numel, [group.get("fused") for group in groups]
+
+
+def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, list]]:
+    """Train each case on ranks 0 and 1 of one node and the others of another: losses, GiB.
+
+    A case's key `nodes` says on which node each rank lies instead.
+    """
+    import os
+
+    import torch.distributed as dist
+
+    from engine.engine import loss_weights, start_distributed, train_step
+    from engine.metrics import moe_layers, reduce_over_ranks
+    from engine.traffic import TrafficMeter
+
+    start_distributed()
+    results = []
+    for changes in cases:
+        nodes = changes.pop("nodes", [0, 0, 1, 1])
+        os.environ["MAGNETAR_NODE"] = str(nodes[dist.get_rank()])
+        engine, _, config = start(changes)
+        meter = TrafficMeter(engine.module, moe_layers(config.model), engine.device)
+        curve: dict[str, list] = {"loss": [], "traffic": [], "messages": []}
+        for step in range(num_steps):
+            batch = batches(engine, step, config)
+            result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
+            meter.count_step()
+            curve["loss"].append(reduce_over_ranks(result)[0]["loss"])
+            curve["traffic"].append(meter.record())
+            curve["messages"].append(sum(traffic.messages for traffic in meter.last))
+        results.append(curve)
+        engine.destroy()
+    return results

@@ -72,6 +72,7 @@ def scores_on_a_rank(folder: Path) -> tuple[dict, dict]:
     import torch.distributed as dist
 
     from engine.translation import Decoding, evaluate_translation
+    from models.exchange import Peers
     from models.moe import SparseFeedForward
 
     torch.set_num_threads(1)
@@ -86,7 +87,7 @@ def scores_on_a_rank(folder: Path) -> tuple[dict, dict]:
         parameter.data.copy_(value.detach())
     for module in part.modules():
         if isinstance(module, SparseFeedForward):
-            module.ep_group = dist.group.WORLD
+            module.peers = Peers(dist.group.WORLD, dist.get_rank())
     codec = Codec(load_tokenizer(folder / "tokenizer.model"), LANGUAGES)
     scores = evaluate_translation(part, codec, TEXTS, Decoding(beam=3, batch_size=2))
     return scores.to_dict(), scores.examples

@@ -97,9 +97,13 @@ def test_an_ep_size_that_does_not_divide_the_experts_is_refused_with_ways_out(
         ),
         ({"exchange_chunks": 4, "ep_size": 2, "num_experts": [8, 12]}, "use one of [1, 2]"),
         ({"exchange_chunks": 0, "ep_size": 2}, "greater than or equal to 1"),
+        ({"placement": "across_nodes"}, "placement=across_nodes belongs to ep_size > 1"),
+        ({"exchange": "flat"}, "exchange=flat belongs to ep_size > 1, where tokens travel"),
+        ({"exchange": "nodes", "ep_size": 2}, "'auto', 'flat' or 'hierarchical'"),
+        ({"placement": "", "ep_size": 2}, "'within_nodes' or 'across_nodes'"),
     ],
 )
-def test_an_exchange_in_parts_that_cannot_be_is_refused(keys: dict, shown: str) -> None:
+def test_an_exchange_that_cannot_be_is_refused(keys: dict, shown: str) -> None:
     assert shown in moe_message(**({"num_experts": 8} | keys))
     layer = MoEConfig(num_experts=[8, 12], ep_size=2, exchange_chunks=2).of_layer(1)
     assert layer.num_exchange_chunks == 2

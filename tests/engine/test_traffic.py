@@ -1,0 +1,46 @@
+"""Experts on several nodes: the same losses whatever the way, and what travels on each link."""
+
+import pytest
+
+from tests.ranks import run_on_ranks
+
+MOE = "magnetar.model.moe"
+ZERO_1 = {"zero_optimization.stage": 1}
+CASES = {
+    "flat": {f"{MOE}.ep_size": 4, f"{MOE}.exchange": "flat"},
+    "by nodes": {f"{MOE}.ep_size": 4, f"{MOE}.exchange": "hierarchical"},
+    "by nodes, ZeRO 3": {f"{MOE}.ep_size": 4, "zero_optimization.stage": 3},
+    # DeepSpeed has one group of each size in a process, so uneven nodes get another way alone.
+    "across nodes": {f"{MOE}.ep_size": 2, f"{MOE}.placement": "across_nodes"},
+}
+PROGRAM = "tests.engine.programs:losses_and_traffic"
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_one_rank_on_any_links() -> None:
+    one = run_on_ranks(PROGRAM, 1, [dict(ZERO_1)], 4)[0][0]
+    assert one["traffic"] == [{}] * 4
+    ranks = run_on_ranks(PROGRAM, 4, [ZERO_1 | case for case in CASES.values()], 4)
+    found = dict(zip(CASES, ranks[0], strict=True))
+    for name, curve in found.items():
+        assert curve["loss"] == pytest.approx(one["loss"], abs=5e-5), name
+    assert found["by nodes"]["loss"] == found["flat"]["loss"]  # bit for bit
+    flat, by_nodes = found["flat"]["traffic"][0], found["by nodes"]["traffic"][0]
+    # 8 sequences of 16 tokens to 2 experts each: float32 rows of 32, there and back, twice.
+    everything = 8 * 16 * 2 * 32 * 4 * 4 / 2**30
+    links = [f"all_to_all_{link}_gib" for link in ("stayed", "inside", "between")]
+    assert sum(flat[link] for link in links) == pytest.approx(everything)
+    assert all(flat[link] == pytest.approx(flat[f"layer_2/{link}"]) for link in links)
+    assert by_nodes[links[2]] == pytest.approx(flat[links[2]])
+    assert by_nodes[links[1]] > flat[links[1]] > 0
+    assert found["by nodes"]["messages"] == [4] * 4  # one each time, and not two
+    assert found["flat"]["messages"] == [8] * 4
+    apart = found["across nodes"]["traffic"][0]
+    assert apart[links[1]] == 0 < apart[links[2]]
+
+
+@pytest.mark.slow
+def test_uneven_nodes_have_rows_travel_straight() -> None:
+    straight = {f"{MOE}.ep_size": 4, f"{MOE}.exchange": "hierarchical", "nodes": [0, 0, 0, 1]}
+    found = run_on_ranks(PROGRAM, 4, [straight], 1)
+    assert [rank[0]["messages"] for rank in found] == [[4], [4], [4], [12]]
