@@ -1,0 +1,69 @@
+"""Where the time goes from the start of the launcher to the first step."""
+
+import os
+import time
+from pathlib import Path
+
+_STARTED = 19  # of /proc/PID/stat, counted from the state: ticks after the machine's start
+
+
+class StartTimes:
+    """Seconds of each part of a start, in their order; it begins with the launcher's own.
+
+    Attributes:
+        seconds: part -> how long it took.
+    """
+
+    def __init__(self) -> None:
+        """Look when this process and the launchers above it began."""
+        own = _started(os.getpid())
+        self.seconds: dict[str, float] = {}
+        self._begun = self._reached = _first_launcher_started(os.getppid(), own)
+        if own > self._begun:
+            self._end("launcher", own)
+
+    def end(self, part: str) -> None:
+        """A part is over, and the next one begins."""
+        self._end(part, _now())
+
+    def _end(self, part: str, now: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._reached
+        self._reached = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
+        return f"{self._reached - self._begun:.1f} s: {parts}"
+
+
+def parsed_times(text: str) -> dict[str, float]:
+    """The seconds of each part out of a text that `str` has made."""
+    pairs = (part.rpartition(" ") for part in text.partition(": ")[2].split(", "))
+    return {name: float(seconds) for name, _, seconds in pairs}
+
+
+def _now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _started(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[_STARTED]) / os.sysconf("SC_CLK_TCK")
+
+
+def _first_launcher_started(pid: int, otherwise: float) -> float:
+    """When the topmost of DeepSpeed's launchers above a process began."""
+    started = otherwise
+    try:
+        while _is_launcher(pid):
+            started = _started(pid)
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        pass
+    return started
+
+
+def _is_launcher(pid: int) -> bool:
+    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return any(
+        word.startswith("deepspeed.launcher.") or Path(word).name == "deepspeed" for word in words
+    )
