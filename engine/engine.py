@@ -33,6 +33,7 @@ from engine.partition import partition
 from engine.shares import tensors_of_optimizer
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
+from engine.traffic import choose_ways
 from engine.trained_run import DTYPES
 from models.compiled import compile_blocks
 from models.deepspeed_moe import moe_class
@@ -263,6 +264,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
         dist_init_required=False,
     )
+    choose_ways(model, config, device)
     if is_8_bit:
         check_lengths(tensor for _, tensor in tensors_of_optimizer(engine))
     if config.training.compile:

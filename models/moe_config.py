@@ -79,7 +79,8 @@ class MoEConfig(StrictModel):
         "each. `hierarchical`: inside the node first, to the rank of the same place as the "
         "expert's, and from there to the other node, in fewer and larger messages. It needs as "
         "many ranks on each node, several of them; elsewhere tokens travel flat. `auto`: "
-        "hierarchical. It changes no number. Only with ep_size > 1.",
+        "hierarchical where flat messages would be small, up to 1 MiB, or 8 KiB on CPUs. It "
+        "changes no number. Only with ep_size > 1.",
     )
     exchange_chunks: int | None = Field(
         default=None,

@@ -1,7 +1,16 @@
 """Experts on several nodes: the same losses whatever the way, and what travels on each link."""
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from engine.config import check_config
+from engine.traffic import choose_ways, message_bytes
+from models.exchange import Peers
+from models.moe import SparseFeedForward
+from models.transformer import empty_model
+from tests.engine.programs import BASE, with_keys
 from tests.ranks import run_on_ranks
 
 MOE = "magnetar.model.moe"
@@ -9,8 +18,11 @@ ZERO_1 = {"zero_optimization.stage": 1}
 CASES = {
     "flat": {f"{MOE}.ep_size": 4, f"{MOE}.exchange": "flat"},
     "by nodes": {f"{MOE}.ep_size": 4, f"{MOE}.exchange": "hierarchical"},
-    "by nodes, ZeRO 3": {f"{MOE}.ep_size": 4, "zero_optimization.stage": 3},
-    # DeepSpeed has one group of each size in a process, so uneven nodes get another way alone.
+    "by nodes, ZeRO 3": {
+        f"{MOE}.ep_size": 4,
+        f"{MOE}.exchange": "hierarchical",
+        "zero_optimization.stage": 3,
+    },
     "across nodes": {f"{MOE}.ep_size": 2, f"{MOE}.placement": "across_nodes"},
 }
 PROGRAM = "tests.engine.programs:losses_and_traffic"
@@ -44,3 +56,28 @@ def test_uneven_nodes_have_rows_travel_straight() -> None:
     straight = {f"{MOE}.ep_size": 4, f"{MOE}.exchange": "hierarchical", "nodes": [0, 0, 0, 1]}
     found = run_on_ranks(PROGRAM, 4, [straight], 1)
     assert [rank[0]["messages"] for rank in found] == [[4], [4], [4], [12]]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "top_k", "goes_by_nodes"),
+    [("auto", 1, True), ("auto", 2, True), ("auto", 3, False), ("hierarchical", 3, True)],
+)
+def test_small_messages_go_by_nodes(exchange: str, top_k: int, goes_by_nodes: bool) -> None:
+    moe = {"num_experts": 16, "ep_size": 4, "top_k": top_k, "exchange": exchange}
+    changes = {f"{MOE}.{key}": value for key, value in moe.items()}
+    changes |= {"train_batch_size": 32, "gradient_accumulation_steps": 1}
+    config, problems = check_config(with_keys(BASE, changes), 4)
+    assert config is not None, problems
+    # 8 sequences of 16 tokens on each rank, rows of 32 float32 numbers, to four ranks.
+    assert message_bytes(config, 4) == 8 * 16 * top_k * 32 * 4 / 4
+    model = empty_model(config.model)
+    layers = [module for module in model.modules() if isinstance(module, SparseFeedForward)]
+    group: Any = object()
+    for layer in layers:
+        layer.peers = Peers(group, 0, (0, 0, 1, 1), group, group)
+    choose_ways(model, config, torch.device("cpu"))
+    assert layers
+    for layer in layers:
+        assert layer.peers is not None
+        assert (layer.peers.across is not None) == goes_by_nodes
+        assert layer.peers.nodes == (0, 0, 1, 1)
