@@ -1,4 +1,4 @@
-"""The one exception that stands for something a user can mend."""
+"""The exceptions that are no defects of ours: what a user can mend, and what a machine did."""
 
 
 class UserError(ValueError):
@@ -11,6 +11,21 @@ class UserError(ValueError):
     Attributes:
         on_every_rank: True if every rank raises it together, so that one of them prints it.
             Before the ranks have joined, all of them see the same input and this does not matter.
+    """
+
+    def __init__(self, message: str, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
+
+
+class MachineError(RuntimeError):
+    """A fault of a machine, such as weights that have changed by themselves.
+
+    Its message says what was found and what to do. The launchers print it without a traceback and
+    exit with status 3: a new start goes on from the last checkpoint.
+
+    Attributes:
+        on_every_rank: as of a UserError.
     """
 
     def __init__(self, message: str, on_every_rank: bool = False) -> None:

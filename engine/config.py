@@ -281,6 +281,46 @@ class SparseClipConfig(StrictModel):
     )
 
 
+class GuardsConfig(StrictModel):
+    """What a run does about faults. All of it may change when a run goes on."""
+
+    max_bad_steps: int = Field(
+        default=5,
+        ge=1,
+        description="A step whose loss or gradient norm is no finite number is left out: nothing "
+        "is updated. After so many in a row the run goes back to its newest checkpoint, and "
+        "leaves out the batches between.",
+    )
+    max_rollbacks: int = Field(
+        default=3,
+        ge=0,
+        description="How often it goes back to one checkpoint. Once more, and the run ends as "
+        "diverged.",
+    )
+    spike_deviations: float | None = Field(
+        default=None,
+        gt=0,
+        description="A step is bad, too, if its loss is more than so many standard deviations "
+        "above the mean of the last spike_window good ones. null: never.",
+    )
+    spike_window: int = Field(
+        default=100, ge=2, description="Good steps that a loss is compared with."
+    )
+    hang_timeout_seconds: float | None = Field(
+        default=1800.0,
+        ge=1,
+        description="A run that has done nothing for so long ends with status 3, naming the rank "
+        "that the others wait for: more than the longest step, evaluation or compilation takes. "
+        "null: it waits for ever.",
+    )
+    replica_check_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between two comparisons of the weights that several ranks hold. Where "
+        "they differ, the run ends with status 3. null: never.",
+    )
+
+
 class MagnetarConfig(StrictModel):
     """Everything that DeepSpeed's own keys do not say."""
 
@@ -288,12 +328,13 @@ class MagnetarConfig(StrictModel):
     data: DataConfig = Field(description="What is read.")
     training: TrainingConfig = Field(description="The loop.")
     sparse_clip: SparseClipConfig = Field(default=SparseClipConfig(), description="SparseClip.")
+    guards: GuardsConfig = Field(default=GuardsConfig(), description="Faults.")
 
 
 class ConfigFile(DeepSpeedKeys):
     """A whole file: DeepSpeed's keys and `magnetar`."""
 
-    magnetar: MagnetarConfig = Field(description="Model, data, training and SparseClip.")
+    magnetar: MagnetarConfig = Field(description="Model, data, training, SparseClip and guards.")
 
 
 @dataclass(frozen=True)
@@ -322,6 +363,11 @@ class RunConfig:
     def sparse_clip(self) -> SparseClipConfig:
         """SparseClip's section."""
         return self.magnetar.sparse_clip
+
+    @property
+    def guards(self) -> GuardsConfig:
+        """The section of faults."""
+        return self.magnetar.guards
 
     @property
     def dtype(self) -> Literal["fp32", "bf16", "fp16"]:

@@ -284,6 +284,7 @@ def train_step(
     seed: int,
     step: int,
     max_rows: int | None = None,
+    before_update: Callable[[Tensor], None] | None = None,
 ) -> StepResult:
     """One optimizer step: forward and backward of each micro-batch, then clip and update.
 
@@ -298,6 +299,8 @@ def train_step(
         step: of the noise, too: a resumed run draws what an uninterrupted one would have drawn.
         max_rows: of a micro-batch, where they have different numbers of rows; None: as many as
             each has. By it a row knows its place in the batch, which its noise follows.
+        before_update: called with (), this rank's share of the loss of the whole batch, when all
+            gradients are there.
     """
     batch = list(micro_batches)
     lr = engine.get_lr()[0]
@@ -340,10 +343,12 @@ def train_step(
         if weights.router_z:
             total = total + weights.router_z * router_z_loss
         engine.backward(total * scale)
-        engine.step()  # updates at the last micro-batch
         parts = [sums.cross_entropy / num_targets, aux_loss, sums.z_loss / num_targets]
         reported.append(torch.stack([*parts, router_z_loss]).detach() * scale)
         routings.append([RoutingStats(*(value.detach() for value in stats)) for stats in routing])
+        if before_update is not None and len(reported) == len(batch):
+            before_update(torch.stack(reported)[:, 0].sum() / scale)
+        engine.step()  # updates at the last micro-batch
     loss, aux_loss, z_loss, router_z_loss = torch.stack(reported).mean(0)
     routing = [whole_batch(layer) for layer in zip(*routings, strict=True)]
     return StepResult(loss, aux_loss, z_loss, router_z_loss, routing, lr, all_targets)

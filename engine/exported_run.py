@@ -30,6 +30,9 @@ class TrainerEntry(StrictModel):
     seconds: float = 0.0
     num_clipped: int = 0
     num_targets: int = 0
+    num_bad: int = 0
+    batch_offset: int = 0
+    recent_losses: list[float] = Field(default_factory=list)
     before: dict[str, _Number] = Field(default_factory=dict)
     after: dict[str, _Number] = Field(default_factory=dict)
     examples: list[list[str]] = Field(default_factory=list)

@@ -113,6 +113,7 @@ class Metrics:
         # Windows are all of one length; pairs are counted by their targets.
         self.batch_tokens = engine.train_batch_size() * config.data.seq_len
         self.num_targets = torch.tensor(num_targets, device=engine.device)
+        self.num_bad = 0  # steps that engine.guards left out
         self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.moe_layers = moe_layers(config.model)
         self.traffic = TrafficMeter(engine.module, self.moe_layers, engine.device)
@@ -124,6 +125,11 @@ class Metrics:
         self.last_time = time.perf_counter()
         self.last_tokens = self.num_tokens(self.engine.global_steps)
         self.started = self.last_time
+
+    def go_back(self, num_targets: int) -> None:
+        """Count from a checkpoint's targets again, and the time from now."""
+        self.num_targets = torch.full_like(self.num_targets, num_targets)
+        self.restart_clock()
 
     @contextmanager
     def paused_clock(self) -> Iterator[None]:
@@ -176,7 +182,7 @@ class Metrics:
             "expert_grad_norm": expert_norm,
             "clip_coefficient": coefficient,
             "clipped_steps": int(clip.num_clipped),
-            "skipped_steps": self.engine.skipped_steps,
+            "skipped_steps": self.engine.skipped_steps + self.num_bad,
             "tokens_per_second": tokens_per_second,
         }
         if self.moe_layers:

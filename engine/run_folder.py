@@ -2,6 +2,7 @@
 
 runs/NAME/
     config.json      the resolved config
+    logbook.md       what happened to it, for people
     metrics.jsonl    one object a logged step
     tensorboard/     the same for TensorBoard
     checkpoints/     see engine.checkpoint
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.errors import UserError
-from engine.config import RunConfig, check_config
+from engine.config import GuardsConfig, RunConfig, check_config
 from models.config import ModelConfig
 from models.moe_config import ON_ONE_RANK
 
@@ -36,6 +37,7 @@ _FREE_KEYS = {
     "magnetar.training.compile",
     # Where experts lie: a checkpoint belongs to no layout.
     *(f"magnetar.model.moe.{key}" for key in ON_ONE_RANK),
+    *(f"magnetar.guards.{key}" for key in GuardsConfig.model_fields),
 }
 _TRAINED_SECTIONS = (
     "train_batch_size",

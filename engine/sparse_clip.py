@@ -14,7 +14,7 @@ of them, so the norm and the arithmetic are the same in every mode.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,8 @@ class SparseClip:
         norm: () float32, the ||g|| that is compared with the threshold.
         coefficient: () float32, what the gradients were multiplied by.
         num_clipped: () int64, steps so far in which the coefficient was below 1.
+
+    `is_bad_step` may be set: to whether the step is left out, see engine.guards.
     """
 
     def __init__(self, threshold: float, enabled: bool, device: torch.device) -> None:
@@ -91,6 +93,8 @@ class SparseClip:
         self.dense_norm = self.expert_norm = self.norm = torch.zeros((), device=device)
         self.coefficient = torch.ones((), device=device)
         self.num_clipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.is_fp16 = False
+        self.is_bad_step: Callable[[], bool] = lambda: False
         self._made: dict[tuple[int | None, ...], tuple[Tensor, Tensor]] = {}
 
     def measure(
@@ -124,6 +128,15 @@ class SparseClip:
         clipped = (self.coefficient < 1) & self.norm.isfinite()  # an overflowed step is skipped
         self.num_clipped = self.num_clipped + clipped
 
+    def _reported_norm(self) -> Tensor:
+        """What DeepSpeed is told.
+
+        A norm that is not finite tells fp16's dynamic loss scale of an overflow. In other types
+        DeepSpeed would leave the step out in some modes and count it in none alike: engine.guards
+        does that in all of them.
+        """
+        return self.norm if self.is_fp16 else self.norm.nan_to_num(0.0, 0.0)
+
     def _constants(self, num_experts: tuple[int | None, ...]) -> tuple[Tensor, Tensor]:
         """kappa^2 of groups with so many experts, and which are of experts.
 
@@ -144,6 +157,7 @@ class SparseClip:
         Raises:
             UserError: for an optimizer whose step SparseClip does not know.
         """
+        self.is_fp16 = engine.fp16_enabled()
         optimizer = engine.optimizer
         basic = type(engine.basic_optimizer).__name__
         if basic not in KNOWN_OPTIMIZERS:
@@ -180,8 +194,7 @@ class SparseClip:
                 for index, param_group in enumerate(optimizer.optimizer.param_groups)
             ]
             self.measure(gradient_groups, partitioned=True, scale=float(optimizer.loss_scale))
-            # A norm that is not finite tells fp16's dynamic loss scale of an overflow.
-            return self.norm * optimizer.loss_scale
+            return self._reported_norm() * optimizer.loss_scale
 
         flattened_before = optimizer._get_preflattened_grad_partition
 
@@ -228,8 +241,7 @@ class SparseClip:
                 for index, group in optimizer.sub_group_to_group_id.items()
             ]
             self.measure(gradient_groups, partitioned=True, scale=float(optimizer.loss_scale))
-            # DeepSpeed's step combines them, and takes what is not finite for an overflow.
-            return [self.norm * optimizer.loss_scale]
+            return [self._reported_norm() * optimizer.loss_scale]  # DeepSpeed's step combines them
 
         def unscale_and_clip_grads(index: int, total_norm: Tensor) -> None:
             gradient = optimizer.fp32_partitioned_groups_flat[index].grad
@@ -254,6 +266,10 @@ class SparseClip:
                 )
             ]
             self.measure(gradient_groups, partitioned=False)
+            if self.is_bad_step():
+                optimizer.clear_hp_grads()
+                optimizer.clear_lp_grads()
+                return
             _scale(gradient_groups, self.coefficient)
             deepspeed_step(closure)
             optimizer._global_grad_norm = self.norm

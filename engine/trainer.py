@@ -1,6 +1,7 @@
 """Training a model from a config: the loop, from start or resume to summary."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -13,22 +14,24 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.pairs import PreparedPairs
+from engine import logbook
 from engine.admin import require_profile
 from engine.checkpoint import Saver, check_fits, load_checkpoint, newest_whole_checkpoint
-from engine.checkpoint_files import complete_checkpoints
+from engine.checkpoint_files import Checkpoint, complete_checkpoints
 from engine.config import RunConfig, check_config
 from engine.engine import (
-    StepResult,
     build_engine,
     launched_rank,
     loss_weights,
     start_distributed,
     train_step,
 )
+from engine.guards import Guards
 from engine.metrics import Metrics, keep_records_up_to
 from engine.optimizers import require_optimizer_package
 from engine.pair_data import MAX_BIN_ROWS
 from engine.progress import ProgressLine
+from engine.replicas import require_equal_replicas
 from engine.report import describe, finish, validation_words
 from engine.run_data import (
     RunData,
@@ -38,10 +41,17 @@ from engine.run_data import (
     training_set,
     validation_set,
 )
-from engine.run_folder import check_run_folder, claim_run_folder, write_whole
-from engine.sparse_clip import SparseClip
+from engine.run_folder import (
+    check_run_folder,
+    claim_run_folder,
+    differing,
+    flat_keys,
+    write_whole,
+)
+from engine.signals import Requests
 from engine.starting_weights import require_starting_weights
 from engine.validation import evaluation
+from engine.watchdog import Watchdog
 
 
 def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]:
@@ -133,13 +143,17 @@ def require_monitor_packages(config: dict[str, Any]) -> None:
 class TrainerState:
     """What a checkpoint keeps beside DeepSpeed's own state.
 
-    The position in the data, the learning rate and the noise are functions of the step, so they
-    need no entry here.
+    The position in the data, the learning rate and the noise are functions of the step and of
+    `batch_offset`, so they need no entry here.
 
     Attributes:
         seconds: training time so far, over all starts.
         num_clipped: steps so far that SparseClip clipped.
         num_targets: tokens so far that were asked about.
+        num_bad: steps so far that engine.guards left out.
+        batch_offset: batches that were left out when the run went back: step s trains on batch
+            s + batch_offset.
+        recent_losses: with which engine.guards compares the next one.
         before: validation of the initial weights.
         after: the last validation so far.
         examples: what the initial weights made of a few sentences, see engine.validation.
@@ -148,6 +162,9 @@ class TrainerState:
     seconds: float = 0.0
     num_clipped: int = 0
     num_targets: int = 0
+    num_bad: int = 0
+    batch_offset: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     examples: list = field(default_factory=list)
@@ -156,70 +173,248 @@ class TrainerState:
 def train(config: RunConfig, prepared: RunData) -> None:
     """Train to the end, resuming where the run's newest checkpoint left off.
 
+    A signal may ask it to stop earlier: see engine.signals.
+
     Args:
         config: from `prepare_run`.
         prepared: from `prepare_run`.
 
     Raises:
-        UserError: if the loss stops being a number, or a checkpoint cannot be written or read.
+        UserError: if the loss stops being a number and going back does not help, or a checkpoint
+            cannot be written or read.
+        MachineError: if ranks that should hold the same weights do not.
     """
-    training, run_dir = config.training, Path(config.training.run_dir)
+    run_dir = Path(config.training.run_dir)
     # Before the ranks join: the others would report the loss of a refused first rank.
     lock = claim_run_folder(run_dir) if launched_rank() == 0 else None
     device = start_distributed()
-    is_first_rank = dist.get_rank() == 0
-    train_data, valid_data = training_set(prepared, config), validation_set(prepared, config)
-    engine, sparse_clip = build_engine(config, device)
-    if is_first_rank:  # not earlier: a start that fails must not claim the folder
-        write_whole(run_dir / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
-        if isinstance(prepared, PreparedPairs):  # all that translating needs beside the weights
-            name = prepared.manifest.tokenizer_file
-            (run_dir / name).write_bytes((prepared.path / name).read_bytes())
-    weights = loss_weights(config)
-    state = resume(engine, sparse_clip, config)
-    first_step = engine.global_steps
-    file, max_rows = run_dir / "metrics.jsonl", MAX_BIN_ROWS if config.data.pairs else None
-    metrics = Metrics(engine, config, sparse_clip, file, state.num_targets)
-    progress = ProgressLine(first_step, training.num_steps, shown=is_first_rank)
-    progress.note(describe(config, prepared, train_data, valid_data, first_step))
-
-    if not state.before:
-        state.before, state.examples = evaluation(engine, config, prepared, valid_data)
-        metrics.write_validation(0, state.before)
-    metrics.restart_clock()
-    with progress, Saver(engine, config, prepared) as saver:
-        for step in range(first_step + 1, training.num_steps + 1):
-            batch = micro_batches(config, train_data, step, device)
-            result = train_step(engine, batch, weights, training.seed, step, max_rows)
-            metrics.count(result)
-            is_logged = due(step, training.log_every, training.num_steps)
-            is_saved = due(step, training.save_every, training.num_steps)
-            if is_logged or is_saved:
-                require_finite(engine, result, sparse_clip, step, run_dir)
-            if is_logged:
-                record = metrics.training_record(step, result)
-                metrics.write(record)
-                progress.update(record)
-            if due(step, training.eval_every, training.num_steps):
-                with metrics.paused_clock():
-                    state.after, _ = evaluation(engine, config, prepared, valid_data)
-                metrics.write_validation(step, state.after)
-                progress.note(f"step {step}: validation {validation_words(state.after)}")
-            if is_saved:
-                with metrics.paused_clock():
-                    state.seconds += metrics.lap()
-                    state.num_clipped = int(sparse_clip.num_clipped)
-                    state.num_targets = int(metrics.num_targets)
-                    if training.save_every != "never":
-                        saver.save(step, asdict(state))
-    state.after = state.after or evaluation(engine, config, prepared, valid_data)[0]
-    finish(engine, config, prepared, valid_data, asdict(state), progress)
-    engine.destroy()  # its hooks are cycles that no garbage collection finds
+    with Watchdog(run_dir, config.guards.hang_timeout_seconds) as watchdog, Requests() as requests:
+        trainer = Trainer(config, prepared, device, watchdog, requests)
+        if trainer.run():
+            watchdog.beat("the last evaluation")
+            trainer.finish()
+        trainer.engine.destroy()  # its hooks are cycles that no garbage collection finds
     if lock is not None:
         lock.close()
 
 
-def due(step: int, every: int | str | None, last: int) -> bool:
+class Trainer:
+    """One run in this process: from start or resume to its last step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prepared: RunData,
+        device: torch.device,
+        watchdog: Watchdog,
+        requests: Requests,
+    ) -> None:
+        """Build the engine, and load the newest checkpoint if there is one."""
+        self.config, self.prepared, self.device = config, prepared, device
+        self.watchdog = watchdog
+        self.run_dir = Path(config.training.run_dir)
+        self.is_first_rank = dist.get_rank() == 0
+        self.train_data = training_set(prepared, config)
+        self.valid_data = validation_set(prepared, config)
+        self.weights = loss_weights(config)
+        self.engine, self.sparse_clip = build_engine(config, device)
+        self.guards = Guards(self.engine, self.sparse_clip, config.guards, requests)
+        if self.is_first_rank:  # not earlier: a start that fails must not claim the folder
+            self._write_config()
+        self.state = TrainerState()
+        self.num_returns, self.save_is_due = 0, False
+        checkpoint = newest_whole_checkpoint(self.run_dir)
+        self._forget_records_after(checkpoint.step if checkpoint else -1)
+        if checkpoint is not None:
+            self._load(checkpoint)
+            purge_tensorboard(self.engine.monitor, checkpoint.step)
+        first_step = self.engine.global_steps
+        self.metrics = Metrics(
+            self.engine,
+            config,
+            self.sparse_clip,
+            self.run_dir / "metrics.jsonl",
+            self.state.num_targets,
+        )
+        self.metrics.num_bad = self.state.num_bad
+        num_steps = config.training.num_steps
+        self.progress = ProgressLine(first_step, num_steps, shown=self.is_first_rank)
+        about = describe(config, prepared, self.train_data, self.valid_data, first_step)
+        self.progress.note(about)
+        self._log("resume" if first_step else "start", about)
+
+    def run(self) -> bool:
+        """Train to the last step; whether it was reached, and no signal has stopped the run."""
+        training, engine, state = self.config.training, self.engine, self.state
+        if not state.before:
+            state.before, state.examples = evaluation(
+                engine, self.config, self.prepared, self.valid_data
+            )
+            self.metrics.write_validation(0, state.before)
+        self.metrics.restart_clock()
+        with self.progress, Saver(engine, self.config, self.prepared) as self.saver:
+            while engine.global_steps < training.num_steps:
+                if problem := self._step(engine.global_steps + 1):
+                    self._go_back(problem)
+                elif self.guards.stop:
+                    self._stop()
+                    return False
+        return True
+
+    def finish(self) -> None:
+        """Evaluate, write summary.json and print the closing table."""
+        state = self.state
+        if not state.after:
+            state.after, _ = evaluation(self.engine, self.config, self.prepared, self.valid_data)
+        finish(
+            self.engine, self.config, self.prepared, self.valid_data, asdict(state), self.progress
+        )
+        self._log("end", f"{self.engine.global_steps} steps: {validation_words(state.after)}")
+
+    def _step(self, step: int) -> str:
+        """One step and what is due after it; why the run cannot go on from here, or ""."""
+        config, training, guards = self.config, self.config.training, self.guards
+        self.watchdog.beat(f"step {step}")
+        batch = step + self.state.batch_offset
+        result = train_step(
+            self.engine,
+            micro_batches(config, self.train_data, batch, self.device),
+            self.weights,
+            training.seed,
+            batch,
+            MAX_BIN_ROWS if config.data.pairs else None,
+            guards.watch,
+        )
+        self.metrics.count(result)
+        if problem := guards.problem():
+            self.state.num_bad += 1
+            self.metrics.num_bad = self.state.num_bad
+            self._tell("skip", f"step {step} is left out: {problem}")
+            if guards.has_had_enough():
+                return problem
+        if guards.save:
+            self._tell("signal", f"SIGUSR1 asks for a checkpoint after step {step}")
+        if due(step, training.log_every, training.num_steps):
+            record = self.metrics.training_record(step, result)
+            self.metrics.write(record)
+            self.progress.update(record)
+        if due(step, config.guards.replica_check_every, None):
+            require_equal_replicas(self.engine.module, step, self.run_dir)
+        if due(step, training.eval_every, training.num_steps):
+            with self.metrics.paused_clock():
+                self._evaluate(step)
+            if step == training.num_steps and not math.isfinite(self.state.after["loss"]):
+                return f"validation loss {self.state.after['loss']}"
+        self.save_is_due |= due(step, training.save_every, training.num_steps) or guards.save
+        # What the run goes back to shall lie before the bad steps.
+        if guards.stop or (self.save_is_due and (not problem or step == training.num_steps)):
+            with self.metrics.paused_clock():
+                self._save(step)
+        return ""
+
+    def _evaluate(self, step: int) -> None:
+        self.watchdog.beat(f"the evaluation after step {step}")
+        self.state.after, _ = evaluation(self.engine, self.config, self.prepared, self.valid_data)
+        self.metrics.write_validation(step, self.state.after)
+        self.progress.note(f"step {step}: validation {validation_words(self.state.after)}")
+
+    def _save(self, step: int) -> None:
+        self.watchdog.beat(f"the checkpoint of step {step}")
+        state = self.state
+        state.seconds += self.metrics.lap()
+        state.num_clipped = int(self.sparse_clip.num_clipped)
+        state.num_targets = int(self.metrics.num_targets)
+        state.recent_losses = self.guards.recent_losses
+        if self.config.training.save_every != "never":
+            self.saver.save(step, asdict(state))
+            self.num_returns = 0
+        self.save_is_due = False
+
+    def _stop(self) -> None:
+        self.saver.wait()
+        kept = "saved"
+        if self.config.training.save_every == "never":
+            kept = 'not saved, by magnetar.training.save_every="never"'
+        self._tell(
+            "signal",
+            f"stopped by {self.guards.stop} after step {self.engine.global_steps}, {kept}; the "
+            "same command goes on",
+        )
+
+    def _go_back(self, problem: str) -> None:
+        """Load the newest checkpoint again, and leave out the batches since.
+
+        Args:
+            problem: why.
+
+        Raises:
+            UserError: if there is none, or the run has gone back to it often enough.
+        """
+        step, limit = self.engine.global_steps, self.config.guards.max_rollbacks
+        self.saver.wait()
+        checkpoint = newest_whole_checkpoint(self.run_dir)
+        if checkpoint is None or self.num_returns >= limit:
+            self._log("divergence", f"step {step}: {problem}")
+            why = "it has saved no checkpoint to go back to"
+            if checkpoint is not None:
+                why = f"going back to step {checkpoint.step} {limit} times did not help"
+            raise UserError(
+                f"the run diverged: {problem} at step {step}, and {why}. What it "
+                f"saved before is in {self.run_dir / 'checkpoints'}. Start in another "
+                "training.run_dir with a lower optimizer.params.lr or gradient_clipping, or a "
+                "longer training.lr_schedule.warmup_steps",
+                on_every_rank=True,
+            )
+        self.num_returns += 1
+        num_bad, offset = self.state.num_bad, self.state.batch_offset
+        self._load(checkpoint)
+        self.state.num_bad = num_bad
+        self.state.batch_offset = offset + step - checkpoint.step
+        self.metrics.go_back(self.state.num_targets)
+        self._forget_records_after(checkpoint.step)
+        purge_tensorboard(self.engine.monitor, checkpoint.step)
+        self._tell(
+            "rollback",
+            f"back from step {step} ({problem}) to step {checkpoint.step}; the batches between "
+            "are left out",
+        )
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.state = TrainerState(**load_checkpoint(self.engine, self.config, checkpoint))
+        self.sparse_clip.num_clipped = torch.full_like(
+            self.sparse_clip.num_clipped, self.state.num_clipped
+        )
+        self.guards.start_over(self.state.recent_losses)
+
+    def _forget_records_after(self, step: int) -> None:
+        if self.is_first_rank:
+            keep_records_up_to(self.run_dir / "metrics.jsonl", step)
+
+    def _tell(self, event: str, text: str) -> None:
+        """Say what has happened, and write it into the logbook."""
+        self.progress.note(text)
+        self._log(event, text)
+
+    def _log(self, event: str, text: str) -> None:
+        if self.is_first_rank:
+            logbook.write(self.run_dir, event, text)
+
+    def _write_config(self) -> None:
+        """Keep the config, and write into the logbook what has changed since the last start."""
+        file, config = self.run_dir / "config.json", self.config.to_dict()
+        if file.is_file():
+            there = dict(flat_keys(json.loads(file.read_text())))
+            changes = differing(there, dict(flat_keys(config)))
+            if changes:
+                lines = [f"{key}: {old} -> {new}" for key, old, new in changes]
+                logbook.write(self.run_dir, "change", "\n".join(["the JSON:", *lines]))
+        write_whole(file, json.dumps(config, indent=1) + "\n")
+        if isinstance(self.prepared, PreparedPairs):  # all that translating needs but the weights
+            name = self.prepared.manifest.tokenizer_file
+            (self.run_dir / name).write_bytes((self.prepared.path / name).read_bytes())
+
+
+def due(step: int, every: int | str | None, last: int | None) -> bool:
     """Whether something that happens every so many steps, and at the last one, happens now."""
     return step == last or (isinstance(every, int) and step % every == 0)
 
@@ -238,20 +433,6 @@ def micro_batches(
         yield tuple(map(on_device, inputs)), on_device(targets)
 
 
-def resume(engine: Any, sparse_clip: SparseClip, config: RunConfig) -> TrainerState:
-    """Load the run's newest whole checkpoint, if there is one, on every rank alike."""
-    run_dir = Path(config.training.run_dir)
-    checkpoint = newest_whole_checkpoint(run_dir)
-    if dist.get_rank() == 0:
-        keep_records_up_to(run_dir / "metrics.jsonl", checkpoint.step if checkpoint else -1)
-    if checkpoint is None:
-        return TrainerState()
-    state = TrainerState(**load_checkpoint(engine, config, checkpoint))
-    sparse_clip.num_clipped += state.num_clipped
-    purge_tensorboard(engine.monitor, checkpoint.step)
-    return state
-
-
 def purge_tensorboard(monitor: Any, step: int) -> None:
     """Have TensorBoard forget what was logged after a step: it will be logged again."""
     writer = getattr(monitor.tb_monitor, "summary_writer", None)
@@ -260,27 +441,3 @@ def purge_tensorboard(monitor: Any, step: int) -> None:
 
         start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
         writer.file_writer.add_event(start, step + 1)
-
-
-def require_finite(
-    engine: Any, result: StepResult, sparse_clip: SparseClip, step: int, run_dir: Path
-) -> None:
-    """Stop a run whose loss or gradient is no number any more, before it is saved.
-
-    Raises:
-        UserError: on every rank alike.
-    """
-    # A step that DeepSpeed skipped for an overflow (fp16) is no divergence, and has no norm.
-    skipped = bool(getattr(engine.optimizer, "overflow", False))
-    norm = torch.zeros_like(sparse_clip.norm) if skipped else sparse_clip.norm
-    values = torch.stack([result.loss, norm])
-    dist.all_reduce(values)
-    if not values.isfinite().all():
-        raise UserError(
-            f"the run diverged: loss {float(result.loss)}, gradient norm "
-            f"{float(sparse_clip.norm)} at step {step}. What it saved before is in "
-            f"{run_dir / 'checkpoints'}. Start in another training.run_dir with a lower "
-            "optimizer.params.lr or gradient_clipping, or a longer "
-            "training.lr_schedule.warmup_steps",
-            on_every_rank=True,
-        )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from data.errors import UserError
+from data.errors import MachineError, UserError
 
 # What the system can refuse wherever something is written, and what a person can do about it.
 _WAYS_OUT = {
@@ -24,6 +24,8 @@ _WAYS_OUT = {
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose another disk",
 }
 
+_FAULT_OF_A_MACHINE = 3
+
 # What gloo says when another rank is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -34,12 +36,12 @@ def _ranks_have_joined() -> bool:
     return distributed is not None and distributed.is_initialized()
 
 
-def _end(message: str, is_everybodys: bool) -> NoReturn:
+def _end(message: str, is_everybodys: bool, status: int = 2) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0" or not is_everybodys:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(1.0)
-    _leave(2)
+    _leave(status)
 
 
 def _leave(status: int) -> NoReturn:
@@ -54,7 +56,9 @@ def _leave(status: int) -> NoReturn:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program without a traceback: status 2 after a UserError, 130 after Ctrl-C.
+    """Ends the program without a traceback: status 2 after a UserError, 3 after a MachineError.
+
+    After Ctrl-C it is 130.
 
     Wrap a launcher's `main` in it, as a decorator or in a `with` statement. The message is printed
     once a machine, by local rank 0. The other ranks wait a second first: a multi-process launcher
@@ -65,6 +69,9 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         _end(str(error), is_everybodys=error.on_every_rank or not _ranks_have_joined())
+    except MachineError as error:
+        is_everybodys = error.on_every_rank or not _ranks_have_joined()
+        _end(str(error), is_everybodys, _FAULT_OF_A_MACHINE)
     except OSError as error:
         if error.errno not in _WAYS_OUT:
             raise
@@ -73,6 +80,7 @@ def user_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in _LOST_PEER):
             raise
-        _end("another rank has ended; what it printed says why", is_everybodys=False)
+        words = "another rank has ended; what it printed, if it could, says why"
+        _end(words, is_everybodys=False, status=_FAULT_OF_A_MACHINE)
     except KeyboardInterrupt:
         _leave(130)

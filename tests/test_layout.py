@@ -26,6 +26,7 @@ MAY_IMPORT_DEEPSPEED = {
     "engine/metrics.py",
     "engine/process_groups.py",
     "engine/profile_admin.py",
+    "engine/replicas.py",
     "engine/report.py",
     "engine/shares.py",
     "engine/sparse_clip.py",

@@ -82,7 +82,7 @@ def test_once_the_ranks_have_joined_one_rank_prints_what_concerns_it_alone(
 def test_a_rank_whose_peer_has_ended_says_so(
     words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert end_of(RuntimeError(f"[pair.cc:538] Read error [127.0.0.1]: {words}. GLHF!")) == 2
+    assert end_of(RuntimeError(f"[pair.cc:538] Read error [127.0.0.1]: {words}. GLHF!")) == 3
     assert capsys.readouterr().err.startswith("error: another rank has ended")
 
 
