@@ -4,9 +4,9 @@
 
 benchmarks/supervised.json (2 ranks, 300 steps, a checkpoint every 5) trains once undisturbed. Then
 it trains under `launchers.supervise`, run after run, until a random rank has been killed by SIGKILL
-so often: at a random moment after a start, or as soon as a checkpoint is being written. Every run
-must finish without a hand, with the metrics of the undisturbed one and with the bits of its weights
-and moments. Text: the speeches of `make train`.
+so often: at a random moment after a start, or while one of its first checkpoints is written. Every
+run must finish without a hand, with the metrics of the undisturbed one and with the bits of its
+weights and moments. Text: the speeches of `make train`.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from benchmarks.provenance import git_commit, versions
 from benchmarks.supervised import (
     CONFIG,
     Supervised,
+    being_saved,
     difference,
-    is_saving,
     kill,
     records,
 )
@@ -42,16 +42,18 @@ def kill_once(run: Supervised, draw: random.Random, most_seconds: float) -> dict
     begun, since, first_step = time.monotonic(), time.time(), run.last_step()
     aimed_at = "save" if draw.random() < 0.3 else "moment"
     moment = begun + draw.uniform(0, most_seconds)
-    later, which = draw.uniform(0, 0.03), draw.random()
+    later, which, num_saves = draw.uniform(0, 0.03), draw.random(), draw.randint(1, 4)
+    saves: set[str] = set()
     while run.launcher() == launcher:
         is_now = time.monotonic() >= moment
-        if aimed_at == "save" and is_now:
-            is_now = is_saving(run.run_dir, since)
+        if aimed_at == "save":
+            saves |= being_saved(run.run_dir, since)
+            is_now = len(saves) >= num_saves
             time.sleep(later if is_now else 0)
         ranks = run.ranks() if is_now else {}
         if ranks:
             rank = sorted(ranks)[int(which * len(ranks))]
-            saving, step = is_saving(run.run_dir, since), run.last_step()
+            saving, step = being_saved(run.run_dir, since), run.last_step()
             if not kill(ranks[rank]):
                 continue
             found = {

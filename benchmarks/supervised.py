@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Supervised:
         arguments: Sequence[str] = ("--num_gpus", "2"),
         prefix: Sequence[str] = (),
         config: Path = CONFIG,
+        module: str = "launchers.supervise",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start it.
 
@@ -38,6 +40,8 @@ class Supervised:
             arguments: further ones of launchers.supervise.
             prefix: what starts it, such as a shell that sets a limit.
             config: the JSON.
+            module: in place of launchers.supervise.
+            environment: variables beside our own.
         """
         self.run_dir = run_dir
         self.lines: list[str] = []
@@ -46,13 +50,13 @@ class Supervised:
         self.process = subprocess.Popen(
             [
                 *prefix,
-                *(sys.executable, "-m", "launchers.supervise", "-q", "--backoff", "0.2"),
+                *(sys.executable, "-m", module, "-q", "--backoff", "0.2"),
                 *arguments,
                 *("--deepspeed_config", str(config)),
                 *(part for text in texts for part in ("--set", text)),
             ],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -169,13 +173,13 @@ def difference(run_dir: Path, whole: Path) -> str:
     return "" if weight_hashes(run_dir) == weight_hashes(whole) else "the last weights' bits"
 
 
-def is_saving(run_dir: Path, since: float) -> bool:
-    """Whether a checkpoint is being written that was begun after a time."""
+def being_saved(run_dir: Path, since: float) -> set[str]:
+    """Checkpoints that are being written and were begun after a time, by name."""
     try:
         partial = [*(run_dir / "checkpoints").glob("partial_*")]
-        return any(path.stat().st_mtime > since for path in partial)
+        return {path.name for path in partial if path.stat().st_mtime > since}
     except OSError:  # it has just been renamed
-        return False
+        return set()
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> bool:

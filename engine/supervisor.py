@@ -23,7 +23,6 @@ from engine.run_processes import kill_processes, run_processes, signal_ranks
 
 FINISHED, BAD_INPUT, CRASHED, INTERRUPTED = 0, 2, 1, 130
 
-_GRACE = 10.0  # seconds that the other ranks have, once one has failed, before all are killed
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STEP = re.compile(r"step_(\d+)")
 
@@ -183,13 +182,12 @@ class Supervisor:
         self._kill_left()  # of a start whose host did not answer then
         launched = Launched(self._command(place, settings), self.run_id, self.wake)
         try:
-            while launched.watch(1.0):
+            while launched.watch(0.5):
                 if self._pass_signals(launched):
                     self._kill_left()
                     self._say("exit", "stopped at once by a second SIGINT")
                     return INTERRUPTED, ""
-                since = launched.failing_since
-                if since is not None and time.monotonic() - since > _GRACE:
+                if launched.is_hopeless:
                     break
             num_left = self._kill_left()
         finally:
