@@ -144,8 +144,7 @@ def two_hosts(
     known_hosts.write_text("".join(f"{address} {known}\n" for address in addresses))
     hostfile, ds_env = folder / "hostfile", folder / "deepspeed_env"
     hostfile.write_text("".join(f"{address} slots={slots}\n" for address in addresses))
-    exported = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
-    exported |= exports or {}
+    exported = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | dict(exports or {})
     ds_env.write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
     machines = [_start_host(folder, index, address) for index, address in enumerate(addresses)]
     try:

@@ -14,6 +14,7 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,6 +31,7 @@ from engine.optimizers import (
     take_client_optimizer,
 )
 from engine.partition import partition
+from engine.rendezvous import launched_local_size, use_rendezvous
 from engine.shares import tensors_of_optimizer
 from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
@@ -108,7 +110,8 @@ def start_distributed() -> torch.device:
     """Join the launcher's process group (or make one of a single rank); return this rank's device.
 
     Raises:
-        RuntimeError: if the other ranks cannot be reached.
+        UserError: if the ranks cannot meet where MASTER_ADDR and MASTER_PORT say.
+        MachineError: if the other ranks cannot be reached.
     """
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("MAGNETAR_LOG_LEVEL", "WARNING"))
     # DeepSpeed calls this function by its old name; nobody here can do anything about it.
@@ -128,12 +131,13 @@ def start_distributed() -> torch.device:
         # Started by hand. Under MPI DeepSpeed asks mpi4py instead. Port 0: any that is free.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-    deepspeed.init_distributed(verbose=False)
+    # The port is only what DeepSpeed sets under MPI.
+    port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
+    deepspeed.init_distributed(verbose=False, init_method=use_rendezvous(), distributed_port=port)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         keep_freed_memory()
-        local_world_size = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launched_local_size()))
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device(accelerator.current_device_name())

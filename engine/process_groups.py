@@ -8,6 +8,8 @@ import deepspeed.comm as dist
 # one by then, and torch._dynamo, which any optimizer loads, imports this when there is.
 import torch.distributed.nn.functional  # noqa: F401
 
+from engine.rendezvous import leave_rendezvous
+
 
 def leave_distributed() -> None:
     """End what `start_distributed` began, and join the threads of its groups.
@@ -20,4 +22,5 @@ def leave_distributed() -> None:
     function that made them.
     """
     dist.destroy_process_group()
+    leave_rendezvous()
     gc.collect()  # engines and models are cycles

@@ -514,3 +514,15 @@ def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict
         results.append(curve)
         engine.destroy()
     return results
+
+
+def listening_places() -> list[tuple[str, int]]:
+    """Addresses and ports at which this rank listens after a step."""
+    import psutil
+
+    from engine.engine import loss_weights, train_step
+
+    engine, _, config = start({"magnetar.model.moe.ep_size": 2})
+    train_step(engine, batches(engine, 0, config), loss_weights(config), seed=1, step=0)
+    found = psutil.Process().net_connections("inet")
+    return [(place.laddr.ip, place.laddr.port) for place in found if place.status == "LISTEN"]
