@@ -22,8 +22,8 @@ _FAULT_OF_A_MACHINE = 3  # of a rank that found a hang, say, or another rank gon
 
 _KEPT_LINES = 200
 _TOGETHER = 5.0  # seconds within which any of several deaths may be the cause of the others
-_SECONDS_AFTER_KILL = 1.0  # that the other ranks have, once one was killed by a signal
-_SECONDS_AFTER_FAILURE = 10.0  # likewise, once one has ended by itself: it may come to them, too
+_SECONDS_AFTER_FAULT = 2.0  # that others have, once a rank was killed, or has found another gone
+_SECONDS_AFTER_FAILURE = 10.0  # likewise, once one has ended otherwise: it may come to them, too
 _LOOK_EVERY = 0.2  # seconds between two looks for ranks
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
 _RETURN_CODE = re.compile(r"(?:^(\S+): )?\[.*exits with return code = (-?\d+)")
@@ -250,8 +250,8 @@ class Launched:
         if self.failing_since is None:
             return False
         first = self._first
-        is_killed = first is not None and first.status is not None and first.status < 0
-        patience = _SECONDS_AFTER_KILL if is_killed else _SECONDS_AFTER_FAILURE
+        is_machine = first is not None and first.weight in (1, 3)
+        patience = _SECONDS_AFTER_FAULT if is_machine else _SECONDS_AFTER_FAILURE
         return time.monotonic() - self.failing_since > patience
 
     @property

@@ -1,0 +1,182 @@
+"""Runs to do harm to, and how to tell whether they end as documented; see benchmarks.faults."""
+
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.faulty_train import VARIABLE
+from benchmarks.launching import launch
+from benchmarks.supervised import CONFIG, Supervised, difference, records
+
+NUM_STEPS, SAVE_EVERY, HALF = 40, 5, 20
+HANG_TIMEOUT = 15.0
+RESUMED = re.compile(r"resuming after step (\d+)")
+
+
+class Outcome(NamedTuple):
+    """How a case has ended.
+
+    Attributes:
+        end: in words: status, or what went on.
+        seconds: from the fault to its consequence: the run's end, or its next new step.
+        lost: steps that were trained again; None where no step was trained again.
+    """
+
+    end: str
+    seconds: float
+    lost: int | None = None
+
+
+class SkipError(Exception):
+    """Why this machine cannot have a case."""
+
+
+@dataclass
+class Lab:
+    """Folders for runs, and two runs to start from.
+
+    Attributes:
+        folder: of everything.
+        settings: of every run.
+        whole: a run that nobody disturbed.
+        half: the same, as it was after HALF steps.
+    """
+
+    folder: Path
+    settings: list[str] = field(default_factory=list)
+    whole: Path = Path()
+    half: Path = Path()
+
+    def prepare(self) -> None:
+        """Train the two runs."""
+        keys = {
+            "model.dropout": 0.0,  # which draws otherwise in another layout
+            "training.num_steps": NUM_STEPS,
+            "training.save_every": SAVE_EVERY,
+            "training.keep_checkpoints": 3,
+            "training.eval_every": "null",
+            "training.lr_schedule.total_steps": 100,
+            "guards.hang_timeout_seconds": HANG_TIMEOUT,
+            "guards.max_bad_steps": 3,
+        }
+        self.settings = [f"magnetar.{key}={value}" for key, value in keys.items()]
+        self.whole, self.half = self.folder / "whole", self.folder / "half"
+        self._train(self.half, f"magnetar.training.num_steps={HALF}")
+        shutil.copytree(self.half, self.whole)
+        self._train(self.whole)
+        # The evaluation at the end of the shorter run is none of the longer one's.
+        for path in (self.half, self.whole):
+            keep_steps(path)
+
+    def _train(self, run_dir: Path, *changes: str) -> None:
+        own = {text.partition("=")[0]: text for text in [*self.settings, *changes]}
+        texts = [*own.values(), f"magnetar.training.run_dir={run_dir}"]
+        arguments = ["--deepspeed_config", str(CONFIG)]
+        arguments += [part for text in texts for part in ("--set", text)]
+        done = launch("launchers.train", 2, arguments, quietly=True)
+        if done.returncode != 0:
+            raise SystemExit(f"a run to start from ended with {done.returncode}:\n{done.stdout}")
+
+    def run(
+        self,
+        name: str,
+        *settings: str,
+        from_half: bool = False,
+        fault: str = "",
+        arguments: Sequence[str] = ("--num_gpus", "2"),
+        prefix: Sequence[str] = (),
+        run_dir: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Supervised:
+        """A run under supervision, anew or from the half of one, with a fault put in."""
+        run_dir = run_dir or self.folder / name
+        if from_half and not run_dir.exists():
+            shutil.copytree(self.half, run_dir)
+        given = {text.partition("=")[0] for text in settings}
+        kept = [text for text in self.settings if text.partition("=")[0] not in given]
+        return Supervised(
+            run_dir,
+            [*kept, *settings],
+            arguments,
+            prefix,
+            module="benchmarks.faulty_train" if fault else "launchers.supervise",
+            environment={**({VARIABLE: fault} if fault else {}), **(environment or {})},
+        )
+
+
+def keep_steps(run_dir: Path) -> None:
+    """Leave only what was measured in training in metrics.jsonl."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if '"loss"' in line))
+
+
+def steps(run_dir: Path) -> list[dict]:
+    """Records of training."""
+    return [record for record in records(run_dir) if "loss" in record]
+
+
+def book(run: Supervised) -> str:
+    """The run's logbook."""
+    file = run.run_dir / "logbook.md"
+    return file.read_text() if file.is_file() else ""
+
+
+def finishes_as_undisturbed(run: Supervised, lab: Lab) -> None:
+    """Wait for the end, and compare."""
+    status = run.end()
+    assert status == 0, f"status {status}:\n{run.output}"
+    keep_steps(run.run_dir)
+    differs = difference(run.run_dir, lab.whole)
+    assert not differs, f"differs in {differs}:\n{run.output}"
+
+
+def finishes_alike(run: Supervised, lab: Lab) -> None:
+    """Wait for the end of a run whose layout has changed, and compare losses."""
+    status = run.end()
+    assert status == 0, f"status {status}:\n{run.output}"
+    ours, theirs = steps(run.run_dir), steps(lab.whole)
+    assert len(ours) == len(theirs)
+    largest = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True))
+    assert largest < 5e-5, f"a loss differs by {largest}"
+
+
+def ends_with(run: Supervised, status: int, words: str, since: float) -> Outcome:
+    """The end of a run that a person must look after."""
+    found = run.end()
+    seconds = time.monotonic() - since
+    assert found == status, f"status {found} in place of {status}:\n{run.output}"
+    assert words in run.output, f"{words!r} is missing:\n{run.output}"
+    assert "Traceback" not in run.output, run.output
+    return Outcome(f"status {status}", seconds)
+
+
+class Fault(NamedTuple):
+    """A moment of a run.
+
+    Attributes:
+        when: by time.monotonic.
+        step: the last one in the metrics.
+        resumed: how often the run had been resumed.
+    """
+
+    when: float
+    step: int
+    resumed: int
+
+    @classmethod
+    def now(cls, run: Supervised) -> "Fault":
+        """This one."""
+        return cls(time.monotonic(), run.last_step(), book(run).count("**resume**"))
+
+
+def goes_on(run: Supervised, fault: Fault) -> Outcome:
+    """The first new step after a restart."""
+    run.wait_for(lambda: book(run).count("**resume**") > fault.resumed, 150)
+    first = int(RESUMED.findall(run.output)[-1])
+    run.wait_for(lambda: run.last_step() > first, 60)
+    return Outcome("recovered", time.monotonic() - fault.when, fault.step - first)
