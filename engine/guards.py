@@ -7,7 +7,7 @@ position in the data and the learning rate move on. After several bad steps in a
 back to its newest checkpoint, and never sees the batches in between again.
 
 What is decided depends on numbers that every rank has alike, so all of them decide alike. With
-fp16 a norm that is not finite is an overflow, which DeepSpeed's loss scale is for.
+fp16 a norm that is not finite is an overflow: DeepSpeed lowers its loss scale while that can fall.
 """
 
 import functools
@@ -46,6 +46,8 @@ class Guards:
         self.stop, self.save = "", False
         self._sums: Tensor | None = None
         self._problem: str | None = None
+        if engine.fp16_enabled():  # it would end with a traceback where it cannot be lowered
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         update = engine.basic_optimizer.step
 
         @functools.wraps(update)
@@ -89,7 +91,7 @@ class Guards:
     def _judged(self, loss: float, norm: float) -> str:
         if not math.isfinite(loss):
             return f"loss {loss}"
-        if not math.isfinite(norm) and not self.engine.fp16_enabled():
+        if not math.isfinite(norm) and not self._scale_can_fall():
             return f"gradient norm {norm}"
         deviations, recent = self.config.spike_deviations, self.recent_losses
         if deviations is None or len(recent) < self.config.spike_window:
@@ -101,6 +103,12 @@ class Guards:
             f"loss {loss:.4f}, more than {deviations:g} standard deviations ({deviation:.4f}) "
             f"above the mean {mean:.4f} of {len(recent)} steps"
         )
+
+    def _scale_can_fall(self) -> bool:
+        if not self.engine.fp16_enabled():
+            return False
+        scaler = self.engine.optimizer.loss_scaler
+        return scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
     def has_had_enough(self) -> bool:
         """Whether so many steps in a row were bad that the run is to go back."""

@@ -15,8 +15,11 @@ from engine.signals import Requests
 def guards(monkeypatch: pytest.MonkeyPatch, fp16: bool = False, **keys: Any) -> Guards:
     monkeypatch.setattr("torch.distributed.all_reduce", lambda values: None)
     parameter = torch.nn.Parameter(torch.ones(1))
+    scaler = SimpleNamespace(dynamic=True, cur_scale=4.0, min_scale=1.0)
     engine = SimpleNamespace(
-        basic_optimizer=torch.optim.SGD([parameter], lr=0.1), fp16_enabled=lambda: fp16
+        basic_optimizer=torch.optim.SGD([parameter], lr=0.1),
+        fp16_enabled=lambda: fp16,
+        optimizer=SimpleNamespace(loss_scaler=scaler),
     )
     clip = SimpleNamespace(norm=torch.tensor(1.0))
     return Guards(engine, clip, GuardsConfig(**keys), Requests())  # type: ignore[arg-type]
@@ -57,10 +60,16 @@ def test_the_optimizer_does_nothing_in_a_bad_step(monkeypatch: pytest.MonkeyPatc
         assert parameter.item() == pytest.approx(expected)
 
 
-def test_an_overflow_of_fp16_is_for_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflow_of_fp16_is_for_the_loss_scale_while_that_can_fall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     guard = guards(monkeypatch, fp16=True)
+    scaler = guard.engine.optimizer.loss_scaler
+    assert not scaler.raise_error_at_min_scale
     assert problem(guard, 1.0, math.inf) == ""
     assert problem(guard, math.nan, math.inf) == "loss nan"
+    scaler.cur_scale = scaler.min_scale
+    assert problem(guard, 1.0, math.inf) == "gradient norm inf"
 
 
 def test_only_bad_steps_in_a_row_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
