@@ -44,9 +44,6 @@ class Death(NamedTuple):
     status: int | None
     when: float
 
-    def __str__(self) -> str:
-        return f"{self.name} {ending(self.status)}"
-
     @property
     def weight(self) -> int:
         """How likely it is the first cause, where several ended at once: the larger the more."""
@@ -267,7 +264,8 @@ class Launched:
         """Why it ended, as far as can be seen from here."""
         status, first = self.process.returncode, self._first
         if first is not None:
-            text = str(first)
+            # One that its parent has waited for before we could look has the launcher's status.
+            text = f"{first.name} {ending(first.status or status or None)}"
         elif status == 0:
             text = "the launcher has ended before its ranks"
         else:

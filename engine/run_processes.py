@@ -81,9 +81,23 @@ def exit_status(pid: int) -> int | None:
 
 
 def signal_ranks(run_id: str, number: int) -> int:
-    """Send a signal to the ranks on this machine; how many there were."""
+    """Send a signal to the ranks on this machine; how many got it.
+
+    SIGUSR1 would end one that is not listening yet, and asks for nothing that is needed then.
+    """
     ranks = [process.pid for process in run_processes(run_id) if process.rank is not None]
+    if number == signal.SIGUSR1:
+        ranks = [pid for pid in ranks if _is_caught(pid, number)]
     return sum(_send(pid, number) for pid in ranks)
+
+
+def _is_caught(pid: int, number: int) -> bool:
+    try:
+        status = (_PROC / str(pid) / "status").read_text()
+    except OSError:
+        return False
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def kill_processes(run_id: str, seconds: float = 10.0) -> int:

@@ -148,7 +148,11 @@ class Supervisor:
         num_idle = 0  # restarts since the last new checkpoint
         reached = last_saved_step(self.run_dir)
         while True:
-            status, cause = self._start_and_watch()
+            try:
+                status, cause = self._start_and_watch()
+            except UserError as error:
+                self._say("give-up", f"{error}")
+                return BAD_INPUT
             if cause == "":
                 return status
             saved = last_saved_step(self.run_dir)
@@ -178,15 +182,16 @@ class Supervisor:
         place, settings = self._fitted_place()
         if self.options.hostfile is not None and not place.slots:
             return CRASHED, f"no host of {self.options.hostfile} answers over ssh"
-        self.hosts |= set(place.slots) if place.is_remote else set()
+        self.hosts = set(place.slots) if place.is_remote else set()
         self._kill_left()  # of a start whose host did not answer then
         launched = Launched(self._command(place, settings), self.run_id, self.wake)
         try:
             while launched.watch(0.5):
-                if self._pass_signals(launched):
+                if why := self._pass_signals(launched):
                     self._kill_left()
-                    self._say("exit", "stopped at once by a second SIGINT")
-                    return INTERRUPTED, ""
+                    assert self.stopping is not None
+                    self._say("exit", f"stopped at once by {_name(self.stopping)}: {why}")
+                    return 128 + self.stopping, ""
                 if launched.is_hopeless:
                     break
             num_left = self._kill_left()
@@ -280,23 +285,26 @@ class Supervisor:
             return self.options.master_addr
         return address_of(host, self.options.ssh_port) if place.is_remote else "127.0.0.1"
 
-    def _pass_signals(self, launched: Launched) -> bool:
-        """Hand on what has arrived; whether it was a second Ctrl-C."""
+    def _pass_signals(self, launched: Launched) -> str:
+        """Hand on what has arrived; why all is to end at once, or ""."""
         while self.signals:
             number = self.signals.popleft()
             if number == signal.SIGWINCH:
                 launched.resize()
                 continue
             if number == signal.SIGINT and self.stopping == signal.SIGINT:
-                return True
+                return "it came twice"
             if number in _STOPPING:
                 self.stopping = number
             # A closed terminal is no reason to lose steps, and ranks know nothing of SIGHUP.
-            number = signal.SIGTERM if number == signal.SIGHUP else number
-            self._tell(f"{_name(number)} goes to the ranks")
-            signal_ranks(self.run_id, number)
-            self._on_other_hosts("signal_ranks", number)
-        return False
+            sent = signal.SIGTERM if number == signal.SIGHUP else number
+            num_ranks = signal_ranks(self.run_id, sent)
+            answers = self._on_other_hosts("signal_ranks", sent)
+            num_ranks += sum(int(answer) for answer in answers if answer)
+            self._tell(f"{_name(sent)} goes to {num_ranks} ranks")
+            if self.stopping is not None and num_ranks == 0:
+                return "no rank has begun"
+        return ""
 
     def _sleep(self, seconds: float) -> bool:
         """Wait; False if a signal asks to stop."""
@@ -319,15 +327,13 @@ class Supervisor:
         self._on_other_hosts("kill_processes")
         return num_left
 
-    def _on_other_hosts(self, function: str, *arguments: int) -> None:
-        """Call a function of engine.run_processes there, with the same Python and folder."""
-        if not self.hosts:
-            return
-        call = f"{function}({', '.join(map(repr, (self.run_id, *arguments)))})"
-        program = f"from engine.run_processes import *; {call}"
+    def _on_other_hosts(self, function: str, *arguments: int) -> list[str | None]:
+        """What a function of engine.run_processes returns there, in the same Python and folder."""
+        call = f"{function}({', '.join(map(repr, (self.run_id, *map(int, arguments))))})"
+        program = f"from engine.run_processes import *; print({call})"
         there = 'cd "$1" && exec "$2" -c "$3"'
         words = ["sh", "-c", there, "sh", os.getcwd(), sys.executable, program]
-        on_hosts(sorted(self.hosts), words, self.options.ssh_port)
+        return list(on_hosts(sorted(self.hosts), words, self.options.ssh_port).values())
 
     def _say(self, event: str, text: str) -> None:
         """Into the logbook and onto the terminal."""

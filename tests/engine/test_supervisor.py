@@ -29,6 +29,8 @@ starts = os.path.join(folder, "starts")
 count = os.path.getsize(starts) if os.path.exists(starts) else 0
 open(starts, "a").write(".")
 kind, _, value = plan[min(count, len(plan) - 1)].partition(":")
+if kind == "late":
+    time.sleep(60)
 RANK = '''
 import os, signal, sys, time
 kind, value, folder = sys.argv[1:]
@@ -48,6 +50,10 @@ if kind in ("save", "kill", "status", "abandon", "stop"):
     if kind == "stop" and rank == "1":
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(60)
+if kind == "listen" and rank == "0":
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))
+if kind == "listen":
+    time.sleep(3)
 if kind == "size":
     print("columns", os.get_terminal_size(1).columns)
 '''
@@ -178,10 +184,41 @@ def test_a_signal_reaches_the_ranks_and_ends_the_supervision(
     assert "**exit** stopped by SIGTERM, at step 0" in book
 
 
+def test_a_warning_reaches_the_ranks_that_listen_and_ends_no_other(
+    supervise: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, book, starts = supervise("listen", signals=(signal.SIGUSR1,))
+    assert (status, starts) == (0, 1)
+    assert "SIGUSR1 goes to 1 ranks" in capfd.readouterr().err
+    assert "**exit** finished" in book
+
+
+def test_a_signal_before_there_are_ranks_stops_the_start(supervise: Callable[..., Any]) -> None:
+    timer = threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    status, book, starts = supervise("late")
+    timer.join()
+    assert (status, starts) == (128 + signal.SIGTERM, 1)
+    assert "**exit** stopped at once by SIGTERM: no rank has begun" in book
+
+
+def test_a_hostfile_that_becomes_wrong_is_bad_input(
+    supervise: Callable[..., Any], tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    timer = threading.Timer(0.3, hosts.write_text, ("localhost\n",))
+    timer.start()
+    status, book, starts = supervise("kill:0", hostfile=hosts)
+    timer.join()
+    assert (status, starts) == (2, 1)
+    assert "**give-up** --hostfile" in book
+
+
 def test_a_second_interrupt_stops_at_once(supervise: Callable[..., Any]) -> None:
     status, book, starts = supervise("stop", signals=(signal.SIGINT, signal.SIGINT))
     assert (status, starts) == (130, 1)
-    assert "stopped at once by a second SIGINT" in book
+    assert "stopped at once by SIGINT: it came twice" in book
 
 
 def test_a_signal_while_waiting_ends_the_supervision(
