@@ -259,7 +259,9 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="faults with these words; may be repeated")
     options = parser.parse_args()
     chosen = [c for c in CASES if not options.only or any(w in c.fault for w in options.only)]
-    lines, failed = [], 0
+    failed = 0
+    if options.out is not None and not options.only:
+        options.out.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
         lab.prepare()
@@ -267,11 +269,10 @@ def main() -> int:
             begun = time.monotonic()
             line, is_so = done(case, lab)
             failed += not is_so
-            lines.append(line)
             print(f"{line}  [{time.monotonic() - begun:.0f} s in all]", flush=True)
-    if options.out is not None:
-        page = options.out.read_text() if options.only and options.out.is_file() else ""
-        options.out.write_text(PAGE + "\n".join(merged(page, lines)) + "\n")
+            if options.out is not None:
+                page = options.out.read_text() if options.out.is_file() else ""
+                options.out.write_text(PAGE + "\n".join(merged(page, [line])) + "\n")
     print(f"{len(chosen) - failed} of {len(chosen)} ended as documented")
     return int(failed > 0)
 
