@@ -20,6 +20,7 @@ MAY_IMPORT = {
 MAY_IMPORT_DEEPSPEED = {
     "models/deepspeed_moe.py",
     "engine/checkpoint.py",
+    "engine/doctor/environment.py",
     "engine/engine.py",
     "engine/evaluation.py",
     "engine/partition.py",

@@ -1,0 +1,119 @@
+"""What DeepSpeed's launcher starts on every machine, and the variables that the ranks get there."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.launcher.runner import (
+    DEEPSPEED_ENVIRONMENT_NAME,
+    DEEPSPEED_ENVIRONMENT_PATHS,
+    EXPORT_ENVS,
+)
+
+from data.errors import UserError
+
+# What changes a run and yet stays behind, unless the file of DeepSpeed's launcher names it.
+_MATTER = (
+    *(
+        "CUDA_",
+        "DEEPSPEED_",
+        "DS_",
+        "FI_",
+        "GLOO_",
+        "HF_",
+        "LD_",
+        "MAGNETAR_",
+        "OMP_",
+        "TOKENIZERS_",
+    ),
+    *("TORCH", "TRITON_"),
+)
+_THE_LAUNCHERS_OWN = ("DS_ENV_FILE", "CUDA_VISIBLE_DEVICES")
+
+
+class Exports(NamedTuple):
+    """What is handed on to other machines.
+
+    Attributes:
+        variables: name -> value.
+        files: from which some of them were read.
+        left_behind: variables set here that may matter and are not handed on.
+    """
+
+    variables: dict[str, str]
+    files: list[Path]
+    left_behind: list[str]
+
+
+def exports() -> Exports:
+    """As the launcher does it over ssh.
+
+    Raises:
+        UserError: for a line of its file that the launcher cannot read.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
+    prefixes = tuple(EXPORT_ENVS + get_accelerator().export_envs())
+    variables = {
+        name: text.strip() for name, text in environment.items() if name.startswith(prefixes)
+    }
+    files: list[Path] = []
+    for folder in DEEPSPEED_ENVIRONMENT_PATHS:
+        file = Path(folder, DEEPSPEED_ENVIRONMENT_NAME)
+        if file.is_file() and file not in files:
+            files.append(file)
+            variables |= read_variables(file)
+    left_behind = [
+        name
+        for name in os.environ
+        if name.startswith(_MATTER) and name not in variables and name not in _THE_LAUNCHERS_OWN
+    ]
+    return Exports(variables, files, sorted(left_behind))
+
+
+def read_variables(file: Path) -> dict[str, str]:
+    """Of a .deepspeed_env.
+
+    Raises:
+        UserError: for a line that is not NAME=value; empty ones and comments are not either.
+    """
+    variables = {}
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        name, equals, text = line.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise UserError(
+                f"{file}, line {number}: {line!r} is not NAME=value, and DeepSpeed's launcher "
+                "takes neither empty lines nor comments: mend or remove the line"
+            )
+        variables[name.strip()] = text.strip()
+    return variables
+
+
+def of_nodes(slots: Mapping[str, Sequence[int]], address: str, port: int) -> list[dict[str, str]]:
+    """What the launcher adds on each machine; a rank has RANK and LOCAL_RANK as well."""
+    num_ranks = sum(map(len, slots.values()))
+    added, first = [], 0
+    for index, numbers in enumerate(slots.values()):
+        devices = ",".join(map(str, numbers))
+        added.append(
+            {
+                "MASTER_ADDR": address,
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": str(num_ranks),
+                "CROSS_RANK": str(index),
+                "CROSS_SIZE": str(len(slots)),
+                "LOCAL_SIZE": str(len(numbers)),
+                "RANK": f"{first} to {first + len(numbers) - 1}",
+            }
+            | dict.fromkeys(get_accelerator().visible_devices_envs(), devices)
+        )
+        first += len(numbers)
+    return added
+
+
+def default_slots() -> int:
+    """Ranks that the launcher starts on this machine when nobody says how many."""
+    return get_accelerator().device_count()

@@ -1,0 +1,236 @@
+"""What a machine says about itself. It is sent there as text, so it imports nothing of ours.
+
+On standard input come this program, then what is asked, a line of JSON; out go the time of the
+machine's clock and its report. With the next line it is asked which of the machines' marks it sees
+in the run's folder; at the end of the input it takes its own away.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MARK = "magnetar-doctor: "  # what a shell prints at its start is not ours
+_MARK_FILE = ".magnetar-doctor-"
+_SOURCES = ("launchers", "convert", "engine", "models", "data")
+_PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "pydantic", "triton", "mpi4py")
+_NCCL = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
+_ASKED_VARIABLES = ("TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR")
+
+
+def report(asked: dict[str, Any]) -> dict[str, Any]:
+    """All that is asked; `failed` has what could not be found out, by its name.
+
+    Args:
+        asked: config, data, run_dir: paths or None; mark: of this machine, for the run's folder;
+            address and port: where rank 0 will listen, None on other machines.
+    """
+    parts: dict[str, Callable[[], Any]] = {
+        "versions": versions,
+        "code": code,
+        "config": lambda: digest_of_file(asked["config"]),
+        "data": lambda: digest_of_data(asked["data"]),
+        "disk": lambda: disk(asked["run_dir"], asked["mark"]),
+        "gpus": gpus,
+        "machine": machine,
+        "locks": locks,
+        "port": lambda: port_problem(asked["address"], asked["port"]),
+    }
+    told: dict[str, Any] = {"failed": {}}
+    for name, part in parts.items():
+        try:
+            told[name] = part()
+        except Exception as error:  # whatever it is, the rest can still be told
+            told[name] = None
+            told["failed"][name] = f"{type(error).__name__}: {error}"
+    return told
+
+
+def versions() -> dict[str, str]:
+    """Python's, the driver's and packages'; without importing any."""
+    found = {"python": platform.python_version()}
+    for name in (*_PACKAGES, *_NCCL):
+        try:
+            found["nccl" if name in _NCCL else name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code() -> dict[str, Any]:
+    """Commit and hash of the sources in the working folder."""
+    digest, count = hashlib.sha256(), 0
+    for package in _SOURCES:
+        for path in sorted(Path(package).rglob("*.py")):
+            digest.update(f"{path.as_posix()}\0".encode() + path.read_bytes() + b"\0")
+            count += 1
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-c", "safe.directory=*", "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {"folder": os.getcwd(), "commit": commit, "files": count, "sha256": digest.hexdigest()}
+
+
+def digest_of_file(path: str | None) -> str | None:
+    """sha256 of a file; "" if it is not there, None if none is asked about."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        return ""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def digest_of_data(path: str | None) -> str | None:
+    """Of a prepared folder: of its manifest, and of the names and sizes of its files."""
+    if path is None:
+        return None
+    folder = Path(path)
+    if not folder.is_dir():
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+            if file.suffix == ".json":
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def disk(run_dir: str | None, mark: str) -> dict[str, Any] | None:
+    """Free bytes where a run's folder is or would be made, after leaving a mark there."""
+    if run_dir is None:
+        return None
+    folder = nearest_folder(run_dir)
+    problem = ""
+    try:
+        (folder / f"{_MARK_FILE}{mark}").write_text("")
+    except OSError as error:
+        problem = error.strerror or str(error)
+    return {"folder": str(folder), "free": shutil.disk_usage(folder).free, "problem": problem}
+
+
+def nearest_folder(path: str) -> Path:
+    """A path, or the folder above it that is there."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def marks_in(run_dir: str | None, num_expected: int) -> list[str]:
+    """Marks that are there; waits a few seconds for a shared disk to show them all."""
+    if run_dir is None:
+        return []
+    folder, give_up = nearest_folder(run_dir), time.monotonic() + 3
+    while True:
+        found = [path.name.removeprefix(_MARK_FILE) for path in folder.glob(f"{_MARK_FILE}*")]
+        if len(found) >= num_expected or time.monotonic() > give_up:
+            return found
+        time.sleep(0.2)
+
+
+def gpus() -> dict[str, Any]:
+    """NVIDIA's, with who uses them; none where there is no nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return {"driver": "", "found": [], "processes": []}
+    rows = _nvidia("--query-gpu=uuid,name,memory.total,memory.used,driver_version")
+    found = [
+        {"id": id_, "name": name, "total": float(total) * 2**20, "used": float(used) * 2**20}
+        for id_, name, total, used, _ in rows
+    ]
+    processes = _nvidia("--query-compute-apps=gpu_uuid,pid,process_name")
+    driver = rows[0][4] if rows else ""
+    return {"driver": driver, "found": found, "processes": processes}
+
+
+def _nvidia(query: str) -> list[list[str]]:
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    return [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines() if line]
+
+
+def machine() -> dict[str, Any]:
+    """Name, cores, memory, programs that compile, and variables that change how."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    programs = {name: shutil.which(name, path=path) for name in ("ninja", "c++", "nvcc")}
+    return {
+        "name": socket.gethostname(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": memory,
+        "shared_memory": shared,
+        "programs": programs,
+        "variables": {name: os.environ[name] for name in _ASKED_VARIABLES if name in os.environ},
+    }
+
+
+def locks() -> list[dict[str, Any]]:
+    """Locks in the cache where torch compiles extensions, with the process that holds each.
+
+    Whoever compiles keeps the file open until it is done.
+    """
+    default = Path.home() / ".cache/torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
+    found = [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]
+    holders: dict[str, int] = {}
+    if found:
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            try:
+                holders.setdefault(os.readlink(link), int(link.parts[2]))
+            except OSError:
+                continue
+    return [
+        {
+            "path": str(path),
+            "seconds": max(0.0, time.time() - path.stat().st_mtime),
+            "holder": holders.get(str(path.resolve())),
+        }
+        for path in found
+    ]
+
+
+def port_problem(address: str | None, port: int | None) -> str:
+    """Why rank 0 could not listen here, or ""."""
+    if address is None or port is None:
+        return ""
+    words = {errno.EADDRINUSE: "in use", errno.EADDRNOTAVAIL: "not an address of this machine"}
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen()
+    except OSError as error:
+        return words.get(error.errno or 0, error.strerror or str(error))
+    return ""
+
+
+def main() -> None:
+    """Answer on standard output what standard input asks; see above."""
+    asked = json.loads(sys.stdin.readline())
+    print(f"{MARK}{time.time()}", flush=True)
+    try:
+        print(f"{MARK}{json.dumps(report(asked))}", flush=True)
+        if num_expected := sys.stdin.readline().strip():
+            seen = marks_in(asked["run_dir"], int(num_expected))
+            print(f"{MARK}{json.dumps(seen)}", flush=True)
+            sys.stdin.readline()  # the others may still be looking
+    finally:
+        if asked["run_dir"] is not None:
+            own = nearest_folder(asked["run_dir"]) / f"{_MARK_FILE}{asked['mark']}"
+            own.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
