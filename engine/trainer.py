@@ -49,6 +49,7 @@ from engine.run_folder import (
     write_whole,
 )
 from engine.signals import Requests
+from engine.start_times import StartTimes
 from engine.starting_weights import require_starting_weights
 from engine.validation import evaluation
 from engine.watchdog import Watchdog
@@ -170,7 +171,7 @@ class TrainerState:
     examples: list = field(default_factory=list)
 
 
-def train(config: RunConfig, prepared: RunData) -> None:
+def train(config: RunConfig, prepared: RunData, times: StartTimes | None = None) -> None:
     """Train to the end, resuming where the run's newest checkpoint left off.
 
     A signal may ask it to stop earlier: see engine.signals.
@@ -178,6 +179,7 @@ def train(config: RunConfig, prepared: RunData) -> None:
     Args:
         config: from `prepare_run`.
         prepared: from `prepare_run`.
+        times: of the start so far; None: of this function on.
 
     Raises:
         UserError: if the loss stops being a number and going back does not help, or a checkpoint
@@ -187,9 +189,11 @@ def train(config: RunConfig, prepared: RunData) -> None:
     run_dir = Path(config.training.run_dir)
     # Before the ranks join: the others would report the loss of a refused first rank.
     lock = claim_run_folder(run_dir) if launched_rank() == 0 else None
+    times = times or StartTimes()
     device = start_distributed()
+    times.end("join")
     with Watchdog(run_dir, config.guards.hang_timeout_seconds) as watchdog, Requests() as requests:
-        trainer = Trainer(config, prepared, device, watchdog, requests)
+        trainer = Trainer(config, prepared, device, watchdog, requests, times)
         if trainer.run():
             watchdog.beat("the last evaluation")
             trainer.finish()
@@ -208,26 +212,29 @@ class Trainer:
         device: torch.device,
         watchdog: Watchdog,
         requests: Requests,
+        times: StartTimes,
     ) -> None:
         """Build the engine, and load the newest checkpoint if there is one."""
         self.config, self.prepared, self.device = config, prepared, device
-        self.watchdog = watchdog
+        self.watchdog, self.times = watchdog, times
         self.run_dir = Path(config.training.run_dir)
         self.is_first_rank = dist.get_rank() == 0
         self.train_data = training_set(prepared, config)
         self.valid_data = validation_set(prepared, config)
         self.weights = loss_weights(config)
         self.engine, self.sparse_clip = build_engine(config, device)
+        times.end("build")
         self.guards = Guards(self.engine, self.sparse_clip, config.guards, requests)
         if self.is_first_rank:  # not earlier: a start that fails must not claim the folder
             self._write_config()
         self.state = TrainerState()
-        self.num_returns, self.save_is_due = 0, False
+        self.num_returns, self.save_is_due, self.has_begun = 0, False, False
         checkpoint = newest_whole_checkpoint(self.run_dir)
         self._forget_records_after(checkpoint.step if checkpoint else -1)
         if checkpoint is not None:
             self._load(checkpoint)
             purge_tensorboard(self.engine.monitor, checkpoint.step)
+        times.end("load")
         first_step = self.engine.global_steps
         self.metrics = Metrics(
             self.engine,
@@ -251,6 +258,7 @@ class Trainer:
                 engine, self.config, self.prepared, self.valid_data
             )
             self.metrics.write_validation(0, state.before)
+            self.times.end("evaluation")
         self.metrics.restart_clock()
         with self.progress, Saver(engine, self.config, self.prepared) as self.saver:
             while engine.global_steps < training.num_steps:
@@ -286,6 +294,10 @@ class Trainer:
             guards.watch,
         )
         self.metrics.count(result)
+        if not self.has_begun:
+            self.has_begun = True
+            self.times.end("first step")
+            self._log("going", f"first step after {self.times}")
         if problem := guards.problem():
             self.state.num_bad += 1
             self.metrics.num_bad = self.state.num_bad

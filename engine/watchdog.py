@@ -19,10 +19,12 @@ from typing import Any
 import torch.distributed as dist
 
 from engine import logbook
+from engine.rendezvous import another_connection
 
 STATUS = 3
 _SOURCES = Path(__file__).parents[1]
 _KEY = "magnetar/watchdog"
+_STORE_TIMEOUT = timedelta(seconds=30)
 _TOLD_BY_ANOTHER = ""
 
 
@@ -83,14 +85,9 @@ class Watchdog:
         """Say that this rank is alive, and what it is going to do: "step 12"."""
         self.doing, self.since = doing, time.monotonic()
 
-    def _store(self) -> dist.TCPStore:
-        """A connection of its own: on the main thread's that thread may be waiting."""
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
-
     def _tell(self) -> None:
         try:
-            store, awake = self._store(), 0
+            store, awake = another_connection(_STORE_TIMEOUT), 0
             while not self._ended.wait(self._period):
                 awake += 1
                 where = innermost_call(sys._current_frames().get(self._main))
@@ -121,7 +118,7 @@ class Watchdog:
 
     def _ask(self, found: list[str]) -> None:
         """Find out which ranks are silent, and what the others wait for: appends it."""
-        store = self._store()
+        store = another_connection(_STORE_TIMEOUT)
         before = self._told(store)
         time.sleep(3 * self._period)
         silent, waiting = [], []

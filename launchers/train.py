@@ -36,6 +36,9 @@ def launched_world_size() -> int:
 @user_errors()
 def main() -> None:
     """Check everything, then join the other ranks and train."""
+    from engine.start_times import StartTimes
+
+    times = StartTimes()
     arguments = parse_arguments("launchers.train", __doc__)
     from engine.config import load_config
 
@@ -44,7 +47,10 @@ def main() -> None:
     from engine.process_groups import leave_distributed
     from engine.trainer import prepare_run, train
 
-    train(*prepare_run(config, world_size))
+    times.end("imports")
+    prepared = prepare_run(config, world_size)
+    times.end("checks")
+    train(*prepared, times)
     leave_distributed()
 
 
