@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.fault_lab import (
@@ -160,7 +160,7 @@ def lose_half(folder: Path) -> None:
 @contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
     """A disk of so much space."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     options = f"size={mebibytes}m"
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
@@ -171,22 +171,28 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
-def fill_disk(lab: Lab) -> Outcome:
-    """A disk with room for a few checkpoints, on which somebody then leaves no space."""
-    with small_disk(lab.folder / "small", 64) as disk:
-        with lab.run("disk", run_dir=disk / "run") as run:
+def fill_disk(lab: Lab, of_checkpoints: bool) -> Outcome:
+    """A disk with room for a few checkpoints, on which somebody then leaves no space.
+
+    Args:
+        lab: of the case.
+        of_checkpoints: the disk holds nothing else of the run, so that it is noticed in a save.
+    """
+    name = f"disk_{of_checkpoints}"
+    run_dir = lab.folder / name / "run"
+    run_dir.mkdir(parents=True)
+    words = "could not write the checkpoint" if of_checkpoints else "No space left on device"
+    with small_disk(run_dir / "checkpoints" if of_checkpoints else run_dir, 64) as disk:
+        with lab.run(name, run_dir=run_dir) as run:
             run.wait_for_step(11)
-            with (disk / "others").open("wb") as file:
+            with (disk / "others").open("wb") as file, suppress(OSError):
                 while True:
-                    try:
-                        file.write(bytes(1 << 16))
-                        file.flush()
-                    except OSError:
-                        break
+                    file.write(bytes(1 << 12))
+                    file.flush()
             step = run.last_step()
-            outcome = ends_with(run, 2, "could not write the checkpoint", time.monotonic())
+            outcome = ends_with(run, 2, words, time.monotonic())
         (disk / "others").unlink()
-        with lab.run("disk", run_dir=disk / "run") as run:
+        with lab.run(name, run_dir=run_dir) as run:
             finishes_as_undisturbed(run, lab)
             first = int(RESUMED.findall(run.output)[-1])
     assert first >= step - SAVE_EVERY, f"resumed after {first}, the disk was full at {step}"
@@ -375,7 +381,7 @@ def unplug_for_good(lab: Lab, two: TwoHosts, run: Supervised) -> Outcome:
     two.hosts[1].unplug()
     outcome = goes_on(run, fault)
     finishes_alike(run, lab)
-    assert "1 ranks are there in place of 2" in book(run), book(run)
+    assert "1 of 2 ranks are there" in book(run), book(run)
     return outcome._replace(end="recovered on one host")
 
 

@@ -14,6 +14,7 @@ from benchmarks.supervised import CONFIG, Supervised, difference, records
 
 NUM_STEPS, SAVE_EVERY, HALF = 40, 5, 20
 HANG_TIMEOUT = 12.0
+LAYOUT_BOUND = 5e-4  # nats: sums in another order, and a router that chooses otherwise for it
 RESUMED = re.compile(r"resuming after step (\d+)")
 
 
@@ -142,7 +143,7 @@ def finishes_alike(run: Supervised, lab: Lab) -> None:
     ours, theirs = steps(run.run_dir), steps(lab.whole)
     assert len(ours) == len(theirs)
     largest = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True))
-    assert largest < 5e-5, f"a loss differs by {largest}"
+    assert largest < LAYOUT_BOUND, f"a loss differs by {largest}"
 
 
 def ends_with(run: Supervised, status: int, words: str, since: float) -> Outcome:

@@ -236,7 +236,7 @@ class Supervisor:
         if place.num_ranks != self.wanted_ranks:
             self._say(
                 "change",
-                f"{place.num_ranks} ranks are there in place of {self.wanted_ranks}"
+                f"{place.num_ranks} of {self.wanted_ranks} ranks are there"
                 + (f" ({', '.join(place.left_out)} left out)" if place.left_out else "")
                 + f": going on with {layout}",
             )
