@@ -202,11 +202,12 @@ def ranks_of(launcher: int) -> list[int]:
     return [child.pid for child in sorted(found, key=lambda child: child.environ()["RANK"])]
 
 
-def wait_for_step(config: Path, step: int) -> None:
+def wait_for_step(config: Path, step: int, launcher: subprocess.Popen) -> None:
     metrics = config.parent / "run" / "metrics.jsonl"
     for _ in range(12_000):
         if metrics.is_file() and f'"step": {step},' in metrics.read_text():
             return
+        assert launcher.poll() is None, launcher.communicate()[0]
         time.sleep(0.01)
     pytest.fail(f"step {step} was not reached in two minutes")
 
@@ -216,6 +217,7 @@ LONG = {
     "magnetar.training.lr_schedule.total_steps": 4000,
     "magnetar.training.save_every": 2000,
     "magnetar.training.eval_every": None,
+    "magnetar.training.eval_sequences": 4,
 }
 
 
@@ -225,9 +227,9 @@ def test_a_signal_to_any_rank_saves_and_ends_them_all_well(
 ) -> None:
     config = write_config(tmp_path, corpus, changes=LONG)
     launcher = start(config)
-    wait_for_step(config, 5)
+    wait_for_step(config, 5, launcher)
     os.kill(ranks_of(launcher.pid)[1], signal.SIGUSR1)
-    wait_for_step(config, 20)
+    wait_for_step(config, 20, launcher)
     os.kill(ranks_of(launcher.pid)[1], number)
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 0, output
@@ -249,7 +251,7 @@ def test_ctrl_c_twice_ends_a_run_at_once_even_one_that_waits_for_another_rank(
 ) -> None:
     config = write_config(tmp_path, corpus, changes=LONG)
     launcher = start(config)
-    wait_for_step(config, 5)
+    wait_for_step(config, 5, launcher)
     first, second = ranks_of(launcher.pid)
     os.kill(second, signal.SIGSTOP)
     time.sleep(0.5)
@@ -269,10 +271,10 @@ def test_a_rank_that_is_stopped_is_found_and_named(
     stopped: int, corpus: Path, tmp_path: Path
 ) -> None:
     config = write_config(
-        tmp_path, corpus, changes=LONG | {"magnetar.guards.hang_timeout_seconds": 4}
+        tmp_path, corpus, changes=LONG | {"magnetar.guards.hang_timeout_seconds": 10}
     )
     launcher = start(config)
-    wait_for_step(config, 5)
+    wait_for_step(config, 5, launcher)
     ranks = ranks_of(launcher.pid)
     os.kill(ranks[stopped], signal.SIGSTOP)
     for _ in range(600):
@@ -282,7 +284,7 @@ def test_a_rank_that_is_stopped_is_found_and_named(
     os.kill(ranks[stopped], signal.SIGKILL)  # DeepSpeed's launcher would wait half a minute for it
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 3, output
-    assert f"nothing has happened for 4 seconds: rank {stopped} does not answer" in output
+    assert f"nothing has happened for 10 seconds: rank {stopped} does not answer" in output
     if stopped == 1:
         assert "rank 0 is in step" in output
         assert "all_reduce, called by engine/" in output or "called by models/" in output
