@@ -1,5 +1,6 @@
 """The layout of a run on fewer ranks, or more, than its JSON was written for."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,9 @@ from data.errors import UserError
 from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from engine.config import RunConfig, load_config
 from engine.run_folder import accumulation_counts
+from models.moe_config import ON_ONE_RANK
 
-_EP_SIZE = "magnetar.model.moe.ep_size"
-_CHUNKS = "magnetar.model.moe.exchange_chunks"
+_MOE = "magnetar.model.moe"
 
 
 class Layout(NamedTuple):
@@ -100,9 +101,10 @@ def overrides_of(config: RunConfig, layout: Layout) -> list[str]:
     ]
     moe = config.model.moe
     if moe is not None:
-        settings.append(f"{_EP_SIZE}={layout.ep_size}")
-        if layout.ep_size == 1 and moe.exchange_chunks is not None:
-            settings.append(f"{_CHUNKS}=null")
+        ways = ON_ONE_RANK if layout.ep_size == 1 else {}
+        changed = {name: usual for name, usual in ways.items() if getattr(moe, name) != usual}
+        changed["ep_size"] = layout.ep_size
+        settings += [f"{_MOE}.{name}={json.dumps(value)}" for name, value in changed.items()]
     return settings
 
 
