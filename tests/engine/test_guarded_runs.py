@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +178,10 @@ def test_what_going_back_does_not_help_ends_as_diverged(corpus: Path, tmp_path: 
     assert "**divergence** step 6" in (tmp_path / "run" / "logbook.md").read_text()
 
 
-def start(config: Path) -> subprocess.Popen:
-    return subprocess.Popen(
+@contextmanager
+def started(config: Path) -> Iterator[subprocess.Popen]:
+    """The launcher, training on two ranks; nothing of it is left behind."""
+    launcher = subprocess.Popen(
         launcher_command(config),
         cwd=ROOT,
         env=environment(),
@@ -186,6 +190,11 @@ def start(config: Path) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+    try:
+        yield launcher
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -226,12 +235,12 @@ def test_a_signal_to_any_rank_saves_and_ends_them_all_well(
     number: signal.Signals, corpus: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, corpus, changes=LONG)
-    launcher = start(config)
-    wait_for_step(config, 5, launcher)
-    os.kill(ranks_of(launcher.pid)[1], signal.SIGUSR1)
-    wait_for_step(config, 20, launcher)
-    os.kill(ranks_of(launcher.pid)[1], number)
-    output, _ = launcher.communicate(timeout=60)
+    with started(config) as launcher:
+        wait_for_step(config, 5, launcher)
+        os.kill(ranks_of(launcher.pid)[1], signal.SIGUSR1)
+        wait_for_step(config, 20, launcher)
+        os.kill(ranks_of(launcher.pid)[1], number)
+        output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 0, output
     saved = [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "run")]
     assert len(saved) == 2
@@ -250,18 +259,18 @@ def test_ctrl_c_twice_ends_a_run_at_once_even_one_that_waits_for_another_rank(
     corpus: Path, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, corpus, changes=LONG)
-    launcher = start(config)
-    wait_for_step(config, 5, launcher)
-    first, second = ranks_of(launcher.pid)
-    os.kill(second, signal.SIGSTOP)
-    time.sleep(0.5)
-    os.kill(first, signal.SIGINT)
-    time.sleep(0.5)
-    assert launcher.poll() is None
-    os.kill(first, signal.SIGINT)
-    time.sleep(0.5)
-    os.kill(second, signal.SIGKILL)
-    launcher.communicate(timeout=60)
+    with started(config) as launcher:
+        wait_for_step(config, 5, launcher)
+        first, second = ranks_of(launcher.pid)
+        os.kill(second, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(first, signal.SIGINT)
+        time.sleep(0.5)
+        assert launcher.poll() is None
+        os.kill(first, signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(second, signal.SIGKILL)
+        launcher.communicate(timeout=60)
     assert launcher.returncode == 130
     assert not complete_checkpoints(tmp_path / "run")
 
@@ -273,16 +282,18 @@ def test_a_rank_that_is_stopped_is_found_and_named(
     config = write_config(
         tmp_path, corpus, changes=LONG | {"magnetar.guards.hang_timeout_seconds": 10}
     )
-    launcher = start(config)
-    wait_for_step(config, 5, launcher)
-    ranks = ranks_of(launcher.pid)
-    os.kill(ranks[stopped], signal.SIGSTOP)
-    for _ in range(600):
-        if not os.path.exists(f"/proc/{ranks[1 - stopped]}"):
-            break
-        time.sleep(0.1)
-    os.kill(ranks[stopped], signal.SIGKILL)  # DeepSpeed's launcher would wait half a minute for it
-    output, _ = launcher.communicate(timeout=60)
+    with started(config) as launcher:
+        wait_for_step(config, 5, launcher)
+        ranks = ranks_of(launcher.pid)
+        os.kill(ranks[stopped], signal.SIGSTOP)
+        for _ in range(600):
+            if not os.path.exists(f"/proc/{ranks[1 - stopped]}"):
+                break
+            time.sleep(0.1)
+        os.kill(
+            ranks[stopped], signal.SIGKILL
+        )  # DeepSpeed's launcher would wait half a minute for it
+        output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 3, output
     assert f"nothing has happened for 10 seconds: rank {stopped} does not answer" in output
     if stopped == 1:
