@@ -307,12 +307,7 @@ def open_pairs(path: Path) -> PreparedPairs:
 def _check_column(column: TokenSplit, again: str) -> None:
     record, index = column.record, column.path.with_suffix(".idx")
     _check_size(column.path, record.num_tokens * np.dtype(column.dtype).itemsize, again)
-    try:
-        starts = column.document_starts
-        fits = starts.shape == (record.num_documents + 1,) and starts[-1] == record.num_tokens
-    except (OSError, ValueError, EOFError):  # what numpy says of a damaged file
-        fits = False
-    if not fits:
+    if not column.has_index:
         raise UserError(
             f"{index} is not the index of {record.num_documents} rows that the manifest promises: "
             f"{again}"

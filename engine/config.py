@@ -17,7 +17,7 @@ from pydantic import (
 
 from data.errors import UserError
 from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN, BatchSizes, batch_problems, filled
-from engine.config_problems import Problem, check_keys, key_paths, missing_key
+from engine.config_problems import Problem, check_keys, key_paths, missing_key, strange_texts
 from engine.config_rules import broken_rules
 from engine.config_text import apply_overrides, read_json_object, shown
 from engine.deepspeed_keys import DeepSpeedKeys
@@ -443,6 +443,8 @@ def check_config(
 ) -> tuple[RunConfig | None, list[Problem]]:
     """The run that a dict describes, or all that is wrong with it."""
     assert world_size is None or world_size >= 1
+    if strange := strange_texts(raw):
+        return None, strange
     raw = {key: value for key, value in raw.items() if key != "$schema"}
     elsewhere = key_paths(ConfigFile)
     own = raw.pop("magnetar", None)

@@ -6,12 +6,13 @@ import json
 import types
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.config_text import shown
 from engine.refused_keys import REFUSED, VALUE_REASONS
+from models.moe_config import MAX_EXPERTS
 
 
 class Problem(NamedTuple):
@@ -24,6 +25,24 @@ class Problem(NamedTuple):
 def joined(path: str, key: str) -> str:
     """`path.key`, or the key alone at the top level."""
     return f"{path}.{key}" if path else key
+
+
+def strange_texts(value: Any, path: str = "") -> list[Problem]:
+    """Texts with what neither a file's name nor a file can hold."""
+    if isinstance(value, str):
+        is_strange = "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)
+        words = "has a NUL or half a character in it: write it anew"
+        return [Problem(path, f"{path}={json.dumps(value)[:60]} {words}")] if is_strange else []
+    if isinstance(value, dict):
+        keys = [
+            Problem(path, problem.text) for key in value for problem in strange_texts(key, path)
+        ]
+        inner = [strange_texts(each, joined(path, str(key))) for key, each in value.items()]
+        return keys + [problem for found in inner for problem in found]
+    if isinstance(value, list):
+        inner = [strange_texts(each, f"{path}[{i}]") for i, each in enumerate(value)]
+        return [problem for found in inner for problem in found]
+    return []
 
 
 def without_none(annotation: Any) -> Any:
@@ -45,7 +64,7 @@ def expected(field: FieldInfo) -> str:
     annotation = without_none(field.annotation)
     others = [a for a in get_args(field.annotation) if get_origin(a) is list]
     if others and get_origin(annotation) is not list:  # `moe.num_experts`
-        return "a whole number, at least 1, or a list of such numbers"
+        return f"a whole number, at least 1, at most {MAX_EXPERTS}, or a list of such numbers"
     limits = list(field.metadata)
     if get_origin(annotation) is Annotated:
         annotation, *about = get_args(annotation)
@@ -73,6 +92,8 @@ def expected(field: FieldInfo) -> str:
                 text += f", {phrase} {getattr(limit, attribute)}"
         if isinstance(limit, MinLen):
             text += ", not empty"
+        if isinstance(limit, MultipleOf):
+            text += f", a multiple of {limit.multiple_of}"
     for other in get_args(field.annotation)[1:]:
         if get_origin(other) is Literal:  # `training.save_every`
             text += "".join(f", or {shown(v)}" for v in get_args(other))

@@ -19,6 +19,7 @@ def _whole(value: Any) -> Any:
 
 Size = Annotated[int, BeforeValidator(_whole)]
 
+MAX_BATCH = 1 << 20  # sequences; a step of more would never end
 EIGHT_BIT = "AdamW8bit"  # bitsandbytes' name; the type that DeepSpeed does not know
 
 
@@ -103,7 +104,7 @@ class ZeroConfig(StrictModel):
         default=True, description="Collect updated weights by all-gather, not by broadcasts."
     )
     allgather_bucket_size: Size = Field(
-        default=500_000_000, gt=0, description="Elements gathered at a time."
+        default=500_000_000, gt=0, multiple_of=2, description="Elements gathered at a time."
     )
     overlap_comm: bool | None = Field(
         default=None, description="Reduce gradients during the backward pass. null: false."
@@ -182,7 +183,7 @@ class Fp16Config(StrictModel):
     enabled: bool = Field(default=False, description="Needs ZeRO stage 1, 2 or 3.")
     loss_scale: float = Field(default=0.0, ge=0, description="0: found while training.")
     initial_scale_power: int = Field(
-        default=16, ge=0, description="The first loss scale is 2 to this power."
+        default=16, ge=0, le=127, description="The first loss scale is 2 to this power."
     )
     loss_scale_window: int = Field(
         default=1000, ge=1, description="Steps without overflow before the scale doubles."
@@ -309,15 +310,19 @@ class DeepSpeedKeys(StrictModel):
     train_batch_size: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_BATCH,
         description="Sequences in one optimizer step, over all ranks. It equals "
         "train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks; leave out "
         "whichever should follow from the others.",
     )
     train_micro_batch_size_per_gpu: int | None = Field(
-        default=None, ge=1, description="Sequences in one forward pass of one rank."
+        default=None, ge=1, le=MAX_BATCH, description="Sequences in one forward pass of one rank."
     )
     gradient_accumulation_steps: int | None = Field(
-        default=None, ge=1, description="Forward passes of a rank in one optimizer step."
+        default=None,
+        ge=1,
+        le=MAX_BATCH,
+        description="Forward passes of a rank in one optimizer step.",
     )
     optimizer: OptimizerConfig = Field(description="The optimizer.")
     gradient_clipping: float = Field(

@@ -24,7 +24,15 @@ _WAYS_OUT = {
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose another disk",
 }
 
+_NEED_LESS = (
+    "use a smaller model or train_micro_batch_size_per_gpu, a higher zero_optimization.stage, or "
+    "more ranks"
+)
+
 _FAULT_OF_A_MACHINE = 3
+
+# What torch says of a GPU's and of the host's memory.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 # What gloo says when another rank is gone.
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -77,7 +85,12 @@ def user_errors() -> Iterator[None]:
             raise
         name = error.filename or "a file of this run"
         _end(f"{name}: {error.strerror}: {_WAYS_OUT[error.errno]}", is_everybodys=False)
+    except MemoryError as error:
+        _end(f"not enough memory: {error}: {_NEED_LESS}", is_everybodys=False)
     except RuntimeError as error:
+        if any(words in str(error) for words in _NO_MEMORY):
+            said = str(error).partition("\n")[0]
+            _end(f"not enough memory: {said}: {_NEED_LESS}", is_everybodys=False)
         if not any(words in str(error) for words in _LOST_PEER):
             raise
         words = "another rank has ended; what it printed, if it could, says why"

@@ -4,7 +4,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from models.moe_config import MoEConfig, StrictModel
+from models.moe_config import MAX_WIDTH, MoEConfig, StrictModel
+
+MAX_LAYERS = 10_000
+MAX_LENGTH = 1 << 24
 
 
 class ModelConfig(StrictModel):
@@ -23,22 +26,30 @@ class ModelConfig(StrictModel):
         "asks for one). A larger number pads the embedding (a multiple of 64 is faster on a GPU).",
     )
     num_layers: int = Field(
-        ge=1, description="Transformer layers; those of the encoder in an `encoder_decoder`."
+        ge=1,
+        le=MAX_LAYERS,
+        description="Transformer layers; those of the encoder in an `encoder_decoder`.",
     )
     num_decoder_layers: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_LAYERS,
         description="Layers of the decoder of an `encoder_decoder`. null: num_layers.",
     )
-    d_model: int = Field(ge=2, description="Width of the residual stream.")
-    d_ff: int = Field(ge=1, description="Width of a feed-forward network, and of each expert.")
+    d_model: int = Field(ge=2, le=MAX_WIDTH, description="Width of the residual stream.")
+    d_ff: int = Field(
+        ge=1, le=4 * MAX_WIDTH, description="Width of a feed-forward network, and of each expert."
+    )
     num_heads: int = Field(ge=1, description="Attention heads; must divide d_model.")
     max_seq_len: int = Field(
-        ge=1, description="Positions, in tokens; those of the encoder in an `encoder_decoder`."
+        ge=1,
+        le=MAX_LENGTH,
+        description="Positions, in tokens; those of the encoder in an `encoder_decoder`.",
     )
     max_target_len: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_LENGTH,
         description="Positions of the decoder of an `encoder_decoder`. null: max_seq_len.",
     )
     norm: Literal["pre", "post", "subln", "deepnorm", "normformer", "admin"] = Field(
@@ -72,7 +83,9 @@ class ModelConfig(StrictModel):
         "one table for all layers (T5). `rotary` (arXiv 2104.09864). `xpos`: rotary with decay "
         "(arXiv 2212.10554). `xpos_relative`: both.",
     )
-    relative_buckets: int = Field(default=32, ge=4, description="Buckets of `relative` positions.")
+    relative_buckets: int = Field(
+        default=32, ge=4, le=MAX_WIDTH, description="Buckets of `relative` positions."
+    )
     relative_max_distance: int = Field(
         default=128,
         ge=2,

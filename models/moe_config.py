@@ -30,8 +30,14 @@ def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
         raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
 
 
+# Larger than anybody trains: a slip of the keyboard must not ask for terabytes, or for hours of
+# building. Their products still fit 63 bits.
+MAX_EXPERTS = 1 << 16
+MAX_WIDTH = 1 << 20
+
 Count = Annotated[int, Field(ge=1)]
-Counts = Annotated[Count | list[Count], WrapValidator(one_problem)]
+ExpertCount = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
+ExpertCounts = Annotated[ExpertCount | list[ExpertCount], WrapValidator(one_problem)]
 
 
 # The keys of where experts lie and how tokens reach them, as they are with one rank.
@@ -47,7 +53,7 @@ EXCHANGE_CHUNKS = 1  # where none are asked for, and experts can be so divided
 class MoEConfig(StrictModel):
     """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
 
-    num_experts: Counts = Field(
+    num_experts: ExpertCounts = Field(
         description="Experts in each MoE layer, over the whole job. A list: those of the first MoE "
         "layer, of the second and so on, the encoder's before the decoder's.",
     )
@@ -103,6 +109,7 @@ class MoEConfig(StrictModel):
     d_router: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_WIDTH,
         description="Width d_e of the X-MoE router's projection. null: num_experts / 2, at "
         "least 8. Only with router `xmoe`.",
     )

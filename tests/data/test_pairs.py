@@ -121,6 +121,15 @@ def test_a_file_that_was_cut_short_is_a_message(copy, name, message):
         open_pairs(copy)
 
 
+def test_an_index_that_goes_back_is_a_message(copy):
+    file = copy / "verses.train.de.idx"
+    content = bytearray(file.read_bytes())
+    content[128 + 8 * 40 + 6] ^= 0x80  # of the start of row 40
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"verses\.train\.de\.idx is not the index of 100 rows"):
+        open_pairs(copy)
+
+
 def test_a_manifest_with_another_key_is_a_message(copy):
     file = copy / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "colour": "blue"}))

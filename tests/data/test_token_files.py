@@ -147,6 +147,15 @@ def test_an_index_that_was_cut_short_is_named(folder, keep):
         open_prepared(folder)
 
 
+@pytest.mark.parametrize("place", [0, 6, 8, 20, 30, 128, 138, 150])
+def test_an_index_with_a_flipped_byte_is_named(folder, place):
+    content = bytearray((folder / "valid.idx").read_bytes())
+    content[place] ^= 0x41
+    (folder / "valid.idx").write_bytes(content)
+    with pytest.raises(UserError, match=r"valid\.idx is not the index of 5 documents"):
+        open_prepared(folder)
+
+
 def test_an_exchanged_vocabulary_is_noticed(folder):
     with (folder / "tokenizer.model").open("ab") as file:
         file.write(b" ")

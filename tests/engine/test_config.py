@@ -179,8 +179,20 @@ WRONG = [
     ("magnetar.model.frobnicate", 4, ["the keys there are architecture, vocab_size"]),
     ("magnetar.model.moe", 8, ["an object, { ... } (or null)"]),
     ("magnetar.modle", {}, ["did you mean magnetar.model?"]),
-    ("magnetar.model.moe.num_experts", 0, ["a whole number, at least 1, or a list of such"]),
-    ("magnetar.model.moe.num_experts", [4, "8"], ["a whole number, at least 1, or a list of such"]),
+    ("magnetar.model.moe.num_experts", 0, ["at least 1, at most 65536, or a list of such"]),
+    ("magnetar.model.moe.num_experts", [4, "8"], ["at least 1, at most 65536, or a list of such"]),
+    ("magnetar.model.moe.num_experts", 10**18, ["at most 65536"]),
+    ("magnetar.model.moe.d_router", 10**12, ["at most 1048576"]),
+    ("magnetar.model.d_model", 10**18 + 1, ["at most 1048576"]),
+    ("magnetar.model.d_ff", 10**18, ["at most 4194304"]),
+    ("magnetar.model.num_layers", 10**9, ["at most 10000"]),
+    ("magnetar.model.max_seq_len", 10**12, ["at most 16777216"]),
+    ("magnetar.model.relative_buckets", 10**12, ["at most 1048576"]),
+    ("train_batch_size", 10**9, ["at most 1048576"]),
+    ("train_micro_batch_size_per_gpu", 10**9, ["at most 1048576"]),
+    ("gradient_accumulation_steps", 10**9, ["at most 1048576"]),
+    ("zero_optimization.allgather_bucket_size", 1, ["more than 0, a multiple of 2"]),
+    ("fp16.initial_scale_power", 10**6, ["at least 0, at most 127"]),
     ("magnetar.model.moe.num_experts", [8, 8, 8], ["of which moe.every=2 makes 1, not 3"]),
     ("magnetar.model.moe.ep_size", 3, ["num_experts=8 must be a multiple", "use 9 experts"]),
     ("magnetar.model.moe.capacity_factor", 1.5, ["dispatch 'capacity'", "leave it out"]),
@@ -660,3 +672,19 @@ def test_activation_checkpointing_is_configured_only_where_it_is_on() -> None:
     assert messages(set_path(raw, "magnetar.training.activation_checkpointing", True)) == []
     (line,) = messages(raw)
     assert line.startswith("activation_checkpointing={...} says how")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("magnetar.training.run_dir", "runs/\0"),
+        ("magnetar.data.path", "\ud800"),
+        ("tensorboard.output_path", "\0"),
+        ("magnetar.data.pairs.directions", ["en-\udfff"]),
+        ("magnetar.\0", 1),
+    ],
+)
+def test_a_text_that_no_file_can_hold_is_refused(path: str, value: object) -> None:
+    (line,) = messages(set_path(quickstart(), path, value))
+    assert "has a NUL or half a character in it: write it anew" in line
+    line.encode()  # it can be printed

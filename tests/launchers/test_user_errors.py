@@ -53,6 +53,24 @@ def test_what_the_system_refuses_is_named_by_the_rank_that_met_it(
     assert way_out in printed
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 6.94 EiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nat x"),
+        RuntimeError("CUDA out of memory. Tried to allocate 80.00 GiB"),
+    ],
+)
+def test_too_little_memory_is_said_with_ways_out(
+    error: Exception, capsys: pytest.CaptureFixture
+) -> None:
+    assert end_of(error) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: not enough memory: ")
+    assert "train_micro_batch_size_per_gpu" in printed
+    assert printed.count("\n") == 1
+
+
 def test_ctrl_c_exits_with_130_and_prints_nothing(capsys: pytest.CaptureFixture) -> None:
     assert end_of(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == ""

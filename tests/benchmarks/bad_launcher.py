@@ -1,0 +1,40 @@
+"""A launcher that does what none may, for tests/benchmarks/test_fuzz.py."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    """Do what the argument says."""
+    (what,) = sys.argv[1:]
+    if what == "traceback":
+        raise ValueError("no message")
+    if what == "hang":
+        time.sleep(60)
+    if what == "overwrite":
+        Path("../inputs/text").write_text("other")
+    if what == "own":
+        Path("data").write_text("other")
+    if what == "message":
+        print("error: data is damaged", file=sys.stderr)
+        return 2
+    return {"silent": 2, "status": 3}.get(what, 0)
+
+
+def verdicts() -> dict[str, str]:
+    """What benchmarks.fuzz says of each."""
+    from benchmarks.fuzz import Case, outcome
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder)
+        (world / "inputs").mkdir()
+        for what in (
+            *("traceback", "hang", "overwrite", "own", "message", "silent", "status", "nothing"),
+        ):
+            (world / "inputs/text").write_text("text")
+            case = Case(what, __name__, [what], {"data": b"data"})
+            found[what] = outcome(case, world, limit=1.0).verdict
+    return found
