@@ -185,10 +185,9 @@ def fill_disk(lab: Lab, of_checkpoints: bool) -> Outcome:
     with small_disk(run_dir / "checkpoints" if of_checkpoints else run_dir, 64) as disk:
         with lab.run(name, run_dir=run_dir) as run:
             run.wait_for_step(11)
-            with (disk / "others").open("wb") as file, suppress(OSError):
+            with suppress(OSError), (disk / "others").open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(1 << 12))
-                    file.flush()
             step = run.last_step()
             outcome = ends_with(run, 2, words, time.monotonic())
         (disk / "others").unlink()
