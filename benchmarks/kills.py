@@ -39,7 +39,7 @@ def kill_once(run: Supervised, draw: random.Random, most_seconds: float) -> dict
     launcher = next_start(run)
     if launcher is None:
         return None
-    begun, since, first_step = time.monotonic(), time.time(), run.last_step()
+    begun, since, num_starts = time.monotonic(), time.time(), starts_of_training(run)
     aimed_at = "save" if draw.random() < 0.3 else "moment"
     moment = begun + draw.uniform(0, most_seconds)
     later, which, num_saves = draw.uniform(0, 0.03), draw.random(), draw.randint(1, 4)
@@ -54,13 +54,14 @@ def kill_once(run: Supervised, draw: random.Random, most_seconds: float) -> dict
         if ranks:
             rank = sorted(ranks)[int(which * len(ranks))]
             saving, step = being_saved(run.run_dir, since), run.last_step()
+            has_begun = starts_of_training(run) > num_starts
             if not kill(ranks[rank]):
                 continue
             found = {
                 "rank": rank,
                 "aimed_at": aimed_at,
                 "seconds_after_start": round(time.monotonic() - begun, 2),
-                "phase": "save" if saving else "training" if step > first_step else "start",
+                "phase": "save" if saving else "training" if has_begun else "start",
                 "step": step,
             }
             killed = time.monotonic()
@@ -69,6 +70,13 @@ def kill_once(run: Supervised, draw: random.Random, most_seconds: float) -> dict
             return found | {"seconds_to_notice": round(time.monotonic() - killed, 2)}
         time.sleep(_POLL)
     return kill_once(run, draw, most_seconds)  # it ended before its moment
+
+
+def starts_of_training(run: Supervised) -> int:
+    """How often a start has come as far as its first step."""
+    file = run.run_dir / "logbook.md"
+    book = file.read_text() if file.is_file() else ""
+    return book.count("**start**") + book.count("**resume**")
 
 
 def next_start(run: Supervised) -> int | None:
