@@ -98,6 +98,9 @@ class _Relayed:
     def wait(self) -> None:
         """See Work."""
         self.work.wait()
+        for rows in self.kept:
+            with _relaying(rows.device):  # which may give out the memory again
+                self.work.wait()
         self.kept = ()
 
 
