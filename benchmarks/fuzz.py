@@ -11,13 +11,10 @@ fails if it ends with a traceback, with any status but 0 and 2, without a messag
 """
 
 import argparse
-import gzip
 import hashlib
 import importlib
 import json
-import lzma
 import os
-import random
 import re
 import resource
 import shutil
@@ -32,35 +29,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from benchmarks.mutations import Drawn, broken_jsons, damaged, drawn
+from benchmarks.fuzz_cases import (
+    CONFIGS,
+    NUM_VALID,
+    Case,
+    config_cases,
+    file_cases,
+    preparation,
+    raw_files,
+    shrunk,
+)
 from benchmarks.provenance import git_commit, versions
 from data.errors import UserError
 from launchers.user_errors import user_errors
 
-CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 PRELOADED = ("launchers.train", "launchers.prepare_data", "launchers.prepare_pairs")
 PRELOADED += ("engine.trainer", "torch.utils.tensorboard", "deepspeed", "torch._dynamo")
 PRELOADED += ("deepspeed.runtime.zero.muon.muon_optimizer", "rich.progress")
 GOOD = ("message", "trained", "prepared")
 MAX_MEMORY = 12 * 2**30  # bytes of address space of a case
-NUM_VALID = 6  # pairs, which take long to translate
 MAX_MESSAGE = 20_000  # characters that somebody may still read
-
-
-class Case(NamedTuple):
-    """What is run.
-
-    Attributes:
-        kind: the JSON or the file that was broken.
-        module: the launcher.
-        arguments: of it, in the case's folder.
-        files: content by its path in the case's folder.
-    """
-
-    kind: str
-    module: str
-    arguments: list[str]
-    files: dict[str, bytes]
 
 
 class Outcome(NamedTuple):
@@ -69,93 +57,6 @@ class Outcome(NamedTuple):
     verdict: str
     output: str
     seconds: float
-
-
-def shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of ds_configs/ as two steps of a tiny model on the data of `make_inputs`."""
-    config = json.loads(json.dumps(config))
-    own = config["magnetar"]
-    model, data, training = own["model"], own["data"], own["training"]
-    sizes = {"num_layers": 2, "d_model": 16, "d_ff": 32, "num_heads": 2, "max_seq_len": 64}
-    model |= sizes
-    model.pop("vocab_size", None)
-    if model.get("moe"):
-        model["moe"] |= {"num_experts": 4, "every": 2, "ep_size": 1}
-    data |= {"path": "../inputs/tokens", "seq_len": 64}
-    config["train_batch_size"] = 4
-    config.pop("train_micro_batch_size_per_gpu", None)
-    config.pop("gradient_accumulation_steps", None)
-    if "pairs" in data:
-        data["path"] = "../inputs/pairs"
-        data["pairs"]["bin_tokens"] = 256
-        config |= {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}
-        training["eval_translations"] = 2
-    if "Adam" in config["optimizer"]["type"] and "8bit" not in config["optimizer"]["type"]:
-        config["optimizer"]["params"]["torch_adam"] = True  # the others are compiled first
-    training |= {"run_dir": "run", "num_steps": 2, "log_every": 1, "eval_every": 2}
-    training["lr_schedule"]["warmup_steps"] = 1
-    if training.get("save_every") != "never":
-        training["save_every"] = 2
-    training["sample_tokens"] = 4
-    if "pairs" not in data:
-        training["eval_sequences"] = 4
-    return config
-
-
-def words_of(schema: Any) -> set[str]:
-    """Every word that a JSON schema allows somewhere."""
-    found: set[str] = set()
-    if isinstance(schema, dict):
-        values = [*schema.get("enum", []), schema.get("const")]
-        found |= {value for value in values if isinstance(value, str)}
-        schema = list(schema.values())
-    if isinstance(schema, list):
-        for inner in schema:
-            found |= words_of(inner)
-    return found
-
-
-def sentences(number: int, words: str) -> list[str]:
-    """Deterministic ones, each unlike any other."""
-    draw = random.Random(words)
-    return [f"{i} " + " ".join(draw.choices(words.split(), k=6)) for i in range(number)]
-
-
-def raw_files(num_rows: int = 120) -> dict[str, bytes]:
-    """Small text and pairs, in every form that is read."""
-    english = sentences(num_rows, "the ship sails north over a blue sea with old wind")
-    german = sentences(num_rows, "das Schiff segelt nach Norden berück die alte See im Wind")
-    rows = zip(english, german, strict=True)
-    text = "\n".join(f"{e}. {g}." for e, g in zip(english, german, strict=True)).encode()
-    lines = [json.dumps({"text": line}) for line in text.decode().split("\n")]
-    table = ["id\ten\tde", *(f"{i}\t{e}\t{g}" for i, (e, g) in enumerate(rows))]
-    tsv = "\n".join(table).encode() + b"\n"
-    keys = ("source_language", "target_language", "source", "target")
-    long = [
-        json.dumps(dict(zip(keys, ("en", "de", e, g), strict=True)))
-        for e, g in zip(english, german, strict=True)
-    ]
-    return {
-        "text.txt": text,
-        "text.jsonl": "\n".join(lines).encode(),
-        "text.txt.gz": gzip.compress(text, mtime=0),
-        "table.tsv": tsv,
-        "table.jsonl": "\n".join(long).encode(),
-        "table.tsv.xz": lzma.compress(tsv),
-    }
-
-
-def preparation(name: str) -> tuple[str, list[str]]:
-    """The launcher that prepares a raw file in its folder, and its arguments."""
-    sizes = ["--workers", "1", "--out", "out", "--vocab-size"]
-    if name.startswith("table"):
-        table = f"t=raw/{name},raw/valid-{name}"
-        return "launchers.prepare_pairs", ["--table", table, *sizes, "310"]
-    documents = ["--documents", "line"] * name.startswith("text.txt")
-    return "launchers.prepare_data", [
-        *("--train", f"raw/{name}", "--valid-fraction", "0.2"),
-        *(*documents, *sizes, "310"),
-    ]
 
 
 def make_world(folder: Path) -> None:
@@ -320,67 +221,6 @@ def _verdict(
         made = (world / "case/out/manifest.json").is_file()
         return "prepared" if made else "status 0 and nothing prepared"
     return "trained" if steps_done(world, since) else "status 0 and no step"
-
-
-def config_cases(number: int, seed: int) -> list[Case]:
-    """Broken JSONs of every kind of run."""
-    from engine.config import ConfigFile
-    from engine.config_problems import key_paths
-
-    words = sorted(words_of(json.loads((CONFIGS / "schema.json").read_text())))
-    keys = key_paths(ConfigFile)
-    starts = {
-        path.name: shrunk(json.loads(path.read_text()))
-        for path in sorted(CONFIGS.glob("*.json"))
-        if path.name != "schema.json"
-    }
-    strategies = {name: broken_jsons(start, keys, words) for name, start in starts.items()}
-    return [
-        Case(name, "launchers.train", ["--deepspeed_config", "run.json"], {"run.json": value})
-        for name, value in drawn(strategies, number, seed)
-    ]
-
-
-def file_cases(number: int, seed: int, world: Path) -> list[Case]:
-    """Broken files of prepared folders, and of raw text."""
-    inputs = world / "inputs"
-    strategies: dict[str, Any] = {}
-    for made in ("tokens", "pairs"):
-        contents = {
-            p.name: p.read_bytes() for p in sorted((inputs / made).iterdir()) if p.is_file()
-        }
-        for name, content in contents.items():
-            strategies[f"{made}/{name}"] = damaged(content, list(contents.values()))
-        manifest = json.loads(contents["manifest.json"])
-        # Twice: as bytes, and key by key.
-        strategies[f"{made}/manifest.json, its keys"] = broken_jsons(
-            manifest,
-            [f"splits.{split}.{key}" for split in ("train", "valid") for key in _NUMBERS]
-            + list(manifest),
-            ["tokenizer.model", "uint16", "uint32", "train"],
-        )
-    raw = raw_files()
-    strategies |= {
-        f"raw/{name}": damaged(content, list(raw.values())) for name, content in raw.items()
-    }
-    return [_file_case(each, inputs) for each in drawn(strategies, number, seed)]
-
-
-_NUMBERS = ("num_tokens", "num_documents", "num_bytes", "sha256")
-
-
-def _file_case(case: Drawn, inputs: Path) -> Case:
-    folder, name = case.name.removesuffix(", its keys").split("/")
-    if folder == "raw":
-        files = {f"raw/{name}": case.value, f"raw/valid-{name}": raw_files(NUM_VALID)[name]}
-        return Case(case.name, *preparation(name), files)
-    files = {f"data/{p.name}": p.read_bytes() for p in (inputs / folder).iterdir() if p.is_file()}
-    files[f"data/{name}"] = case.value
-    start = "quickstart.json" if folder == "tokens" else "translate_demo.json"
-    config = shrunk(json.loads((CONFIGS / start).read_text()))
-    config["magnetar"]["data"]["path"] = "data"
-    files["run.json"] = json.dumps(config).encode()
-    return Case(case.name, "launchers.train", ["--deepspeed_config", "run.json"], files)
 
 
 def preload() -> None:

@@ -25,7 +25,8 @@ def main() -> int:
 
 def verdicts() -> dict[str, str]:
     """What benchmarks.fuzz says of each."""
-    from benchmarks.fuzz import Case, outcome
+    from benchmarks.fuzz import outcome
+    from benchmarks.fuzz_cases import Case
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:

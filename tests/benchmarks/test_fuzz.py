@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import CONFIGS, Case, Outcome, shrunk, summary, table
+from benchmarks.fuzz import Outcome, summary, table
+from benchmarks.fuzz_cases import CONFIGS, Case, shrunk
 from benchmarks.mutations import as_members, broken_jsons, damaged, drawn, encoded
 from engine.config import check_config
 from tests.ranks import ROOT

@@ -486,14 +486,17 @@ def optimizer_of(changes: dict[str, Any]) -> tuple[int, int, list[Any]]:
 def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, list]]:
     """Train each case on ranks 0 and 1 of one node and the others of another: losses, GiB.
 
-    A case's key `nodes` says on which node each rank lies instead.
+    A case's key `nodes` says on which node each rank lies instead. `experts` are those that a
+    checkpoint has this rank's weights for.
     """
     import os
+    import re
 
     import torch.distributed as dist
 
     from engine.engine import loss_weights, start_distributed, train_step
     from engine.metrics import moe_layers, reduce_over_ranks
+    from engine.shares import named_tensors
     from engine.traffic import TrafficMeter
 
     start_distributed()
@@ -511,6 +514,10 @@ def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict
             curve["loss"].append(reduce_over_ranks(result)[0]["loss"])
             curve["traffic"].append(meter.record())
             curve["messages"].append(sum(traffic.messages for traffic in meter.last))
+        names = " ".join(
+            name for _, of_one in named_tensors(engine.module) for name in of_one.names
+        )
+        curve["experts"] = sorted({int(n) for n in re.findall(r"deepspeed_experts\.(\d+)", names)})
         results.append(curve)
         engine.destroy()
     return results

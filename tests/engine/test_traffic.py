@@ -47,6 +47,9 @@ def test_losses_are_those_of_one_rank_on_any_links() -> None:
     assert by_nodes[links[1]] > flat[links[1]] > 0
     assert found["by nodes"]["messages"] == [4] * 4  # one each time, and not two
     assert found["flat"]["messages"] == [8] * 4
+    held = {name: [rank[i]["experts"] for rank in ranks] for i, name in enumerate(CASES)}
+    assert held["by nodes"] == held["flat"] == [[0], [1], [2], [3]]
+    assert held["across nodes"] == [[0, 1], [0, 1], [2, 3], [2, 3]]  # neighbours have the same
     apart = found["across nodes"]["traffic"][0]
     assert apart[links[1]] == 0 < apart[links[2]]
 
