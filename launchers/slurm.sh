@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Train in a Slurm job, one task a GPU; `srun` and `sbatch` both take this file, in Magnetar's folder:
+#
+#   sbatch launchers/slurm.sh --deepspeed_config ds_configs/lm_xmoe.json
+#   srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 \
+#     launchers/slurm.sh --deepspeed_config ds_configs/lm_xmoe.json
+#
+# All arguments go to launchers.train. Options for sbatch stand before the file's name and count for
+# more than those below. Where only one task a node is allowed, DeepSpeed's launcher starts the ranks:
+#
+#   sbatch --ntasks-per-node=1 --export=ALL,SLOTS=8 launchers/slurm.sh ...
+#
+# At the time limit the run saves and stops, and 120 s before it saves in any case: the same command
+# goes on from there. Given several times with --dependency=singleton --job-name=NAME, the jobs run
+# one after the other; a run that is finished ends at once.
+#
+# Variables: PYTHON (python), SLOTS, MASTER_ADDR and MASTER_PORT (of the first node and the job).
+#
+#SBATCH --job-name=magnetar
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+set -euo pipefail
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# An address of the first node that the others can reach; names often mean 127.0.1.1 at home.
+first_address() {
+  local name
+  name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  if [ "${SLURM_NNODES:-1}" -eq 1 ]; then
+    echo 127.0.0.1
+  elif [ "$(hostname -s)" = "${name%%.*}" ]; then
+    hostname -I | cut -d ' ' -f 1
+  else
+    getent ahostsv4 "$name" | cut -d ' ' -f 1 | head -n 1
+  fi
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is no Slurm job: start it with sbatch or srun"
+[ -f launchers/train.py ] || fail "start it in Magnetar's folder, as launchers/slurm.sh"
+python=$(command -v "${PYTHON:-python}") || fail "no ${PYTHON:-python} in PATH: activate the environment first, or set PYTHON"
+export MASTER_ADDR=${MASTER_ADDR:-$(first_address)}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+
+if [ -z "${SLURM_STEP_ID:-}" ]; then # sbatch: the file itself, once
+  # When a rank has failed the others end by themselves, with a status that says more than that of a
+  # task that was killed: not --kill-on-bad-exit.
+  srun --wait=60 launchers/slurm.sh "$@"
+  exit
+fi
+
+# Tasks of each node: "8(x2),4" is 8 8 4.
+tasks=($(awk -v RS=, '{ n = split($0, part, /[(x)]+/)
+  for (i = 0; i < (n > 1 ? part[2] : 1); i++) print part[1] }' <<< "$SLURM_STEP_TASKS_PER_NODE"))
+
+if [ "${tasks[0]}" -eq 1 ] && [ "${SLOTS:-1}" -gt 1 ]; then
+  trap '' USR1 # it would end the launcher; ranks take it all the same
+  hostfile=$(mktemp)
+  trap 'rm -f "$hostfile"' EXIT
+  scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$SLOTS/" > "$hostfile"
+  "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_ssh \
+    --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    --module launchers.train "$@"
+  exit
+fi
+
+devices=${CUDA_VISIBLE_DEVICES:-}
+if [ -n "$devices" ] && [ "$(tr ',' '\n' <<< "$devices" | wc -l)" -lt "${tasks[SLURM_NODEID]}" ]; then
+  fail "a task sees GPUs $devices, and the node has ${tasks[SLURM_NODEID]} tasks: give each all of \
+them, with --gpus-per-node in place of --gpus-per-task or --gpu-bind"
+fi
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+export LOCAL_SIZE=${tasks[SLURM_NODEID]} CROSS_RANK=$SLURM_NODEID CROSS_SIZE=$SLURM_NNODES
+exec "$python" -u -m launchers.train "$@"
