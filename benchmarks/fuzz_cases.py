@@ -5,7 +5,7 @@ import json
 import lzma
 import random
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from benchmarks.mutations import Drawn, broken_jsons, damaged, drawn
 
@@ -59,6 +59,22 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     if "pairs" not in data:
         training["eval_sequences"] = 4
     return config
+
+
+def allowed_values(model: Any, path: str = "") -> dict[str, list[Any]]:
+    """Every key of a section and those within, with some values of its type."""
+    from engine.config_problems import joined, section_model, without_none
+
+    found: dict[str, list[Any]] = {}
+    for name, field in model.model_fields.items():
+        here, kind = joined(path, name), without_none(field.annotation)
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        values = {bool: [True, False], int: [1, 2, 3, 4, 8], float: [0.0, 1e-3, 0.1, 0.5, 1.0]}
+        found[here] = list(get_args(kind)) if get_origin(kind) is Literal else values.get(kind, [])
+        if below := section_model(field.annotation):
+            found |= allowed_values(below, here)
+    return found
 
 
 def words_of(schema: Any) -> set[str]:
@@ -120,10 +136,9 @@ def preparation(name: str) -> tuple[str, list[str]]:
 def config_cases(number: int, seed: int) -> list[Case]:
     """Broken JSONs of every kind of run."""
     from engine.config import ConfigFile
-    from engine.config_problems import key_paths
 
     words = sorted(words_of(json.loads((CONFIGS / "schema.json").read_text())))
-    keys = key_paths(ConfigFile)
+    keys = allowed_values(ConfigFile)
     starts = {
         path.name: shrunk(json.loads(path.read_text()))
         for path in sorted(CONFIGS.glob("*.json"))
@@ -150,8 +165,11 @@ def file_cases(number: int, seed: int, world: Path) -> list[Case]:
         # Twice: as bytes, and key by key.
         strategies[f"{made}/manifest.json, its keys"] = broken_jsons(
             manifest,
-            [f"splits.{split}.{key}" for split in ("train", "valid") for key in _COUNTS]
-            + list(manifest),
+            dict.fromkeys(
+                [f"splits.{split}.{key}" for split in ("train", "valid") for key in _COUNTS]
+                + list(manifest),
+                (),
+            ),
             ["tokenizer.model", "uint16", "uint32", "train"],
         )
     raw = raw_files()

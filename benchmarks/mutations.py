@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -89,8 +89,13 @@ def other_values(draw: st.DrawFn, value: Any, words: Sequence[str]) -> Any:
 
 
 @st.composite
-def mutated(draw: st.DrawFn, start: Members, keys: Sequence[str], words: Sequence[str]) -> Members:
-    """An object with one to three things wrong, or with none that matters."""
+def mutated(
+    draw: st.DrawFn, start: Members, keys: Mapping[str, Sequence[Any]], words: Sequence[str]
+) -> Members:
+    """An object with one to three things wrong, or with none that matters.
+
+    keys: paths that may be set, with values that each takes if all else is right.
+    """
     root = copy.deepcopy(start)
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         found = places(root)
@@ -100,7 +105,10 @@ def mutated(draw: st.DrawFn, start: Members, keys: Sequence[str], words: Sequenc
         key, value = members[index]
         what = draw(
             st.sampled_from(
-                ["replace"] * 6 + ["add"] * 5 + ["remove", "rename", "twice", "move", "swap"]
+                ["replace"] * 5
+                + ["allowed"] * 5
+                + ["add"] * 2
+                + ["remove", "rename", "twice", "move", "swap"]
             )
         )
         if what == "replace":
@@ -131,8 +139,10 @@ def mutated(draw: st.DrawFn, start: Members, keys: Sequence[str], words: Sequenc
             others[other] = (theirs[0], copy.deepcopy(value))
             members[index] = (key, copy.deepcopy(theirs[1]))
         else:
-            path = draw(st.sampled_from(keys)).split(".")
-            _set(root, path, draw(other_values(1, words)))
+            path, allowed = draw(st.sampled_from(list(keys.items())))
+            is_allowed = what == "allowed" and allowed
+            new = st.sampled_from(allowed) if is_allowed else other_values(1, words)
+            _set(root, path.split("."), draw(new))
     return root
 
 
@@ -149,7 +159,7 @@ def _set(root: Members, path: Sequence[str], value: Any) -> None:
 
 @st.composite
 def broken_jsons(
-    draw: st.DrawFn, start: dict[str, Any], keys: Sequence[str], words: Sequence[str]
+    draw: st.DrawFn, start: dict[str, Any], keys: Mapping[str, Sequence[Any]], words: Sequence[str]
 ) -> bytes:
     """A mutated object as text, and now and then text that has been damaged after that."""
     root = draw(mutated(as_members(start), keys, words))

@@ -301,7 +301,20 @@ def open_pairs(path: Path) -> PreparedPairs:
             for pairs in record.pairs:
                 rows = rows_file(path, table.name, split, pairs.languages)
                 _check_size(rows, 4 * pairs.num_pairs, again)
+                _check_rows(rows, pairs.languages, record, again)
     return PreparedPairs(path, manifest)
+
+
+def _check_rows(
+    file: Path, languages: tuple[str, str], record: TableSplitRecord, again: str
+) -> None:
+    absent = [language for language in languages if language not in record.columns]
+    if absent:
+        raise UserError(f"{file} is of {absent[0]!r}, a language without a column: {again}")
+    num_rows = min(record.columns[language].num_documents for language in languages)
+    rows = np.memmap(file, dtype="<u4", mode="r") if file.stat().st_size else np.zeros(0)
+    if rows.size and rows.max() >= num_rows:
+        raise UserError(f"{file} names row {rows.max()}, but there are {num_rows}: {again}")
 
 
 def _check_column(column: TokenSplit, again: str) -> None:

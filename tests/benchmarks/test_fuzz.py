@@ -73,7 +73,7 @@ def test_every_config_that_is_broken_was_sound(path: Path) -> None:
 def test_the_same_seed_breaks_alike() -> None:
     start = json.loads((CONFIGS / "quickstart.json").read_text())
     strategies: dict[str, st.SearchStrategy] = {
-        "json": broken_jsons(start, ["bf16.enabled"], ["auto"]),
+        "json": broken_jsons(start, {"bf16.enabled": [True]}, ["auto"]),
         "bytes": damaged(b"0123456789", [b"other"]),
     }
     cases = drawn(strategies, 101, of_seed=3)

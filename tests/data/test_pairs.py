@@ -130,6 +130,25 @@ def test_an_index_that_goes_back_is_a_message(copy):
         open_pairs(copy)
 
 
+def test_a_pair_of_rows_that_are_not_there_is_a_message(copy):
+    file = copy / "verses.train.en+de.rows"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(UserError, match=r"rows names row 16777216, but there are 100: copy it"):
+        open_pairs(copy)
+
+
+def test_pairs_of_a_language_that_is_not_there_are_a_message(copy):
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    split = manifest["tables"][0]["splits"]["train"]
+    split["columns"]["fr"] = split["columns"].pop("de")
+    file.write_text(json.dumps(manifest))
+    for path in copy.glob("verses.train.de.*"):
+        path.rename(path.with_name(path.name.replace(".de.", ".fr.")))
+    with pytest.raises(UserError, match=r"is of 'de', a language without a column: copy it back"):
+        open_pairs(copy)
+
+
 def test_a_manifest_with_another_key_is_a_message(copy):
     file = copy / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "colour": "blue"}))
