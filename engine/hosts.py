@@ -12,6 +12,9 @@ from pathlib import Path
 from data.errors import UserError
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")  # as DeepSpeed reads it
+# What ssh and pdsh take for a host, and for nothing else: -oProxyCommand=... would be a command to
+# run here, exec:HOST another one, and node[1-4] four hosts where DeepSpeed counts one.
+_NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*", re.ASCII)
 _SECONDS_TO_ANSWER = 5
 
 
@@ -19,7 +22,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Host -> its slots, in the file's order.
 
     Raises:
-        UserError: if it is missing, empty, or has a line that DeepSpeed would refuse.
+        UserError: if it is missing, empty, or has a line that DeepSpeed would refuse or that would
+            start something else than the run.
     """
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
@@ -34,6 +38,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if match is None or match[1] in hosts:
             what = "is named twice" if match else "is not `host slots=N`"
             raise UserError(f"--hostfile {path}, line {number}: {line!r} {what}: mend the line")
+        if _NAME.fullmatch(match[1]) is None:
+            raise UserError(
+                f"--hostfile {path}, line {number}: {match[1]!r} is no name of one host: use "
+                "letters, digits, dots and hyphens, with USER@ in front if need be; options of ssh "
+                "and IPv6 addresses belong into ~/.ssh/config"
+            )
         hosts[match[1]] = int(match[2])
     if not hosts:
         raise UserError(f"--hostfile {path} names no host: add lines such as `node-1 slots=8`")

@@ -40,6 +40,7 @@ if [ -n "$hostfile" ]; then
   while read -r name slots _ || [ -n "${name:-}" ]; do
     case $name in '' | '#'*) continue ;; esac
     case $slots in slots=*[!0-9]* | slots=) slots= ;; slots=*) ;; *) slots= ;; esac
+    case $name in -* | *[!A-Za-z0-9_.@-]*) fail "--hostfile $hostfile: $name is no name of a host" ;; esac
     [ -n "$slots" ] || fail "--hostfile $hostfile: a line of $name is not \`$name slots=N\`: mend it"
     machines+=("$name:${slots#slots=}")
   done < "$hostfile"

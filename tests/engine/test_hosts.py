@@ -8,8 +8,8 @@ from engine.hosts import chosen_slots, on_hosts, read_hostfile, ssh_command
 
 def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
-    file.write_text("# two\n\nnode-2 slots=4\nnode-1   slots=2 # the small one\n")
-    assert list(read_hostfile(file).items()) == [("node-2", 4), ("node-1", 2)]
+    file.write_text("# two\n\nnode-2 slots=4\nme@10.0.0.1   slots=2 # the small one\n")
+    assert list(read_hostfile(file).items()) == [("node-2", 4), ("me@10.0.0.1", 2)]
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,10 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     [
         ("node-1 slots=2\nnode-1 slots=2\n", "line 2: 'node-1 slots=2' is named twice"),
         ("node-1\n", "line 1: 'node-1' is not `host slots=N`: mend the line"),
+        ("-oProxyCommand=reboot slots=2\n", "'-oProxyCommand=reboot' is no name of one host"),
+        ("a slots=1\nexec:b slots=2\n", "line 2: 'exec:b' is no name of one host: use letters"),
+        ("node[1-4] slots=2\n", "'node[1-4]' is no name of one host"),
+        ("a;reboot slots=2\n", "'a;reboot' is no name of one host"),
         ("# nothing\n", "names no host: add lines such as `node-1 slots=8`"),
     ],
 )

@@ -97,6 +97,8 @@ def test_a_hostfile_of_deepspeed_becomes_one_of_mpich(fake_mpirun: Path, tmp_pat
         (("--hostfile", "HOSTS"), "node-1 8\n", "a line of node-1 is not `node-1 slots=N`"),
         (("--hostfile", "HOSTS"), "node-1 slots=x\n", "a line of node-1 is not `node-1 slots=N`"),
         (("--hostfile", "HOSTS"), "# nobody\n", "names no host"),
+        (("--hostfile", "HOSTS"), "-x slots=2\n", "-x is no name of a host"),
+        (("--hostfile", "HOSTS"), "a;b slots=2\n", "a;b is no name of a host"),
     ],
 )
 def test_bad_arguments_of_the_script_are_refused(
