@@ -93,7 +93,6 @@ class SparseClip:
         self.dense_norm = self.expert_norm = self.norm = torch.zeros((), device=device)
         self.coefficient = torch.ones((), device=device)
         self.num_clipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.is_fp16 = False
         self.is_bad_step: Callable[[], bool] = lambda: False
         self._made: dict[tuple[int | None, ...], tuple[Tensor, Tensor]] = {}
 
@@ -128,14 +127,15 @@ class SparseClip:
         clipped = (self.coefficient < 1) & self.norm.isfinite()  # an overflowed step is skipped
         self.num_clipped = self.num_clipped + clipped
 
-    def _reported_norm(self) -> Tensor:
+    def _reported_norm(self, optimizer: Any) -> Tensor:
         """What DeepSpeed is told.
 
         A norm that is not finite tells fp16's dynamic loss scale of an overflow. In other types
         DeepSpeed would leave the step out in some modes and count it in none alike: engine.guards
         does that in all of them.
         """
-        return self.norm if self.is_fp16 else self.norm.nan_to_num(0.0, 0.0)
+        is_fp16 = optimizer.dtype == torch.float16
+        return self.norm if is_fp16 else self.norm.nan_to_num(0.0, 0.0)
 
     def _constants(self, num_experts: tuple[int | None, ...]) -> tuple[Tensor, Tensor]:
         """kappa^2 of groups with so many experts, and which are of experts.
@@ -157,7 +157,6 @@ class SparseClip:
         Raises:
             UserError: for an optimizer whose step SparseClip does not know.
         """
-        self.is_fp16 = engine.fp16_enabled()
         optimizer = engine.optimizer
         basic = type(engine.basic_optimizer).__name__
         if basic not in KNOWN_OPTIMIZERS:
@@ -194,7 +193,7 @@ class SparseClip:
                 for index, param_group in enumerate(optimizer.optimizer.param_groups)
             ]
             self.measure(gradient_groups, partitioned=True, scale=float(optimizer.loss_scale))
-            return self._reported_norm() * optimizer.loss_scale
+            return self._reported_norm(optimizer) * optimizer.loss_scale
 
         flattened_before = optimizer._get_preflattened_grad_partition
 
@@ -241,7 +240,9 @@ class SparseClip:
                 for index, group in optimizer.sub_group_to_group_id.items()
             ]
             self.measure(gradient_groups, partitioned=True, scale=float(optimizer.loss_scale))
-            return [self._reported_norm() * optimizer.loss_scale]  # DeepSpeed's step combines them
+            return [
+                self._reported_norm(optimizer) * optimizer.loss_scale
+            ]  # DeepSpeed's step combines them
 
         def unscale_and_clip_grads(index: int, total_norm: Tensor) -> None:
             gradient = optimizer.fp32_partitioned_groups_flat[index].grad
