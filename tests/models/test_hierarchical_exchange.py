@@ -14,6 +14,7 @@ from torch import Tensor
 from models.exchange import Exchange, Peers, Traffic, send_order
 from models.hierarchical_exchange import HierarchicalExchange
 from models.nodes import expert_groups, node_name, place_of_rank, rows_by_node
+from tests.models.exchange_programs import CASES
 from tests.models.test_exchange import PROGRAM
 from tests.ranks import run_on_ranks
 
@@ -213,17 +214,30 @@ def test_a_node_is_a_host_or_what_a_variable_says(monkeypatch: pytest.MonkeyPatc
     assert node_name() == "rack 7"
 
 
+def assert_the_same_bits(ranks: list[dict], cases: list[str]) -> None:
+    for case in cases:
+        messages = {"flat": 0, "by nodes": 0}
+        for rank in ranks:
+            pairs = list(zip(rank[case], rank[case, "hierarchical"], strict=True))
+            for one, other in [*pairs, (rank[case, "plain"], rank[case, "plain, hierarchical"])]:
+                messages["flat"] += int(one.pop("messages"))
+                messages["by nodes"] += int(other.pop("messages"))
+                for name, value in one.items():
+                    assert torch.equal(other[name], value), (case, name)
+        assert 0 < messages["by nodes"] < messages["flat"], case
+
+
 @pytest.mark.slow
 def test_a_layer_computes_the_same_bits_when_rows_travel_by_nodes() -> None:
     cases = ["top 2", "no token for rank 0"]
     ranks = run_on_ranks(PROGRAM, 4, cases, [2], "float32", 2)
-    for rank in ranks:
-        for case in cases:
-            (one,), (other,) = rank[case], rank[case, "hierarchical"]
-            plain, by_nodes = rank[case, "plain"], rank[case, "plain, hierarchical"]
-            assert other.pop("messages") < one.pop("messages")
-            assert by_nodes.pop("messages") < plain.pop("messages")
-            for name, value in one.items():
-                assert torch.equal(other[name], value), (case, name)
-            for name, value in plain.items():
-                assert torch.equal(by_nodes[name], value), (case, name)
+    assert_the_same_bits(ranks, cases)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="two nodes of two ranks: four GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_four_gpus_compute_the_same_bits_when_rows_travel_by_nodes(dtype: str) -> None:
+    cases = list(CASES)
+    ranks = run_on_ranks(PROGRAM, 4, cases, [1, 2, 1], dtype, 2)
+    assert_the_same_bits(ranks, cases)
