@@ -18,6 +18,8 @@ from benchmarks.peers import import_torchscale, integer_histograms, need
 from data.errors import UserError
 from engine.config import RunConfig, check_config
 from engine.engine import MicroBatch, build_engine, loss_weights, train_step
+from engine.guards import Guards
+from engine.signals import Requests
 from models.compiled import MAX_VERSIONS
 from models.config import ModelConfig
 from models.cost import flops_per_token
@@ -190,7 +192,8 @@ def build_magnetar(
         values = config.to_dict()
         values["magnetar"]["training"]["compile"] = True
         config = checked(values)
-    engine, _ = build_engine(config, device)
+    engine, sparse_clip = build_engine(config, device)
+    guards = Guards(engine, sparse_clip, config.guards, Requests())
     num_parameters = count(engine.module)
     if compiled == "model":  # but for the output, whose loop is this project's own
         torch._dynamo.config.recompile_limit = MAX_VERSIONS
@@ -200,7 +203,8 @@ def build_magnetar(
     weights, seed = loss_weights(config), config.training.seed
 
     def step(batch: Sequence[MicroBatch], number: int) -> Tensor:
-        return train_step(engine, batch, weights, seed, number).loss
+        done = train_step(engine, batch, weights, seed, number, before_update=guards.watch)
+        return done.loss
 
     has_hooks = all(name in vars(engine.optimizer) for name in ClipTimer.NAMES)
     clip = ClipTimer(engine.optimizer, device) if has_hooks else None
