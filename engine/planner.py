@@ -23,16 +23,19 @@ weights and moments lie in the host's memory and so, under ZeRO 1 and 2, do the 
 
 import copy
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from data.errors import UserError
 from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from engine.config import RunConfig, check_config
 from engine.deepspeed_keys import EIGHT_BIT
 from engine.optimizers import BLOCK, MIN_8BIT_SIZE, takes_8_bits
+from engine.rendezvous import launched_local_size
 from models.config import ModelConfig
 from models.moe import MoE
 from models.moe_config import ON_ONE_RANK
@@ -161,6 +164,37 @@ def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_siz
     return Memory(*sums)
 
 
+def require_host_memory(config: RunConfig, world_size: int) -> None:
+    """Refuse a model that the ranks of this machine cannot hold in its memory, without GPUs.
+
+    Linux would promise them all they ask for, and then kill one. A GPU says no by itself.
+
+    Args:
+        config: resolved for its ranks, its vocab_size known.
+        world_size: ranks.
+
+    Raises:
+        UserError: saying what they need.
+    """
+    if torch.cuda.is_available():
+        return
+    local_size = launched_local_size() if "WORLD_SIZE" in os.environ else 1
+    needed = memory_of_rank(parameters_of(config.model), config, world_size)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed.total * local_size > there:
+        raise UserError(
+            f"this machine has {there / GIB:.3g} GiB of memory, and {local_size} "
+            f"rank{'s' * (local_size > 1)} need {needed.total * local_size / GIB:.3g} "
+            f"({_in_words(needed)} each) without activations: use a smaller model, a higher "
+            "zero_optimization.stage, or more machines"
+        )
+
+
+def _in_words(needed: Memory) -> str:
+    parts = needed._asdict().items()
+    return ", ".join(f"{name} {value / GIB:.3g}" for name, value in parts if value)
+
+
 def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """A resolved config for another layout: the same global batch, accumulation and model.
 
@@ -218,12 +252,9 @@ def problems_of(
     if gpu_memory is not None:
         needed = memory_of_rank(parameters, config, layout.world_size)
         if needed.total > gpu_memory:
-            parts = ", ".join(
-                f"{name} {value / GIB:.3g}" for name, value in needed._asdict().items() if value
-            )
             return None, [
-                f"a rank needs {needed.total / GIB:.3g} GiB ({parts}) without activations, more "
-                f"than the {gpu_memory / GIB:.3g} GiB of its GPU"
+                f"a rank needs {needed.total / GIB:.3g} GiB ({_in_words(needed)}) without "
+                f"activations, more than the {gpu_memory / GIB:.3g} GiB of its GPU"
             ]
     return config, []
 

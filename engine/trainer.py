@@ -30,6 +30,7 @@ from engine.guards import Guards
 from engine.metrics import Metrics, keep_records_up_to
 from engine.optimizers import require_optimizer_package
 from engine.pair_data import MAX_BIN_ROWS
+from engine.planner import require_host_memory
 from engine.progress import ProgressLine
 from engine.replicas import require_equal_replicas
 from engine.report import describe, finish, validation_words
@@ -62,10 +63,12 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]
         The config with vocab_size filled in and outputs placed in the run's folder; the data.
 
     Raises:
-        UserError: for data that is missing or does not fit, a run folder of another config, an
-            Admin model without its profile, or a checkpoint of another model or other data.
+        UserError: for data that is missing or does not fit, a model that this machine's memory
+            does not hold, a run folder of another config, an Admin model without its profile, or
+            a checkpoint of another model or other data.
     """
     result, prepared = resolve_run(config, world_size)
+    require_host_memory(result, world_size)
     check_run_folder(result)
     require_starting_weights(result)
     require_profile(result)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from data.errors import UserError
 from engine.config import RunConfig, check_config
 from engine.planner import (
     Layout,
@@ -13,6 +14,7 @@ from engine.planner import (
     nearest_layout,
     parameters_of,
     problems_of,
+    require_host_memory,
     with_layout,
 )
 from models.cost import num_parameters
@@ -210,3 +212,20 @@ def test_the_nearest_layout_that_can(
 
 def test_a_layout_is_written_as_options() -> None:
     assert str(Layout(8, 4, 2)) == "--world-size 8 --ep-size 4 --zero-stage 2"
+
+
+@pytest.mark.parametrize(("local_size", "held"), [("1", True), ("4", False)])
+def test_ranks_that_a_machine_cannot_hold_are_refused(
+    local_size: str, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = config({STAGE: 0}, 4)
+    each = planned({STAGE: 0}, 4).total
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_SIZE", local_size)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * each}.__getitem__)
+    if held:
+        require_host_memory(resolved, 4)
+        return
+    with pytest.raises(UserError, match=r"and 4 ranks need .* each\) without activations: use a"):
+        require_host_memory(resolved, 4)
