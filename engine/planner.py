@@ -183,8 +183,8 @@ def require_host_memory(config: RunConfig, world_size: int) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed.total * local_size > there:
         raise UserError(
-            f"this machine has {there / GIB:.3g} GiB of memory, and {local_size} "
-            f"rank{'s' * (local_size > 1)} need {needed.total * local_size / GIB:.3g} "
+            f"this machine has {there / GIB:.3g} GiB of memory, and its "
+            f"rank{'s' * (local_size > 1)} would keep {needed.total * local_size / GIB:.3g} "
             f"({_in_words(needed)} each) without activations: use a smaller model, a higher "
             "zero_optimization.stage, or more machines"
         )
