@@ -204,7 +204,8 @@ class Supervisor:
         status = launched.status
         if status == 0 and num_left == 0:
             how = "finished" if self.stopping is None else f"stopped by {_name(self.stopping)}"
-            self._say("exit", f"{how}, at step {last_saved_step(self.run_dir)}")
+            saved = last_saved_step(self.run_dir)
+            self._say("exit", f"{how}; the newest checkpoint is of step {saved}" if saved else how)
             return FINISHED, ""
         cause = launched.cause()
         if self.stopping is not None:

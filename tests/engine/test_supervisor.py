@@ -131,7 +131,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> Any:
 def test_a_run_that_finishes_is_started_once(supervise: Callable[..., Any]) -> None:
     status, book, starts = supervise("finish")
     assert (status, starts) == (0, 1)
-    assert "**exit** finished, at step 0" in book
+    assert book.endswith("**exit** finished\n")
 
 
 def test_the_rank_that_was_killed_is_named_and_the_run_starts_again(
@@ -181,7 +181,7 @@ def test_a_signal_reaches_the_ranks_and_ends_the_supervision(
 ) -> None:
     status, book, starts = supervise("kill:nobody", signals=(signal.SIGTERM,))
     assert (status, starts) == (0, 1)
-    assert "**exit** stopped by SIGTERM, at step 0" in book
+    assert book.endswith("**exit** stopped by SIGTERM\n")
 
 
 def test_a_warning_reaches_the_ranks_that_listen_and_ends_no_other(
@@ -305,4 +305,4 @@ def test_a_run_goes_on_by_itself_to_exactly_the_same_metrics(tmp_path: Path) -> 
     assert "was killed by SIGKILL. Going on after step 10" in output
     assert records(tmp_path / "run") == records(tmp_path / "whole")
     book = (tmp_path / "run" / "logbook.md").read_text()
-    assert "**exit** finished, at step 40" in book
+    assert "**exit** finished; the newest checkpoint is of step 40" in book
