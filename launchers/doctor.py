@@ -181,17 +181,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_distributed()
         return 0
     console = Console(highlight=False)
-    examination = examine(
-        Options(
-            hostfile=given.hostfile,
-            config=given.deepspeed_config,
-            settings=tuple(given.set),
-            num_gpus=given.num_gpus,
-            master_addr=given.master_addr,
-            master_port=given.master_port,
-            force_multi=given.force_multi,
-        )
+    options = Options(
+        hostfile=given.hostfile,
+        config=given.deepspeed_config,
+        settings=tuple(given.set),
+        num_gpus=given.num_gpus,
+        master_addr=given.master_addr,
+        master_port=given.master_port,
+        force_multi=given.force_multi,
     )
+    with Console(stderr=True).status("asking the machines, then measuring: up to 3 minutes"):
+        examination = examine(options)
     console.print(overview(examination))
     console.print(machines(examination))
     if examination.measured is not None:
