@@ -75,22 +75,26 @@ def kill_launcher(lab: Lab, of_node: bool) -> Outcome:
 
 
 def kill_supervisor(lab: Lab) -> Outcome:
-    """SIGKILL: the ranks end as soon as they cannot print any more, or the folder is in use."""
-    with lab.run("supervisor") as run:
+    """SIGKILL: the ranks end as soon as they cannot print any more; then the same command again."""
+    many = "magnetar.training.num_steps=2000"  # it prints every 10 seconds
+    with lab.run("supervisor", many) as run:
         run.wait_for_step(12)
-        step, when = run.last_step(), time.monotonic()
+        when = time.monotonic()
         run.processes()
         run.process.kill()
         while run.processes():
             assert time.monotonic() - when < 60, "the ranks live on"
             time.sleep(0.1)
-        seconds = time.monotonic() - when
-        reached = run.last_step()
-        assert reached < NUM_STEPS
-    with lab.run("supervisor") as run:
-        finishes_as_undisturbed(run, lab)
+        seconds, reached = time.monotonic() - when, run.last_step()
+    with lab.run("supervisor", many) as run:
+        run.wait_for(lambda: RESUMED.search(run.output))
         first = int(RESUMED.findall(run.output)[-1])
-    return Outcome(f"ranks ended, at step {reached}", seconds, max(reached, step) - first)
+        run.wait_for(lambda: run.last_step() > max(first, NUM_STEPS))
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 0, run.output
+        whole = steps(lab.whole)
+        assert steps(run.run_dir)[: len(whole)] == whole
+    return Outcome("the ranks ended", seconds, reached - first)
 
 
 def ask_to_stop(lab: Lab) -> Outcome:

@@ -180,4 +180,5 @@ def goes_on(run: Supervised, fault: Fault) -> Outcome:
     run.wait_for(lambda: len(RESUMED.findall(run.output)) > fault.resumed, 150)
     first = int(RESUMED.findall(run.output)[-1])
     run.wait_for(lambda: run.last_step() > first, 60)
-    return Outcome("recovered", time.monotonic() - fault.when, fault.step - first)
+    # Without their launcher ranks can come a little further before they are ended.
+    return Outcome("recovered", time.monotonic() - fault.when, max(0, fault.step - first))

@@ -62,8 +62,8 @@ CASES = (
     ),
     Case(
         "the supervisor is killed",
-        "rank 0 ends when it cannot print, with it all; the same command goes on. Before, it says "
-        "that the folder is in use",
+        "the ranks end when rank 0 cannot print its next line, after 10 s at most or a step; the "
+        "same command goes on then, and says before that the folder is in use",
         60,
         cases.kill_supervisor,
     ),
