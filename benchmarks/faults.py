@@ -217,11 +217,12 @@ PAGE = f"""# What happens when something goes wrong
 
 Made by `python -m benchmarks.faults --out docs/faults.md`: two ranks on two CPU cores train
 benchmarks/supervised.json for {NUM_STEPS} steps under `launchers.supervise`, with a checkpoint
-every {SAVE_EVERY} steps, and one thing goes wrong. A run that goes on ends with the metrics of an
-undisturbed run and the bits of its weights and Adam's moments (the one whose supervisor is killed:
-with its metrics); on fewer ranks, with its losses to 5e-4. Not compared are runs that leave out
-batches, the one with a flipped weight (ZeRO 0), and the one with another JSON. "Seconds" are from the fault to the first new step or to the end of the command, with the
-bound that the command holds them to; most of them are the start of two ranks on two cores. "Steps
+every {SAVE_EVERY} steps, and one thing goes wrong. A run that goes on ends with the metrics of
+an undisturbed run and the bits of its weights and Adam's moments (the one whose supervisor is
+killed: with its metrics); on fewer ranks, with its losses to 5e-4. Not compared are runs that
+leave out batches, the one with a flipped weight (ZeRO 0), and the one with another JSON.
+"Seconds" are from the fault to the first new step or to the end of the command, with the bound
+that the command holds them to; most of them are the start of two ranks on two cores. "Steps
 again" are those between the newest checkpoint and the fault.
 
 | what goes wrong | what happens | ends | seconds (at most) | steps again |
