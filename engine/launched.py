@@ -13,6 +13,7 @@ import termios
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -264,14 +265,25 @@ class Launched:
         """Why it ended, as far as can be seen from here."""
         status, first = self.process.returncode, self._first
         if first is not None:
-            # One that its parent has waited for before we could look has the launcher's status.
-            text = f"{first.name} {ending(first.status or status or None)}"
+            # Its parent may have waited for it before we could look. The launcher's status is then
+            # that of some rank.
+            name = "a rank" if first.status is None and status else first.name
+            text = f"{name} {ending(first.status or status or None)}"
         elif status == 0:
             text = "the launcher has ended before its ranks"
         else:
             text = f"the launcher {ending(status)}"
-        said = [line for line in self.lines if _ERROR.match(line) and not _is_echo(line)]
-        return f"{text}: {said[-1]}" if said else text
+        said = self._said()
+        return f"{text}: {said}" if said else text
+
+    def _said(self) -> str:
+        """The last error that a rank has printed, with the lines indented below it."""
+        lines = list(self.lines)
+        begins = [i for i, line in enumerate(lines) if _ERROR.match(line) and not _is_echo(line)]
+        if not begins:
+            return ""
+        below = takewhile(lambda line: line.startswith("  "), lines[begins[-1] + 1 :])
+        return "\n".join([lines[begins[-1]], *below])
 
 
 def _is_echo(line: str) -> bool:

@@ -6,16 +6,42 @@
 | SIGINT (Ctrl-C) | likewise; a second one ends it at once, with status 130 |
 | SIGUSR1 (a batch system's warning) | saves a checkpoint after its step, and goes on |
 
-One rank may get it or all of them: `engine.guards` has the ranks agree on the step.
+One rank may get it or all of them: `engine.guards` has the ranks agree on the step. DeepSpeed's
+`deepspeed` command hands on none of them and leaves its ranks behind when it ends by one: a rank
+whose launcher is gone takes that for SIGTERM.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
+from itertools import takewhile
 from types import TracebackType
 
+import psutil
+
+from engine.start_times import is_launcher
+
 _ENDED_BY_CTRL_C = 130
+_LOOK_EVERY = 1.0  # seconds between two looks at the launchers
+
+
+def launchers_above(pid: int) -> list[psutil.Process]:
+    """DeepSpeed's launchers of a process, from its parent on."""
+    try:
+        parents = psutil.Process(pid).parents()
+        return list(takewhile(lambda parent: is_launcher(parent.pid), parents))
+    except (OSError, psutil.Error):  # one is just ending
+        return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it has not ended; nobody may have waited for it yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 class Requests:
@@ -29,6 +55,7 @@ class Requests:
     def __init__(self) -> None:
         self.stop = ""
         self.save = False
+        self._launchers = launchers_above(os.getpid())
         self._handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "Requests":
@@ -54,8 +81,14 @@ class Requests:
         os.close(self._writing)  # which ends the thread
 
     def _listen(self, reading: int) -> None:
-        while received := os.read(reading, 1):
-            self.take(received[0])
+        while True:
+            if select.select([reading], [], [], _LOOK_EVERY)[0]:
+                received = os.read(reading, 1)
+                if not received:
+                    break
+                self.take(received[0])
+            elif not self.stop and not all(map(is_alive, self._launchers)):
+                self.stop = "the end of its launcher"
         os.close(reading)
 
     def take(self, number: int) -> None:

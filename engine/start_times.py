@@ -54,7 +54,7 @@ def _first_launcher_started(pid: int, otherwise: float) -> float:
     """When the topmost of DeepSpeed's launchers above a process began."""
     started = otherwise
     try:
-        while _is_launcher(pid):
+        while is_launcher(pid):
             started = _started(pid)
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:  # it has ended
@@ -62,7 +62,8 @@ def _first_launcher_started(pid: int, otherwise: float) -> float:
     return started
 
 
-def _is_launcher(pid: int) -> bool:
+def is_launcher(pid: int) -> bool:
+    """Whether a process is one of DeepSpeed's launchers; OSError if it is gone."""
     words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     return any(
         word.startswith("deepspeed.launcher.") or Path(word).name == "deepspeed" for word in words

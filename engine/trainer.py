@@ -257,6 +257,7 @@ class Trainer:
         """Train to the last step; whether it was reached, and no signal has stopped the run."""
         training, engine, state = self.config.training, self.engine, self.state
         if not state.before:
+            self.watchdog.beat("the first evaluation")
             state.before, state.examples = evaluation(
                 engine, self.config, self.prepared, self.valid_data
             )
@@ -372,12 +373,16 @@ class Trainer:
             self._log("divergence", f"step {step}: {problem}")
             why = "it has saved no checkpoint to go back to"
             if checkpoint is not None:
-                why = f"going back to step {checkpoint.step} {limit} times did not help"
+                why = (
+                    f"going back to step {checkpoint.step} {limit} times did not help. What it "
+                    f"saved is in {self.run_dir / 'checkpoints'}"
+                )
+            out = "a longer training.lr_schedule.warmup_steps"
+            if self.config.guards.spike_deviations is not None:
+                out += ", or more guards.spike_deviations"
             raise UserError(
-                f"the run diverged: {problem} at step {step}, and {why}. What it "
-                f"saved before is in {self.run_dir / 'checkpoints'}. Start in another "
-                "training.run_dir with a lower optimizer.params.lr or gradient_clipping, or a "
-                "longer training.lr_schedule.warmup_steps",
+                f"the run diverged: {problem} at step {step}, and {why}. Start in another "
+                f"training.run_dir with a lower optimizer.params.lr or gradient_clipping, or {out}",
                 on_every_rank=True,
             )
         self.num_returns += 1

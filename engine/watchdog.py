@@ -14,7 +14,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -25,7 +25,18 @@ STATUS = 3
 _SOURCES = Path(__file__).parents[1]
 _KEY = "magnetar/watchdog"
 _STORE_TIMEOUT = timedelta(seconds=30)
-_TOLD_BY_ANOTHER = ""
+
+
+class Finding(NamedTuple):
+    """Why nothing happens.
+
+    Attributes:
+        text: which ranks do not answer, and where the others are.
+        teller: the rank that is to say so; None: every rank for itself.
+    """
+
+    text: str
+    teller: int | None = None
 
 
 def innermost_call(frame: FrameType | None) -> str:
@@ -102,35 +113,35 @@ class Watchdog:
             since = self.since
             if time.monotonic() - since <= self.limit:
                 continue
-            found: list[str] = []
+            found: list[Finding] = []
             asking = threading.Thread(target=self._ask, args=(found,), daemon=True)
             asking.start()
             asking.join(8 * self._period)
+            if not found:
+                found = [Finding("rank 0 does not answer, by which the ranks tell where they are")]
+            if found[0].teller not in (None, self.rank):
+                # It ends this rank, too; if it does not, it has found nothing wrong itself.
+                self._ended.wait(4 * self._period)
             if self._ended.is_set() or self.since != since:
                 continue  # it was slow, and no hang
-            if not found:
-                found = ["rank 0 does not answer, by which the ranks tell where they are"]
-            if found != [_TOLD_BY_ANOTHER]:
-                self._report(found[0])
-            else:
-                time.sleep(1.0)  # a launcher ends everybody as soon as one rank has ended
+            self._report(found[0].text)
             os._exit(STATUS)
 
-    def _ask(self, found: list[str]) -> None:
+    def _ask(self, found: list[Finding]) -> None:
         """Find out which ranks are silent, and what the others wait for: appends it."""
         store = another_connection(_STORE_TIMEOUT)
         before = self._told(store)
         time.sleep(3 * self._period)
-        silent, waiting = [], []
+        silent, waiting, answering = [], [], []
         for rank, (then, now) in enumerate(zip(before, self._told(store), strict=True)):
             place = f"in {now['doing']}: {now['where']}" if now else "nowhere yet"
             if then.get("awake") == now.get("awake"):
                 silent.append(f"rank {rank} does not answer (it was {place})")
             else:
                 waiting.append(f"rank {rank} is {place}")
-        # One rank tells: those that wait find it out at the same time.
-        is_first = store.add(f"{_KEY}/tellers", 1) == 1
-        found.append("; ".join([*silent, *waiting]) if is_first else _TOLD_BY_ANOTHER)
+                answering.append(rank)
+        # Those that wait find it out at the same time: one of them tells.
+        found.append(Finding("; ".join([*silent, *waiting]), min(answering, default=self.rank)))
 
     def _told(self, store: dist.TCPStore) -> list[dict[str, Any]]:
         keys = [f"{_KEY}/{rank}" for rank in range(self.num_ranks)]

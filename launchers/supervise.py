@@ -95,21 +95,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> Options:
 
 
 def _at_least_1(text: str) -> int:
-    return _at_least(int(text), 1)
+    return _at_least(text, 1)
 
 
 def _at_least_0(text: str) -> int:
-    return _at_least(int(text), 0)
+    return _at_least(text, 0)
 
 
-def _at_least(value: int, least: int) -> int:
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-    return value
+def _at_least(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
     return value

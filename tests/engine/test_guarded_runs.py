@@ -255,6 +255,27 @@ def test_a_signal_to_any_rank_saves_and_ends_them_all_well(
     assert "num_steps: 4000 -> " in (tmp_path / "run" / "logbook.md").read_text()
 
 
+def test_a_launcher_that_is_ended_leaves_no_ranks_behind_and_loses_no_step(
+    corpus: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, corpus, changes=LONG)
+    with started(config) as launcher:
+        wait_for_step(config, 5, launcher)
+        ranks = ranks_of(launcher.pid)
+        os.kill(launcher.pid, signal.SIGTERM)  # which DeepSpeed's hands on to nobody
+        output, _ = launcher.communicate(timeout=60)
+        for _ in range(300):
+            if not any(os.path.exists(f"/proc/{pid}") for pid in ranks):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the ranks train on")
+    (saved,) = complete_checkpoints(tmp_path / "run")
+    assert f"stopped by the end of its launcher after step {saved.step}, saved" in output.replace(
+        "a signal to another rank", "the end of its launcher"
+    )
+
+
 def test_ctrl_c_twice_ends_a_run_at_once_even_one_that_waits_for_another_rank(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -286,6 +307,11 @@ def test_a_rank_that_is_stopped_is_found_and_named(
         wait_for_step(config, 5, launcher)
         ranks = ranks_of(launcher.pid)
         os.kill(ranks[stopped], signal.SIGSTOP)
+        if stopped == 1:  # an alarm that turns out to be none
+            time.sleep(13)
+            os.kill(ranks[stopped], signal.SIGCONT)
+            time.sleep(3)
+            os.kill(ranks[stopped], signal.SIGSTOP)
         for _ in range(600):
             if not os.path.exists(f"/proc/{ranks[1 - stopped]}"):
                 break
@@ -296,10 +322,13 @@ def test_a_rank_that_is_stopped_is_found_and_named(
         output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 3, output
     assert f"nothing has happened for 10 seconds: rank {stopped} does not answer" in output
+    assert (
+        "hang** nothing has happened for 10 seconds"
+        in (tmp_path / "run" / "logbook.md").read_text()
+    )
     if stopped == 1:
         assert "rank 0 is in step" in output
         assert "all_reduce, called by engine/" in output or "called by models/" in output
-    assert "**hang** nothing has happened" in (tmp_path / "run" / "logbook.md").read_text()
 
 
 def test_weights_that_drift_apart_are_named(corpus: Path, tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ def test_what_one_typed_before_is_understood() -> None:
         ("--include a --exclude b --hostfile h", "contradict each other"),
         ("--include a --num_gpus 2 --hostfile h", "do not go with --num_nodes and --num_gpus"),
         ("--include a", "need --hostfile"),
-        ("--num_gpus 0", "0 is less than 1"),
+        ("--num_gpus 0", "0 is no whole number from 1 on"),
+        ("--max-restarts x", "x is no whole number from 0 on"),
+        ("--backoff soon", "soon is no number of seconds"),
         ("--backoff nan", "nan is no number of seconds"),
     ],
 )
