@@ -24,6 +24,7 @@ ranks=
 arguments=()
 while [ $# -gt 0 ]; do
   case $1 in
+    -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p;}' "$0"; exit ;;
     -n) ranks=${2:-}; shift 2 || fail "-n needs a number of ranks" ;;
     --hostfile) hostfile=${2:-}; shift 2 || fail "--hostfile needs a file" ;;
     --hostfile=*) hostfile=${1#*=}; shift ;;
@@ -39,9 +40,11 @@ if [ -n "$hostfile" ]; then
   [ -r "$hostfile" ] || fail "--hostfile $hostfile cannot be read: check the path"
   while read -r name slots _ || [ -n "${name:-}" ]; do
     case $name in '' | '#'*) continue ;; esac
-    case $slots in slots=*[!0-9]* | slots=) slots= ;; slots=*) ;; *) slots= ;; esac
+    slots=${slots%$'\r'}
+    case $slots in slots=*[!0-9]* | slots= | slots=0) slots= ;; slots=*) ;; *) slots= ;; esac
     case $name in -* | *[!A-Za-z0-9_.@-]*) fail "--hostfile $hostfile: $name is no name of a host" ;; esac
     [ -n "$slots" ] || fail "--hostfile $hostfile: a line of $name is not \`$name slots=N\`: mend it"
+    case " ${machines[*]:-}" in *" $name:"*) fail "--hostfile $hostfile names $name twice: once is enough" ;; esac
     machines+=("$name:${slots#slots=}")
   done < "$hostfile"
   [ ${#machines[@]} -gt 0 ] || fail "--hostfile $hostfile names no host: add lines: node-1 slots=8"

@@ -47,7 +47,12 @@ first_address() {
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is no Slurm job: start it with sbatch or srun"
 [ -f launchers/train.py ] || fail "start it in Magnetar's folder, as launchers/slurm.sh"
 python=$(command -v "${PYTHON:-python}") || fail "no ${PYTHON:-python} in PATH: activate the environment first, or set PYTHON"
-export MASTER_ADDR=${MASTER_ADDR:-$(first_address)}
+[ -n "${SLURM_JOB_NODELIST:-}" ] || fail "SLURM_JOB_NODELIST is not set, which Slurm does in a job"
+if [ -z "${MASTER_ADDR:-}" ]; then
+  MASTER_ADDR=$(first_address) || true
+  [ -n "$MASTER_ADDR" ] || fail "the first node of $SLURM_JOB_NODELIST has no address here: set MASTER_ADDR"
+fi
+export MASTER_ADDR
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
 
 if [ -z "${SLURM_STEP_ID:-}" ]; then # sbatch: the file itself, once
@@ -57,6 +62,7 @@ if [ -z "${SLURM_STEP_ID:-}" ]; then # sbatch: the file itself, once
   exit
 fi
 
+[ -n "${SLURM_STEP_TASKS_PER_NODE:-}" ] || fail "SLURM_STEP_TASKS_PER_NODE is not set, which srun does"
 # Tasks of each node: "8(x2),4" is 8 8 4.
 tasks=($(awk -v RS=, '{ n = split($0, part, /[(x)]+/)
   for (i = 0; i < (n > 1 ? part[2] : 1); i++) print part[1] }' <<< "$SLURM_STEP_TASKS_PER_NODE"))
