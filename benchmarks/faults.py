@@ -182,7 +182,7 @@ CASES = (
     ),
     Case("the clock jumps back by an hour", "nothing", 60, cases.set_clock_back),
     Case(
-        "bytes of the tokens flip",
+        "bytes of the tokens flip, beyond the vocabulary",
         NOT_READ,
         60,
         lambda lab: cases.spoil_data(lab, "bytes", cases.flip_bytes, "error: "),
