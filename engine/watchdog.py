@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,6 +25,7 @@ from engine.rendezvous import another_connection
 STATUS = 3
 _SOURCES = Path(__file__).parents[1]
 _KEY = "magnetar/watchdog"
+_SECONDS_FOR_THE_LOGBOOK = 5.0
 _STORE_TIMEOUT = timedelta(seconds=30)
 
 
@@ -155,4 +157,11 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        logbook.write(self.run_dir, "hang", message)
+        # The disk may be what everybody waits for.
+        writing = threading.Thread(target=self._log, args=(message,), daemon=True)
+        writing.start()
+        writing.join(_SECONDS_FOR_THE_LOGBOOK)
+
+    def _log(self, message: str) -> None:
+        with suppress(OSError):
+            logbook.write(self.run_dir, "hang", message)

@@ -3,10 +3,16 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.engine.programs import with_keys
 from tests.ranks import ROOT, free_port
@@ -105,6 +111,37 @@ def launch(config: Path, *arguments: str, ranks: int = 2) -> subprocess.Complete
         timeout=300,
         check=False,
     )
+
+
+@contextmanager
+def started(config: Path) -> Iterator[subprocess.Popen]:
+    """The launcher, training on two ranks; in the end all of its processes get SIGKILL."""
+    launcher = subprocess.Popen(
+        launcher_command(config),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield launcher
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+def wait_for_step(config: Path, step: int, launcher: subprocess.Popen) -> None:
+    """Return when a run that its launcher trains has logged a step."""
+    metrics = config.parent / "run" / "metrics.jsonl"
+    for _ in range(12_000):
+        if metrics.is_file() and f'"step": {step},' in metrics.read_text():
+            return
+        assert launcher.poll() is None, launcher.communicate()[0]
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was not reached in two minutes")
 
 
 def rewrite_manifest(file: Path, old: str, new: str) -> None:

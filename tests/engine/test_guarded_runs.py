@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,15 @@ import pytest
 
 from engine.checkpoint_files import complete_checkpoints
 from tests.ranks import ROOT, free_port
-from tests.runs import environment, launch, launcher_command, make_corpus, records, write_config
+from tests.runs import (
+    environment,
+    launch,
+    make_corpus,
+    records,
+    started,
+    wait_for_step,
+    write_config,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -178,25 +184,6 @@ def test_what_going_back_does_not_help_ends_as_diverged(corpus: Path, tmp_path: 
     assert "**divergence** step 6" in (tmp_path / "run" / "logbook.md").read_text()
 
 
-@contextmanager
-def started(config: Path) -> Iterator[subprocess.Popen]:
-    """The launcher, training on two ranks; nothing of it is left behind."""
-    launcher = subprocess.Popen(
-        launcher_command(config),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield launcher
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-
-
 def ranks_of(launcher: int) -> list[int]:
     """The processes that train, in the order of their ranks."""
     import psutil
@@ -209,16 +196,6 @@ def ranks_of(launcher: int) -> list[int]:
         and "deepspeed.launcher.launch" not in child.cmdline()
     ]
     return [child.pid for child in sorted(found, key=lambda child: child.environ()["RANK"])]
-
-
-def wait_for_step(config: Path, step: int, launcher: subprocess.Popen) -> None:
-    metrics = config.parent / "run" / "metrics.jsonl"
-    for _ in range(12_000):
-        if metrics.is_file() and f'"step": {step},' in metrics.read_text():
-            return
-        assert launcher.poll() is None, launcher.communicate()[0]
-        time.sleep(0.01)
-    pytest.fail(f"step {step} was not reached in two minutes")
 
 
 LONG = {

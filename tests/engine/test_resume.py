@@ -1,11 +1,8 @@
 """Stopping and starting the same command again changes nothing."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,16 @@ from engine.checkpoint_files import complete_checkpoints
 from engine.config import load_config
 from engine.trainer import prepare_run
 from tests.ranks import ROOT
-from tests.runs import environment, launch, launcher_command, make_corpus, records, write_config
+from tests.runs import (
+    environment,
+    launch,
+    launcher_command,
+    make_corpus,
+    records,
+    started,
+    wait_for_step,
+    write_config,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -42,26 +48,8 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def kill_after_step(config: Path, step: int) -> None:
     """Start the command and SIGKILL all of its processes once it has logged a step."""
-    metrics = config.parent / "run" / "metrics.jsonl"
-    process = subprocess.Popen(
-        launcher_command(config),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        for _ in range(12_000):
-            if metrics.is_file() and f'"step": {step},' in metrics.read_text():
-                break
-            assert process.poll() is None, "ended before it could be killed"
-            time.sleep(0.01)
-        else:
-            pytest.fail(f"step {step} was not reached in two minutes")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with started(config) as launcher:
+        wait_for_step(config, step, launcher)
 
 
 def test_a_killed_run_continues_with_exactly_the_same_metrics(
