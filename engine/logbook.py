@@ -16,7 +16,7 @@ def write(run_dir: Path, event: str, text: str) -> None:
     Args:
         run_dir: the run's folder.
         event: one word, such as "resume".
-        text: what happened. Lines after its first are indented below it.
+        text: what happened. Lines after its first become a list below it.
 
     Raises:
         OSError: if it cannot be written.
@@ -24,7 +24,7 @@ def write(run_dir: Path, event: str, text: str) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / NAME
     when = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    entry = f"- {when} **{event}** " + text.replace("\n", "\n  ") + "\n"
+    entry = f"- {when} **{event}** " + text.replace("\n", "\n  - ") + "\n"
     if not path.exists():
         entry = f"# Logbook of {run_dir.name}\n\n{entry}"
     # Several processes write, so each entry is one write at the end of the file.

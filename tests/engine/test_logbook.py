@@ -11,4 +11,4 @@ def test_entries_follow_one_another_below_one_title(tmp_path: Path) -> None:
     assert lines[0] == "# Logbook of run"
     assert lines[2].endswith("**start** 300 steps")
     assert lines[3].endswith("**change** two keys:")
-    assert lines[4:] == ["  magnetar.training.num_steps: 300 -> 400", "  lr: 1 -> 2"]
+    assert lines[4:] == ["  - magnetar.training.num_steps: 300 -> 400", "  - lr: 1 -> 2"]
