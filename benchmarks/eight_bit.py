@@ -33,7 +33,7 @@ WIDE = {
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "fp32 AdamW": {},
-    "AdamW8bit": {"optimizer.type": "AdamW8bit", "optimizer.params.torch_adam": False},
+    "AdamW8bit": {"optimizer.type": "AdamW8bit"},
     "fp32 AdamW, another seed": {"magnetar.training.seed": 2},
 }
 LAST = 20  # steps whose mean loss is compared

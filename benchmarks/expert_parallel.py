@@ -174,19 +174,18 @@ def busiest_rank(loads: list[Any], ranks: int) -> float:
 
 
 class Bench:
-    """The engine of a run on this rank, whose number of chunks may change between steps."""
+    """The engine of a config on this rank, whose number of chunks may change between steps."""
 
-    def __init__(self, options: argparse.Namespace, run: str) -> None:
-        """Build it and warm it up."""
+    def __init__(self, config: Any, device: Any) -> None:
+        """Build it; the ranks must have joined."""
         import deepspeed.comm as dist
 
-        from engine.engine import build_engine, start_distributed
+        from engine.engine import build_engine
         from models.moe import SparseFeedForward
 
-        self.device = start_distributed()
+        self.config, self.device = config, device
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
-        self.config = config_of(options, run, self.ranks)
-        self.engine, _ = build_engine(self.config, self.device)
+        self.engine, _ = build_engine(config, device)
         self.layers = [m for m in self.engine.module.modules() if isinstance(m, SparseFeedForward)]
         self.number = 0
 
@@ -230,6 +229,17 @@ class Bench:
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         return 1000 * float(seconds) / num_steps
 
+    def profiles(self) -> list[dict[str, Any]]:
+        """`device_times` of a step on every rank; none without a GPU."""
+        import torch.distributed
+
+        if self.device.type != "cuda":
+            return []
+        own = profiled(self.step, self.finish)
+        found: list[Any] = [None] * self.ranks
+        torch.distributed.all_gather_object(found, own)
+        return found
+
     def imbalance(self) -> float:
         """Of a step's last micro-batch, see `busiest_rank`."""
         import deepspeed.comm as dist
@@ -254,9 +264,13 @@ def work(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed
 
+    from engine.engine import start_distributed
+
     if options.carve_out:
         torch._C._set_sm_carveout_experimental(options.carve_out)
-    bench = Bench(options, options.run)
+    device = start_distributed()
+    ranks = torch.distributed.get_world_size()
+    bench = Bench(config_of(options, options.run, ranks), device)
     chunk_counts = [1]
     if options.run == "spread":
         local = bench.layers[0].num_local_experts
@@ -278,11 +292,8 @@ def work(options: argparse.Namespace) -> None:
         bench.use(number)
         record = records[str(number)]
         record["busiest_rank"] = bench.imbalance()
-        if bench.device.type == "cuda":
-            own = profiled(bench.step, bench.finish)
-            found: list[Any] = [None] * bench.ranks
-            torch.distributed.all_gather_object(found, own)
-            record["profile"] = found
+        if profiles := bench.profiles():
+            record["profile"] = profiles
     if options.run == "spread":
         bench.use(None)
         bench.step()

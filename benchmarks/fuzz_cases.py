@@ -49,8 +49,6 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         data["pairs"]["bin_tokens"] = 256
         config |= {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}
         training["eval_translations"] = 2
-    if "Adam" in config["optimizer"]["type"] and "8bit" not in config["optimizer"]["type"]:
-        config["optimizer"]["params"]["torch_adam"] = True  # the others are compiled first
     training |= {"run_dir": "run", "num_steps": 2, "log_every": 1, "eval_every": 2}
     training["lr_schedule"]["warmup_steps"] = 1
     if training.get("save_every") != "never":

@@ -134,7 +134,7 @@ _EXAMPLE = {
     "$schema": "./schema.json",
     "train_batch_size": 16,
     "gradient_clipping": 1.0,
-    "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.003}},
     "magnetar": {
         "model": {
             "num_layers": 2,

@@ -41,10 +41,10 @@ class AdamParams(StrictModel):
         description="true: decoupled weight decay. false: L2 penalty in the gradient, only with "
         "type `Adam`.",
     )
-    torch_adam: bool = Field(
-        default=False,
-        description="true: PyTorch's Adam. false: DeepSpeed's fused kernel, which is compiled at "
-        "its first use.",
+    torch_adam: bool | None = Field(
+        default=None,
+        description="Of types `Adam` and `AdamW`. null or true: PyTorch's fused Adam. false: "
+        "DeepSpeed's, which is compiled at its first use.",
     )
     min_8bit_size: int | None = Field(
         default=None,
@@ -72,8 +72,8 @@ class OffloadConfig(StrictModel):
 
     device: Literal["none", "cpu"] = Field(
         default="none",
-        description="`cpu`: in host memory, under ZeRO 1, 2 or 3. The update is DeepSpeed's CPU "
-        "Adam, compiled at its first use, or PyTorch's with `torch_adam`.",
+        description="`cpu`: in host memory, under ZeRO 1, 2 or 3. The update is PyTorch's "
+        "Adam or, with `torch_adam` false, DeepSpeed's CPU Adam.",
     )
     pin_memory: bool = Field(
         default=True, description="Page-locked memory: faster to copy, and never swapped out."

@@ -251,7 +251,7 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         min_8bit_size = optimizer_params.get("min_8bit_size", MIN_8BIT_SIZE)
         model_parameters = groups_by_bits(model, model_parameters, min_8bit_size)
     model_parameters = small_groups(model_parameters)
-    fuse_torchs_adam(deepspeed_config, device)
+    fuse_torchs_adam(deepspeed_config)
     if config.zero_stage in (1, 2):
         # These allocate such a bucket in every backward pass, however small the model is.
         numel = sum(parameter.numel() for parameter in model.parameters())

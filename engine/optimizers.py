@@ -97,16 +97,19 @@ def groups_by_bits(
     return divided
 
 
-def fuse_torchs_adam(deepspeed: dict[str, Any], device: torch.device) -> None:
-    """Have PyTorch's Adam update in one pass over the memory, on a CPU.
+def uses_torchs_adam(optimizer: dict[str, Any]) -> bool:
+    """Whether a config's optimizer is PyTorch's Adam."""
+    return optimizer["type"] != EIGHT_BIT and optimizer["params"].get("torch_adam", True)
+
+
+def fuse_torchs_adam(deepspeed: dict[str, Any]) -> None:
+    """Have PyTorch's Adam, where it is not declined, update in one pass over the memory.
 
     Args:
         deepspeed: DeepSpeed's sections, to whose optimizer PyTorch's own key is added.
-        device: of the weights.
     """
-    params = deepspeed["optimizer"]["params"]
-    if device.type == "cpu" and params.get("torch_adam"):
-        params["fused"] = True
+    if uses_torchs_adam(deepspeed["optimizer"]):
+        deepspeed["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
 
 
 def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], Any] | None:

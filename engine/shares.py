@@ -177,8 +177,8 @@ def start_adam(engine: Any, step: int) -> None:
             start_8_bit(adam, group, flat, step)
             continue
         adam.state[flat] = {
-            # DeepSpeed's own Adams count in Python.
-            "step": torch.tensor(float(step)) if is_torchs else step,
+            # DeepSpeed's own Adams count in Python; PyTorch's fused one, beside the states.
+            "step": torch.tensor(float(step), device=flat.device) if is_torchs else step,
             **{state: torch.zeros_like(flat.data) for state in MOMENTS},
         }
 

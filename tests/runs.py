@@ -20,7 +20,7 @@ from tests.ranks import ROOT, free_port
 TINY: dict[str, Any] = {
     "train_batch_size": 4,
     "gradient_clipping": 0.5,
-    "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": {"lr": 3e-3}},
     "zero_optimization": {"stage": 1},
     "tensorboard": {"enabled": True},
     "magnetar": {

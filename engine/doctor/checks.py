@@ -285,7 +285,7 @@ def _jit(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
         for program, package in (("ninja", "pip install ninja"), ("c++", "apt install g++")):
             if told["programs"][program] is None:
                 text = f"no {program}, with which DeepSpeed compiles {wanted.compiles}"
-                remedy = f"{package}, or optimizer.params.torch_adam=true"
+                remedy = f"{package}, or remove optimizer.params.torch_adam=false"
                 yield Finding("problem", answer.node.name, "JIT", text, remedy)
         architectures = told["variables"].get("TORCH_CUDA_ARCH_LIST", "")
         if any(letter in architectures for letter in "af"):

@@ -11,11 +11,13 @@ from typing import Any
 from data.errors import MachineError, UserError
 from engine.batch_sizes import MICRO
 from engine.config import RunConfig, load_config
+from engine.deepspeed_keys import EIGHT_BIT
 from engine.doctor import environment
 from engine.doctor.asking import Answer, Node, ask
 from engine.doctor.checks import Finding, Wanted, findings
 from engine.doctor.world import Sizes, launch, slow_links
 from engine.hosts import address_of, chosen_slots, read_hostfile
+from engine.optimizers import uses_torchs_adam
 from engine.planner import parameters_of
 from engine.run_data import open_run_data
 
@@ -191,7 +193,7 @@ def _wanted(config: RunConfig | None, options: Options, address: str) -> tuple[W
     section = config.deepspeed["optimizer"]
     on_host = config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
     compiles = ""
-    if section["type"] in ("Adam", "AdamW") and not section["params"].get("torch_adam"):
+    if section["type"] != EIGHT_BIT and not uses_torchs_adam(section):
         compiles = "CPUAdam" if on_host.get("device") == "cpu" else "FusedAdam or CPUAdam"
     wanted = Wanted(
         config=str(options.config),

@@ -13,7 +13,7 @@ BASE: dict[str, Any] = {
     "gradient_clipping": 0.05,
     "optimizer": {
         "type": "AdamW",
-        "params": {"lr": 3e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "torch_adam": True},
+        "params": {"lr": 3e-3, "betas": [0.9, 0.98], "weight_decay": 0.01},
     },
     "zero_optimization": {"stage": 0},
     "magnetar": {

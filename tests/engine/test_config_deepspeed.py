@@ -114,7 +114,7 @@ def test_torch_adam_takes_our_parameters() -> None:
     import torch
 
     params = ours.AdamParams(lr=0.1).model_dump(mode="json", exclude_none=True)
-    del params["torch_adam"], params["adam_w_mode"]
+    del params["adam_w_mode"]
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], **params)
 
 

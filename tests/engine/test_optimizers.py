@@ -28,7 +28,7 @@ from tests.ranks import run_on_ranks
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 
-TYPE = {"optimizer.type": "AdamW8bit", "optimizer.params.torch_adam": False}
+TYPE = {"optimizer.type": "AdamW8bit"}
 SMALL = TYPE | {"optimizer.params.min_8bit_size": 512}  # BASE's largest tensors have 2048
 STAGE, EP = "zero_optimization.stage", "magnetar.model.moe.ep_size"
 
@@ -148,7 +148,10 @@ def test_large_groups_are_divided_in_order(max_numel: int, monkeypatch: pytest.M
 
 
 REFUSED = [
-    ({"optimizer.type": "AdamW8bit"}, ["torch_adam=true contradicts", 'or use type "AdamW"']),
+    (
+        TYPE | {"optimizer.params.torch_adam": True},
+        ["torch_adam=true contradicts", 'or use type "AdamW"'],
+    ),
     (
         TYPE | {"optimizer.params.adam_w_mode": False},
         ['adam_w_mode=false contradicts optimizer.type="AdamW8bit"', "remove it"],

@@ -29,7 +29,6 @@ OFFLOAD = {"zero_optimization.offload_optimizer.device": "cpu"}
 DENSE = {"magnetar.model.moe": None}
 EIGHT_BITS = {
     "optimizer.type": "AdamW8bit",
-    "optimizer.params.torch_adam": False,
     "optimizer.params.min_8bit_size": 1024,
 }
 HAS_8_BITS = find_spec("bitsandbytes") is not None

@@ -86,7 +86,6 @@ EIGHT_BITS = [
     case
     | {
         "optimizer.type": "AdamW8bit",
-        "optimizer.params.torch_adam": False,
         "optimizer.params.min_8bit_size": 512,
     }
     for case in FP32 + BF16[:2]
