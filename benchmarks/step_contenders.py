@@ -19,6 +19,7 @@ from data.errors import UserError
 from engine.config import RunConfig, check_config
 from engine.engine import MicroBatch, build_engine, loss_weights, train_step
 from engine.guards import Guards
+from engine.optimizers import fuse_torchs_adam
 from engine.signals import Requests
 from models.compiled import MAX_VERSIONS
 from models.config import ModelConfig
@@ -262,6 +263,7 @@ def build_deepspeed(config: RunConfig, device: torch.device) -> Trainee:
         {"params": list(model.parameters()), "name": "dense"}
     )
     sections = copy.deepcopy(config.deepspeed) | {"steps_per_print": 2**62}
+    fuse_torchs_adam(sections)  # as in every other contender
     engine, _, _, _ = deepspeed.initialize(
         model=model, config=sections, model_parameters=groups, dist_init_required=False
     )
