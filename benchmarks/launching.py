@@ -1,6 +1,7 @@
 """Starting the ranks of a benchmark."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,11 @@ from pathlib import Path
 
 
 def launch(
-    module: str, num_ranks: int, arguments: Sequence[str | Path], quietly: bool = False
+    module: str,
+    num_ranks: int,
+    arguments: Sequence[str | Path],
+    quietly: bool = False,
+    seconds: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a module on so many ranks of this machine with the `deepspeed` launcher.
 
@@ -18,11 +23,15 @@ def launch(
         num_ranks: GPUs, or processes on the CPU.
         arguments: of the module.
         quietly: keep what the ranks print for the caller.
+        seconds: after which all of them are killed; None: they may take as long as they like.
+
+    Raises:
+        TimeoutExpired: when they were killed.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    return subprocess.run(
+    with subprocess.Popen(
         [
             *(sys.executable, "-m", "deepspeed.launcher.runner", "-q"),
             *("--num_gpus", str(num_ranks), "--master_port", str(port), "--module", module),
@@ -32,5 +41,14 @@ def launch(
         stdout=subprocess.PIPE if quietly else None,
         stderr=subprocess.STDOUT if quietly else None,
         text=True,
-        check=False,
-    )
+        start_new_session=seconds is not None,  # one group of processes, ranks included
+    ) as launcher:
+        try:
+            output, _ = launcher.communicate(timeout=seconds)
+        except BaseException:
+            if seconds is None:
+                launcher.kill()
+            else:
+                os.killpg(launcher.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, output)

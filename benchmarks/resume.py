@@ -42,8 +42,22 @@ LAYOUTS = (
 )
 
 
-def train(layout: Layout, run_dir: Path, num_steps: int, settings: list[str]) -> list[float]:
-    """Train a run to a step in a layout; the losses of all of its steps so far."""
+def train(
+    layout: Layout,
+    run_dir: Path,
+    num_steps: int,
+    settings: list[str],
+    seconds: float | None = None,
+) -> list[float]:
+    """Train a run to a step in a layout; the losses of all of its steps so far.
+
+    Args:
+        layout: of the ranks that train.
+        run_dir: the run's folder, whose newest checkpoint is continued.
+        num_steps: of the whole run.
+        settings: further KEY=VALUE pairs.
+        seconds: see `launch`.
+    """
     keys = {
         "zero_optimization.stage": layout.stage,
         "magnetar.model.moe.ep_size": layout.ep_size,
@@ -53,7 +67,7 @@ def train(layout: Layout, run_dir: Path, num_steps: int, settings: list[str]) ->
     pairs = [*(f"{key}={value}" for key, value in keys.items()), *settings]
     arguments = ["--deepspeed_config", str(CONFIG)]
     arguments += [part for pair in pairs for part in ("--set", pair)]
-    done = launch("launchers.train", layout.world_size, arguments, quietly=True)
+    done = launch("launchers.train", layout.world_size, arguments, True, seconds)
     if done.returncode != 0:
         raise SystemExit(f"{layout} ended with {done.returncode}:\n{done.stdout}")
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())

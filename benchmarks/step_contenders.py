@@ -32,13 +32,13 @@ from models.transformer import build_model
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")  # nothing is logged
 
 
-def checked(values: dict[str, Any]) -> RunConfig:
-    """The config of one rank that a dict describes.
+def checked(values: dict[str, Any], ranks: int = 1) -> RunConfig:
+    """The config of so many ranks that a dict describes.
 
     Raises:
         UserError: saying all that is wrong with it.
     """
-    config, problems = check_config(values, world_size=1)
+    config, problems = check_config(values, world_size=ranks)
     if config is None:
         raise UserError("\n  ".join(["this cannot be measured:", *(text for _, text in problems)]))
     return config
@@ -71,8 +71,8 @@ def sparse_config(config: RunConfig, num_experts: int, **model: Any) -> RunConfi
     return checked(values)
 
 
-def dense_config(config: RunConfig) -> RunConfig:
-    """The dense run with the useful FLOPs of a sparse one.
+def dense_config(config: RunConfig, ranks: int = 1) -> RunConfig:
+    """The dense run with the useful FLOPs of a sparse one, of as many ranks.
 
     A MoE layer's tokens pass through top_k networks of width d_ff. A dense model of this project
     has one width, so all layers share that work out evenly.
@@ -83,7 +83,7 @@ def dense_config(config: RunConfig) -> RunConfig:
     values = config.to_dict()
     d_ff = model.d_ff * (layers + (model.moe.top_k - 1) * sparse) // layers
     values["magnetar"]["model"] |= {"moe": None, "d_ff": d_ff}
-    return checked(values)
+    return checked(values, ranks)
 
 
 class ClipTimer:

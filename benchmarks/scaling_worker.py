@@ -1,0 +1,88 @@
+"""What the ranks of the scaling benchmark do.
+
+    deepspeed --num_gpus N --module benchmarks.scaling_worker JOB
+
+JOB is a file of JSON: `runs`, by name resolved configs or, of part `numbers`, changes to
+benchmarks/layouts.json; `part`; `rounds` of so many `steps`; `out`, the file of what was found.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+
+from benchmarks.expert_parallel import WARM_UP, Bench
+from benchmarks.invariance import curve
+from benchmarks.step_contenders import checked, cost
+from engine.engine import start_distributed
+from engine.process_groups import leave_distributed
+from engine.run_folder import write_whole
+from launchers.user_errors import user_errors
+from models.cost import num_parameters
+
+STEPS_COMPARED = 20
+
+
+def measured(config: Any, device: Any, rounds: int, steps: int) -> dict[str, Any]:
+    """On every rank: a config's speed and memory, and its profile."""
+    bench, sizes = Bench(config, device), config.deepspeed
+    for _ in range(WARM_UP):
+        bench.step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found: dict[str, Any] = {"step_ms": [bench.milliseconds(steps) for _ in range(rounds)]}
+    if device.type == "cuda":
+        peak = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        found["peak_bytes"] = int(peak)
+    if bench.layers:
+        found["busiest_rank"] = bench.imbalance()
+    found["profile"] = bench.profiles()
+    moe = config.model.moe
+    bench.engine.destroy()
+    return found | {
+        "ranks": bench.ranks,
+        "num_experts": moe.num_experts if moe else 0,
+        "num_parameters": num_parameters(config.model)[0],
+        "flops_per_token": cost(config),
+        "dtype": config.dtype,
+        "compile": config.training.compile,
+        "sequences": sizes["train_batch_size"] // bench.ranks,
+        "micro_batch": sizes["train_micro_batch_size_per_gpu"],
+        "seq_len": config.data.seq_len,
+    }
+
+
+def work(file: Path) -> None:
+    """What each rank of a launch does; rank 0 writes after each of the job's runs."""
+    job, found = json.loads(file.read_text()), {}
+    device = start_distributed()
+    torch.set_num_threads(1)  # on a CPU a core each, however many ranks
+    for name, values in job["runs"].items():
+        if job["part"] == "numbers":
+            found[name] = curve(values, STEPS_COMPARED, device)
+        else:
+            config = checked(values, dist.get_world_size())
+            found[name] = measured(config, device, job["rounds"], job["steps"])
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        torch.compiler.reset()  # compiled versions count for all models of a process
+        if dist.get_rank() == 0:
+            write_whole(Path(job["out"]), json.dumps(found))
+    dist.barrier()
+
+
+@user_errors()
+def main() -> None:
+    """Do the job that the last argument names; before it is the launcher's --local_rank."""
+    work(Path(sys.argv[-1]))
+    leave_distributed()
+
+
+if __name__ == "__main__":
+    main()
