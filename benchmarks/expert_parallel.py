@@ -183,7 +183,7 @@ class Bench:
         from engine.engine import build_engine
         from models.moe import SparseFeedForward
 
-        self.config, self.device = config, device
+        self.config, self.device, self.begin = config, device, time.perf_counter()
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
         self.engine, _ = build_engine(config, device)
         self.layers = [m for m in self.engine.module.modules() if isinstance(m, SparseFeedForward)]
@@ -213,6 +213,11 @@ class Bench:
                 layer.moe = layer.moe.model_copy(update={"exchange_chunks": num_chunks or 1})
                 if num_chunks is None:
                     layer.comm = NothingTravels(self.device)
+
+    def say(self, text: str) -> None:
+        """Tell how far the benchmark is, once."""
+        if self.rank == 0:
+            print(f"  {time.perf_counter() - self.begin:5.1f} s  {text}", flush=True)
 
     def milliseconds(self, num_steps: int) -> float:
         """Of a step, on the slowest rank."""
@@ -279,21 +284,25 @@ def work(options: argparse.Namespace) -> None:
         str(number): {"run": options.run, "ranks": bench.ranks, "chunks": number, "step_ms": []}
         for number in chunk_counts
     }
+    bench.say("engine built")
     for number in chunk_counts:
         bench.use(number)
         for _ in range(WARM_UP):
             bench.step()
+    bench.say("warmed up")
     for turn in range(options.rounds):
         shift = turn % len(chunk_counts)
         for number in chunk_counts[shift:] + chunk_counts[:shift]:
             bench.use(number)
             records[str(number)]["step_ms"].append(bench.milliseconds(options.steps))
+            bench.say(f"{number} chunks: {records[str(number)]['step_ms'][-1]:.1f} ms a step")
     for number in chunk_counts:
         bench.use(number)
         record = records[str(number)]
         record["busiest_rank"] = bench.imbalance()
         if profiles := bench.profiles():
             record["profile"] = profiles
+        bench.say(f"{number} chunks: profiled")
     if options.run == "spread":
         bench.use(None)
         bench.step()
@@ -363,9 +372,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "found.json")
             arguments = [*options.arguments, "--run", run, "--out", str(out)]
-            done = launch("benchmarks.expert_parallel", ranks, arguments, quietly=True)
+            launch("benchmarks.expert_parallel", ranks, arguments)
             if not out.is_file():
-                raise UserError(f"the ranks of `{run}` failed:\n{done.stdout[-4000:]}")
+                raise UserError(f"the ranks of `{run}` failed: what they say is above")
             answer = json.loads(out.read_text())
         records += answer["records"]
         found |= {"hardware": answer["hardware"], "seq_len": answer["seq_len"]}

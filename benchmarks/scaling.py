@@ -22,7 +22,7 @@ pages. In this order, each in processes that the deepspeed launcher starts:
                  many GPUs: the largest relative difference of a loss from the run that went on.
 
 All are dropless, ZeRO 1. The results are written after every launch, and the picture at the end, a
-.png beside them. A launch that fails is reported, and the others follow.
+.png beside them. A launch that fails is reported, and the others follow; the status is then 1.
 """
 
 import argparse
@@ -35,91 +35,23 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.launching import launch
+from benchmarks.scaling_configs import (
+    SIZES,
+    corpus,
+    expert_parallel_sizes,
+    paper_configs,
+    small_model,
+    weak_config,
+)
 from data.errors import UserError
 from launchers.user_errors import user_errors
 
 PARTS = ("scaling", "paper", "numbers", "checkpoint")
-MORE_SEQUENCES = 8  # times --batch, in the second measurement of `paper`
-STATES_SHARE = 0.8  # of a GPU's memory; the rest is for activations and buffers
 GRACE = 12  # seconds after --seconds in which what has begun may end
-SIZES: dict[bool, dict[str, Any]] = {  # on GPUs, on a CPU
-    False: {"config": "lm_xmoe", "experts": 16, "batch": 256, "paper": "lm_xmoe_256"}
-    | {"paper_experts": 256, "paper_set": ["magnetar.training.compile=true"]},
-    True: {"config": "quickstart", "experts": 4, "batch": 4, "paper": "quickstart"}
-    | {"paper_experts": 16, "paper_set": []},
-}
 KEYS = ("gpus", "cpu", "experts", "batch", "rounds", "steps", "seconds", "set")
-
-
-def expert_parallel_sizes(gpus: int) -> list[int]:
-    """Powers of two up to the GPUs, those first that say most."""
-    between = [size for size in (2**n for n in range(1, gpus.bit_length())) if size < gpus]
-    return [1, gpus, *between]
-
-
-def ds_config(name: str) -> Path:
-    """A JSON that comes with the project."""
-    return Path(__file__).parents[1] / "ds_configs" / f"{name}.json"
-
-
-def weak_config(options: argparse.Namespace, ep_size: int) -> Any:
-    """The run of `scaling` on so many GPUs.
-
-    Raises:
-        UserError: saying all that is wrong with it.
-    """
-    from benchmarks.expert_parallel import config_of
-
-    sizes = {"config": ds_config(options.sizes["config"]), "experts": options.experts}
-    sizes |= {"batch": options.batch, "micro_batch": options.batch, "set": options.set}
-    return config_of(SimpleNamespace(**sizes), "spread", ep_size)  # type: ignore[arg-type]
-
-
-def paper_configs(options: argparse.Namespace, memory: float) -> tuple[dict[str, Any], int]:
-    """The runs of `paper` by name, dense before sparse, and bytes of a GPU's states.
-
-    Args:
-        options: of the command line.
-        memory: bytes of each GPU.
-
-    Raises:
-        UserError: if not even two experts a GPU fit.
-    """
-    from benchmarks.expert_parallel import config_of
-    from benchmarks.step_contenders import dense_config
-    from engine.planner import GIB, memory_of_rank, parameters_of
-
-    def sparse(num_experts: int, batch: int, micro_batch: int) -> Any:
-        sizes = {"config": ds_config(options.sizes["paper"]), "batch": batch}
-        sizes |= {"experts": num_experts // options.gpus, "micro_batch": micro_batch}
-        sizes |= {"set": [*options.sizes["paper_set"], *options.set]}
-        return config_of(SimpleNamespace(**sizes), "spread", options.gpus)  # type: ignore[arg-type]
-
-    fewest = 2 * options.gpus  # a token has two
-    num_experts = max(options.sizes["paper_experts"], fewest)
-    while True:
-        config = sparse(num_experts, MORE_SEQUENCES * options.batch, options.batch)
-        needed = memory_of_rank(parameters_of(config.model), config, options.gpus).total
-        if needed <= STATES_SHARE * memory:
-            break
-        if num_experts == fewest:
-            raise UserError(
-                f"{num_experts} experts on {options.gpus} GPUs keep {needed / GIB:.3g} GiB on each "
-                f"of its {memory / GIB:.3g}: leave out `paper`, with --only"
-            )
-        num_experts //= 2
-    # With large states half as many sequences at once: their activations take what is left.
-    halves = needed > 0.5 * memory and options.batch > 1
-    configs = {}
-    for batch in (options.batch, MORE_SEQUENCES * options.batch):
-        config = sparse(num_experts, batch, options.batch // (1 + halves))
-        configs[f"dense, {batch} sequences"] = dense_config(config, options.gpus)
-        configs[f"sparse, {batch} sequences"] = config
-    return configs, needed
 
 
 class Session:
@@ -150,9 +82,9 @@ class Session:
         else:
             self.say(label)
             try:
-                action(left + GRACE)
-            except subprocess.TimeoutExpired:
-                said = f"not done when --seconds {self.options.seconds} were over"
+                action(min(left + GRACE, self.options.seconds / 2))
+            except subprocess.TimeoutExpired as error:
+                said = f"killed, for it was not done after {error.timeout:.0f} s"
             except (Exception, SystemExit) as error:
                 said = f"{type(error).__name__}: {error}"[-4000:]
             else:
@@ -208,28 +140,6 @@ def measure_paper(session: Session, configs: dict[str, Any], states_bytes: int) 
     )
 
 
-def corpus(folder: Path) -> Path:
-    """A prepared folder of this project's own pages."""
-    from data.prepare import PrepareConfig, prepare
-
-    root, out = Path(__file__).parents[1], folder / "prepared"
-    pages = sorted((root / "docs").glob("*.md"))
-    for name, texts in (("train", pages), ("valid", [root / "README.md"])):
-        (folder / f"{name}.txt").write_text("\n".join(page.read_text() for page in texts))
-    files = {name: (str(folder / f"{name}.txt"),) for name in ("train", "valid")}
-    prepare(PrepareConfig(out=out, vocab_size=500, **files))
-    return out
-
-
-def small_model(gpus: int, text: Path) -> dict[str, Any]:
-    """Changes to benchmarks/layouts.json for so many GPUs."""
-    return {
-        "magnetar.data.path": str(text),
-        "magnetar.model.moe.num_experts": max(8, gpus),
-        "train_batch_size": max(16, gpus),
-    }
-
-
 def measure_numbers(session: Session, text: Path) -> None:
     """Part `numbers`: one launch, in which every EP takes its turn on all GPUs."""
     gpus = session.options.gpus
@@ -280,6 +190,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.provenance import git_commit, hardware, versions
+    from benchmarks.scaling_chart import summary
 
     device = torch.device("cpu" if options.cpu else "cuda")
     about = hardware(device)
@@ -302,6 +213,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         for part in options.only:
             parts[part]()
+    found["summary"] = summary(found)
+    session.save()
     session.say("done")
     return found
 
@@ -336,7 +249,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seconds",
         type=positive,
         default=520,
-        help="after which nothing more begins, and a moment later what runs is ended: 520",
+        help="after which nothing more begins, and what runs is ended; no launch gets more than "
+        "half of them: 520",
     )
     parser.add_argument("--experts", type=positive, help="of `scaling`, for each GPU: 16; --cpu 4")
     parser.add_argument("--batch", type=positive, help="sequences of a step, a GPU: 256; --cpu 4")
@@ -399,9 +313,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_gpus(options, torch.cuda.device_count())
         options.out.parent.mkdir(parents=True, exist_ok=True)
         found = measure(options)
+    print(table(found))
     picture = options.out.with_suffix(".png")
-    draw(found, picture)
-    print(f"{table(found)}\nwrote {options.out} and {picture}")
+    try:
+        draw(found, picture)
+        print(f"wrote {options.out} and {picture}")
+    except ModuleNotFoundError as error:  # a machine that only computes
+        print(f"wrote {options.out}; a picture needs {error.name}: --draw it where that is")
     if found["failed"]:
         sys.exit(1)
 

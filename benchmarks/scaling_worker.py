@@ -25,11 +25,12 @@ from launchers.user_errors import user_errors
 from models.cost import num_parameters
 
 STEPS_COMPARED = 20
+MOST_PROFILED = 2  # micro-steps: the trace of more takes long to write
 
 
-def measured(config: Any, device: Any, rounds: int, steps: int) -> dict[str, Any]:
-    """On every rank: a config's speed and memory, and its profile."""
-    bench, sizes = Bench(config, device), config.deepspeed
+def measured(bench: Bench, rounds: int, steps: int) -> dict[str, Any]:
+    """On every rank: a config's speed and memory."""
+    config, device, sizes = bench.config, bench.device, bench.config.deepspeed
     for _ in range(WARM_UP):
         bench.step()
     if device.type == "cuda":
@@ -41,9 +42,7 @@ def measured(config: Any, device: Any, rounds: int, steps: int) -> dict[str, Any
         found["peak_bytes"] = int(peak)
     if bench.layers:
         found["busiest_rank"] = bench.imbalance()
-    found["profile"] = bench.profiles()
     moe = config.model.moe
-    bench.engine.destroy()
     return found | {
         "ranks": bench.ranks,
         "num_experts": moe.num_experts if moe else 0,
@@ -54,7 +53,14 @@ def measured(config: Any, device: Any, rounds: int, steps: int) -> dict[str, Any
         "sequences": sizes["train_batch_size"] // bench.ranks,
         "micro_batch": sizes["train_micro_batch_size_per_gpu"],
         "seq_len": config.data.seq_len,
+        "profile": [],
     }
+
+
+def keep(job: dict[str, Any], found: dict[str, Any]) -> None:
+    """Rank 0 writes what there is."""
+    if dist.get_rank() == 0:
+        write_whole(Path(job["out"]), json.dumps(found))
 
 
 def work(file: Path) -> None:
@@ -66,14 +72,18 @@ def work(file: Path) -> None:
         if job["part"] == "numbers":
             found[name] = curve(values, STEPS_COMPARED, device)
         else:
-            config = checked(values, dist.get_world_size())
-            found[name] = measured(config, device, job["rounds"], job["steps"])
+            bench = Bench(checked(values, dist.get_world_size()), device)
+            found[name] = measured(bench, job["rounds"], job["steps"])
+            keep(job, found)  # whatever becomes of the profile
+            if bench.config.deepspeed["gradient_accumulation_steps"] <= MOST_PROFILED:
+                found[name]["profile"] = bench.profiles()
+            bench.engine.destroy()
+            del bench
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         torch.compiler.reset()  # compiled versions count for all models of a process
-        if dist.get_rank() == 0:
-            write_whole(Path(job["out"]), json.dumps(found))
+        keep(job, found)
     dist.barrier()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,18 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.launching import launch
-from benchmarks.scaling import (
-    Session,
+from benchmarks.scaling import Session, main, parse, require_gpus
+from benchmarks.scaling_chart import apart, draw, summary, table
+from benchmarks.scaling_configs import (
+    corpus,
     expert_parallel_sizes,
-    main,
     paper_configs,
-    parse,
-    require_gpus,
     small_model,
     weak_config,
 )
-from benchmarks.scaling_chart import apart, draw, summary, table
 from benchmarks.step_contenders import cost
 from data.errors import UserError
+from data.token_files import open_prepared
 
 GIB = 2**30
 
@@ -89,6 +89,12 @@ def test_the_small_model_has_an_expert_and_a_sequence_for_each_gpu() -> None:
     assert small_model(16, Path("text"))["train_batch_size"] == 16
 
 
+def test_the_text_is_the_projects_own(tmp_path: Path) -> None:
+    prepared = open_prepared(corpus(tmp_path))
+    assert prepared.train.num_tokens > 16 * 33 * 40  # the batches of 40 steps
+    assert prepared.valid.num_tokens > 16 * 33
+
+
 def session_of(tmp_path: Path, *arguments: str) -> Session:
     return Session(parse(["--out", str(tmp_path / "x.json"), *arguments]), {})
 
@@ -110,9 +116,9 @@ def test_a_failure_is_kept_and_the_next_launch_follows(
     session.attempt("three", limits.append)
     assert json.loads((tmp_path / "x.json").read_text())["failed"] == {
         "one": "RuntimeError: no more memory",
-        "two": "not done when --seconds 520 were over",
+        "two": "killed, for it was not done after 260 s",
     }
-    assert limits == [pytest.approx(520 + scaling.GRACE, abs=5)]
+    assert limits == [260]
     assert "one FAILED: RuntimeError: no more memory" in capsys.readouterr().out
 
 
@@ -139,6 +145,13 @@ def test_what_ranks_found_before_they_failed_is_kept(
     with pytest.raises(RuntimeError, match="the ranks ended with 1:\n2 ranks, 5 rounds: killed"):
         session_of(tmp_path).launch(2, {"runs": {}}, into, 1.0)
     assert into == {"dense": 1}
+
+
+def test_the_last_launches_get_what_is_left(tmp_path: Path) -> None:
+    session, limits = session_of(tmp_path), list[float]()
+    session.begun -= 500
+    session.attempt("checkpoint", limits.append)
+    assert limits == [pytest.approx(20 + scaling.GRACE, abs=5)]
 
 
 def record(ranks: int, milliseconds: list[float], **more: Any) -> dict[str, Any]:
@@ -213,6 +226,18 @@ def test_a_picture_is_drawn_of_whatever_there_is(missing: tuple[str, ...], tmp_p
     draw(found, tmp_path / "new" / "x.png")
     assert (tmp_path / "new" / "x.png").stat().st_size > 10_000
     assert table(found)
+
+
+def test_results_without_a_picture_say_how_to_get_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(results()))
+    main(["--draw", str(file)])
+    assert f"wrote {file} and {file.with_suffix('.png')}" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    main(["--draw", str(file)])
+    assert "a picture needs matplotlib: --draw it where that is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
