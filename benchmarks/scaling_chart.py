@@ -91,9 +91,9 @@ def table(found: dict[str, Any]) -> str:
         if rows := [_row(name, records[name], one, over) for name, one in about[part].items()]:
             words = over.replace("_", " ")
             parts.append(
-                f"| {first} | experts | parameters | tokens/s a GPU, median (slowest to fastest) "
-                f"| {words} (goal {GOALS[part]}) | MFU | all-to-all exposed, mean (largest) "
-                "| peak GiB |\n" + "|---" * 8 + "|\n" + "\n".join(rows)
+                f"| {first} | experts | parameters, M | tokens/s a GPU, median (slowest to "
+                f"fastest) | {words} (goal {GOALS[part]}) | MFU | all-to-all exposed, mean "
+                "(largest) | peak GiB |\n" + "|---" * 8 + "|\n" + "\n".join(rows)
             )
     for part, what in (("numbers", "EP 1"), ("checkpoint", "the run that went on")):
         for name, largest in about[part].items():
@@ -117,7 +117,7 @@ def _row(name: str, record: dict[str, Any], one: dict[str, Any], over: str) -> s
     exposed = cell("exposed_share", lambda share: f"{share:.1%}")
     exposed += cell("largest_exposed_share", lambda share: f" ({share:.1%})")
     spread = f"({one['slowest']:,.0f} to {one['fastest']:,.0f})"
-    cells = [name, str(record["num_experts"]), f"{record['num_parameters'] / 1e9:.3g}e9"]
+    cells = [name, str(record["num_experts"]), f"{record['num_parameters'] / 1e6:,.1f}"]
     cells += [f"{one['tokens_per_second_per_gpu']:,.0f} {spread}"]
     cells += [cell(over, lambda ratio: f"{ratio:.3f}"), cell("mfu", lambda mfu: f"{mfu:.1%}")]
     cells += [exposed, cell("peak_bytes", lambda peak: f"{peak / GIB:.1f}", record)]
@@ -153,7 +153,9 @@ def draw(found: dict[str, Any], out: Path) -> None:
         title, label = words[part]
         panel.set(title=title, yscale="log", xlabel=label, ylabel="relative difference")
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.legend(fontsize=8)
+        largest = max((max(line) for line in lines.values()), default=0)
+        panel.set_ylim(5e-10, max(1e-2, 100 * largest))  # room for the legend
+        panel.legend(fontsize=8, loc="upper right", ncols=2)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.title.set_fontsize(10)
@@ -169,19 +171,22 @@ def _draw_scaling(panel: Any, speeds: dict[str, Any]) -> None:
     ordered = [speeds[str(size)] for size in sizes]
     places = range(len(sizes))
     middle = [one["tokens_per_second_per_gpu"] / 1000 for one in ordered]
-    panel.bar(places, middle, color=ACCENT, width=0.6)
+    panel.bar(places, middle, color=ACCENT, width=0.7)
     for place, value, one in zip(places, middle, ordered, strict=True):
         panel.vlines(place, one["slowest"] / 1000, one["fastest"] / 1000, color="black")
         words = f"{value:.3g}"
         words += f"\n{one['over_one_gpu']:.3f}x" if "over_one_gpu" in one else ""
-        words += f"\n{one['exposed_share']:.1%} exposed" if "exposed_share" in one else ""
+        words += f"\n{one['exposed_share']:.1%}\nexposed" if "exposed_share" in one else ""
         panel.text(place, 0.5 * value, words, ha="center", va="center", color="white", fontsize=9)
     if "1" in speeds:
         goal = GOALS["scaling"] * speeds["1"]["tokens_per_second_per_gpu"] / 1000
         panel.axhline(goal, color=DENSE, linestyle="--", linewidth=1)
-        panel.text(-0.45, goal, f"goal, {GOALS['scaling']}x", va="bottom", fontsize=8)
     panel.set_xticks(places, [str(size) for size in sizes])
-    panel.set(title="weak scaling", xlabel="EP = GPUs", ylabel="thousand tokens/s a GPU")
+    panel.set(
+        title=f"weak scaling (dashed: goal, {GOALS['scaling']}x)",
+        xlabel="EP = GPUs",
+        ylabel="thousand tokens/s a GPU",
+    )
 
 
 def _draw_paper(panel: Any, speeds: dict[str, Any]) -> None:
@@ -195,5 +200,7 @@ def _draw_paper(panel: Any, speeds: dict[str, Any]) -> None:
         words = f"{value:.3g}"
         words += f"; {one['over_dense']:.3f}x dense" if "over_dense" in one else ""
         words += f"; MFU {one['mfu']:.1%}" if "mfu" in one else ""
-        panel.text(0.5 * value, place, words, ha="center", va="center", color="white", fontsize=9)
+        panel.text(one["fastest"] / 1000, place, f" {words}", va="center", fontsize=9)
+    fastest = max((one["fastest"] for one in speeds.values()), default=1000)
+    panel.set_xlim(0, 1.6 * fastest / 1000)
     panel.set(title="many experts beside dense", xlabel="thousand tokens/s a GPU (the same FLOPs)")

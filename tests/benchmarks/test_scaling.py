@@ -208,7 +208,9 @@ def test_speeds_are_over_one_gpus_and_over_the_dense_models() -> None:
 def test_the_table_says_what_holds_and_what_is_missing() -> None:
     found = results() | {"skipped": ["checkpoint"], "failed": {"scaling, EP 4": "killed"}}
     text = table(found)
-    assert "| 2 | 4 | 1e9 | 8,000 (8,000 to 8,000) | 0.800 | 80.0% | 2.0% (3.0%) | 3.0 |" in text
+    assert (
+        "| 2 | 4 | 1,000.0 | 8,000 (8,000 to 8,000) | 0.800 | 80.0% | 2.0% (3.0%) | 3.0 |" in text
+    )
     assert "numbers: EP 2, loss: 1.0e-03 from EP 1, BEYOND 5e-05" in text
     assert "checkpoint: EP 1, loss: 1.0e-05 from the run that went on, within 5e-05" in text
     assert "8 experts do not fit, 4 do" in text
