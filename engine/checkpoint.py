@@ -34,6 +34,7 @@ from engine.optimizers import EightBitMoment, Moment
 from engine.run_data import RunData
 from engine.run_folder import differing, flat_keys
 from engine.shares import Share, adam_step, finish_adam, shares, start_adam, whole_weights
+from models.attention import expect_many_shapes
 from models.config import ModelConfig
 from models.moe_config import ON_ONE_RANK
 from models.transformer import EncoderDecoder, Transformer, empty_model
@@ -386,7 +387,7 @@ def _set_counters(engine: Any, step: int, about: dict[str, Any]) -> None:
 
 
 def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
-    """The model of a checkpoint with its weights, every expert in this one process.
+    """The model of a checkpoint with its weights, every expert in this one process, to be used.
 
     Raises:
         UserError: if a file is not what the manifest says, or another version has saved it.
@@ -398,6 +399,7 @@ def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
     _require_same_tensors(checkpoint, config)
     model = empty_model(config)
     load_tensors(model, dict(whole_tensors(checkpoint)))
+    expect_many_shapes()
     return model
 
 

@@ -37,6 +37,7 @@ from engine.sparse_clip import SparseClip
 from engine.starting_weights import load_starting_weights, starts_from_weights
 from engine.traffic import choose_ways
 from engine.trained_run import DTYPES
+from models.attention import expect_many_shapes
 from models.compiled import compile_blocks
 from models.deepspeed_moe import moe_class
 from models.losses import IGNORE_INDEX
@@ -222,6 +223,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         model = build_model(
             config.model, config.training.seed, trained_moe_class(config), drawn_on=device
         )
+    if config.data.pairs is not None:
+        expect_many_shapes()
     if starts_from_weights(config):
         load_starting_weights(model, config)
     elif needs_profile(config):

@@ -16,6 +16,15 @@ from models.norms import layer_norm
 from models.positions import Rotary
 
 
+def expect_many_shapes() -> None:
+    """Have PyTorch leave cuDNN's attention aside from now on, in this process.
+
+    It makes a plan for each new shape, which takes as long as a training step: bins of sentence
+    pairs and the steps of a search have hundreds.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class LayerCache:
     """Keys and values that one layer has computed so far.
 
