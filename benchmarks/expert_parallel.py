@@ -32,7 +32,7 @@ from typing import Any
 
 from benchmarks.launching import launch
 from benchmarks.layer_profile import SYNCHRONISATIONS
-from benchmarks.provenance import git_commit, hardware, versions
+from benchmarks.provenance import git_commit, hardware, nccl_settings, versions
 from data.errors import UserError
 from launchers.user_errors import user_errors
 
@@ -363,7 +363,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     records: list[dict[str, Any]] = []
     found: dict[str, Any] = {"benchmark": "expert_parallel", "commit": git_commit()}
-    found |= {"versions": versions(), "environment": _nccl_settings()}
+    found |= {"versions": versions(), "environment": nccl_settings()}
     keys = ("experts", "batch", "micro_batch", "set", "rounds", "steps", "carve_out")
     found |= {key: getattr(options, key) for key in keys} | {"config": str(options.config)}
     for run in options.runs:
@@ -380,13 +380,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found |= {"hardware": answer["hardware"], "seq_len": answer["seq_len"]}
     found["results"] = summarised(records, options.batch * found["seq_len"])
     return found
-
-
-def _nccl_settings() -> dict[str, str]:
-    """What the environment tells NCCL."""
-    return {
-        key: value for key, value in os.environ.items() if key.startswith(("NCCL_", "TORCH_NCCL"))
-    }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

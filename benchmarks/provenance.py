@@ -1,6 +1,7 @@
 """What a measurement was made with: hardware, versions, commit."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -39,6 +40,13 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def nccl_settings() -> dict[str, str]:
+    """What the environment tells NCCL."""
+    return {
+        key: value for key, value in os.environ.items() if key.startswith(("NCCL_", "TORCH_NCCL"))
+    }
 
 
 def git_commit() -> str | None:

@@ -51,6 +51,7 @@ from launchers.user_errors import user_errors
 
 PARTS = ("scaling", "paper", "numbers", "checkpoint")
 GRACE = 12  # seconds after --seconds in which what has begun may end
+KEPT, SHOWN = 20_000, 3_000  # characters of what failing ranks have said
 KEYS = ("gpus", "cpu", "experts", "batch", "rounds", "steps", "seconds", "set")
 
 
@@ -86,12 +87,12 @@ class Session:
             except subprocess.TimeoutExpired as error:
                 said = f"killed, for it was not done after {error.timeout:.0f} s"
             except (Exception, SystemExit) as error:
-                said = f"{type(error).__name__}: {error}"[-4000:]
+                said = f"{type(error).__name__}: {error}"[-KEPT:]
             else:
                 said = ""
             if said:
                 self.found["failed"][label] = said
-                self.say(f"{label} FAILED: {said}")
+                self.say(f"{label} FAILED: {said[-SHOWN:]}")
         self.save()
 
     def launch(self, ranks: int, job: dict[str, Any], into: dict[str, Any], limit: float) -> None:
@@ -110,7 +111,7 @@ class Session:
                 if out.is_file():
                     into |= json.loads(out.read_text())
         if done.returncode != 0:
-            raise RuntimeError(f"the ranks ended with {done.returncode}:\n{done.stdout[-3500:]}")
+            raise RuntimeError(f"the ranks ended with {done.returncode}:\n{done.stdout}")
 
 
 def measure_scaling(session: Session, configs: dict[int, Any]) -> None:
@@ -189,7 +190,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from benchmarks.provenance import git_commit, hardware, versions
+    from benchmarks.provenance import git_commit, hardware, nccl_settings, versions
     from benchmarks.scaling_chart import summary
 
     device = torch.device("cpu" if options.cpu else "cuda")
@@ -200,6 +201,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     paper = paper_configs(options, memory) if "paper" in options.only else ({}, 0)
     found = {"benchmark": "scaling", "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     found |= {"commit": git_commit(), "hardware": about, "versions": versions()}
+    found["environment"] = nccl_settings()
     found |= {key: getattr(options, key) for key in KEYS} | {"parts": options.only}
     session = Session(options, found)
     with tempfile.TemporaryDirectory() as name:

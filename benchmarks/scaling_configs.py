@@ -38,6 +38,7 @@ def weak_config(options: argparse.Namespace, ep_size: int) -> Any:
 
     sizes = {"config": ds_config(options.sizes["config"]), "experts": options.experts}
     sizes |= {"batch": options.batch, "micro_batch": options.batch, "set": options.set}
+    sizes["capacity"] = None  # nothing is dropped
     return config_of(SimpleNamespace(**sizes), "spread", ep_size)  # type: ignore[arg-type]
 
 
@@ -58,6 +59,7 @@ def paper_configs(options: argparse.Namespace, memory: float) -> tuple[dict[str,
     def sparse(num_experts: int, batch: int, micro_batch: int) -> Any:
         sizes = {"config": ds_config(options.sizes["paper"]), "batch": batch}
         sizes |= {"experts": num_experts // options.gpus, "micro_batch": micro_batch}
+        sizes["capacity"] = None
         sizes |= {"set": [*options.sizes["paper_set"], *options.set]}
         return config_of(SimpleNamespace(**sizes), "spread", options.gpus)  # type: ignore[arg-type]
 
