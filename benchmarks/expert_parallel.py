@@ -117,6 +117,12 @@ class NothingTravels:
 
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def __getattr__(self, name: str) -> Any:
+        """What is not about rows, such as places within a capacity, goes its usual way."""
+        import torch.distributed
+
+        return getattr(torch.distributed, name)
+
     def all_to_all_single(self, output: Any, given: Any, *_splits: Any, **_group: Any) -> Any:
         """Copy, beginning when what is queued is done."""
         import torch
@@ -153,8 +159,11 @@ def config_of(options: argparse.Namespace, run: str, ranks: int) -> Any:
     values = sparse_config(config, options.experts, vocab_size=vocab_size).to_dict()
     values["train_batch_size"] *= ranks
     values["magnetar"]["training"]["run_dir"] = str(Path(os.devnull, "run"))  # holds nothing
+    moe = values["magnetar"]["model"]["moe"]
+    if options.capacity is not None:
+        moe |= {"dispatch": "capacity", "capacity_factor": options.capacity}
+        moe["capacity_scope"] = "rank"
     if run == "spread":
-        moe = values["magnetar"]["model"]["moe"]
         moe |= {"num_experts": options.experts * ranks, "ep_size": ranks}
     found, problems = check_config(values, world_size=ranks)
     if found is None:
@@ -364,7 +373,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     found: dict[str, Any] = {"benchmark": "expert_parallel", "commit": git_commit()}
     found |= {"versions": versions(), "environment": nccl_settings()}
-    keys = ("experts", "batch", "micro_batch", "set", "rounds", "steps", "carve_out")
+    keys = ("experts", "batch", "micro_batch", "set", "rounds", "steps", "carve_out", "capacity")
     found |= {key: getattr(options, key) for key in keys} | {"config": str(options.config)}
     for run in options.runs:
         ranks = 1 if run == "one" else options.gpus
@@ -404,6 +413,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--carve-out", type=int, default=0, help="processors that matrix products leave free: 0"
+    )
+    parser.add_argument(
+        "--capacity",
+        type=float,
+        metavar="FACTOR",
+        help="drop what is beyond, of each rank (GShard); none: nothing",
     )
     parser.add_argument("--quick", action="store_true", help="without `replicated`")
     parser.add_argument("--out", type=Path, required=True, help="results, a .json file")
