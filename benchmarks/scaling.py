@@ -284,8 +284,11 @@ def require_gpus(options: argparse.Namespace, there: int) -> None:
     Raises:
         UserError: with a way out.
     """
-    if not options.cpu and there == 0:
-        raise UserError("this machine has no GPU: use --cpu, which measures a tiny model")
+    if not options.cpu and there < 2:
+        raise UserError(
+            f"this machine has {there or 'no'} GPU, and experts are shared by two at least: use "
+            "--cpu, which measures a tiny model"
+        )
     if options.gpus is None:
         options.gpus = 2 if options.cpu else 2 ** (there.bit_length() - 1)
     if options.gpus < 2 or options.gpus & (options.gpus - 1):

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import scaling
+from benchmarks import resume, scaling
 from benchmarks.launching import launch
 from benchmarks.scaling import Session, main, parse, require_gpus
 from benchmarks.scaling_chart import apart, draw, summary, table
@@ -23,6 +24,7 @@ from benchmarks.scaling_configs import (
 from benchmarks.step_contenders import cost
 from data.errors import UserError
 from data.token_files import open_prepared
+from engine import checkpoint_files
 
 GIB = 2**30
 
@@ -154,6 +156,48 @@ def test_the_last_launches_get_what_is_left(tmp_path: Path) -> None:
     assert limits == [pytest.approx(20 + scaling.GRACE, abs=5)]
 
 
+def test_fewer_gpus_continue_from_the_middle_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[resume.Layout, list[str]]] = []
+
+    def train(layout: resume.Layout, run_dir: Path, last: int, *_: Any) -> list[float]:
+        if not run_dir.exists():
+            for step in (20, 40):
+                (run_dir / f"{step}").mkdir(parents=True)
+        calls.append((layout, sorted(path.name for path in run_dir.iterdir())))
+        return [float(step) for step in range(1, last + 1)]
+
+    def checkpoints(run_dir: Path) -> list[SimpleNamespace]:
+        return [SimpleNamespace(path=path) for path in sorted(run_dir.iterdir())]
+
+    monkeypatch.setattr(resume, "train", train)
+    monkeypatch.setattr(checkpoint_files, "complete_checkpoints", checkpoints)
+    session = session_of(tmp_path, "--gpus", "8")
+    scaling.measure_checkpoint(session, tmp_path / "text", tmp_path)
+    assert calls == [
+        (resume.Layout(8, 8, 1), ["20", "40"]),
+        (resume.Layout(2, 2, 1), ["20"]),
+        (resume.Layout(4, 4, 1), ["20"]),
+    ]
+    assert session.found["checkpoint"] == {n: list(range(21, 41)) for n in ("8", "2", "4")}
+    assert session.found["failed"] == {}
+
+
+def test_a_run_that_failed_is_continued_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any) -> list[float]:
+        raise SystemExit("world 8, ep 8, ZeRO 1 ended with 1")
+
+    monkeypatch.setattr(resume, "train", train)
+    session = session_of(tmp_path, "--gpus", "8")
+    scaling.measure_checkpoint(session, tmp_path / "text", tmp_path)
+    assert session.found["failed"] == {
+        "checkpoint, EP 8, uninterrupted": "SystemExit: world 8, ep 8, ZeRO 1 ended with 1"
+    }
+
+
 def record(ranks: int, milliseconds: list[float], **more: Any) -> dict[str, Any]:
     sizes = {"sequences": 10, "seq_len": 100, "num_experts": 2 * ranks, "num_parameters": 10**9}
     about = {"ranks": ranks, "dtype": "bf16", "flops_per_token": 989e8, "profile": []}
@@ -275,8 +319,12 @@ def test_what_cannot_be_measured_is_refused_in_one_message(
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match="this machine has no GPU: use --cpu"):
-        require_gpus(parse(["--out", "a.json"]), there=0)
+    for there, shown in (
+        (0, "this machine has no GPU"),
+        (1, "has 1 GPU, .* two at least: use --c"),
+    ):
+        with pytest.raises(UserError, match=shown):
+            require_gpus(parse(["--out", "a.json"]), there)
     with pytest.raises(UserError, match="--gpus 8: this machine has 4; use as many at most"):
         require_gpus(parse(["--gpus", "8", "--out", "a.json"]), there=4)
     options = parse(["--out", "a.json"])
