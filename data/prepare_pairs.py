@@ -9,7 +9,6 @@ gives a share proportional to n^(1/T) of the sample (Arivazhagan et al., 2019), 
 than once if it is small.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,8 @@ from data.partial import (
     remove_scaffolding,
 )
 from data.shards import join, tokenise, write_atomically
-from data.tables import TABLE_FORMATS, Row, read_rows
+from data.stored_tables import Files, Reader, Rows, StoredTable, TableConfig, counted_tables
+from data.tables import TABLE_FORMATS
 from data.token_files import SPLITS, token_dtype
 from data.tokenizer import load_tokenizer, train_sentencepiece
 
@@ -37,17 +37,6 @@ MIN_VOCAB_SIZE = 300
 MAX_SAMPLE_CHARS = 64 << 20
 MIN_SAMPLE_CHARS = 8 << 20
 SAMPLE_CHARS_PER_ENTRY = 2048
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """One corpus. Each split is a glob or ""; one of them at least is given."""
-
-    name: str
-    train: str = ""
-    valid: str = ""
-    columns: tuple[str, ...] | None = None  # languages; None: every column but `id`
-    weight: float = 1.0  # of its directions in training
 
 
 @dataclass(frozen=True)
@@ -62,31 +51,6 @@ class PreparePairsConfig:
     directions: tuple[str, ...] | None = None  # None: n-way all, long those that it lists
     filter: PairFilter = field(default_factory=PairFilter)  # of the training pairs
     workers: int = 1  # processes that tokenise
-
-
-@dataclass
-class StoredTable:
-    """What a first reading finds: an n-way table, or one direction of a long one."""
-
-    name: str
-    config: TableConfig
-    direction: tuple[str, str] | None
-    languages: list[str] = field(default_factory=list)
-    num_rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    num_chars: dict[str, int] = field(default_factory=dict)  # of training text, by language
-    num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by split and language
-
-    def directions(self, asked: list[tuple[str, str]] | None) -> list[tuple[str, str]]:
-        """The directions to prepare."""
-        if asked is not None:
-            return [pair for pair in asked if {*pair} <= {*self.languages}]
-        if self.direction is not None:
-            return [self.direction]
-        return [(a, b) for a in self.languages for b in self.languages if a != b]
-
-
-Files = dict[tuple[str, str], list[Path]]  # by name of the table and split
-Rows = Iterator[tuple[StoredTable, str, Row]]  # each with its split
 
 
 def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> PairsManifest:
@@ -107,14 +71,14 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
         remove_scaffolding(config.out)
         reporter.message(f"{config.out} is up to date")
         return manifest
-    tables = _stored_tables(config, files, reporter)
+    tables = counted_tables(config.tables, files, reporter)
     languages = [*dict.fromkeys(language for table in tables for language in table.languages)]
     asked = None
     if config.directions is not None:
         given = [parse_direction(direction, languages) for direction in config.directions]
         asked = [*dict.fromkeys(given)]
         _refuse_absent(asked, tables)
-    reader = _Reader(config, files, {table.name: table for table in tables}, reporter)
+    reader = Reader(config.tables, files, {table.name: table for table in tables}, reporter)
     with made_whole(config.out, settings, config.workers, reporter) as partial:
         codec = _vocabulary(config, languages, reader, partial, reporter)
         columns = [
@@ -224,45 +188,6 @@ def _settings(config: PreparePairsConfig, files: Files) -> dict[str, Any]:
     return settings
 
 
-def _stored_tables(
-    config: PreparePairsConfig, files: Files, reporter: Reporter
-) -> list[StoredTable]:
-    """Every table as it will be stored, counted."""
-    tables: dict[str, StoredTable] = {}
-    reader = _Reader(config, files, tables, reporter)
-    for table, split, row in reader.rows("counting"):
-        table.num_rows[split] += 1
-        for language, text in row.texts.items():
-            if language not in table.num_chars:
-                table.languages.append(language)
-                table.num_chars[language] = 0
-            if split == "train":
-                table.num_chars[language] += len(text)
-            if text.strip():
-                table.num_bytes[split, language] += len(text.encode())
-    for one in config.tables:
-        stored = [table for table in tables.values() if table.config is one]
-        found = [*dict.fromkeys(language for table in stored for language in table.languages)]
-        for language in one.columns or ():
-            if language not in found:
-                raise UserError(
-                    f"table {one.name} has no column {language!r} (--columns): it has "
-                    f"{', '.join(found) or 'no row in those languages'}"
-                )
-        for table in stored:
-            if len(table.languages) < 2:
-                raise UserError(
-                    f"table {table.name} has only one language, {found[0]}: add another"
-                )
-        for split in SPLITS:
-            if (one.name, split) in files and not any(table.num_rows[split] for table in stored):
-                raise UserError(
-                    f"{files[one.name, split][0]} holds no row of table {one.name}: fill it, or "
-                    "leave it out of --table"
-                )
-    return [*tables.values()]
-
-
 def _refuse_absent(asked: list[tuple[str, str]], tables: list[StoredTable]) -> None:
     for direction in asked:
         if not any({*direction} <= {*table.languages} for table in tables):
@@ -272,47 +197,10 @@ def _refuse_absent(asked: list[tuple[str, str]], tables: list[StoredTable]) -> N
             )
 
 
-@dataclass
-class _Reader:
-    """Reads every row of every table, as often as is asked."""
-
-    config: PreparePairsConfig
-    files: Files
-    tables: dict[str, StoredTable]  # by name; those that are not there yet are added
-    reporter: Reporter
-
-    def rows(self, stage: str, splits: tuple[str, ...] = SPLITS) -> Rows:
-        """The rows, table after table and split after split."""
-        done_bytes = 0
-        all_bytes = sum(
-            path.stat().st_size
-            for (_, split), paths in self.files.items()
-            if split in splits
-            for path in paths
-        )
-
-        def on_bytes(num_bytes: int) -> None:
-            nonlocal done_bytes
-            done_bytes += num_bytes
-            self.reporter.progress(stage, done_bytes, all_bytes)
-
-        for one in self.config.tables:
-            for split in splits:
-                for path in self.files.get((one.name, split), []):
-                    for row in read_rows(path, one.columns, on_bytes):
-                        yield self._table(one, row.direction), split, row
-
-    def _table(self, one: TableConfig, direction: tuple[str, str] | None) -> StoredTable:
-        name = one.name if direction is None else f"{one.name}.{'-'.join(direction)}"
-        if name not in self.tables:
-            self.tables[name] = StoredTable(name, one, direction)
-        return self.tables[name]
-
-
 def _vocabulary(
     config: PreparePairsConfig,
     languages: list[str],
-    reader: _Reader,
+    reader: Reader,
     partial: Path,
     reporter: Reporter,
 ) -> Codec:
@@ -338,7 +226,7 @@ def _vocabulary(
     return Codec(load_tokenizer(file), languages)
 
 
-def _num_chars(reader: _Reader) -> dict[str, int]:
+def _num_chars(reader: Reader) -> dict[str, int]:
     """Characters of training text by language."""
     totals: dict[str, int] = {}
     for table in reader.tables.values():
@@ -347,7 +235,7 @@ def _num_chars(reader: _Reader) -> dict[str, int]:
     return totals
 
 
-def _training_texts(reader: _Reader) -> Iterator[tuple[str, str]]:
+def _training_texts(reader: Reader) -> Iterator[tuple[str, str]]:
     for _, _, row in reader.rows("reading for the vocabulary", ("train",)):
         yield from row.texts.items()
 

@@ -1,17 +1,18 @@
 """Rows of parallel text: tab-separated tables and JSON lines.
 
-n-way    one column (or key) a language, and perhaps an `id`; any cell may be empty, and a JSON row
-         may lack a key
-long     the columns (or keys) source_language, target_language, source, target
+n-way    one column (or key) a language; any cell may be empty, and a JSON row may lack a key
+long     the columns (or keys) source_language, target_language, source, target; others are ignored
 
 A table starts with a header. Fields are taken as they stand: quotes and backslashes mean nothing.
-One row is held in memory at a time.
+A blank line is nothing. In an n-way table `id` is what a row is called, and a language (Indonesian)
+only if it is asked for by name. One row is held in memory at a time.
 """
 
 import json
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from data.codec import LANGUAGE
 from data.corpus import decompressed, file_format, not_utf8, readable
@@ -27,11 +28,14 @@ class Row(NamedTuple):
 
     Attributes:
         direction: source and target language of a row of a long table; None in an n-way one.
-        texts: by language; "" where there is none.
+        texts: by language, of those that are asked for; "" where there is none. Empty if a row of a
+            long table is of another direction.
+        names: every column of an n-way row, both languages of a long one.
     """
 
     direction: tuple[str, str] | None
     texts: dict[str, str]
+    names: Collection[str]
 
 
 def read_rows(
@@ -47,16 +51,15 @@ def read_rows(
         on_bytes: called with the bytes of the file (as stored) read since its last call.
 
     Raises:
-        UserError: the file is not UTF-8 or damaged, or a row is malformed or wholly empty.
+        UserError: the file is not UTF-8 or damaged, or a row is malformed or wholly empty, or has
+            but some of a long table's columns.
     """
     read_fields = _json_fields if file_format(path, TABLE_FORMATS) == ".jsonl" else _tsv_fields
     try:
         with readable(path), path.open("rb") as raw:
             position = 0
-            for where, fields in read_fields(path, decompressed(path, raw), columns):
-                row = _row(where, fields, columns)
-                if row is not None:
-                    yield row
+            for where, fields in read_fields(path, decompressed(path, raw)):
+                yield _row(where, fields, columns)
                 position, before = max(position, raw.tell()), position
                 on_bytes(position - before)
             on_bytes(path.stat().st_size - position)
@@ -64,26 +67,45 @@ def read_rows(
         raise not_utf8(path) from error
 
 
-def _row(where: str, fields: dict[str, str], columns: Collection[str] | None) -> Row | None:
-    """One row; None if it is in languages that nobody asked for."""
-    direction = None
-    if fields.keys() >= {*LONG_COLUMNS}:
-        source, target = direction = fields["source_language"], fields["target_language"]
-        if source == target:
-            raise UserError(f"{where}: source_language and target_language are both {source!r}")
-        fields = {source: fields["source"], target: fields["target"]}
-    if not any(fields[column].strip() for column in fields if column != ID_COLUMN):
-        raise UserError(f"{where}: every side is empty: delete the row, or fill it")
+def _row(where: str, fields: dict[str, Any], columns: Collection[str] | None) -> Row:
+    # `source` and `target` may be notes beside languages that are asked for by name.
+    of_long = LONG_COLUMNS if columns is None else LONG_COLUMNS[:2]
+    if any(column in fields for column in of_long):
+        return _long_row(where, fields, columns)
     texts = {
-        language: text
-        for language, text in fields.items()
-        if language != ID_COLUMN and (columns is None or language in columns)
+        column: _text(value, column, where)
+        for column, value in fields.items()
+        if (column in columns if columns is not None else column != ID_COLUMN)
     }
+    others = (fields[column] for column in fields if column not in (*texts, ID_COLUMN))
+    if not any(str(text).strip() for text in (*texts.values(), *others) if text is not None):
+        raise UserError(f"{where}: every side is empty: delete the row, or fill it")
     for language in texts:
         _check_name(language, where)
-    if direction is not None and len(texts) < 2:
-        return None
-    return Row(direction, texts)
+    return Row(None, texts, fields.keys())
+
+
+def _long_row(where: str, fields: dict[str, Any], columns: Collection[str] | None) -> Row:
+    absent = [column for column in LONG_COLUMNS if column not in fields]
+    if absent:
+        raise UserError(
+            f"{where} lacks {absent[0]!r}: a long table has {', '.join(LONG_COLUMNS)}, and this "
+            f"one has {', '.join(map(repr, fields))}. Add or rename it; a table with a column a "
+            "language has none of these"
+        )
+    first, second, *sides = (_text(fields[column], column, where) for column in LONG_COLUMNS)
+    if first == second:
+        raise UserError(
+            f"{where}: source_language and target_language are both {first!r}, but must differ: "
+            "mend one, or delete the row"
+        )
+    if not any(map(str.strip, sides)):
+        raise UserError(f"{where}: every side is empty: delete the row, or fill it")
+    names = (first, second)
+    is_asked = columns is None or {*names} <= {*columns}
+    for language in names if is_asked else ():
+        _check_name(language, where)
+    return Row(names, dict(zip(names, sides, strict=True)) if is_asked else {}, names)
 
 
 def _check_name(language: str, where: str) -> None:
@@ -94,11 +116,8 @@ def _check_name(language: str, where: str) -> None:
         )
 
 
-def _tsv_fields(
-    path: Path, stream: IO[bytes], columns: Collection[str] | None
-) -> Iterator[tuple[str, dict[str, str]]]:
+def _tsv_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The fields of each row by column, and where it stands."""
-    del columns
     header = stream.readline().decode("utf-8-sig").rstrip("\r\n").split("\t")
     if len(header) < 2 or len({*header}) < len(header):
         raise UserError(
@@ -106,6 +125,8 @@ def _tsv_fields(
             f"them; it reads {header}"
         )
     for number, line in enumerate(stream, start=2):
+        if not line.strip() and b"\t" not in line:
+            continue
         values = line.decode().rstrip("\r\n").split("\t")
         where = f"{path}, line {number}"
         if len(values) != len(header):
@@ -116,16 +137,15 @@ def _tsv_fields(
         yield where, dict(zip(header, values, strict=True))
 
 
-def _json_fields(
-    path: Path, stream: IO[bytes], columns: Collection[str] | None
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """The texts of each row by key, and where it stands; empty lines are nothing."""
+def _json_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The values of each row by key, and where it stands."""
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(text, object_pairs_hook=partial(_object, where))
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}, column {error.colno} is not JSON: {error.msg}. Each line must be one "
@@ -133,15 +153,21 @@ def _json_fields(
             ) from error
         if not isinstance(row, dict):
             raise UserError(f'{where} must be an object like {{"en": "...", "de": "..."}}')
-        yield where, {key: _text(value, key, where, columns) for key, value in row.items()}
+        yield where, row
 
 
-def _text(value: object, key: str, where: str, columns: Collection[str] | None) -> str:
+def _object(where: str, items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        keys = [key for key, _ in items]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{where} has the key {twice!r} twice: keep one of them")
+    return found
+
+
+def _text(value: Any, key: str, where: str) -> str:
     if value is None:
         return ""
-    is_asked = columns is None or key in columns or key in LONG_COLUMNS
-    if key == ID_COLUMN or not is_asked:
-        return str(value)
     if not isinstance(value, str):
         raise UserError(
             f"{where}: {key!r} holds {type(value).__name__}, but must hold text: mend it, or "

@@ -202,7 +202,10 @@ def test_another_folders_vocabulary_can_be_used(config, tmp_path, table):
         ({"weight": 0}, r"--weight verses=0 must be above 0"),
         ({"weight": math.nan}, r"--weight verses=nan must be above 0"),
         ({"columns": ("en",)}, r"--columns en: name two languages at least"),
-        ({"columns": ("en", "fr")}, r"table verses has no column 'fr' \(--columns\): it has en"),
+        (
+            {"columns": ("en", "fr")},
+            r"train\.tsv has no column 'fr', which --columns asks for: it has id, en, de, pt-br\.",
+        ),
         ({"vocab_size": None}, r"give either --vocab-size N.*or --tokenizer DIR"),
         ({"tokenizer": "x"}, r"give either --vocab-size N.*or --tokenizer DIR"),
         ({"vocab_size": 299}, r"vocab_size=299 is too small.*use 300 at least"),
@@ -254,6 +257,58 @@ def test_a_table_of_one_language_is_a_message(config, tmp_path):
     path = write_jsonl(tmp_path / "one.jsonl", [{"en": "sea"}])
     with pytest.raises(UserError, match=r"table one has only one language, en: add another"):
         prepare_pairs(replace(config, tables=(TableConfig("one", str(path)),)))
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "jsonl"])
+def test_a_file_without_one_of_the_languages_is_a_message(config, table, tmp_path, suffix):
+    rows = [{"en": row["en"], "ger": row["de"]} for row in VALID]
+    write_jsonl(tmp_path / "train2.jsonl", rows)
+    write_tsv(tmp_path / "train2.tsv", rows, ("en", "ger"))
+    write_jsonl(tmp_path / "train.jsonl", TRAIN)
+    other, both = str(tmp_path / f"train2.{suffix}"), str(tmp_path / f"train*.{suffix}")
+    asked = rf"train2\.{suffix} has no column 'de', which --columns asks for: it has (id, )?en, ger"
+    missing = rf"train\.{suffix} has no column 'ger', which other files of the table have: it has"
+    for changes, message in [
+        ({"valid": other, "columns": ("en", "de")}, asked),
+        ({"train": both, "columns": ("en", "de")}, asked),
+        ({"train": both}, missing),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare_pairs(replace(config, tables=(replace(table, **changes),)))
+
+
+def test_a_long_table_without_a_language_that_is_asked_for_is_a_message(config, tmp_path):
+    path = write_jsonl(tmp_path / "long.jsonl", long_rows(TRAIN, "en", "de"))
+    table = TableConfig("long", str(path), columns=("en", "fr"))
+    with pytest.raises(UserError, match=r"long has no row in 'fr', which --columns asks for.* de"):
+        prepare_pairs(replace(config, tables=(table,)))
+
+
+def test_rows_of_other_directions_are_counted(config, tmp_path, reporter, messages):
+    rows = long_rows(TRAIN, "en", "de") + long_rows(VALID, "pt-br", "en")
+    table = TableConfig("long", str(write_jsonl(tmp_path / "long.jsonl", rows)))
+    prepare_pairs(replace(config, tables=(replace(table, columns=("en", "de")),)), reporter)
+    expected = "table long: left out 10 rows that are not in two languages of --columns"
+    assert expected in messages
+
+
+def test_indonesian_is_a_language_where_it_is_named(config, tmp_path, reporter, messages):
+    rows = [{"en": row["en"], "id": row["de"]} for row in TRAIN]
+    table = TableConfig("t", str(write_jsonl(tmp_path / "n-way.jsonl", rows)))
+    with pytest.raises(UserError, match=r"only one language, en: add another\. table t: column id"):
+        prepare_pairs(replace(config, tables=(table,)))
+    prepare_pairs(replace(config, tables=(replace(table, columns=("en", "id")),)))
+    assert len(open_pairs(config.out).pairs("train", "en", "id")) == len(TRAIN)
+    table = TableConfig("t", str(write_jsonl(tmp_path / "long.jsonl", long_rows(rows, "en", "id"))))
+    prepare_pairs(replace(config, tables=(table,), out=tmp_path / "long"), reporter)
+    assert len(open_pairs(tmp_path / "long").pairs("train", "en", "id")) == len(TRAIN)
+    assert not any("Indonesian" in message for message in messages)
+
+
+def test_a_column_id_that_is_no_language_is_said(config, reporter, messages):
+    prepare_pairs(config, reporter)
+    hint = "column id is what its rows are called; if it is Indonesian, use --columns verses="
+    assert f"table verses: {hint}en,de,pt-br,id" in messages
 
 
 def test_a_direction_that_no_table_holds_is_a_message(config, tmp_path, table):

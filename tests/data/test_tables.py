@@ -6,15 +6,16 @@ import pytest
 import zstandard
 
 from data.errors import UserError
-from data.tables import Row, read_rows
-from tests.data.parallel import long_rows, verses, write_jsonl, write_tsv
+from data.tables import read_rows
+from tests.data.parallel import LANGUAGES, long_rows, verses, write_jsonl, write_tsv
 
 ROWS = verses(20)
 
 
 def test_an_n_way_table_is_read_row_by_row(tmp_path):
     path = write_tsv(tmp_path / "t.tsv", ROWS)
-    assert [*read_rows(path)] == [Row(None, row) for row in ROWS]
+    assert [(row.direction, row.texts) for row in read_rows(path)] == [(None, row) for row in ROWS]
+    assert [*next(read_rows(path)).names] == ["id", *LANGUAGES]
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_a_compressed_table_is_read_alike_and_counted_to_its_size(tmp_path, suff
     path = tmp_path / f"t.tsv{suffix}"
     path.write_bytes(compress(write_tsv(tmp_path / "t.tsv", ROWS).read_bytes()))
     counted = []
-    assert [*read_rows(path, None, counted.append)] == [Row(None, row) for row in ROWS]
+    assert [row.texts for row in read_rows(path, None, counted.append)] == ROWS
     assert sum(counted) == path.stat().st_size
 
 
@@ -42,7 +43,8 @@ def test_a_missing_key_and_a_null_are_missing_sides(tmp_path):
 
 def test_a_long_table_says_the_direction_of_each_row(tmp_path):
     rows = long_rows(ROWS[:3], "en", "pt-br")
-    expected = [Row(("en", "pt-br"), {k: row[k] for k in ("en", "pt-br")}) for row in ROWS[:3]]
+    names = ("en", "pt-br")
+    expected = [(names, {name: row[name] for name in names}, names) for row in ROWS[:3]]
     assert [*read_rows(write_jsonl(tmp_path / "t.jsonl", rows))] == expected
     lines = ["\t".join(row.values()) for row in rows]
     (tmp_path / "t.tsv").write_text("\n".join(["\t".join(rows[0]), *lines]))
@@ -56,7 +58,35 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path):
     assert {*next(read_rows(path, ["en", "de"])).texts} == {"en", "de"}
     both = long_rows(ROWS, "en", "de") + long_rows(ROWS, "en", "pt-br")
     path = write_jsonl(tmp_path / "long.jsonl", both)
-    assert {row.direction for row in read_rows(path, ["en", "de"])} == {("en", "de")}
+    found = [*read_rows(path, ["en", "de"])]
+    assert {row.direction for row in found if row.texts} == {("en", "de")}
+    assert {row.names for row in found if not row.texts} == {("en", "pt-br")}
+
+
+def test_id_is_a_language_where_it_is_asked_for_and_in_long_tables(tmp_path):
+    path = write_tsv(tmp_path / "t.tsv", ROWS)
+    assert next(read_rows(path, ["en", "id"])).texts == {"id": "0", "en": ROWS[0]["en"]}
+    rows = long_rows([{"en": "sea", "id": "laut"}], "en", "id")
+    path = write_jsonl(tmp_path / "long.jsonl", [{"id": 7, **rows[0]}])
+    for columns in (None, ["en", "id"]):
+        assert next(read_rows(path, columns)).texts == {"en": "sea", "id": "laut"}
+
+
+def test_a_column_called_source_may_stand_beside_languages_that_are_asked_for(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"source": "web", **ROWS[0]}])
+    assert {*next(read_rows(path, ["en", "de"])).texts} == {"en", "de"}
+    with pytest.raises(UserError, match=r"line 1 lacks 'source_language': a long table has"):
+        [*read_rows(path)]
+
+
+def test_blank_lines_are_nothing(tmp_path):
+    for name, lines in {
+        "t.tsv": ["en\tde", "", "sea\tSee", "  "],
+        "t.jsonl": ['{"en": "sea", "de": "See"}', ""],
+    }.items():
+        (tmp_path / name).write_text("\n".join([*lines, ""]))
+        found = [row.texts for row in read_rows(tmp_path / name)]
+        assert found == [{"en": "sea", "de": "See"}]
 
 
 def test_quotes_windows_line_ends_and_a_byte_order_mark_are_no_trouble(tmp_path):
@@ -85,10 +115,21 @@ def test_quotes_windows_line_ends_and_a_byte_order_mark_are_no_trouble(tmp_path)
         ("t.jsonl", b'{"en": "\\ud800"}\n', r"line 1: 'en' holds half a surrogate pair"),
         ("t.jsonl", b'{"en": "", "de": " "}\n', r"t\.jsonl, line 1: every side is empty"),
         ("t.jsonl", b'{"en": "\xff"}\n', r"t\.jsonl is not UTF-8: byte 0xff.*\(line 1\)"),
+        ("t.jsonl", b'{"en": "a", "de": "b", "en": "c"}\n', r"line 1 has the key 'en' twice: keep"),
+        (
+            "t.tsv",
+            b"source_language\ttarget_language\tsource\ttgt\nen\tde\tsea\tSee\n",
+            r"line 2 lacks 'target': a long table has source_language, .* has .*'tgt'. Add or ren",
+        ),
+        (
+            "t.jsonl",
+            b'{"source_language": "en", "target_language": "de", "source": "sea"}\n',
+            r"line 1 lacks 'target': a long table has source_language, target_language, source, t",
+        ),
         (
             "t.jsonl",
             json.dumps(long_rows([{"en": "a"}], "en", "en")[0]).encode(),
-            r"line 1: source_language and target_language are both 'en'",
+            r"line 1: source_language and target_language are both 'en', but must differ",
         ),
     ],
 )
