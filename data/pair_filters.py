@@ -1,4 +1,4 @@
-"""Which rows of tokenised tables are pairs of two languages, and why the others are not.
+"""Which rows of tokenised tables are pairs of a direction, and why the others are not.
 
 Rows of the validation split are pairs if both sides hold something. Training pairs may be filtered
 too; each row that is dropped counts under the first reason that holds.
@@ -25,7 +25,7 @@ HASHED_AT_ONCE = 1 << 22  # tokens
 class PairFilter:
     """What is asked of a training pair."""
 
-    dedupe: bool = False  # once only, and not one of the validation split
+    dedupe: bool = False  # once a direction, and in neither direction of the validation split
     max_length_ratio: float | None = None  # of the longer side to the shorter, in tokens
     max_length: int | None = None  # of a side, tag and end included, in tokens
 
@@ -40,11 +40,11 @@ class PairFilter:
 
 @dataclass
 class _Candidates:
-    """The rows of two languages in one split of a table, as far as they have not been dropped."""
+    """The rows of a direction in one split of a table, as far as they have not been dropped."""
 
     table: TableRecord
     split: str
-    languages: tuple[str, str]
+    languages: tuple[str, str]  # source and target
     columns: tuple[TokenSplit, TokenSplit]
     is_pair: BoolArray  # (rows,)
     dropped: dict[str, int]
@@ -93,9 +93,7 @@ def choose_pairs(
 
 def _candidates(folder: Path, table: TableRecord, vocab_size: int) -> Iterator[_Candidates]:
     for split, record in table.splits.items():
-        order = [*record.columns]
-        pairs = {(a, b) if order.index(a) < order.index(b) else (b, a) for a, b in table.directions}
-        for languages in sorted(pairs, key=lambda pair: [order.index(name) for name in pair]):
+        for languages in table.directions:
             first, second = (
                 TokenSplit(
                     folder / f"{table.name}.{split}.{language}.bin",
@@ -116,10 +114,11 @@ def _content_lengths(column: TokenSplit) -> IntArray:
 
 
 def _drop_duplicates(candidates: list[_Candidates]) -> None:
-    """Drops pairs that come again in any table, in either direction, or are to be validated."""
+    """Drops pairs that come again in any table, and those that are validated either way round."""
     column_hashes: dict[Path, WordArray] = {}
 
     def pair_hashes(one: _Candidates) -> WordArray:
+        """Equal for both directions of a pair."""
         for column in one.columns:
             if column.path not in column_hashes:
                 column_hashes[column.path] = row_hashes(column)
@@ -131,18 +130,18 @@ def _drop_duplicates(candidates: list[_Candidates]) -> None:
         of_both = [one for one in candidates if {*one.languages} == languages]
         validated = [pair_hashes(one)[one.is_pair] for one in of_both if one.split == "valid"]
         seen = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *validated]))
+        earlier: dict[tuple[str, str], WordArray] = {}
         for one in of_both:
             if one.split == "train":
-                one.drop("in the validation split", np.isin(pair_hashes(one), seen))
-        earlier = np.empty(0, dtype=np.uint64)
-        for one in of_both:
-            if one.split == "train":
-                hashes, rows = pair_hashes(one), np.flatnonzero(one.is_pair)
+                hashes = pair_hashes(one)
+                one.drop("in the validation split", np.isin(hashes, seen))
+                rows = np.flatnonzero(one.is_pair)
                 distinct, first_at = np.unique(hashes[rows], return_index=True)
                 is_first = np.zeros(len(hashes), dtype=np.bool_)
                 is_first[rows[first_at]] = True
-                one.drop("duplicate", ~is_first | np.isin(hashes, earlier))
-                earlier = np.union1d(earlier, distinct)
+                before = earlier.get(one.languages, np.empty(0, dtype=np.uint64))
+                one.drop("duplicate", ~is_first | np.isin(hashes, before))
+                earlier[one.languages] = np.union1d(before, distinct)
 
 
 def _language(side: tuple[str, TokenSplit]) -> str:

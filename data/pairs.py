@@ -3,7 +3,8 @@
 tokenizer.model                    the vocabulary, with a tag for each language
 TABLE.SPLIT.LANGUAGE.bin, .idx     the rows of one language as in data.token_files: a row is a
                                    document; one that holds nothing but the end is a missing side
-TABLE.SPLIT.A+B.rows               uint32, little endian: the rows that are pairs of A and B
+TABLE.SPLIT.A+B.rows               uint32, little endian: the rows that are pairs from A to B; of
+                                   older folders, also those from B to A
 manifest.json                      sizes, checksums, counts, and the settings that made the folder
 
 An n-way table is stored once, however many directions are read from it; a direction is two of its
@@ -36,9 +37,9 @@ class _Record(BaseModel):
 
 
 class PairsRecord(_Record):
-    """The pairs of two languages in one split of a table, in either direction."""
+    """The pairs of a direction in one split of a table; in older folders of either direction."""
 
-    languages: tuple[str, str]  # in the order of the table's columns
+    languages: tuple[str, str]  # source and target
     num_pairs: int = Field(ge=0)
     dropped: dict[str, int]  # rows that are no pair, by reason
 
@@ -49,6 +50,11 @@ class TableSplitRecord(_Record):
     num_rows: int = Field(ge=1)
     columns: dict[str, SplitRecord]  # by language
     pairs: list[PairsRecord]
+
+    def pairs_of(self, direction: tuple[str, str]) -> PairsRecord | None:
+        """The record of a direction."""
+        found = {record.languages: record for record in self.pairs}
+        return found.get(direction) or found.get((direction[1], direction[0]))
 
 
 class TableRecord(_Record):
@@ -242,11 +248,10 @@ class PreparedPairs:
             )
             for language, column in record.columns.items()
         }
-        counts = {pairs.languages: pairs.num_pairs for pairs in record.pairs}
         for source, target in table.directions:
-            languages = (source, target) if (source, target) in counts else (target, source)
-            if counts.get(languages):
-                file = rows_file(self.path, table.name, split, languages)
+            pairs = record.pairs_of((source, target))
+            if pairs and pairs.num_pairs:
+                file = rows_file(self.path, table.name, split, pairs.languages)
                 rows = np.asarray(np.memmap(file, dtype="<u4", mode="r"))
                 yield TablePairs(
                     table.name,

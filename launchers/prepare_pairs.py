@@ -16,7 +16,7 @@ from rich.console import Console
 
 from data.errors import UserError
 from data.pair_filters import PairFilter
-from data.pairs import PairsManifest, TableRecord, TableSplitRecord
+from data.pairs import PairsManifest, PairsRecord, TableRecord, TableSplitRecord
 from data.prepare_pairs import PreparePairsConfig, TableConfig, prepare_pairs
 from data.token_files import SPLITS
 from launchers.prepare_data import terminal_reporter
@@ -157,7 +157,7 @@ def print_summary(manifest: PairsManifest, out: Path, was_there: bool) -> None:
             ]
             if found:
                 counts = [*map(sum, zip(*(_counts(*one) for one in found), strict=True))]
-                dropped = dropped_text([record for _, record in found])
+                dropped = dropped_text(found)
                 shown.add_row(name, split, *(f"{count:,}" for count in counts), dropped)
     console = Console()
     console.print(shown)
@@ -172,22 +172,26 @@ def print_summary(manifest: PairsManifest, out: Path, was_there: bool) -> None:
 
 def _counts(table: TableRecord, record: TableSplitRecord) -> tuple[int, int, int, int]:
     """Rows, tokens, directions and pairs."""
-    num_pairs = {frozenset(pairs.languages): pairs.num_pairs for pairs in record.pairs}
     return (
         record.num_rows,
         sum(column.num_tokens for column in record.columns.values()),
         len(table.directions),
-        sum(num_pairs[frozenset(direction)] for direction in table.directions),
+        sum(pairs.num_pairs for pairs in _by_direction(table, record)),
     )
 
 
-def dropped_text(records: Sequence[TableSplitRecord]) -> str:
-    """How many rows were no pair, by reason, summed over the pairs of languages."""
+def dropped_text(found: Sequence[tuple[TableRecord, TableSplitRecord]]) -> str:
+    """How often a row was no pair of a direction, by reason, summed over the directions."""
     totals: Counter[str] = Counter()
-    for record in records:
-        for pairs in record.pairs:
+    for table, record in found:
+        for pairs in _by_direction(table, record):
             totals.update(pairs.dropped)
     return ", ".join(f"{reason} {count:,}" for reason, count in totals.items()) or "none"
+
+
+def _by_direction(table: TableRecord, record: TableSplitRecord) -> list[PairsRecord]:
+    found = map(record.pairs_of, table.directions)
+    return [pairs for pairs in found if pairs is not None]
 
 
 @user_errors()

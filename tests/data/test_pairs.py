@@ -68,6 +68,25 @@ def test_equal_data_have_equal_fingerprints_wherever_they_lie(folder, tmp_path):
     assert prepared_verses(tmp_path / "other", 99).fingerprint != again.fingerprint
 
 
+def test_a_folder_with_one_file_for_both_directions_is_read_as_before(folder, copy):
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for record in manifest["tables"][0]["splits"].values():
+        record["pairs"] = [
+            p for p in record["pairs"] if [*p["languages"]] == sorted(p["languages"])
+        ]
+    for path in copy.glob("verses.*.rows"):
+        first, second = path.name.split(".")[2].split("+")
+        if first > second:
+            path.unlink()
+    file.write_text(json.dumps(manifest))
+    for part, other in zip(
+        open_pairs(copy).table_pairs("train"), open_pairs(folder).table_pairs("train"), strict=True
+    ):
+        assert (part.table, part.direction) == (other.table, other.direction)
+        assert part.rows.tolist() == other.rows.tolist()
+
+
 def test_what_is_not_there_is_a_message(folder):
     prepared = open_pairs(folder)
     with pytest.raises(UserError, match=r"language 'fr' is unknown here: use one of en, de, pt-br"):

@@ -38,7 +38,7 @@ def test_the_command_prints_what_the_folder_holds(
     tables = open_pairs(tmp_path / "out").tables
     num_tokens = sum(column.num_tokens for column in tables[0].splits["train"].columns.values())
     shown = [" ".join(line.split()) for line in output.out.splitlines()]
-    assert f"verses train 103 {num_tokens:,} 6 600 duplicate 9" in shown
+    assert f"verses train 103 {num_tokens:,} 6 600 duplicate 18" in shown  # 6 * 103
     assert re.search(r"^verses valid 10 \d+ 6 60 none$", "\n".join(shown), re.MULTILINE)
     assert re.search(r"^help train 29 [\d,]+ 2 29 none$", "\n".join(shown), re.MULTILINE)
     assert "languages: en, de, pt-br" in shown
