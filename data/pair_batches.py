@@ -387,7 +387,12 @@ def _streams(
     if longer and too_long == "refuse":
         raise UserError(f"{are_longer}: raise these, or let long pairs be dropped or truncated")
     if not any(map(len, streams)):
-        remedy = f"{are_longer}: raise these" if longer else "prepare pairs that have one"
+        remedy = (
+            f"{are_longer}: raise these"
+            if longer
+            else "give `python -m launchers.prepare_pairs` a file for it, --table "
+            "NAME=TRAIN,VALID, and a new --out"
+        )
         raise UserError(f"{prepared.path} has no pair for the {split} split: {remedy}")
     cells = np.concatenate([stream.cells for stream in streams])
     widest = int(np.add(*unsnaked(cells)).max())

@@ -6,7 +6,8 @@ too; each row that is dropped counts under the first reason that holds.
 Memory: 8 bytes a row for each column of a language that duplicates are looked for in.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +17,16 @@ import numpy as np
 from data.errors import UserError
 from data.packed_lm import BoolArray, IntArray, WordArray, mixed
 from data.pairs import PairsRecord, TableRecord, rows_file
-from data.token_files import TokenSplit, token_dtype
+from data.token_files import SPLITS, TokenSplit, token_dtype
 
 HASHED_AT_ONCE = 1 << 22  # tokens
+WAYS_OUT = {  # by the reason why a row is no pair
+    "empty side": "fill in the sides that are empty",
+    "too long": "raise --max-length",
+    "length ratio": "raise --max-length-ratio",
+    "in the validation split": "train on other rows than are validated",
+    "duplicate": "leave out --dedupe",
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,33 @@ def choose_pairs(
         rows = np.flatnonzero(one.is_pair).astype("<u4")
         rows.tofile(rows_file(folder, one.table.name, one.split, one.languages))
     return tables
+
+
+def dropped_text(tables: Sequence[TableRecord], split: str) -> str:
+    """How often a row was no pair of a direction, by reason, summed over the directions."""
+    totals = _dropped(tables, split)
+    return ", ".join(f"{reason} {count:,}" for reason, count in totals.items()) or "none"
+
+
+def _dropped(tables: Sequence[TableRecord], split: str) -> Counter[str]:
+    totals: Counter[str] = Counter()
+    for table in tables:
+        for pairs in table.pairs(split):
+            totals.update(pairs.dropped)
+    return totals
+
+
+def refuse_no_pair(tables: Sequence[TableRecord]) -> None:
+    """Raises a UserError if a split has rows and none of them is a pair."""
+    for split in SPLITS:
+        of_split = [table for table in tables if split in table.splits]
+        if of_split and not any(one.num_pairs for table in of_split for one in table.pairs(split)):
+            ways_out = " and ".join(WAYS_OUT[reason] for reason in _dropped(of_split, split))
+            raise UserError(
+                f"no row of the {split} split is a pair of any direction (tables "
+                f"{', '.join(table.name for table in of_split)}; dropped: "
+                f"{dropped_text(of_split, split)}): {ways_out}"
+            )
 
 
 def _candidates(folder: Path, table: TableRecord, vocab_size: int) -> Iterator[_Candidates]:

@@ -65,6 +65,12 @@ class TableRecord(_Record):
     directions: list[tuple[str, str]]  # source and target language
     splits: dict[str, TableSplitRecord]
 
+    def pairs(self, split: str) -> list[PairsRecord]:
+        """The record of each direction in one split; none without that split."""
+        record = self.splits.get(split)
+        found = [record.pairs_of(direction) for direction in self.directions] if record else []
+        return [pairs for pairs in found if pairs is not None]
+
 
 class PairsManifest(_Record):
     """The content of manifest.json."""

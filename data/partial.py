@@ -2,7 +2,7 @@
 
 Everything is written to `OUT.partial`, which becomes `OUT` when it is complete. What determines
 the result, the settings, lies in it from the start: the same command resumes, another one starts
-over. Only one process at a time writes there.
+over. What a user has to mend leaves none. Only one process at a time writes there.
 """
 
 import errno
@@ -48,7 +48,11 @@ def made_whole(
         with (partial / "lock").open("w") as lock:
             _lock(lock, partial)
             _keep_or_clear(partial, settings, reporter)
-            yield partial
+            try:
+                yield partial
+            except UserError:  # whatever is mended, it is made from something else then
+                shutil.rmtree(partial)
+                raise
             partial.rename(out)
         remove_scaffolding(out)
     except BrokenProcessPool as error:

@@ -17,7 +17,7 @@ from typing import Any
 from data.codec import Codec, parse_direction, tag
 from data.corpus import Piece, matching_files
 from data.errors import UserError
-from data.pair_filters import PairFilter, choose_pairs
+from data.pair_filters import PairFilter, choose_pairs, refuse_no_pair
 from data.pairs import PAIRS_VERSION, PairsManifest, TableRecord, TableSplitRecord, open_pairs
 from data.partial import (
     SILENT,
@@ -78,6 +78,10 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
         given = [parse_direction(direction, languages) for direction in config.directions]
         asked = [*dict.fromkeys(given)]
         _refuse_absent(asked, tables)
+    if not any(table.valid for table in config.tables):
+        reporter.message(
+            "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
+        )
     reader = Reader(config.tables, files, {table.name: table for table in tables}, reporter)
     with made_whole(config.out, settings, config.workers, reporter) as partial:
         codec = _vocabulary(config, languages, reader, partial, reporter)
@@ -93,15 +97,18 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
         )
         if num_kept:
             reporter.message(f"kept {num_kept} finished shards")
-        records = _join(tables, asked, stems, partial)
         reporter.message("choosing pairs")
+        records = choose_pairs(
+            partial, _join(tables, asked, stems, partial), config.filter, codec.vocab_size
+        )
+        refuse_no_pair(records)
         manifest = PairsManifest(
             tokenizer_fingerprint=codec.tokenizer.fingerprint,
             vocab_size=codec.vocab_size,
             eos_id=codec.eos_id,
             dtype=token_dtype(codec.vocab_size),
             languages=[*codec.languages],
-            tables=choose_pairs(partial, records, config.filter, codec.vocab_size),
+            tables=records,
             settings=settings,
         )
         write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2))

@@ -6,7 +6,6 @@ python -m launchers.prepare_pairs --table bible=bible.train.tsv.xz,bible.valid.t
 
 import argparse
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import rich.table
 from rich.console import Console
 
 from data.errors import UserError
-from data.pair_filters import PairFilter
-from data.pairs import PairsManifest, PairsRecord, TableRecord, TableSplitRecord
+from data.pair_filters import PairFilter, dropped_text
+from data.pairs import PairsManifest, TableRecord
 from data.prepare_pairs import PreparePairsConfig, TableConfig, prepare_pairs
 from data.token_files import SPLITS
 from launchers.prepare_data import terminal_reporter
@@ -151,13 +150,13 @@ def print_summary(manifest: PairsManifest, out: Path, was_there: bool) -> None:
         for split in SPLITS:
             # A long table is stored as one for each direction, called NAME.DIRECTION.
             found = [
-                (table, table.splits[split])
+                table
                 for table in manifest.tables
                 if table.name.partition(".")[0] == name and split in table.splits
             ]
             if found:
-                counts = [*map(sum, zip(*(_counts(*one) for one in found), strict=True))]
-                dropped = dropped_text(found)
+                counts = [*map(sum, zip(*(_counts(one, split) for one in found), strict=True))]
+                dropped = dropped_text(found, split)
                 shown.add_row(name, split, *(f"{count:,}" for count in counts), dropped)
     console = Console()
     console.print(shown)
@@ -170,28 +169,15 @@ def print_summary(manifest: PairsManifest, out: Path, was_there: bool) -> None:
     )
 
 
-def _counts(table: TableRecord, record: TableSplitRecord) -> tuple[int, int, int, int]:
+def _counts(table: TableRecord, split: str) -> tuple[int, int, int, int]:
     """Rows, tokens, directions and pairs."""
+    record = table.splits[split]
     return (
         record.num_rows,
         sum(column.num_tokens for column in record.columns.values()),
         len(table.directions),
-        sum(pairs.num_pairs for pairs in _by_direction(table, record)),
+        sum(pairs.num_pairs for pairs in table.pairs(split)),
     )
-
-
-def dropped_text(found: Sequence[tuple[TableRecord, TableSplitRecord]]) -> str:
-    """How often a row was no pair of a direction, by reason, summed over the directions."""
-    totals: Counter[str] = Counter()
-    for table, record in found:
-        for pairs in _by_direction(table, record):
-            totals.update(pairs.dropped)
-    return ", ".join(f"{reason} {count:,}" for reason, count in totals.items()) or "none"
-
-
-def _by_direction(table: TableRecord, record: TableSplitRecord) -> list[PairsRecord]:
-    found = map(record.pairs_of, table.directions)
-    return [pairs for pairs in found if pairs is not None]
 
 
 @user_errors()

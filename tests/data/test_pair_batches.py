@@ -302,5 +302,7 @@ def test_a_validation_bin_beyond_the_last_asks_for_nothing(prepared):
 
 def test_a_folder_without_validation_pairs_is_a_message(tmp_path):
     prepared = prepared_verses(tmp_path, 100, num_valid=0)
-    with pytest.raises(UserError, match=r"has no pair for the valid split: prepare pairs that"):
+    with pytest.raises(
+        UserError, match=r"has no pair for the valid split: give `.* --table NAME=TR"
+    ):
         ValidBins(prepared, bin_tokens=600, directions=None, max_len=64, max_target_len=60)

@@ -190,6 +190,42 @@ def test_another_folders_vocabulary_can_be_used(config, tmp_path, table):
     given = replace(given, out=tmp_path / "fr", tables=(TableConfig("fr", str(path)),))
     with pytest.raises(UserError, match=r"language 'fr' is unknown here: use one of en, de, pt-br"):
         prepare_pairs(replace(given, tokenizer=config.out))
+    assert not given.out.with_name("fr.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (PairFilter(), r"train split is a pair .*\(tables t; dropped: empty side 240\): fill in"),
+        (PairFilter(max_length=3), r"empty side 238, too long 2\): fill in .* raise --max-length$"),
+    ],
+)
+def test_a_split_without_any_pair_is_a_message_and_leaves_nothing(
+    config, table, tmp_path, asked, message
+):
+    rows = [{**row, ("en", "de")[i % 2]: ""} for i, row in enumerate(TRAIN)]
+    if asked.max_length:
+        rows[0] = TRAIN[0]
+    train = write_tsv(tmp_path / "sided.tsv", rows, ("en", "de"))
+    one_sided = TableConfig("t", train=str(train))
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(UserError, match=message):
+        prepare_pairs(replace(config, tables=(one_sided,), filter=asked, vocab_size=300))
+    both = (replace(table, valid=""), TableConfig("t", valid=str(train)))
+    write_tsv(train, rows[1:], ("en", "de"))
+    with pytest.raises(UserError, match=r"no row of the valid split is a pair"):
+        prepare_pairs(replace(config, tables=both))
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_that_training_needs_a_validation_file_is_said(config, table, reporter, messages):
+    prepare_pairs(replace(config, tables=(replace(table, valid=""),)), reporter)
+    assert (
+        messages.count(
+            "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +265,7 @@ def test_bad_settings_are_named_with_a_way_out(config, table, tmp_path, changes,
         message = message.replace(r"\. is not", r"is not")
     with pytest.raises(UserError, match=message):
         prepare_pairs(replace(config, **changes))
-    assert not config.out.exists()
+    assert not [*tmp_path.glob("out*")]
 
 
 def test_a_table_given_twice_is_a_message(config, table):
