@@ -1,13 +1,15 @@
 """Batches of sentence pairs by token budget, as a function of the bin's number.
 
-Letters: n pairs of a direction in a table, T temperature, R rows of a bin, S and T' its padded
-source and target length.
+Letters: n pairs of a direction in a table, w the table's weight, T temperature, R rows of a bin, S
+and T' its padded source and target length.
 
 A BIN holds pairs of like lengths, of any directions, with R * (S + T') <= bin_tokens. Each
 direction of each table is a STREAM of pairs without end, pass after pass; a pass holds each pair
-once, in an order of its own. A ROUND takes the next so many pairs of every stream, in proportion
-to weight * n^(1/T), sorts them by length and cuts them into bins, which it shuffles. So a pair
-comes at most once more than another of its stream, except within a round.
+once, in an order of its own. A ROUND takes the next so many pairs of every stream, sorts them by
+length and cuts them into bins, which it shuffles. So a pair comes at most once more than another of
+its stream, except within a round. A direction is drawn in proportion to (sum of w * n)^(1/T) over
+its tables, and each of those in proportion to w * n; a stream that is due less than a pair a round
+has its turn in some rounds only.
 
 Within a pass the lengths are spread evenly, and in the same pattern each time. So the lengths that
 a round will hold, and with them the number of its bins, need no shuffling to be known: any bin is
@@ -29,6 +31,7 @@ from data.pairs import PreparedPairs, TablePairs
 
 LENGTH_MULTIPLE = 8  # of padded lengths: what tensor cores like, and few shapes
 MAX_ROUND_PAIRS = 1 << 20
+FloatArray = npt.NDArray[np.float64]
 TooLong = Literal["drop", "truncate", "refuse"]
 
 
@@ -102,11 +105,24 @@ def spread_pattern(sizes: IntArray) -> tuple[IntArray, IntArray]:
     return cell[order], rank[order]
 
 
-def round_counts(weights: Sequence[float], sizes: Sequence[int], temperature: float) -> IntArray:
-    """Pairs of each stream in a round, in proportion to weight * n^(1/T), one at least: int64."""
-    rates = np.array(weights) * np.array(sizes, dtype=np.float64) ** (1 / temperature)
-    total = min(MAX_ROUND_PAIRS, sum(sizes))
-    return np.maximum(1, np.rint(rates / rates.sum() * total)).astype(np.int64)
+def round_rates(
+    weights: Sequence[float],
+    sizes: Sequence[int],
+    directions: Sequence[tuple[str, str]],
+    temperature: float,
+) -> FloatArray:
+    """Pairs of each stream in a round, on average: (streams,) float64.
+
+    Args:
+        weights: w, of each stream's table.
+        sizes: n, pairs of each stream.
+        directions: of each stream.
+        temperature: T.
+    """
+    masses = np.array(weights) / max(weights) * np.array(sizes, dtype=np.float64)
+    same = np.array([[one == other for other in directions] for one in directions])
+    rates = masses * (same @ masses) ** (1 / temperature - 1)
+    return rates / rates.sum() * min(MAX_ROUND_PAIRS, sum(sizes))
 
 
 def cut_bins(cells: IntArray, counts: IntArray, bin_tokens: int) -> IntArray:
@@ -206,7 +222,9 @@ class PairBatches:
         self.num_too_long = _num_too_long(self._streams)
         self._streams = [stream for stream in self._streams if len(stream)]
         weights = [stream.pairs.weight for stream in self._streams]
-        self._counts = round_counts(weights, [*map(len, self._streams)], temperature)
+        of_streams = [stream.pairs.direction for stream in self._streams]
+        sizes = [*map(len, self._streams)]
+        self._rates = round_rates(weights, sizes, of_streams, temperature)
         self._cells = np.unique(np.concatenate([stream.cells for stream in self._streams]))
         self._layouts = [_Layout(stream, self._cells) for stream in self._streams]
         self._first_bins = [0]  # of each round
@@ -216,8 +234,8 @@ class PairBatches:
     def shares(self) -> dict[tuple[str, str], float]:
         """Part of the drawn pairs that is of each direction."""
         shares = dict.fromkeys(self.directions, 0.0)
-        for stream, count in zip(self._streams, self._counts, strict=True):
-            shares[stream.pairs.direction] += float(count / self._counts.sum())
+        for stream, rate in zip(self._streams, self._rates, strict=True):
+            shares[stream.pairs.direction] += float(rate / self._rates.sum())
         return shares
 
     def bin(self, step: int, index: int) -> Batch:
@@ -247,15 +265,20 @@ class PairBatches:
     def _starts(self, which: int) -> IntArray:
         """Where the bins of a round begin among its pairs."""
         counts = np.zeros(len(self._cells), dtype=np.int64)
-        for layout, count in zip(self._layouts, self._counts, strict=True):
-            counts += layout.cell_counts(which * int(count), (which + 1) * int(count))
+        for layout, start, stop in zip(self._layouts, *self._places(which), strict=True):
+            counts += layout.cell_counts(start, stop)
         return cut_bins(self._cells, counts, self.bin_tokens)
+
+    def _places(self, which: int) -> tuple[list[int], list[int]]:
+        """Where a round begins and ends in each stream."""
+        start, stop = (np.floor(self._rates * n + 0.5).astype(np.int64) for n in (which, which + 1))
+        return start.tolist(), stop.tolist()
 
     def _planned(self, which: int) -> _Round:
         cells, streams, pairs = [], [], []
-        for s, (layout, count) in enumerate(zip(self._layouts, self._counts, strict=True)):
-            start = which * int(count)
-            found = layout.drawn(start, start + int(count), self._key(s))
+        for s, (start, stop) in enumerate(zip(*self._places(which), strict=True)):
+            layout = self._layouts[s]
+            found = layout.drawn(start, stop, self._key(s))
             pairs.append(found.astype(np.int32))
             cells.append(layout.cell_of[found])
             streams.append(np.full(len(found), s, dtype=np.int32))
@@ -295,7 +318,7 @@ class _Layout:
 
     def drawn(self, start: int, stop: int, key: WordArray) -> IntArray:
         """The pairs at places start to stop - 1 of the stream: (stop - start,) int64."""
-        blocks = []
+        blocks = [np.empty(0, dtype=np.int64)]
         for number in range(start // self.size, -(-stop // self.size)):
             word = mixed(key + np.uint64(number % 2**64))
             words = mixed(np.arange(self.size, dtype=np.uint64) + word)

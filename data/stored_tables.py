@@ -22,7 +22,7 @@ class TableConfig:
     train: str = ""
     valid: str = ""
     columns: tuple[str, ...] | None = None  # languages; None: every column but `id`
-    weight: float = 1.0  # of its directions in training
+    weight: float = 1.0  # each pair counts so many times when training draws
 
 
 @dataclass

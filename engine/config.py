@@ -88,9 +88,9 @@ class PairsConfig(StrictModel):
     temperature: float = Field(
         default=5.0,
         ge=1,
-        description="T: a direction of n pairs is drawn with probability proportional to its "
-        "weight times n^(1/T). 1: as many as there are; 5: small ones more often (arXiv "
-        "1907.05019).",
+        description="T: a direction of n pairs is drawn with probability proportional to n^(1/T), "
+        "where a pair of a table with weight w counts w times. 1: as many as there are; 5: small "
+        "ones more often (arXiv 1907.05019).",
     )
     directions: list[str] | None = Field(
         default=None,

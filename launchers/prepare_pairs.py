@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
         action="append",
         default=[],
         metavar="NAME=W",
-        help="how much more often a table is drawn from in training (default 1)",
+        help="how many times each pair of a table counts when training draws (default 1)",
     )
     add("--dedupe", action="store_true", help="drop pairs seen before, or in a validation split")
     add("--max-length-ratio", type=float, metavar="R", help="drop pairs of more unequal lengths")

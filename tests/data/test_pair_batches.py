@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from data.pair_batches import (
     ValidBins,
     cut_bins,
     padded,
-    round_counts,
+    round_rates,
     snake,
     spread_pattern,
     unsnaked,
@@ -92,9 +93,9 @@ def test_a_pair_comes_at_most_once_more_than_another_of_its_stream(
     prepared, seed, temperature, num_rounds
 ):
     batches = PairBatches(prepared, **GIVEN | {"seed": seed, "temperature": temperature})
-    for count, per_round in zip(counted(batches, num_rounds), batches._counts, strict=True):
+    for count, per_round in zip(counted(batches, num_rounds), batches._rates, strict=True):
         assert count.max() - count.min() <= 1
-        assert count.sum() == num_rounds * per_round
+        assert abs(count.sum() - num_rounds * per_round) <= 0.5
 
 
 @given(
@@ -157,12 +158,15 @@ def test_another_seed_and_another_round_give_another_order(prepared):
 def test_directions_are_drawn_as_the_temperature_says(prepared, temperature):
     batches = PairBatches(prepared, **GIVEN | {"temperature": temperature})
     rates = dict.fromkeys(prepared.directions("train"), 150 ** (1 / temperature))
-    rates["en", "de"] += 2 * 30 ** (1 / temperature)
-    drawn = Counter()
+    rates["en", "de"] = (150 + 2 * 30) ** (1 / temperature)
+    drawn, of_tables = Counter(), Counter()
     batches.pair_indices(2000)
     for number in range(batches._first_bins[4]):
-        streams, _ = batches.pair_indices(number)
-        drawn.update(batches._streams[s].pairs.direction for s in streams)
+        for s in batches.pair_indices(number)[0]:
+            pairs = batches._streams[s].pairs
+            drawn[pairs.direction] += 1
+            of_tables[pairs.table] += pairs.direction == ("en", "de")
+    assert of_tables["help.en-de"] / drawn["en", "de"] == pytest.approx(60 / 210, abs=0.005)
     for direction, rate in rates.items():
         expected = rate / sum(rates.values())
         assert batches.shares[direction] == pytest.approx(expected, abs=0.003)
@@ -263,13 +267,36 @@ def test_what_cannot_be_batched_is_a_message(prepared, changes, message):
 def test_large_data_come_in_rounds_of_a_part(prepared, monkeypatch):
     monkeypatch.setattr(data.pair_batches, "MAX_ROUND_PAIRS", 100)
     batches = PairBatches(prepared, **GIVEN)
-    assert 95 <= batches._counts.sum() <= 105
+    assert batches._rates.sum() == pytest.approx(100)
     for count in counted(batches, 9):
         assert count.max() - count.min() <= 1
 
 
+@given(pieces=st.lists(st.integers(1, 900), min_size=1, max_size=5), temperature=st.floats(1, 20))
+def test_cutting_a_table_into_several_changes_no_direction(pieces, temperature):
+    whole = round_rates([2, 1], [sum(pieces), 70], ["en-de", "de-en"], temperature)
+    directions = ["en-de"] * len(pieces) + ["de-en"]
+    rates = round_rates([*[2] * len(pieces), 1], [*pieces, 70], directions, temperature)
+    assert rates[-1] == pytest.approx(whole[1])
+    np.testing.assert_allclose(rates[:-1] / whole[0], np.array(pieces) / sum(pieces))
+
+
 def test_a_tables_weight_counts():
-    assert round_counts([1, 2], [150, 30], 1.0).tolist() == [129, 51]
+    rates = round_rates([1, 2, 1], [150, 30, 120], ["en-de", "en-de", "de-en"], 1.0)
+    np.testing.assert_allclose(rates, np.array([150, 60, 120]) * 300 / 330)
+    rates = round_rates([1, 2, 1], [150, 30, 120], ["en-de", "en-de", "de-en"], 2.0)
+    assert rates[:2].sum() / rates[2] == pytest.approx((210 / 120) ** 0.5)
+
+
+def test_a_table_of_little_weight_has_its_turn_in_some_rounds_only(prepared):
+    tables = [table.model_copy() for table in prepared.manifest.tables]
+    tables[1] = tables[1].model_copy(update={"weight": 0.01})  # 0.3 of 150.3 pairs
+    light = replace(prepared, manifest=prepared.manifest.model_copy(update={"tables": tables}))
+    batches = PairBatches(light, **GIVEN | {"directions": ["en-de"], "temperature": 1.0})
+    per_round = [stop[1] - start[1] for start, stop in map(batches._places, range(100))]
+    assert {*per_round} == {0, 1}
+    assert sum(per_round) == pytest.approx(100 * 180 * 0.3 / 150.3, abs=1)
+    assert counted(batches, 5)[1].sum() == sum(per_round[:5])
 
 
 @pytest.mark.parametrize("max_pairs", [None, 3])
