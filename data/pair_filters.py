@@ -20,7 +20,7 @@ from data.pairs import PairsRecord, TableRecord, rows_file
 from data.token_files import SPLITS, TokenSplit, token_dtype
 
 HASHED_AT_ONCE = 1 << 22  # tokens
-WAYS_OUT = {  # by the reason why a row is no pair
+WAYS_OUT = {  # by the reason why a row is no pair, in the order in which they are looked for
     "empty side": "fill in the sides that are empty",
     "too long": "raise --max-length",
     "length ratio": "raise --max-length-ratio",
@@ -99,18 +99,18 @@ def choose_pairs(
     return tables
 
 
-def dropped_text(tables: Sequence[TableRecord], split: str) -> str:
+def dropped(tables: Sequence[TableRecord], split: str) -> dict[str, int]:
     """How often a row was no pair of a direction, by reason, summed over the directions."""
-    totals = _dropped(tables, split)
-    return ", ".join(f"{reason} {count:,}" for reason, count in totals.items()) or "none"
-
-
-def _dropped(tables: Sequence[TableRecord], split: str) -> Counter[str]:
     totals: Counter[str] = Counter()
     for table in tables:
         for pairs in table.pairs(split):
             totals.update(pairs.dropped)
-    return totals
+    return {reason: totals[reason] for reason in WAYS_OUT if reason in totals}
+
+
+def in_words(reasons: dict[str, int]) -> str:
+    """Why and how often rows were dropped."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items()) or "none"
 
 
 def refuse_no_pair(tables: Sequence[TableRecord]) -> None:
@@ -118,11 +118,11 @@ def refuse_no_pair(tables: Sequence[TableRecord]) -> None:
     for split in SPLITS:
         of_split = [table for table in tables if split in table.splits]
         if of_split and not any(one.num_pairs for table in of_split for one in table.pairs(split)):
-            ways_out = " and ".join(WAYS_OUT[reason] for reason in _dropped(of_split, split))
+            reasons = dropped(of_split, split)
             raise UserError(
                 f"no row of the {split} split is a pair of any direction (tables "
                 f"{', '.join(table.name for table in of_split)}; dropped: "
-                f"{dropped_text(of_split, split)}): {ways_out}"
+                f"{in_words(reasons)}): {' and '.join(WAYS_OUT[reason] for reason in reasons)}"
             )
 
 

@@ -215,8 +215,13 @@ def _vocabulary(
     file = partial / "tokenizer.model"
     if config.tokenizer is not None:
         other = open_pairs(config.tokenizer)
-        for language in languages:
-            other.codec.tag_id(language)
+        absent = [language for language in languages if language not in other.languages]
+        if absent:
+            raise UserError(
+                f"the vocabulary of {config.tokenizer} has no language {absent[0]!r}, only "
+                f"{', '.join(other.languages)}: name these with --columns, or train another "
+                "vocabulary with --vocab-size"
+            )
         file.write_bytes(other.codec.tokenizer.file_content)
         return other.codec
     assert config.vocab_size is not None

@@ -30,8 +30,11 @@ SHIPPED = {
     "mlm_xmoe.json": "The same with the X-MoE paper's router and its 32 experts.",
     "mt_dense.json": "Translation between many languages: an encoder and a decoder of 6 layers.",
     "mt_dense_12.json": "The same with 12 layers each.",
+    "mt_dense_24.json": "The same with 24 layers each.",
     "mt_xmoe.json": "`mt_dense.json` with 16 experts in every second layer, at its FLOPs.",
+    "mt_xmoe_32.json": "The same with 32 experts.",
     "mt_xmoe_64.json": "The same with 64 experts.",
+    "mt_xmoe_128.json": "The same with 128 experts.",
 }
 
 _INTRODUCTION = """\
@@ -108,7 +111,8 @@ rate 5e-4 after the inverse square root of the step, label smoothing 0.1, dropou
 decay, clipping at 1.0) at a size for one GPU and a corpus of a million words a language: half its
 width, 65,536 places a step in place of 262,144 tokens, 4,000 steps of warm-up in place of 6,000.
 Each token goes to one expert as wide as the dense network, so that `mt_xmoe.json` has the FLOPs of
-`mt_dense.json`. The data, `prepared/bible`, is a folder that `launchers.prepare_pairs` has made.
+`mt_dense.json`. The data, `prepared/bible`, is a folder that `launchers.prepare_pairs` has made:
+[docs/translation.md](../docs/translation.md).
 
 `xmoe_256_one_gpu.json` shows that the largest model trains on a single GPU, with 8-bit states, no
 accumulation and no checkpoint at the end; [benchmarks/](../benchmarks/README.md) has its memory.

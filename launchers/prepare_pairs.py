@@ -1,7 +1,10 @@
-"""Makes the folder of sentence pairs that translation is trained on.
+"""Tokenises parallel text into a folder that translation is trained on.
 
-python -m launchers.prepare_pairs --table bible=bible.train.tsv.xz,bible.valid.tsv.xz \
-    --vocab-size 16000 --dedupe --max-length-ratio 3 --out prepared/bible
+python -m launchers.prepare_pairs --table own=train.tsv,valid.tsv --vocab-size 8000 \\
+    --dedupe --max-length-ratio 3 --out prepared/own
+
+A table has a column a language (en, de, ...), or source_language, target_language, source, target:
+docs/translation.md shows both. Stopped runs resume: give the same command again.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import rich.table
 from rich.console import Console
 
 from data.errors import UserError
-from data.pair_filters import PairFilter, dropped_text
+from data.pair_filters import PairFilter, dropped, in_words
 from data.pairs import PairsManifest, TableRecord
 from data.prepare_pairs import PreparePairsConfig, TableConfig, prepare_pairs
 from data.token_files import SPLITS
@@ -30,8 +33,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
     """
     parser = argparse.ArgumentParser(
         prog="python -m launchers.prepare_pairs",
-        description="Tokenise parallel text into a folder that translation is trained on. Stopped "
-        "runs resume: give the same command again.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -156,8 +159,8 @@ def print_summary(manifest: PairsManifest, out: Path, was_there: bool) -> None:
             ]
             if found:
                 counts = [*map(sum, zip(*(_counts(one, split) for one in found), strict=True))]
-                dropped = dropped_text(found, split)
-                shown.add_row(name, split, *(f"{count:,}" for count in counts), dropped)
+                reasons = in_words(dropped(found, split))
+                shown.add_row(name, split, *(f"{count:,}" for count in counts), reasons)
     console = Console()
     console.print(shown)
     console.print(

@@ -188,7 +188,9 @@ def test_another_folders_vocabulary_can_be_used(config, tmp_path, table):
     rows = [{"en": row["en"], "fr": row["de"]} for row in TRAIN]
     path = write_tsv(tmp_path / "fr.tsv", rows, ("en", "fr"))
     given = replace(given, out=tmp_path / "fr", tables=(TableConfig("fr", str(path)),))
-    with pytest.raises(UserError, match=r"language 'fr' is unknown here: use one of en, de, pt-br"):
+    with pytest.raises(
+        UserError, match=r"out has no language 'fr', only en, de, pt-br: name these wi"
+    ):
         prepare_pairs(replace(given, tokenizer=config.out))
     assert not given.out.with_name("fr.partial").exists()
 
