@@ -45,21 +45,22 @@ def work(out: Path, name: str, settings: list[str]) -> None:
     import torch
 
     from benchmarks.provenance import git_commit, hardware, versions
+    from engine.batches import TrainingBatches
     from engine.config import load_config
     from engine.engine import build_engine, loss_weights, start_distributed, train_step
     from engine.evaluation import evaluate
-    from engine.trainer import micro_batches, resolve_run
+    from engine.trainer import resolve_run
     from engine.windows import windows
     from models.cost import num_parameters
 
     device = start_distributed()
     ranks, is_cuda = dist.get_world_size(), device.type == "cuda"
     config, prepared = resolve_run(load_config(CONFIG, settings, ranks), ranks)
-    data = windows(prepared.train, config)
+    data = TrainingBatches(config, windows(prepared.train, config), device)
     engine, clip = build_engine(config, device)
     losses, norms, seconds = [], [], []
     for step in range(1, config.training.num_steps + 1):
-        batches = micro_batches(config, data, step, device)
+        batches = data.of_step(step)
         dist.barrier()
         begin = time.perf_counter()
         result = train_step(engine, batches, loss_weights(config), config.training.seed, step)

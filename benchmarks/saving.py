@@ -35,10 +35,11 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
     import deepspeed.comm as dist
     import torch
 
+    from engine.batches import TrainingBatches
     from engine.checkpoint import Saver
     from engine.config import load_config
     from engine.engine import build_engine, loss_weights, start_distributed, train_step
-    from engine.trainer import micro_batches, resolve_run
+    from engine.trainer import resolve_run
     from engine.windows import windows
 
     device = start_distributed()
@@ -48,12 +49,11 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
     own = [f"{key}={json.dumps(value)}" for key, value in keys.items() if key not in given]
     changes = own + settings
     config, prepared = resolve_run(load_config(CONFIG, changes, ranks), ranks)
-    data = windows(prepared.train, config)
+    batches = TrainingBatches(config, windows(prepared.train, config), device)
     engine, _ = build_engine(config, device)
 
     def train_one(step: int) -> None:
-        batches = micro_batches(config, data, step, device)
-        train_step(engine, batches, loss_weights(config), config.training.seed, step)
+        train_step(engine, batches.of_step(step), loss_weights(config), config.training.seed, step)
 
     def slowest(seconds: float) -> float:
         value = torch.tensor([seconds], dtype=torch.float64, device=device)

@@ -5,11 +5,11 @@ import torch
 
 from data.errors import UserError
 from engine.admin import profile_path, write_profile
+from engine.batches import TrainingBatches
 from engine.checkpoint_files import complete_checkpoints
 from engine.config import RunConfig
 from engine.engine import start_distributed, trained_moe_class
 from engine.run_data import RunData, training_set
-from engine.trainer import micro_batches
 from models.admin import omegas, recorded_moments, variances
 from models.deepspeed_moe import join_expert_groups
 from models.transformer import build_model
@@ -43,7 +43,7 @@ def profile(config: RunConfig, prepared: RunData) -> dict[str, list[float]]:
     join_expert_groups(model)
     data = training_set(prepared, config)
     with recorded_moments(model) as moments, torch.no_grad():
-        for inputs, _ in micro_batches(config, data, 1, device):
+        for inputs, _ in TrainingBatches(config, data, device).of_step(1):
             model(*inputs)
     for table in moments.values():
         dist.all_reduce(table)

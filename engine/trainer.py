@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
-from torch import Tensor
 
 from data.errors import UserError
 from data.pairs import PreparedPairs
 from engine import logbook
 from engine.admin import require_profile
+from engine.batches import TrainingBatches
 from engine.checkpoint import Saver, check_fits, load_checkpoint, newest_whole_checkpoint
 from engine.checkpoint_files import Checkpoint, complete_checkpoints
 from engine.config import RunConfig, check_config
@@ -36,8 +35,6 @@ from engine.replicas import require_equal_replicas
 from engine.report import describe, finish, validation_words
 from engine.run_data import (
     RunData,
-    TrainingSet,
-    micro_batch,
     open_run_data,
     training_set,
     validation_set,
@@ -223,6 +220,7 @@ class Trainer:
         self.run_dir = Path(config.training.run_dir)
         self.is_first_rank = dist.get_rank() == 0
         self.train_data = training_set(prepared, config)
+        self.batches = TrainingBatches(config, self.train_data, device)
         self.valid_data = validation_set(prepared, config)
         self.weights = loss_weights(config)
         self.engine, self.sparse_clip = build_engine(config, device)
@@ -290,7 +288,7 @@ class Trainer:
         batch = step + self.state.batch_offset
         result = train_step(
             self.engine,
-            micro_batches(config, self.train_data, batch, self.device),
+            self.batches.of_step(batch),
             self.weights,
             training.seed,
             batch,
@@ -437,20 +435,6 @@ class Trainer:
 def due(step: int, every: int | str | None, last: int | None) -> bool:
     """Whether something that happens every so many steps, and at the last one, happens now."""
     return step == last or (isinstance(every, int) and step % every == 0)
-
-
-def micro_batches(
-    config: RunConfig, dataset: TrainingSet, step: int, device: torch.device
-) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """This rank's part of the samples of an optimizer step (from 1): inputs and targets."""
-
-    def on_device(array: Any) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for micro_step in range(config.deepspeed["gradient_accumulation_steps"]):
-        inputs, targets = micro_batch(config, dataset, step, micro_step, rank, world_size)
-        yield tuple(map(on_device, inputs)), on_device(targets)
 
 
 def purge_tensorboard(monitor: Any, step: int) -> None:

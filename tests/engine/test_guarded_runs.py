@@ -34,14 +34,15 @@ import engine.trainer as trainer
 from engine.config import load_config
 from launchers.user_errors import user_errors
 
-train_step, micro_batches_of, fault = trainer.train_step, trainer.micro_batches, {}
+Batches = trainer.TrainingBatches
+train_step, of_step, fault = trainer.train_step, Batches.of_step, {}
 
 def value(name, **names):
     numbers = {"nan": float("nan"), "inf": float("inf"), "rank": int(os.environ["RANK"])}
     return eval(fault[name], numbers | names)
 
-def micro_batches(config, data, batch, device):
-    return micro_batches_of(config, data, value("batch", batch=batch), device)
+def faulty_of_step(batches, batch):
+    return of_step(batches, value("batch", batch=batch))
 
 def faulty(engine, micro_batches, weights, seed, batch, max_rows, before_update):
     batch, backward = value("batch", batch=batch), type(engine).backward
@@ -52,7 +53,7 @@ def faulty(engine, micro_batches, weights, seed, batch, max_rows, before_update)
     exec(fault["does"], globals() | {"engine": engine, "batch": batch})
     return result
 
-trainer.train_step, trainer.micro_batches = faulty, micro_batches
+trainer.train_step, Batches.of_step = faulty, faulty_of_step
 with user_errors():
     for path, given in json.loads(sys.argv[1]):
         fault = {"gradient": "1", "loss": "1", "batch": "batch", "does": "pass"} | given
