@@ -81,11 +81,13 @@ class SparseFeedForward(nn.Module):
         h = tokens if index is None else tokens.index_select(0, index)  # (N, D)
         keys = self._keys(x, index, sample_keys)
         if self._uses_kernels(h, keys):
-            out, stats = self._by_kernels(h)
+            out, stats = self._by_kernels(h, index, x.shape[:2])
             return self._everywhere(out, index, tokens).view_as(x), stats
         with self._timed("time_moe"):
             routing: Routing = self.gate(self._jittered(h, keys), keys)
-            kept = self._kept(routing, index, x.shape[:2], keys)
+            priority = self._priority(routing.first_probs, keys)
+            choices = Choices(routing.experts, routing.used, priority)
+            kept = self._kept(choices, index, x.shape[:2])
             assignments, exchange = self._sorted(routing.experts, kept, self._num_chunks(h))
             rows = gather_tokens(h, assignments.order, self.moe.top_k)  # (A, D)
             rows = self._apply_experts(rows, assignments.counts, exchange)
@@ -100,33 +102,41 @@ class SparseFeedForward(nn.Module):
         return out.new_zeros(tokens.shape).index_copy(0, index, out)
 
     def _uses_kernels(self, h: Tensor, keys: Tensor | None) -> bool:
-        """Whether Triton's kernels do the work: where nothing is drawn and nothing dropped."""
+        """Whether Triton's kernels do the work: where nothing is drawn."""
         moe = self.moe
         if keys is not None or moe.top_k > MAX_TOP_K or moe.num_experts > MAX_EXPERTS:
             return False
-        if moe.normalize_weights == "after_dropping":
-            return False
-        limit = moe.capacity_factor if self.training else moe.eval_capacity_fraction
-        return limit is None and self.experts.uses_kernels(h)
+        return moe.normalize_weights != "after_dropping" and self.experts.uses_kernels(h)
 
-    def _by_kernels(self, h: Tensor) -> tuple[Tensor, RoutingStats]:
+    def _by_kernels(
+        self, h: Tensor, index: Tensor | None, shape: torch.Size
+    ) -> tuple[Tensor, RoutingStats]:
         """(N, D) -> (N, D): as `forward` does it, in fewer passes over memory."""
         from models.kernels.dispatch import CombineRows, GatherRows  # Triton is not everywhere
-        from models.kernels.sorting import sorted_positions
+        from models.kernels.sorting import kept_block_counts, sorted_positions
 
         with self._timed("time_moe"):
             routing, temperature = self.gate(h, by_kernel=True)
             num_chunks = self._num_chunks(h)
-            exchange = self._exchange(routing.load, num_chunks)
+            experts, block_counts, sent = routing.experts, routing.block_counts, routing.load
+            moe = self.moe
+            if (moe.capacity_factor if self.training else moe.eval_capacity_fraction) is not None:
+                priority = self._priority(routing.first_probs, None)
+                kept = self._kept(Choices(experts.long(), None, priority), index, shape)
+                assert kept is not None
+                experts = experts.where(kept, -1).contiguous()  # `kept` is transposed
+                block_counts = kept_block_counts(experts, moe.num_experts)
+                sent = block_counts.sum(1)
+            exchange = self._exchange(sent, num_chunks)
             offsets, counts, row_of, assignment_of = sorted_positions(
-                routing.experts, routing.block_counts, self._send_order(h, num_chunks)
+                experts, block_counts, self._send_order(h, num_chunks)
             )
             rows, bias = GatherRows.apply(h, row_of, assignment_of), None  # (A, D)
             if exchange is None:
                 rows, bias = self.experts(rows, counts, offsets, defer_bias=True)
             else:
                 rows = self._apply_experts(rows, counts, exchange)
-            placed = (routing.experts, row_of, assignment_of, offsets)
+            placed = (experts, row_of, assignment_of, offsets)
             out = CombineRows.apply(rows, bias, routing.weights, *placed)
         return out, RoutingStats(
             probs=routing.probs,
@@ -134,7 +144,7 @@ class SparseFeedForward(nn.Module):
             entropy=routing.entropy,
             log_z_squared=routing.log_z_squared,
             load=routing.load.float(),
-            dropped=torch.zeros_like(routing.entropy),
+            dropped=(routing.load.sum() - sent.sum()).float(),
             temperature=temperature,
         )
 
@@ -157,20 +167,17 @@ class SparseFeedForward(nn.Module):
         noise = uniform(keys, h.size(-1), JITTER)  # (N, D)
         return h.float() * noise.mul_(2 * jitter).add_(1 - jitter)
 
-    def _kept(
-        self, routing: Routing, index: Tensor | None, shape: torch.Size, keys: Tensor | None
-    ) -> Tensor | None:
+    def _kept(self, choices: Choices, index: Tensor | None, shape: torch.Size) -> Tensor | None:
         """(N, K) bool, False where a choice is no assignment or dropped; None: all are kept."""
-        moe, (num_tokens, top_k) = self.moe, routing.experts.shape
-        choices = Choices(routing.experts, routing.used, self._priority(routing, keys))
+        moe, (num_tokens, top_k) = self.moe, choices.experts.shape
         if not self.training:
             if moe.eval_capacity_fraction is None:
-                return routing.used
+                return choices.used
             capacity = math.ceil(moe.eval_capacity_fraction * num_tokens)
             return kept_choices(choices, moe.num_experts, capacity)
         if moe.capacity_factor is None:
-            return routing.used
-        rows, total = None, torch.full((), num_tokens, device=routing.experts.device)
+            return choices.used
+        rows, total = None, torch.full((), num_tokens, device=choices.experts.device)
         if moe.capacity_scope == "global" and dist.is_initialized() and dist.get_world_size() > 1:
             choices, rows = gathered_choices(choices, index, shape, self.time_major, self.comm)
             assert choices.used is not None
@@ -179,10 +186,10 @@ class SparseFeedForward(nn.Module):
         kept = kept_choices(choices, moe.num_experts, capacity_of_all)
         return kept if rows is None else kept[rows]
 
-    def _priority(self, routing: Routing, keys: Tensor | None) -> Tensor | None:
+    def _priority(self, first_probs: Tensor, keys: Tensor | None) -> Tensor | None:
         """(N,) whom a full expert serves first; None: the earlier position."""
         if self.moe.capacity_order == "batch_prioritized":
-            return routing.first_probs
+            return first_probs
         if self.moe.capacity_order == "random" and keys is not None:
             return uniform(keys, 1, CAPACITY_ORDER).squeeze(-1)
         return None

@@ -268,6 +268,28 @@ def test_positions_are_a_stable_sort(num_tokens: int, top_k: int, num_experts: i
     torch.testing.assert_close(place.offsets.cpu(), counts.cumsum(0).int())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("order", [None, "sent"])
+def test_what_is_dropped_has_no_row(share: float, order: str | None) -> None:
+    case = Case(24, 2, "softmax", True, False)
+    experts = fused(raw_scores(case), None, case).experts
+    dropped = torch.rand(2, len(experts), generator=torch.Generator().manual_seed(0)).t() < share
+    experts = experts.where(~dropped.to(DEVICE), -1).contiguous()
+    sent = send_order(24, 2, 3, 1, experts.device) if order else None
+    place = sorting.sorted_positions(experts, sorting.kept_block_counts(experts, 24), sent)
+    kept = (~dropped).reshape(-1).nonzero().squeeze(1)
+    named = experts.view(-1).cpu().long()[kept]
+    named = named if sent is None else sent.places.cpu()[named]
+    by_expert = kept[named.argsort(stable=True)]
+    row_of, rows = place.row_of.cpu().view(-1), torch.arange(len(kept)).int()
+    torch.testing.assert_close(row_of[by_expert], rows)
+    assert (row_of[dropped.reshape(-1)] == -1).all()
+    expected = torch.zeros(dropped.numel(), dtype=torch.int32)
+    expected[: len(kept)] = by_expert
+    torch.testing.assert_close(place.assignment_of.cpu(), expected)
+    torch.testing.assert_close(place.counts.cpu(), named.bincount(minlength=24))
+
+
 def test_positions_in_the_order_of_sending_are_those_of_experts_so_named() -> None:
     case = Case(24, 2, "softmax", True, False)
     found = fused(raw_scores(case), None, case)

@@ -12,6 +12,9 @@ KEYS = [
     {"router": "linear", "gate": "sigmoid", "top_k": 1},
     {"top_k": 3, "num_experts": 6},
     {"num_experts": 1, "top_k": 1, "router": "linear"},
+    {"dispatch": "capacity", "capacity_factor": 0.5},
+    {"dispatch": "capacity", "capacity_factor": 1.0, "capacity_order": "batch_prioritized"},
+    {"dispatch": "capacity", "capacity_factor": 1.0, "top_k": 1},
 ]
 
 
