@@ -8,6 +8,7 @@ from data.errors import UserError
 from engine.checkpoint import load_model, with_defaults
 from engine.checkpoint_files import Checkpoint, complete_checkpoints
 from engine.config import RunConfig
+from engine.exported_run import RUN_KEY
 from engine.run_folder import differing, flat_keys
 from engine.trained_run import choose_checkpoint
 from models.config import ModelConfig
@@ -66,8 +67,13 @@ def starts_from_weights(config: RunConfig) -> bool:
     return config.training.init_from is not None and not begun
 
 
-def require_starting_weights(config: RunConfig) -> None:
-    """Refuse weights of another model.
+def require_starting_weights(config: RunConfig, fingerprint: str | None = None) -> None:
+    """Refuse weights of another model, or of another vocabulary.
+
+    Args:
+        config: the run's.
+        fingerprint: sha256 of the vocabulary of its data; None: it is not compared. Weights that
+            come with no run, such as imported ones, do not know theirs.
 
     Raises:
         UserError: naming each key that differs, or what is missing.
@@ -78,13 +84,17 @@ def require_starting_weights(config: RunConfig) -> None:
     source = Path(config.training.init_from)
     if has_weights(source):
         try:
-            saved = read_json(source / CONFIG_FILE)["model"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            about = read_json(source / CONFIG_FILE)
+            saved = about["model"]
+            trained_with = about.get(RUN_KEY, {}).get("tokenizer_fingerprint")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{source / CONFIG_FILE} does not describe a model ({error}): convert it again"
             ) from error
     else:
-        saved = _checkpoint_of(source).manifest["config"]["magnetar"]["model"]
+        manifest = _checkpoint_of(source).manifest
+        saved = manifest["config"]["magnetar"]["model"]
+        trained_with = manifest["tokenizer_fingerprint"]
     there = dict(flat_keys(with_defaults(saved)))
     here = dict(flat_keys(config.model.model_dump(mode="json")))
     different = [
@@ -96,6 +106,13 @@ def require_starting_weights(config: RunConfig) -> None:
         raise UserError(
             f"magnetar.training.init_from={source} holds the weights of another model:\n  "
             f"{listed}\nuse those keys, or other weights"
+        )
+    if None not in (fingerprint, trained_with) and fingerprint != trained_with:
+        raise UserError(
+            f"magnetar.training.init_from={source} holds weights of another vocabulary (sha256 "
+            f"{trained_with[:12]}) than that of magnetar.data.path={config.data.path} "
+            f"({fingerprint[:12]}), so that each id is another piece: prepare the data with the "
+            "vocabulary of those weights (--tokenizer), or use other weights"
         )
 
 

@@ -67,7 +67,7 @@ def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]
     result, prepared = resolve_run(config, world_size)
     require_host_memory(result, world_size)
     check_run_folder(result)
-    require_starting_weights(result)
+    require_starting_weights(result, prepared.manifest.tokenizer_fingerprint)
     require_profile(result)
     run_dir = Path(result.training.run_dir)
     for checkpoint in complete_checkpoints(run_dir)[-1:]:

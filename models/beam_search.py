@@ -49,7 +49,8 @@ class Sampling(NamedTuple):
 
     Attributes:
         temperature: above 0; 1: the model's own distribution.
-        top_p: draw among the fewest tokens whose probabilities sum to at least this.
+        top_p: draw among the fewest tokens whose probabilities sum to at least this, and those
+            as likely as the last of them.
         seed: of the draw.
     """
 
@@ -363,10 +364,14 @@ def drawn(log_probs: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
 
     Where log_probs leave one token, that one.
     """
-    probs = (log_probs / sampling.temperature).softmax(-1)
-    probs, order = probs.sort(descending=True, stable=True)
-    # Keep a token if those before it have not yet reached top_p: the first always stays.
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-    sums = probs.double().cumsum(-1)
-    place = (sums <= numbers * sums[:, -1:]).sum(-1, keepdim=True)
-    return order.gather(-1, place)
+    probs = (log_probs.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        falling = probs.sort(descending=True).values
+        # Keep a token if those before it have not yet reached top_p: the first always stays.
+        kept = falling.cumsum(-1) - falling < sampling.top_p
+        least = falling.masked_fill(~kept, 1.0).amin(-1, keepdim=True)
+        probs = probs.masked_fill(probs < least, 0.0)
+    # In the vocabulary's order: rounding, which is another in another batch, swaps near-ties where
+    # tokens are sorted, and with them what is drawn.
+    sums = probs.cumsum(-1)
+    return (sums <= numbers * sums[:, -1:]).sum(-1, keepdim=True)

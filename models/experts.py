@@ -160,6 +160,13 @@ class Experts(nn.Module):
             # As the dense network does it, to the last bit.
             norm = (self.norm_weight[0], self.norm_bias[0])
             h = F.layer_norm(h, (self.d_ff,), *norm, eps=self.norm_eps)
+        elif self.inner_norm and not self.training and rows.size(0) < self.num_local_experts * 8:
+            # A token at a time has few rows: what follows would scale all experts' matrices.
+            weight, bias = (
+                _ExpandRows.apply(each, segment_ids, counts)
+                for each in (self.norm_weight, self.norm_bias)
+            )
+            h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps) * weight + bias
         elif self.inner_norm:
             # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part
             # into the weights touches L*F*D numbers in place of R*F.

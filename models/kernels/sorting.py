@@ -95,7 +95,7 @@ def kept_block_counts(experts: Tensor, num_experts: int) -> Tensor:
 
     Whole numbers are added with atomics, so in any order.
     """
-    num_tokens, top_k = experts.shape
+    num_tokens = experts.size(0)
     num_blocks = num_blocks_of(num_tokens)
     blocks = torch.arange(num_tokens, device=experts.device).unsqueeze(1) // BLOCK_TOKENS
     bins = (experts * num_blocks + blocks).where(experts >= 0, num_experts * num_blocks)

@@ -118,3 +118,22 @@ def test_weights_saved_before_a_key_existed_have_its_default(tmp_path: Path, cor
     other = load_config(config, ["magnetar.model.qk_norm=true"], 2)
     with pytest.raises(UserError, match=r"model\.qk_norm: False there, True here"):
         require_starting_weights(other)
+
+
+def test_weights_of_another_vocabulary_of_the_same_size_are_refused(
+    tmp_path: Path, corpus: Path
+) -> None:
+    source = tmp_path / "folder"
+    config = write_config(tmp_path, corpus, "run", {"magnetar.training.init_from": str(source)})
+    run = load_config(config)
+    source.mkdir()
+    (source / "model.safetensors").write_text("")
+    about = {"model": run.model.model_dump(mode="json")}
+    (source / "config.json").write_text(json.dumps(about))
+    require_starting_weights(run, "a" * 64)  # imported weights know of no vocabulary
+    about["run"] = {"tokenizer_fingerprint": "b" * 64}
+    (source / "config.json").write_text(json.dumps(about))
+    require_starting_weights(run, "b" * 64)
+    rule = r"of another vocabulary \(sha256 b{12}\) than that of .*\(a{12}\).*--tokenizer"
+    with pytest.raises(UserError, match=rule):
+        require_starting_weights(run, "a" * 64)
