@@ -97,23 +97,24 @@ def curve(changes: dict[str, Any], num_steps: int, device: Any) -> dict[str, lis
     import deepspeed.comm as dist
     import torch
 
+    from engine.batches import TrainingBatches
     from engine.config import load_config
     from engine.engine import build_engine, loss_weights, train_step
-    from engine.trainer import micro_batches, resolve_run
+    from engine.trainer import resolve_run
     from engine.windows import windows
 
     world_size = dist.get_world_size()
     rounding, linear = changes.pop(ROUNDING, None), torch.nn.functional.linear
     settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     config, prepared = resolve_run(load_config(CONFIG, settings, world_size), world_size)
-    data = windows(prepared.train, config)
+    training = TrainingBatches(config, windows(prepared.train, config), device)
     engine, clip = build_engine(config, device)
     if rounding is not None:
         round_otherwise(engine, rounding)
     found: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
     for step in range(1, num_steps + 1):
-        batches = micro_batches(config, data, step, device)
-        result = train_step(engine, batches, loss_weights(config), config.training.seed, step)
+        weights, seed = loss_weights(config), config.training.seed
+        result = train_step(engine, training.of_step(step), weights, seed, step)
         loss = result.loss.double()
         dist.all_reduce(loss)
         found["loss"].append(float(loss) / world_size)

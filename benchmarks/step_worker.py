@@ -21,9 +21,9 @@ import torch
 from benchmarks.layers import NotInstalled
 from benchmarks.step_contenders import CONTENDERS, Trainee, checked
 from data.token_files import open_prepared
+from engine.batches import TrainingBatches
 from engine.config import RunConfig
 from engine.engine import MicroBatch, start_distributed
-from engine.trainer import micro_batches
 from engine.windows import windows
 
 WARM_UP = 2  # steps: the first ones compile, allocate and make the optimizer's states
@@ -72,7 +72,7 @@ def read_batches(
     if not uses_data:
         return lambda number: list(random_batch(config, number, device))
     dataset = windows(open_prepared(Path(config.data.path)).train, config)
-    return lambda number: list(micro_batches(config, dataset, number, device))
+    return TrainingBatches(config, dataset, device).of_step
 
 
 class Runner:
