@@ -107,7 +107,7 @@ def require_starting_weights(config: RunConfig, fingerprint: str | None = None) 
             f"magnetar.training.init_from={source} holds the weights of another model:\n  "
             f"{listed}\nuse those keys, or other weights"
         )
-    if None not in (fingerprint, trained_with) and fingerprint != trained_with:
+    if fingerprint and trained_with and fingerprint != trained_with:
         raise UserError(
             f"magnetar.training.init_from={source} holds weights of another vocabulary (sha256 "
             f"{trained_with[:12]}) than that of magnetar.data.path={config.data.path} "

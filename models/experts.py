@@ -146,8 +146,17 @@ class Experts(nn.Module):
             return out + _ExpandRows.apply(self.b2, segment_ids, counts)
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
 
+        # A token at a time has few rows: what costs something for every expert then rules.
+        is_few = not self.training and not torch.is_grad_enabled()
+        is_few = is_few and 0 < rows.size(0) < 8 * self.num_local_experts
+        sizes = counts.tolist() if is_few and not rows.is_cuda else None
+
         def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            out = torch._grouped_mm(h, weight, offs=offsets)
+            if sizes is None:
+                out = torch._grouped_mm(h, weight, offs=offsets)
+            else:
+                segments = enumerate(h.split(sizes))
+                out = torch.cat([own @ weight[e] for e, own in segments if own.size(0)])
             return out + _ExpandRows.apply(bias, segment_ids, counts)
 
         h = self.activation(linear(rows, self.w1, self.b1))  # (R, F)
@@ -160,12 +169,8 @@ class Experts(nn.Module):
             # As the dense network does it, to the last bit.
             norm = (self.norm_weight[0], self.norm_bias[0])
             h = F.layer_norm(h, (self.d_ff,), *norm, eps=self.norm_eps)
-        elif self.inner_norm and not self.training and rows.size(0) < self.num_local_experts * 8:
-            # A token at a time has few rows: what follows would scale all experts' matrices.
-            weight, bias = (
-                _ExpandRows.apply(each, segment_ids, counts)
-                for each in (self.norm_weight, self.norm_bias)
-            )
+        elif self.inner_norm and is_few:
+            weight, bias = self.norm_weight[segment_ids], self.norm_bias[segment_ids]
             h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps) * weight + bias
         elif self.inner_norm:
             # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part

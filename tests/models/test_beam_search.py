@@ -454,3 +454,11 @@ def test_longer_sources_may_have_longer_translations() -> None:
     lengths = [default_max_len(n) for n in (1, 10, 100)]
     assert lengths == sorted(lengths)
     assert all(limit > n for limit, n in zip(lengths, (1, 10, 100), strict=True))
+
+
+def test_rounding_that_swaps_equally_likely_tokens_does_not_change_the_draw() -> None:
+    logits = torch.zeros(1, 1000)
+    nudged = logits + 1e-7 * torch.arange(1000).flip(0) / 1000
+    for number in (0.12345, 0.5004, 0.98765):
+        at = torch.tensor([[number]])
+        assert drawn(logits, at, Sampling()).equal(drawn(nudged, at, Sampling()))

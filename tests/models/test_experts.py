@@ -206,3 +206,14 @@ def test_a_missing_expert_is_reported(missing: str) -> None:
 def test_one_expert_too_many_is_reported() -> None:
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*deepspeed_experts\.2\."):
         Experts(2, D, F, "gelu", True, 1.0).load_state_dict(build(3).state_dict())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_few_rows_without_gradients_get_what_many_get(activation: str) -> None:
+    experts = build(8, activation).eval()
+    counts = torch.tensor([0, 1, 0, 2, 0, 0, 1, 0])
+    rows = torch.randn(4, D, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        few = experts(rows, counts)
+    # The affine part of the norm acts on the activations in one, on the matrix in the other.
+    torch.testing.assert_close(few, experts(rows, counts), **ROUNDING)
