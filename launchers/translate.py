@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--to", dest="target", required=True, metavar="LANG", help="language to translate into")
     add("--text", help="a sentence, in place of files")
     add("--out", type=Path, metavar="FILE", help="where to write (default: standard output)")
-    add("--beam", type=int, default=4, metavar="N", help="hypotheses; 1: greedy (%(default)s)")
+    add("--beam", type=int, metavar="N", help="hypotheses; 1: greedy (4)")
     add(
         "--length-penalty",
         type=float,
@@ -110,6 +110,11 @@ def _check(options: argparse.Namespace) -> None:
             f"--temperature {options.temperature:g} must be more than 0: 1 follows the model's own "
             "probabilities; --beam 1 without --sample takes the most probable token"
         )
+    if options.sample and options.beam is not None and options.beam > 1:
+        raise UserError(
+            f"--sample and --beam {options.beam} exclude each other: a draw follows one "
+            "hypothesis: leave one of them out"
+        )
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(
             f"--top-p {options.top_p:g} must be more than 0 and at most 1: 1 allows every token"
@@ -122,6 +127,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--from and --to are both {options.source}: name two languages")
     if options.out is not None and options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder: name a file")
+    if options.out is not None and options.out.is_file():
+        raise UserError(f"--out {options.out} exists: name a file that does not, or remove it")
     if options.out is not None and not options.out.parent.is_dir():
         raise UserError(f"--out {options.out}: {options.out.parent} is no folder: make it first")
     for file in options.files:
@@ -202,14 +209,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from models.beam_search import Sampling
 
     run = open_translation_run(options.run, options.checkpoint, options.data)
-    for language in (options.source, options.target):
-        check_language(language, run.codec.languages)
+    for option, language in (("--from", options.source), ("--to", options.target)):
+        try:
+            check_language(language, run.codec.languages)
+        except UserError as error:
+            raise UserError(f"{option}: {error}") from None
     sampling = None
     if options.sample:
         given = {name: getattr(options, name) for name in Sampling._fields}
         sampling = Sampling(**{name: v for name, v in given.items() if v is not None})
     decoding = Decoding(
-        options.beam, options.length_penalty, options.max_len, sampling, options.batch_size
+        options.beam or 4, options.length_penalty, options.max_len, sampling, options.batch_size
     )
     if options.text is None and not options.files and sys.stdin.isatty():
         print("one sentence a line; Ctrl-D ends", file=sys.stderr)
@@ -242,7 +252,10 @@ def translation_bar() -> Iterator[Callable[[int, int], None]]:
 def _write(lines: Iterable[str], out: Path | None) -> None:
     content = "".join(f"{line}\n" for line in lines).encode()
     if out is not None:
-        out.write_bytes(content)
+        try:
+            out.write_bytes(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(out)) from None  # writing names no file
         return
     sys.stdout.flush()
     sys.stdout.buffer.write(content)

@@ -61,6 +61,7 @@ def test_files_standard_input_and_one_sentence_give_the_same(
     small = ("--batch-size", 1, "--out", out)
     assert translated(capfdbinary, folder, file, *TO_ENGLISH, *more, *small) == []
     assert out.read_bytes().decode().splitlines() == from_file
+    out.unlink()
     main([str(part) for part in (folder, *TO_ENGLISH, *more, "--out", out, file)])
     assert out.read_bytes().decode().splitlines() == from_file, "files may follow options"
     alone = translated(capfdbinary, folder, *TO_ENGLISH, *more, "--text", SENTENCES[0])
@@ -228,3 +229,26 @@ def test_the_vocabulary_of_another_run_is_refused(
     assert "was trained with (000000000000): give the one that it was trained with" in str(
         raised.value
     )
+
+
+def test_an_output_that_exists_an_option_s_language_and_a_beam_of_draws_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("Meer\n")
+    message = refusal(capsys, folder, file, *TO_ENGLISH, "--out", file)
+    assert f"--out {file} exists: name a file that does not, or remove it" in message
+    assert file.read_text() == "Meer\n"
+    one = ("--text", "Meer")
+    message = refusal(capsys, folder, "--from", "de", "--to", "xx", *one)
+    assert "error: --to: " in message
+    message = refusal(capsys, folder, *TO_ENGLISH, *one, "--sample", "--beam", 4)
+    assert "--sample and --beam 4 exclude each other" in message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, folder, *TO_ENGLISH, "--text", "Meer", "--out", "/dev/full")
+    assert "/dev/full: No space left on device" in message
