@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chart import ACCENT, DENSE, GRAY
 from benchmarks.launching import launch
 
 CONFIG = Path(__file__).with_name("layouts.json")
@@ -127,11 +128,29 @@ def _smoothed(losses: list[float]) -> list[float]:
     return [statistics.fmean(losses[index : index + LAST]) for index in range(count)]
 
 
+def draw(runs: list[dict[str, Any]], picture: Path) -> None:
+    """The smoothed losses of the runs, a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for run, (color, style) in zip(runs, ((DENSE, "-"), (ACCENT, "--"), (GRAY, ":")), strict=True):
+        means = _smoothed(run["losses"])
+        first = len(run["losses"]) - len(means) + 1
+        steps = range(first, first + len(means))
+        axes.plot(steps, means, style, color=color, label=run["optimizer"])
+    axes.set(xlabel="step", ylabel=f"training loss, mean of {LAST} steps (nats)")
+    axes.legend(frameon=False)
+    figure.savefig(picture, dpi=150)
+
+
 def main() -> None:
-    """Train with each, and print what was found."""
+    """Train with each, print what was found, and draw the curves beside it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.eight_bit", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True, help="a .json file")
+    parser.add_argument("--out", type=Path, required=True, help="a .json file; a .png beside it")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--set", action="append", default=[], help="as for launchers.train")
@@ -160,6 +179,7 @@ def main() -> None:
             launch("benchmarks.eight_bit", options.ranks, arguments).check_returncode()
             runs.append(json.loads(part.read_text()))
     options.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    draw(runs, options.out.with_suffix(".png"))
     print(table(runs))
 
 

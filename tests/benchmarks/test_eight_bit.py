@@ -1,6 +1,7 @@
+from pathlib import Path
 from typing import Any
 
-from benchmarks.eight_bit import LAST, table
+from benchmarks.eight_bit import LAST, draw, table
 
 
 def run(name: str, losses: list[float], **own: Any) -> dict[str, Any]:
@@ -30,3 +31,9 @@ def test_the_table_says_how_far_curves_are_apart_once_their_noise_is_averaged_ou
 def test_a_run_shorter_than_the_mean_has_one_mean() -> None:
     (line,) = table([run("a", [2.0, 4.0])]).splitlines()[2:]
     assert line.endswith("| 0.0000 |")
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    runs = [run(name, [5.0 - 0.01 * step for step in range(60)]) for name in "abc"]
+    draw(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
