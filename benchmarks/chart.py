@@ -23,7 +23,8 @@ def read_results(file: Path, benchmark: str = "moe_layer") -> dict[str, Any]:
         found = json.loads(file.read_text())
     except ValueError:
         found = None
-    if not isinstance(found, dict) or found.get("benchmark") != benchmark:
+    is_whole = isinstance(found, dict) and bool(found.get("results") and found.get("contenders"))
+    if not is_whole or found["benchmark"] != benchmark:
         raise UserError(
             f"{file} is no result of this benchmark: name a file that --out has written"
         )

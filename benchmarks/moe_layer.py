@@ -308,7 +308,9 @@ def measure_routing(
 def summary(milliseconds: list[float], layer: Layer) -> dict[str, Any]:
     """Medians and spread of the rounds."""
     median = statistics.median(milliseconds)
-    tenths = statistics.quantiles(milliseconds, n=10, method="inclusive")
+    # One round, listed twice, is its own quantiles.
+    rounds = milliseconds if len(milliseconds) > 1 else 2 * milliseconds
+    tenths = statistics.quantiles(rounds, n=10, method="inclusive")
     return {
         "milliseconds": milliseconds,
         "median_ms": median,

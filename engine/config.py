@@ -215,7 +215,7 @@ class TrainingConfig(StrictModel):
     compile: bool = Field(
         default=False,
         description="Compile attention, norms and dense networks with torch.compile: on a GPU some "
-        "8 % more tokens a second, on either a minute before the first step. Numbers are rounded "
+        "10 % more tokens a second, on either a minute before the first step. Numbers are rounded "
         "otherwise. Not with ZeRO 3.",
     )
     lr_schedule: LRSchedule = Field(description="The learning rate over the steps.")

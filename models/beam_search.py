@@ -348,7 +348,7 @@ class _Draws(_Search):
         log_probs = self._log_probs(steps)
         self.length += 1
         totals = self._totals(log_probs).squeeze(1)  # (B, V)
-        numbers = uniform(self.keys[self.index], 1, self.length)
+        numbers = uniform(self.keys[self.index], totals.size(1), self.length)
         token = drawn(totals - self.scores, numbers, self.sampling)  # (B, 1)
         score = totals.gather(1, token)
         ends = token == self.eos_id
@@ -360,18 +360,24 @@ class _Draws(_Search):
 
 
 def drawn(log_probs: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
-    """A token of each row: (B, V) float32, numbers from (0, 1) (B, 1) float32 -> (B, 1) int64.
+    """A token of each row, by the Gumbel-max trick: the largest log p - log(-log u).
 
-    Where log_probs leave one token, that one.
+    Rounding, which is another in another batch, changes a draw only where the two largest are that
+    close. Where u is compared with sums of probabilities, each token has a border that it may move.
+
+    Args:
+        log_probs: (B, V) float32. Where they leave one token, that one is drawn.
+        numbers: u, (B, V) from (0, 1).
+        sampling: how.
+
+    Returns:
+        (B, 1) int64.
     """
-    probs = (log_probs.double() / sampling.temperature).softmax(-1)
+    logits = (log_probs.double() / sampling.temperature).log_softmax(-1)
     if sampling.top_p < 1:
-        falling = probs.sort(descending=True).values
+        falling = logits.exp().sort(descending=True).values
         # Keep a token if those before it have not yet reached top_p: the first always stays.
         kept = falling.cumsum(-1) - falling < sampling.top_p
         least = falling.masked_fill(~kept, 1.0).amin(-1, keepdim=True)
-        probs = probs.masked_fill(probs < least, 0.0)
-    # In the vocabulary's order: rounding, which is another in another batch, swaps near-ties where
-    # tokens are sorted, and with them what is drawn.
-    sums = probs.cumsum(-1)
-    return (sums <= numbers * sums[:, -1:]).sum(-1, keepdim=True)
+        logits = logits.masked_fill(logits.exp() < least, -torch.inf)
+    return (logits - (-numbers.double().log()).log()).argmax(-1, keepdim=True)

@@ -4,7 +4,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import moe_layer
+from benchmarks.chart import read_results
 from benchmarks.layer_profile import PASS, own_times, report
 from benchmarks.layers import Contender, Layer, Scorer, Shape, build_dense, build_ours
-from benchmarks.moe_layer import ROUTINGS, Runner, main
+from benchmarks.moe_layer import ROUTINGS, Runner, main, summary
 from benchmarks.peers import PEERS, build_deepspeed, need
+from data.errors import UserError
 from tests.ranks import ROOT
 
 TINY = ["--tokens", "64", "--d-model", "32", "--d-ff", "48", "--repeats", "2", "--steps", "1"]
@@ -251,3 +254,16 @@ def test_an_operators_own_time_leaves_out_those_it_calls() -> None:
 def test_every_peer_is_a_contender() -> None:
     assert set(PEERS) < set(moe_layer.CONTENDERS)
     assert moe_layer.CONTENDERS["deepspeed"].build is build_deepspeed
+
+
+@pytest.mark.parametrize("content", ['{"benchmark": "moe_layer", "results": []}', "[]", "{"])
+def test_a_result_that_holds_none_is_refused(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="is no result of this benchmark: name a file"):
+        read_results(file)
+
+
+def test_one_round_is_its_own_spread() -> None:
+    found = summary([2.0], cast(Any, SimpleNamespace(flops=4e9, note="")))
+    assert (found["p10_ms"], found["median_ms"], found["p90_ms"]) == (2.0, 2.0, 2.0)
