@@ -147,8 +147,7 @@ class Experts(nn.Module):
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
 
         # A token at a time has few rows: what costs something for every expert then rules.
-        is_few = not self.training and not torch.is_grad_enabled()
-        is_few = is_few and 0 < rows.size(0) < 8 * self.num_local_experts
+        is_few = not self.training and 0 < rows.size(0) < 8 * self.num_local_experts
         sizes = counts.tolist() if is_few and not rows.is_cuda else None
 
         def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def test_dropout_stands_between_activation_and_norm_in_training_only(
         expected.append(network(rows[part].double()))
     torch.manual_seed(3)
     torch.testing.assert_close(experts(rows, counts).double(), torch.cat(expected), **ROUNDING)
-    plain = build(2, activation, inner_norm)
+    plain = build(2, activation, inner_norm).eval()
     assert torch.equal(experts.eval()(rows, counts), plain(rows, counts))
 
 
