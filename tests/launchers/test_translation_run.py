@@ -32,6 +32,7 @@ class Run(NamedTuple):
 
     def lines(self, path: Path, out: Path, *more: object) -> list[str]:
         options = (self.text, "--from", "en", "--to", "de", "--out", out, "--max-len", 9, *more)
+        out.unlink(missing_ok=True)
         translate.main([str(part) for part in (path, *options)])
         return out.read_text().splitlines()
 
