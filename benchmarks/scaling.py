@@ -309,7 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.draw is not None:
         options.out, found = options.draw, read_results(options.draw, "scaling")
     else:
-        if options.out is None or options.out.suffix != ".json":
+        if options.out is None:
+            raise UserError("--out is missing: name a file for the results, --out scaling.json say")
+        if options.out.suffix != ".json":
             raise UserError(f"--out {options.out} must end in .json: such as --out scaling.json")
         if options.cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"

@@ -119,17 +119,19 @@ class SparseFeedForward(nn.Module):
             routing, temperature = self.gate(h, by_kernel=True)
             num_chunks = self._num_chunks(h)
             experts, block_counts, sent = routing.experts, routing.block_counts, routing.load
-            moe = self.moe
-            if (moe.capacity_factor if self.training else moe.eval_capacity_fraction) is not None:
+            dropped, moe = torch.zeros_like(routing.entropy), self.moe
+            limit = moe.capacity_factor if self.training else moe.eval_capacity_fraction
+            if limit is not None:
                 priority = self._priority(routing.first_probs, None)
                 kept = self._kept(Choices(experts.long(), None, priority), index, shape)
                 assert kept is not None
                 experts = experts.where(kept, -1).contiguous()  # `kept` is transposed
                 block_counts = kept_block_counts(experts, moe.num_experts)
                 sent = block_counts.sum(1)
+                dropped = (routing.load.sum() - sent.sum()).float()
             exchange = self._exchange(sent, num_chunks)
             offsets, counts, row_of, assignment_of = sorted_positions(
-                experts, block_counts, self._send_order(h, num_chunks)
+                experts, block_counts, self._send_order(h, num_chunks), limit is not None
             )
             rows, bias = GatherRows.apply(h, row_of, assignment_of), None  # (A, D)
             if exchange is None:
@@ -144,7 +146,7 @@ class SparseFeedForward(nn.Module):
             entropy=routing.entropy,
             log_z_squared=routing.log_z_squared,
             load=routing.load.float(),
-            dropped=(routing.load.sum() - sent.sum()).float(),
+            dropped=dropped,
             temperature=temperature,
         )
 

@@ -105,7 +105,10 @@ def kept_block_counts(experts: Tensor, num_experts: int) -> Tensor:
 
 
 def sorted_positions(
-    experts: Tensor, block_counts: Tensor, order: SendOrder | None = None
+    experts: Tensor,
+    block_counts: Tensor,
+    order: SendOrder | None = None,
+    may_drop: bool = False,
 ) -> Positions:
     """Sort the assignments by expert, by counting.
 
@@ -113,6 +116,7 @@ def sorted_positions(
         experts: (N, K) int32; -1: a choice that was dropped.
         block_counts: (E, B) int32, of FusedRouting, or of `kept_block_counts`.
         order: of the experts; None: that of their indices.
+        may_drop: whether choices may have been dropped.
     """
     (num_tokens, top_k), (num_experts, num_blocks) = experts.shape, block_counts.shape
     assert num_blocks == num_blocks_of(num_tokens)
@@ -120,7 +124,8 @@ def sorted_positions(
         block_counts = block_counts.index_select(0, order.experts)
     ends = block_counts.view(-1).cumsum(0, dtype=torch.int32)  # (E*B,)
     row_of = torch.empty_like(experts)
-    assignment_of = experts.new_zeros(num_tokens * top_k)
+    make = experts.new_zeros if may_drop else experts.new_empty
+    assignment_of = make(num_tokens * top_k)
     offsets = experts.new_empty(num_experts)
     counts = experts.new_empty(num_experts, dtype=torch.int64)
     size = triton.next_power_of_2(BLOCK_TOKENS * top_k)

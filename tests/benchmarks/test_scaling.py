@@ -290,7 +290,7 @@ def test_results_without_a_picture_say_how_to_get_one(
     ("arguments", "shown"),
     [
         (["--out", "a.txt"], "--out a.txt must end in .json: such as --out scaling.json"),
-        (["--cpu"], "--out None must end in .json"),
+        (["--cpu"], "--out is missing: name a file for the results"),
         (["--cpu", "--gpus", "3", "--out", "a.json"], "--gpus 3: experts are halved and halved"),
         (["--cpu", "--gpus", "1", "--out", "a.json"], "so use 2, 4, 8 or 16"),
         (["--out", "a.json", "--only", "paper,speed"], "'speed' is none of scaling, paper"),

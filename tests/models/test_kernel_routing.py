@@ -276,7 +276,7 @@ def test_what_is_dropped_has_no_row(share: float, order: str | None) -> None:
     dropped = torch.rand(2, len(experts), generator=torch.Generator().manual_seed(0)).t() < share
     experts = experts.where(~dropped.to(DEVICE), -1).contiguous()
     sent = send_order(24, 2, 3, 1, experts.device) if order else None
-    place = sorting.sorted_positions(experts, sorting.kept_block_counts(experts, 24), sent)
+    place = sorting.sorted_positions(experts, sorting.kept_block_counts(experts, 24), sent, True)
     kept = (~dropped).reshape(-1).nonzero().squeeze(1)
     named = experts.view(-1).cpu().long()[kept]
     named = named if sent is None else sent.places.cpu()[named]
