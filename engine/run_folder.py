@@ -7,6 +7,7 @@ runs/NAME/
     tensorboard/     the same for TensorBoard
     checkpoints/     see engine.checkpoint
     summary.json     written at the end
+    evaluation.json  the last answer of launchers.evaluate
 """
 
 import fcntl

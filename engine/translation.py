@@ -171,6 +171,7 @@ class TranslationScores:
         decoding: how they were found.
         num_truncated: sources that were longer than the model's positions.
         examples: of each direction, the first source, its reference and its translation.
+        translations: of each direction, all of them.
     """
 
     directions: dict[tuple[str, str], DirectionScore]
@@ -179,6 +180,7 @@ class TranslationScores:
     decoding: Decoding
     num_truncated: int
     examples: dict[tuple[str, str], tuple[str, str, str]] = field(default_factory=dict)
+    translations: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     @property
     def bleu(self) -> float:
@@ -191,7 +193,7 @@ class TranslationScores:
         return statistics.fmean(score.chrf for score in self.directions.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For summary.json."""
+        """For summary.json and evaluation.json."""
         return {
             "bleu": self.bleu,
             "chrf": self.chrf,
@@ -209,6 +211,12 @@ class TranslationScores:
                 for (source, target), score in self.directions.items()
             },
         }
+
+
+def sample_words(max_sentences: int | None) -> str:
+    """Of which sentences of the validation split a score is."""
+    many = "all sentences" if max_sentences is None else f"the first {max_sentences:,} sentences"
+    return f"{many} of each direction"
 
 
 Texts = Mapping[tuple[str, str], tuple[Sequence[str], Sequence[str]]]
@@ -287,7 +295,9 @@ def evaluate_translation(
         signatures[tokenizer] = str(bleu.get_signature())
         examples[direction] = sources[0], references[0], answers[direction][0]
     signature = str(chrf.get_signature())
-    return TranslationScores(scores, signatures, signature, decoding, num_truncated, examples)
+    return TranslationScores(
+        scores, signatures, signature, decoding, num_truncated, examples, answers
+    )
 
 
 def translation_tables(title: str, scores: TranslationScores) -> list[Table]:
