@@ -102,6 +102,12 @@ class PairsConfig(StrictModel):
         "limit; how many there are is reported. A truncated side keeps its end. Validation "
         "truncates them.",
     )
+    too_long_inference: Literal["split", "truncate", "refuse"] = Field(
+        default="split",
+        description="What launchers.translate does with a sentence longer than the model's "
+        "positions, unless --too-long is given; how many there are is reported. BLEU and chrF are "
+        "of truncated ones.",
+    )
 
 
 class DataConfig(StrictModel):

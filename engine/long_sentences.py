@@ -34,7 +34,14 @@ class Fitted:
     too_long: list[int]
 
 
-def fit(texts: Sequence[str], codec: Codec, target: str, max_len: int, too_long: TooLong) -> Fitted:
+def fit(
+    texts: Sequence[str],
+    codec: Codec,
+    target: str,
+    max_len: int,
+    too_long: TooLong,
+    first: int = 0,
+) -> Fitted:
     """Ids of texts that are to become another language, none of more than max_len tokens.
 
     Args:
@@ -43,6 +50,7 @@ def fit(texts: Sequence[str], codec: Codec, target: str, max_len: int, too_long:
         target: the language that is asked for.
         max_len: the encoder's positions, the tag's and the end's among them.
         too_long: what happens to a longer one.
+        first: number of the first text, for what is said.
 
     Raises:
         UserError: a sentence is longer, and that is to be refused; or the language is unknown.
@@ -58,9 +66,9 @@ def fit(texts: Sequence[str], codec: Codec, target: str, max_len: int, too_long:
             found.too_long.append(number)
             if too_long == "refuse":
                 raise UserError(
-                    f"sentence {number + 1} has {len(ids)} tokens, and the model reads at most "
-                    f"max_seq_len={max_len}: shorten it, or let it be split or truncated with "
-                    "--too-long"
+                    f"sentence {first + number + 1} has {len(ids)} tokens, and the model reads at "
+                    f"most max_seq_len={max_len}: shorten it, or let it be split or truncated with "
+                    "--too-long, or by data.pairs.too_long_inference of the run"
                 )
             if too_long == "truncate":
                 parts = [[*ids[: max_len - 1], codec.eos_id]]

@@ -230,10 +230,10 @@ class Metrics:
 
 
 def monitor_tag(name: str) -> str:
-    """TensorBoard's name of a metric: train/loss, valid/perplexity, layer_2/temperature."""
-    if "/" in name:
-        return name
-    return f"valid/{name.removeprefix('valid_')}" if name.startswith("valid_") else f"train/{name}"
+    """TensorBoard's name of a metric: train/loss, valid/bleu/en-de, layer_2/temperature."""
+    if name.startswith("valid_"):
+        return f"valid/{name.removeprefix('valid_')}"
+    return name if "/" in name else f"train/{name}"
 
 
 def keep_records_up_to(path: Path, step: int) -> None:

@@ -22,7 +22,12 @@ from data.token_files import Prepared
 from engine.config import RunConfig
 from engine.progress import ProgressLine, duration, table
 from engine.run_data import RunData, TrainingSet, ValidationSet, unigram_perplexity_of
-from engine.translation import TranslationScores, signature_lines, translation_tables
+from engine.translation import (
+    TranslationScores,
+    sample_words,
+    signature_lines,
+    translation_tables,
+)
 from engine.validation import Example, examples_of, validation_translations
 from models.cost import in_words, num_parameters
 from models.generation import sample
@@ -116,7 +121,8 @@ def finish(
         )
     )
     if scores is not None:
-        for each in translation_tables("Translations of the validation split", scores):
+        sample = sample_words(config.training.eval_translations)
+        for each in translation_tables(f"Validation split, {sample}", scores):
             console.print(each)
         for line in signature_lines(scores):
             console.print(line, soft_wrap=True, markup=False)
@@ -356,6 +362,7 @@ def make_summary(
     if config.data.pairs is not None:
         num_tokens = state["num_targets"]
     total, active = num_parameters(config.model)
+    sample = {"split": "valid", "sample": sample_words(config.training.eval_translations)}
     return {
         "steps": steps,
         "tokens": num_tokens,
@@ -368,7 +375,7 @@ def make_summary(
         "validation_after": state["after"],
         "unigram_perplexity": unigram,
         "perplexity_of_unigram": state["after"]["perplexity"] / unigram,
-        **({} if scores is None else {"translations": scores.to_dict()}),
+        **({} if scores is None else {"translations": sample | scores.to_dict()}),
         "world_size": dist.get_world_size(),
         "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
         "versions": {

@@ -7,6 +7,7 @@ runs/NAME/
     tensorboard/     the same for TensorBoard
     checkpoints/     see engine.checkpoint
     summary.json     written at the end
+    evaluation.json  the last answer of launchers.evaluate
 """
 
 import fcntl
@@ -23,6 +24,7 @@ from models.moe_config import ON_ONE_RANK
 
 # What may change when a run goes on: how long it is, how often it reports, where it runs.
 _FREE_KEYS = {
+    "magnetar.data.pairs.too_long_inference",
     "magnetar.training.num_steps",
     "magnetar.training.run_dir",
     "magnetar.training.log_every",

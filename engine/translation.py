@@ -49,6 +49,7 @@ def translate_ids(
     sources: Sequence[Sequence[int]],
     decoding: Decoding,
     progress: Callable[[int, int], None] | None = None,
+    sample_ids: Sequence[int] | None = None,
 ) -> list[Translation]:
     """Translations of sources in their order, batched by length, spread over all ranks.
 
@@ -58,7 +59,9 @@ def translate_ids(
         sources: ids, the same on every rank, none longer than the encoder's positions.
         decoding: how.
         progress: told how many more sentences have been translated, and how many there are.
+        sample_ids: what each source's draws are a function of; None: its place.
     """
+    sample_ids = range(len(sources)) if sample_ids is None else sample_ids
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     order = sorted(range(len(sources)), key=lambda number: (-len(sources[number]), number))
     size = decoding.batch_size
@@ -67,7 +70,7 @@ def translate_ids(
     for first in range(0, len(batches), world_size):
         # Every rank has as many batches: the last may be translated twice.
         numbers = batches[min(first + rank, len(batches) - 1)]
-        found = _translate_batch(model, codec, sources, numbers, decoding)
+        found = _translate_batch(model, codec, sources, numbers, decoding, sample_ids)
         own |= zip(numbers, found, strict=True)
         if progress:
             progress(sum(map(len, batches[first : first + world_size])), len(sources))
@@ -85,6 +88,7 @@ def _translate_batch(
     sources: Sequence[Sequence[int]],
     numbers: Sequence[int],
     decoding: Decoding,
+    sample_ids: Sequence[int],
 ) -> list[Translation]:
     device = model.decoder.embedding.weight.device
     rows = [sources[number] for number in numbers]
@@ -104,7 +108,7 @@ def _translate_batch(
         length_penalty=decoding.length_penalty,
         allowed=allowed_tokens(model, codec),
         sampling=decoding.sampling,
-        sample_ids=torch.tensor(numbers),
+        sample_ids=torch.tensor([sample_ids[number] for number in numbers]),
         any_rank=_any_rank if dist.is_initialized() and dist.get_world_size() > 1 else None,
     )
 
@@ -171,6 +175,7 @@ class TranslationScores:
         decoding: how they were found.
         num_truncated: sources that were longer than the model's positions.
         examples: of each direction, the first source, its reference and its translation.
+        translations: of each direction, all of them.
     """
 
     directions: dict[tuple[str, str], DirectionScore]
@@ -179,6 +184,7 @@ class TranslationScores:
     decoding: Decoding
     num_truncated: int
     examples: dict[tuple[str, str], tuple[str, str, str]] = field(default_factory=dict)
+    translations: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     @property
     def bleu(self) -> float:
@@ -191,7 +197,7 @@ class TranslationScores:
         return statistics.fmean(score.chrf for score in self.directions.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For summary.json."""
+        """For summary.json and evaluation.json."""
         return {
             "bleu": self.bleu,
             "chrf": self.chrf,
@@ -209,6 +215,12 @@ class TranslationScores:
                 for (source, target), score in self.directions.items()
             },
         }
+
+
+def sample_words(max_sentences: int | None) -> str:
+    """Of which sentences of the validation split a score is."""
+    many = "all sentences" if max_sentences is None else f"the first {max_sentences:,} sentences"
+    return f"{many} of each direction"
 
 
 Texts = Mapping[tuple[str, str], tuple[Sequence[str], Sequence[str]]]
@@ -287,7 +299,9 @@ def evaluate_translation(
         signatures[tokenizer] = str(bleu.get_signature())
         examples[direction] = sources[0], references[0], answers[direction][0]
     signature = str(chrf.get_signature())
-    return TranslationScores(scores, signatures, signature, decoding, num_truncated, examples)
+    return TranslationScores(
+        scores, signatures, signature, decoding, num_truncated, examples, answers
+    )
 
 
 def translation_tables(title: str, scores: TranslationScores) -> list[Table]:

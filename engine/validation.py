@@ -31,12 +31,15 @@ def evaluation(
 
     Returns:
         Loss and perplexity and, where something is translated (greedily: it is a curve that
-        matters), BLEU and chrF.
+        matters), BLEU and chrF, as means and, such as bleu/en-de, of each direction.
     """
     values = _losses(engine, config, prepared, valid)
     scores = validation_translations(engine, config, prepared, beam=1)
     if scores is not None:
         values |= {"bleu": scores.bleu, "chrf": scores.chrf}
+        for direction, score in scores.directions.items():
+            name = "-".join(direction)
+            values |= {f"bleu/{name}": score.bleu, f"chrf/{name}": score.chrf}
     return values, examples_of(scores)
 
 

@@ -3,6 +3,8 @@
 python -m launchers.evaluate runs/quickstart
 python -m launchers.evaluate runs/quickstart --checkpoint step_00000200 --sequences 64 --json
 python -m launchers.evaluate runs/bible --directions en-de de-en --max-sentences 200
+
+The answer is also written into the run's folder, as evaluation.json.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
@@ -19,7 +22,10 @@ from data.errors import UserError
 from launchers.quiet import quiet_deepspeed
 from launchers.user_errors import user_errors
 
-_OF_TRANSLATION = ("directions", "max_sentences", "beam", "length_penalty")
+if TYPE_CHECKING:
+    from engine.translation import Texts, TranslationScores
+
+_OF_TRANSLATION = ("directions", "max_sentences", "beam", "length_penalty", "write_translations")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,6 +49,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max-sentences", type=int, metavar="N", help="of each direction (default: all)")
     add("--beam", type=int, metavar="N", help="hypotheses; 1: greedy (4)")
     add("--length-penalty", type=float, metavar="A", help="see launchers.translate (1.0)")
+    add(
+        "--write-translations",
+        type=Path,
+        metavar="DIR",
+        help="new folder for en-de.translations.txt, en-de.references.txt and so on, for sacrebleu",
+    )
     options = parser.parse_args(arguments)
     for name in ("batch_size", "sequences", "max_sentences", "beam"):
         value = getattr(options, name)
@@ -50,7 +62,40 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if options.length_penalty is not None and not 0 <= options.length_penalty < math.inf:
         raise UserError(f"--length-penalty {options.length_penalty:g} must be 0 or more")
+    folder = options.write_translations
+    if folder is not None and folder.exists():
+        raise UserError(
+            f"--write-translations {folder} exists: name a folder that does not, or remove it"
+        )
     return options
+
+
+def _tell(options: argparse.Namespace, answer: dict[str, Any]) -> bool:
+    """Write the answer beside the run and, with --json, print it; whether it was printed."""
+    from engine.run_folder import write_whole
+
+    text, file = json.dumps(answer, indent=1) + "\n", options.run / "evaluation.json"
+    if options.json:
+        print(text, end="")
+    try:
+        write_whole(file, text)
+    except OSError as error:  # the answer is worth more than its file
+        print(
+            f"warning: {file} is not written ({error.strerror}): keep the answer with --json",
+            file=sys.stderr,
+        )
+    return options.json
+
+
+def _write_translations(folder: Path, texts: "Texts", scores: "TranslationScores") -> None:
+    from engine.translation import one_line
+
+    folder.mkdir(parents=True)
+    for direction, (_, references) in texts.items():
+        sides = {"translations": scores.translations[direction], "references": references}
+        for name, lines in sides.items():
+            content = "".join(f"{one_line(line)}\n" for line in lines)
+            (folder / f"{'-'.join(direction)}.{name}.txt").write_text(content, encoding="utf-8")
 
 
 def _check_kind(options: argparse.Namespace, translates: bool) -> None:
@@ -71,6 +116,7 @@ def evaluate_translations(options: argparse.Namespace) -> None:
     from engine.translation import (
         Decoding,
         evaluate_translation,
+        sample_words,
         signature_lines,
         translation_tables,
         validation_texts,
@@ -92,15 +138,18 @@ def evaluate_translations(options: argparse.Namespace) -> None:
     )
     with translation_bar() as progress:
         scores = evaluate_translation(run.model, run.codec, texts, decoding, progress)
-    if options.json:
-        answer = {
-            "run": str(options.run),
-            "checkpoint": run.name,
-            "step": run.step,
-            "data": str(prepared.path),
-            **scores.to_dict(),
-        }
-        print(json.dumps(answer, indent=1))
+    if options.write_translations is not None:
+        _write_translations(options.write_translations, texts, scores)
+    answer = {
+        "run": str(options.run),
+        "checkpoint": run.name,
+        "step": run.step,
+        "data": str(prepared.path),
+        "split": "valid",
+        "sample": sample_words(options.max_sentences),
+        **scores.to_dict(),
+    }
+    if _tell(options, answer):
         return
     console = Console(highlight=False)
     for found in translation_tables(f"Validation split of {prepared.path}, {run.name}", scores):
@@ -140,17 +189,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.model, valid, options.batch_size, run.device, num_bytes, num_sequences, progress
     )
     unigram = unigram_perplexity(run.prepared, run.config, result.num_tokens)
-    if options.json:
-        answer = {
-            "run": str(options.run),
-            "checkpoint": run.name,
-            "step": run.step,
-            "data": str(run.prepared.path),
-            **result.to_dict(),
-            "unigram_perplexity": unigram,
-            "perplexity_of_unigram": result.perplexity / unigram,
-        }
-        print(json.dumps(answer, indent=1))
+    answer = {
+        "run": str(options.run),
+        "checkpoint": run.name,
+        "step": run.step,
+        "data": str(run.prepared.path),
+        "split": "valid",
+        **result.to_dict(),
+        "unigram_perplexity": unigram,
+        "perplexity_of_unigram": result.perplexity / unigram,
+    }
+    if _tell(options, answer):
         return
     title = f"Validation split of {run.prepared.path}, "
     title += asked_about(run.config, result.num_tokens)

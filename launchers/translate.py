@@ -3,11 +3,16 @@
 python -m launchers.translate runs/NAME --from en --to de --text "The sea is calm."
 python -m launchers.translate runs/NAME --from en --to de speech.txt --out speech.de.txt
 python -m launchers.translate runs/NAME --from en --to de --beam 1 < sentences.txt
+
+Lines come out in their order, some hundred at a time; from a pipe or a terminal also whenever it
+pauses for a moment. Ctrl-C keeps what has come out, and says how many lines that is.
 """
 
 import argparse
 import math
+import select
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +26,14 @@ from launchers.quiet import quiet_deepspeed
 from launchers.user_errors import user_errors
 
 if TYPE_CHECKING:
+    from engine.long_sentences import TooLong
     from engine.translation import Decoding
     from engine.translation_run import TranslationRun
 
 BYTE_ORDER_MARK = "\ufeff"
+WINDOW = 512  # lines that are sorted by length together, and come out together
+PAUSE = 0.2  # seconds without a line after which those of a pipe are translated
+PARTS = 1 << 32  # more lines than there are: part p of line n draws as n + p * PARTS
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -76,8 +85,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--too-long",
         choices=("split", "truncate", "refuse"),
-        default="split",
-        help="what happens to a sentence longer than the model's positions (%(default)s)",
+        help="what happens to a sentence longer than the model's positions (default: what the "
+        "run's data.pairs.too_long_inference says, or split)",
     )
     add("--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)")
     add(
@@ -136,8 +145,8 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{file} is not a file: name a text file, a sentence a line")
 
 
-def sentences_of(options: argparse.Namespace) -> list[str]:
-    """Every line of what is to be translated.
+def sentences_of(options: argparse.Namespace) -> list[str] | None:
+    """Every line of --text or of the files; None where standard input is to be translated.
 
     Raises:
         UserError: a line is not UTF-8.
@@ -151,7 +160,7 @@ def sentences_of(options: argparse.Namespace) -> list[str]:
             ) from None
         return options.text.split("\n")
     if not options.files:
-        return list(lines_of("standard input", sys.stdin.buffer))
+        return None
     found: list[str] = []
     for file in options.files:
         with file.open("rb") as lines:
@@ -159,43 +168,138 @@ def sentences_of(options: argparse.Namespace) -> list[str]:
     return found
 
 
-def lines_of(name: str, lines: IO[bytes]) -> Iterator[str]:
+def lines_of(name: str, lines: Iterable[bytes]) -> Iterator[str]:
     """Lines of a file, without their ends.
 
     Raises:
         UserError: one of them is not UTF-8.
     """
     for number, line in enumerate(lines, start=1):
+        yield decoded(name, number, line)
+
+
+def decoded(name: str, number: int, line: bytes) -> str:
+    """Line `number`, from 1, of a file, without its end; see `lines_of`."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}, line {number}, is not UTF-8 at byte {error.start + 1}: save it as UTF-8"
+        ) from None
+    if number == 1:
+        text = text.removeprefix(BYTE_ORDER_MARK)
+    return text.rstrip("\r\n")
+
+
+def arriving(stream: IO[bytes]) -> Iterator[list[bytes]]:
+    """What a pipe brings, in lines; an empty list once at each pause."""
+    rest = b""
+    while True:
+        if not select.select([stream], [], [], PAUSE)[0]:
+            yield []
+        chunk = stream.read1(1 << 16)  # type: ignore[attr-defined]
+        if not chunk:
+            break
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield lines
+    if rest:
+        yield [rest]
+
+
+def windows_of_input(stream: IO[bytes], size: int) -> Iterator[list[str]]:
+    """Lines of standard input, at most `size` at a time, and fewer where it pauses or ends.
+
+    Raises:
+        UserError: one of them is not UTF-8; those before it may have come.
+    """
+    number, window = 0, list[str]()
+    try:
+        stream.fileno()
+        groups = arriving(stream)
+    except OSError:  # nothing that can pause
+        groups = iter([list(stream)])
+    for lines in groups:
+        for line in lines:
+            number += 1
+            window.append(decoded("standard input", number, line))
+            if len(window) == size:
+                yield window
+                window = []
+        if not lines and window:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+class Translator:
+    """Translates lines, a window after the other.
+
+    Attributes:
+        num_done: lines so far.
+        too_long: numbers, from 0, of those that did not fit.
+    """
+
+    def __init__(
+        self, run: "TranslationRun", options: argparse.Namespace, decoding: "Decoding"
+    ) -> None:
+        """Nothing is done yet."""
+        self.run, self.target, self.decoding = run, options.target, decoding
+        self.how: TooLong = options.too_long or "split"
+        if options.too_long is None and run.config is not None and run.config.data.pairs:
+            self.how = run.config.data.pairs.too_long_inference
+        self.num_done, self.too_long = 0, list[int]()
+
+    def lines(
+        self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
+    ) -> list[str]:
+        """A line for each of the next texts, "" for one that is empty."""
+        from engine.long_sentences import fit
+        from engine.translation import joined, one_line, translate_ids
+
+        model, codec, first = self.run.model, self.run.codec, self.num_done
+        fitted = fit(texts, codec, self.target, model.encoder.max_len, self.how, first)
+        parts: list[list[str]] = [[] for _ in texts]
+        # A line's draws depend on its number in all of the input, and on no window.
+        seen = Counter[int]()
+        ids = []
+        for number in fitted.sentence:
+            ids.append(first + number + PARTS * seen[number])
+            seen[number] += 1
+        found = translate_ids(model, codec, fitted.ids, self.decoding, progress, ids)
+        for number, translation in zip(fitted.sentence, found, strict=True):
+            parts[number].append(one_line(codec.decode(translation.tokens)))
+        self.num_done += len(texts)
+        self.too_long += [first + number for number in fitted.too_long]
+        return [joined(of_text, self.target) for of_text in parts]
+
+    def told(self) -> str:
+        """What is to be said about long ones, or ""."""
+        from engine.long_sentences import told
+
+        return told(self.too_long, self.num_done, self.run.model.encoder.max_len, self.how)
+
+
+def warn_of_untrained(run: "TranslationRun", options: argparse.Namespace) -> None:
+    """Say so where the run has not learnt the direction, as far as its config or data tell."""
+    from engine.translation_run import open_pairs_of
+
+    if run.config is None or run.config.data.pairs is None:
+        return
+    learnt = run.config.data.pairs.directions
+    if learnt is None:
         try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{name}, line {number}, is not UTF-8 at byte {error.start + 1}: save it as UTF-8"
-            ) from None
-        if number == 1:
-            text = text.removeprefix(BYTE_ORDER_MARK)
-        yield text.rstrip("\r\n")
-
-
-def translate_lines(
-    run: "TranslationRun",
-    texts: Sequence[str],
-    options: argparse.Namespace,
-    decoding: "Decoding",
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[str], str]:
-    """A line for each text, "" for one that is empty; and what is to be said about long ones."""
-    from engine.long_sentences import fit, told
-    from engine.translation import joined, one_line, translate_ids
-
-    max_len = run.model.encoder.max_len
-    fitted = fit(texts, run.codec, options.target, max_len, options.too_long)
-    found = translate_ids(run.model, run.codec, fitted.ids, decoding, progress)
-    parts: list[list[str]] = [[] for _ in texts]
-    for number, translation in zip(fitted.sentence, found, strict=True):
-        parts[number].append(one_line(run.codec.decode(translation.tokens)))
-    lines = [joined(of_text, options.target) for of_text in parts]
-    return lines, told(fitted.too_long, len(texts), max_len, options.too_long)
+            found = open_pairs_of(run, options.run).directions("train")
+        except (UserError, OSError):  # the data need not be there
+            return
+        learnt = ["-".join(direction) for direction in found]
+    asked = f"{options.source}-{options.target}"
+    if asked not in learnt:
+        print(
+            f"warning: {options.run} has not learnt {asked}, and may write anything: it has learnt "
+            f"{', '.join(learnt)}",
+            file=sys.stderr,
+        )
 
 
 @user_errors()
@@ -214,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_language(language, run.codec.languages)
         except UserError as error:
             raise UserError(f"{option}: {error}") from None
+    warn_of_untrained(run, options)
     sampling = None
     if options.sample:
         given = {name: getattr(options, name) for name in Sampling._fields}
@@ -221,45 +326,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
     decoding = Decoding(
         options.beam or 4, options.length_penalty, options.max_len, sampling, options.batch_size
     )
-    if options.text is None and not options.files and sys.stdin.isatty():
-        print("one sentence a line; Ctrl-D ends", file=sys.stderr)
-        for text in lines_of("standard input", sys.stdin.buffer):
-            lines, said = translate_lines(run, [text], options, decoding)
-            print(lines[0], flush=True)
-            if said:
-                print(said, file=sys.stderr)
-        return
+    _translate_all(options, Translator(run, options, decoding))
+
+
+def _translate_all(options: argparse.Namespace, translator: Translator) -> None:
+    """Write the translations of the input, window after window."""
     texts = sentences_of(options)
-    with translation_bar() as progress:
-        lines, said = translate_lines(run, texts, options, decoding, progress)
-    _write(lines, options.out)
-    if said:
+    size = max(WINDOW, 8 * options.batch_size)
+    if texts is None:
+        if sys.stdin.isatty():
+            print("one sentence a line; Ctrl-D ends", file=sys.stderr)
+        windows, total = windows_of_input(sys.stdin.buffer, size), None
+    else:
+        windows = (texts[first : first + size] for first in range(0, len(texts), size))
+        total = sum(bool(text.strip()) for text in texts)
+    num_written = 0
+    try:
+        # Lines of translations would run into a bar on the same terminal.
+        with translation_bar(options.out is not None or not sys.stdout.isatty()) as progress:
+            for window in windows:
+                found = translator.lines(window, lambda more, _: progress(more, total))
+                _write(found, options.out, "ab" if num_written else "wb")
+                num_written = translator.num_done
+    except KeyboardInterrupt:
+        where = f" into {options.out}" if options.out is not None else ""
+        print(f"stopped: {num_written:,} lines are translated and written{where}", file=sys.stderr)
+        raise
+    if not num_written:
+        _write([], options.out, "wb")
+    if said := translator.told():
         print(said, file=sys.stderr)
 
 
 @contextmanager
-def translation_bar() -> Iterator[Callable[[int, int], None]]:
+def translation_bar(shown: bool = True) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on a terminal: what is yielded is told how many more are done, and how many of all."""
     console = Console(stderr=True)
     columns = (TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
     ) as bar:
         task = bar.add_task("", total=None)
         yield lambda more, total: bar.update(task, advance=more, total=total)
 
 
-def _write(lines: Iterable[str], out: Path | None) -> None:
+def _write(lines: Iterable[str], out: Path | None, mode: str) -> None:
     content = "".join(f"{line}\n" for line in lines).encode()
     if out is not None:
         try:
-            out.write_bytes(content)
+            with out.open(mode) as file:
+                file.write(content)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(out)) from None  # writing names no file
         return
     sys.stdout.flush()
     sys.stdout.buffer.write(content)
-    sys.stdout.flush()
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

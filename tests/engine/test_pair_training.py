@@ -159,10 +159,16 @@ def test_everything_promised_is_there(trained: Path, prepared: PreparedPairs) ->
     for name in ("bleu", "chrf", "loss"):
         found = [event.value for event in events.Scalars(f"valid/{name}")]
         assert found == pytest.approx([record[f"valid_{name}"] for record in evaluations])
+    final = evaluations[-1]
+    of_one = [value for name, value in final.items() if name.startswith("valid_chrf/")]
+    assert final["valid_chrf"] == pytest.approx(sum(of_one) / len(of_one))
+    shown_scalar = events.Scalars("valid/chrf/en-de")[-1].value
+    assert shown_scalar == pytest.approx(final["valid_chrf/en-de"])
     summary = json.loads((trained / "summary.json").read_text())
     directions = {"-".join(direction) for direction in prepared.directions("valid")}
     table = summary["translations"]
     assert table["directions"].keys() == directions
+    assert table["sample"] == "the first 2 sentences of each direction"
     assert all(each["sentences"] == 2 for each in table["directions"].values())
     assert "version:" in table["chrf_signature"]
     frequencies = target_perplexity(validation_bins(prepared, load_config(trained / "config.json")))

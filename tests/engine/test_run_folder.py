@@ -78,6 +78,23 @@ def test_accumulation_may_change_where_it_changes_no_number(
     assert "gradient_accumulation_steps=1 gives the same numbers on any ranks" in str(error.value)
 
 
+def test_what_becomes_of_long_sentences_in_translation_may_change(tmp_path: Path) -> None:
+    def on_pairs(**pairs: object) -> RunConfig:
+        return config(
+            tmp_path / "run",
+            train_micro_batch_size_per_gpu=1,
+            magnetar__model__architecture="encoder_decoder",
+            magnetar__data__pairs=pairs,
+        )
+
+    begin(tmp_path / "run", on_pairs())
+    check_run_folder(on_pairs(too_long_inference="refuse"))
+    with pytest.raises(
+        UserError, match=r"magnetar\.data\.pairs\.too_long: drop there, refuse here"
+    ):
+        check_run_folder(on_pairs(too_long="refuse"))
+
+
 @pytest.mark.parametrize("scope", ["micro_step", "batch"])
 def test_a_run_on_pairs_goes_on_with_other_ranks_where_that_changes_no_number(
     scope: str, tmp_path: Path
@@ -164,6 +181,7 @@ def test_records_beyond_the_checkpoint_and_half_lines_are_removed(tmp_path: Path
     [
         ("loss", "train/loss"),
         ("valid_loss", "valid/loss"),
+        ("valid_bleu/en-de", "valid/bleu/en-de"),
         ("layer_2/temperature", "layer_2/temperature"),
     ],
 )

@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
 
 from data.prepare import PrepareConfig, prepare
 from data.token_files import open_prepared
-from launchers.evaluate import main
+from launchers.evaluate import _tell, main
 from tests.ranks import ROOT
 from tests.runs import rewrite_manifest
 
@@ -44,6 +45,7 @@ def test_one_process_finds_the_loss_that_two_expert_parallel_ranks_found(
     assert found["num_tokens"] == expected["num_tokens"]
     assert found["unigram_perplexity"] == trained.summary["unigram_perplexity"]
     assert found["step"] == 8
+    assert json.loads((trained.folder / "evaluation.json").read_text()) == found
 
 
 @pytest.mark.slow
@@ -232,3 +234,13 @@ def test_data_that_is_gone_and_a_config_of_another_version_are_described(
     message = refusal(capsys, run)
     assert "not one that this version can read" in message
     assert "d_of_tomorrow" in message
+
+
+def test_an_answer_that_cannot_be_kept_is_still_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "evaluation.json.partial").mkdir()
+    assert _tell(SimpleNamespace(run=tmp_path, json=True), {"loss": 1.0})
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"loss": 1.0}
+    assert f"warning: {tmp_path / 'evaluation.json'} is not written (" in shown.err

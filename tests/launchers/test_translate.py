@@ -1,16 +1,21 @@
 """python -m launchers.translate."""
 
 import io
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
 from data.errors import UserError
 from data.tokenizer import train_sentencepiece
 from engine.translation_run import _vocabulary
-from launchers.translate import lines_of, main
+from launchers import translate
+from launchers.translate import Translator, lines_of, main, warn_of_untrained, windows_of_input
 from models.transformer import empty_model
 from models.weights import save_weights
 from tests.engine.translations import MAX_LEN, make_folder, model_config
@@ -252,3 +257,95 @@ def test_an_output_that_cannot_be_written_is_named(
 ) -> None:
     message = refusal(capsys, folder, *TO_ENGLISH, "--text", "Meer", "--out", "/dev/full")
     assert "/dev/full: No space left on device" in message
+
+
+@pytest.mark.parametrize("more", [("--beam", 1), ("--sample", "--seed", 4)])
+def test_windows_change_nothing(
+    more: tuple,
+    folder: Path,
+    tmp_path: Path,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, given = tmp_path / "text.txt", (folder, *TO_ENGLISH, *more, "--batch-size", 1)
+    file.write_text("".join(f"{line}\n" for line in [*SENTENCES, "Das Meer ist ruhig. " * 5] * 2))
+    whole = translated(capfdbinary, *given, file)
+    assert len(whole) == 12
+    assert (whole[0] == whole[6]) == ("--beam" in more), "a draw is of its line in all the input"
+    monkeypatch.setattr("launchers.translate.WINDOW", 1)  # and so eight lines, of a batch each
+    assert translated(capfdbinary, *given, file) == whole
+    stdin(monkeypatch, file.read_bytes())
+    assert translated(capfdbinary, *given, "--out", tmp_path / "out") == []
+    assert (tmp_path / "out").read_bytes().decode().splitlines() == whole
+
+
+def test_a_stop_keeps_the_windows_that_are_written_and_says_how_many_lines(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, out = tmp_path / "text.txt", tmp_path / "out"
+    file.write_text("Meer\n" * 10)
+    lines = Translator.lines
+
+    def stopped(self: Translator, *arguments: object) -> list[str]:
+        if self.num_done:
+            raise KeyboardInterrupt
+        return lines(self, *arguments)
+
+    monkeypatch.setattr(Translator, "lines", stopped)
+    monkeypatch.setattr("launchers.translate.WINDOW", 1)
+    options = ("--beam", 1, "--batch-size", 1, "--out", out)
+    with pytest.raises(SystemExit) as ended:
+        main([str(part) for part in (folder, file, *TO_ENGLISH, *options)])
+    assert ended.value.code == 130
+    assert f"stopped: 8 lines are translated and written into {out}" in capsys.readouterr().err
+    assert out.read_bytes().count(b"\n") == 8
+
+
+def test_a_pipe_gives_a_window_when_it_is_full_pauses_or_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("launchers.translate.PAUSE", 0.05)
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as stream:
+        windows = windows_of_input(stream, 3)
+        os.write(write, "a\nb\nc\nd\nä".encode()[:-1])  # half a character waits for the rest
+        assert next(windows) == ["a", "b", "c"]
+        assert next(windows) == ["d"]
+        os.write(write, "ä".encode()[-1:])
+        time.sleep(0.1)
+        os.close(write)
+        assert list(windows) == [["ä"]]
+
+
+class Learnt(NamedTuple):
+    """A config of a run."""
+
+    directions: list[str] | None
+    too_long_inference: str = "split"
+
+    @property
+    def config(self) -> object:
+        return SimpleNamespace(data=SimpleNamespace(pairs=self))
+
+
+def test_a_direction_that_was_not_learnt_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    options = translate.parse_arguments(["runs/any", *TO_ENGLISH])
+    warn_of_untrained(Learnt(["de-en"]), options)
+    assert capsys.readouterr().err == ""
+    warn_of_untrained(Learnt(["en-de", "en-zh"]), options)
+    assert capsys.readouterr().err == (
+        "warning: runs/any has not learnt de-en, and may write anything: it has learnt en-de, "
+        "en-zh\n"
+    )
+
+
+def test_the_run_says_what_becomes_of_long_sentences_unless_the_option_does() -> None:
+    def how(*more: str) -> str:
+        options = translate.parse_arguments(["runs/any", *TO_ENGLISH, *more])
+        return Translator(Learnt(None, "truncate"), options, None).how
+
+    assert how() == "truncate"
+    assert how("--too-long", "refuse") == "refuse"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import sacrebleu
 
 from data.pairs import PreparedPairs
 from launchers import convert, evaluate, translate
@@ -32,7 +33,7 @@ class Run(NamedTuple):
 
     def lines(self, path: Path, out: Path, *more: object) -> list[str]:
         options = (self.text, "--from", "en", "--to", "de", "--out", out, "--max-len", 9, *more)
-        out.unlink(missing_ok=True)
+        out.unlink(missing_ok=True)  # the command refuses to write over it
         translate.main([str(part) for part in (path, *options)])
         return out.read_text().splitlines()
 
@@ -97,6 +98,27 @@ def test_evaluate_finds_what_the_end_of_training_found(
         assert found["directions"][direction] == pytest.approx(scores)
     assert found["bleu_signatures"] == summary["bleu_signatures"]
     assert (found["step"], found["data"]) == (8, str(run.prepared.path))
+    assert (found["split"], found["sample"]) == ("valid", summary["sample"])
+    assert json.loads((run.folder / "evaluation.json").read_text()) == found
+
+
+@pytest.mark.slow
+def test_anyone_can_score_what_evaluate_writes(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--directions", "en-de", "--beam", "1", "--json"]
+    texts = tmp_path / "texts"
+    evaluate.main([str(run.folder), *options, "--write-translations", str(texts)])
+    found = json.loads(capsys.readouterr().out)
+    sides = [
+        (texts / f"en-de.{name}.txt").read_text().splitlines()
+        for name in ("translations", "references")
+    ]
+    assert len(sides[0]) == found["directions"]["en-de"]["sentences"]
+    chrf = sacrebleu.corpus_chrf(sides[0], [sides[1]]).score
+    assert found["chrf"] == pytest.approx(chrf)
+    message = refusal(capsys, evaluate.main, run.folder, "--write-translations", texts)
+    assert f"--write-translations {texts} exists: name a folder that does not" in message
 
 
 @pytest.mark.slow
@@ -146,6 +168,7 @@ def test_evaluate_refuses_options_of_translation_for_text(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        (("--write-translations", "tests"), "--write-translations tests exists: name a folder"),
         (("--beam", 0), "--beam 0 must be at least 1"),
         (("--max-sentences", 0), "--max-sentences 0 must be at least 1"),
         (("--length-penalty", "-0.5"), "--length-penalty -0.5 must be 0 or more"),
