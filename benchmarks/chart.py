@@ -11,8 +11,10 @@ ACCENT, GRAY, DENSE = "#d9480f", "#9aa5b1", "#52606d"
 GIB = 2**30
 
 
-def read_results(file: Path, benchmark: str = "moe_layer") -> dict[str, Any]:
-    """What a run of a benchmark has written.
+def read_results(
+    file: Path, benchmark: str = "moe_layer", needed: tuple[str, ...] = ("results", "contenders")
+) -> dict[str, Any]:
+    """What a run of a benchmark has written: `needed` parts that may not be missing or empty.
 
     Raises:
         UserError: if the file is not there, or is something else.
@@ -23,8 +25,8 @@ def read_results(file: Path, benchmark: str = "moe_layer") -> dict[str, Any]:
         found = json.loads(file.read_text())
     except ValueError:
         found = None
-    is_whole = isinstance(found, dict) and bool(found.get("results") and found.get("contenders"))
-    if not is_whole or found["benchmark"] != benchmark:
+    is_whole = isinstance(found, dict) and all(found.get(part) for part in needed)
+    if not is_whole or found.get("benchmark") != benchmark:
         raise UserError(
             f"{file} is no result of this benchmark: name a file that --out has written"
         )

@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.scaling_chart import draw, table
 
     if options.draw is not None:
-        options.out, found = options.draw, read_results(options.draw, "scaling")
+        options.out, found = options.draw, read_results(options.draw, "scaling", ("gpus",))
     else:
         if options.out is None:
             raise UserError("--out is missing: name a file for the results, --out scaling.json say")
