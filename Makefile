@@ -84,11 +84,14 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python -m launchers.config docs --check
 
+# Two at a time: a test of several ranks takes several cores and gigabytes itself.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 check: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=10
+	$(PYTEST) --durations=10
 
 invariance: $(INSTALLED)
 	@$(BIN)/python -m launchers.prepare_data --corpus sotu --out prepared/sotu \

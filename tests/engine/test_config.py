@@ -586,6 +586,7 @@ def test_pairs_mask_nothing_and_round_trip() -> None:
             "temperature": 5.0,
             "directions": ["en-de"],
             "too_long": "drop",
+            "too_long_inference": "split",
         },
         "masking": None,
     }
