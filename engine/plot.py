@@ -1,4 +1,4 @@
-"""The picture of a run: loss, gradient norm and routing over its steps; or of several runs."""
+"""The picture of a run, or of several: loss, gradient norm, routing and BLEU over its steps."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def layer_extremes(record: Record) -> tuple[float, float] | None:
 
 
 def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
-    """Draw the losses and the gradient norms of several runs side by side.
+    """Draw several runs side by side: losses, gradient norms, and BLEU if any translates.
 
     Args:
         run_dirs: the runs' folders, which name the curves.
@@ -46,19 +46,25 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
     Raises:
         UserError: see `read_records`.
     """
-    figure, (losses, norms) = _figure(1, 2)
-    for run_dir in run_dirs:
-        train, _ = read_records(run_dir)
-        losses.plot(_steps(train), [r["loss"] for r in train], label=run_dir.name)
-        norms.plot(_steps(train), [r["grad_norm"] for r in train], label=run_dir.name)
+    runs = {run_dir: read_records(run_dir) for run_dir in run_dirs}
+    translate = any(_translated(valid) for _, valid in runs.values())
+    figure, (losses, norms, *bleu) = _figure(3 if translate else 2)
+    for index, (run_dir, (train, valid)) in enumerate(runs.items()):
+        name, color = run_dir.name, f"C{index}"
+        losses.plot(_steps(train), [r["loss"] for r in train], label=name, color=color)
+        losses.plot(_steps(valid), [r["valid_loss"] for r in valid], "o", color=color)
+        norms.plot(_steps(train), [r["grad_norm"] for r in train], label=name, color=color)
+        for panel in bleu:
+            _draw_bleu(panel, valid, name, color)
     unigram_losses = {loss for loss in map(_unigram_loss, run_dirs) if loss is not None}
     for loss in unigram_losses if len(unigram_losses) == 1 else ():
         losses.axhline(loss, color="gray", linestyle="--", label="unigram model")
-    losses.set_title("training loss (nats a token)")
+    validated = any(valid for _, valid in runs.values())
+    losses.set_title(f"loss (nats a token){', dots: validation' if validated else ''}")
     losses.legend(frameon=False)
     norms.set_title("gradient norm before clipping")
     norms.set_yscale("log")
-    _save(figure, (losses, norms), out)
+    _save(figure, (losses, norms, *bleu), out)
 
 
 def plot_run(run_dir: Path, out: Path) -> None:
@@ -73,25 +79,34 @@ def plot_run(run_dir: Path, out: Path) -> None:
     """
     train, valid = read_records(run_dir)
     is_sparse = layer_extremes(train[0]) is not None
-    figure, panels = _figure(2 if is_sparse else 1, 2)
+    translates = bool(_translated(valid))
+    figure, panels = _figure(2 + 2 * is_sparse + translates)
     _draw_loss(panels[0], train, valid, _unigram_loss(run_dir))
     _draw_gradient_norm(panels[1], train, _threshold(run_dir))
     if is_sparse:
         _draw_entropy(panels[2], train)
         _draw_load(panels[3], train)
+    if translates:
+        _draw_bleu(panels[-1], valid, "", "C1")
     _save(figure, panels, out)
 
 
-def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+def _figure(num_panels: int) -> tuple[Any, Any]:
+    """A figure and its panels: two or three in a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    columns = 2 + num_panels % 2
+    rows = -(-num_panels // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(10, 3.2 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(5 * columns, 3.2 * rows), layout="constrained", squeeze=False
     )
-    return figure, axes.flatten()
+    panels = axes.flatten()
+    for unused in panels[num_panels:]:
+        unused.remove()
+    return figure, panels[:num_panels]
 
 
 def _save(figure: Any, panels: Iterable[Any], out: Path) -> None:
@@ -122,6 +137,20 @@ def _draw_loss(
         panel.axhline(unigram_loss, color="gray", linestyle="--", label="unigram model")
     panel.set_title("loss (nats a token)")
     panel.legend(frameon=False)
+
+
+def _translated(valid: list[Record]) -> list[Record]:
+    """The validation records of which sentences were translated."""
+    return [record for record in valid if "valid_bleu" in record]
+
+
+def _draw_bleu(panel: Any, valid: list[Record], name: str, color: str) -> None:
+    records = _translated(valid)
+    panel.plot(_steps(records), [r["valid_bleu"] for r in records], "o-", label=name, color=color)
+    panel.set_title("BLEU of the validation sample")
+    panel.set_ylim(bottom=0, auto=None)  # which still makes room for the next run
+    if name:
+        panel.legend(frameon=False)
 
 
 def _draw_gradient_norm(panel: Any, train: list[Record], threshold: float) -> None:

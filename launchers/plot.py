@@ -1,4 +1,4 @@
-"""Draws a run: loss, gradient norm, routing entropy, load of the experts; or several, compared.
+"""Draws a run: loss, gradient norm, routing entropy, load of experts, BLEU; or several, compared.
 
 python -m launchers.plot runs/quickstart [--out curves.png]
 python -m launchers.plot runs/subln_200 runs/post_200 --out depth.png

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from launchers.plot import main
@@ -37,6 +38,22 @@ def test_several_runs_are_drawn_into_one_picture_that_must_be_named(
     assert "several runs need --out: name the picture" in capsys.readouterr().err
     main([*runs, "--out", str(tmp_path / "both.png")])
     assert (tmp_path / "both.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+@pytest.mark.parametrize("translates", [False, True])
+def test_bleu_is_drawn_of_runs_that_translate(
+    num_runs: int, translates: bool, tmp_path: Path
+) -> None:
+    valid = {"step": 1, "valid_loss": 5.5} | ({"valid_bleu": 3.0} if translates else {})
+    runs = [tmp_path / str(index) for index in range(num_runs)]
+    for run in runs:
+        run.mkdir()
+        (run / "metrics.jsonl").write_text(f"{json.dumps(RECORD)}\n{json.dumps(valid)}\n")
+    picture = tmp_path / "curves.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        main([*map(str, runs), "--out", str(picture)])
+    assert ("BLEU of the validation sample" in picture.read_text()) == translates
 
 
 @pytest.mark.parametrize(
