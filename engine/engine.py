@@ -121,6 +121,8 @@ def start_distributed() -> torch.device:
         r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
         FutureWarning,
     )
+    # It is the right one: set_device below.
+    warnings.filterwarnings("ignore", r"barrier\(\): using the device under", UserWarning)
     # DeepSpeed would compile a C++ op here that serves inference alone: 48 seconds, and a process
     # killed meanwhile leaves a lock file on which every later job hangs. The module must be
     # reached through sys.modules: `deepspeed.comm.torch` as an attribute is torch itself.
