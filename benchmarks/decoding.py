@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row = compare(model, source, beam, options.length, options.repeats)
             rows.append({"experts": num_experts, "sentences": sentences} | row)
             print(
-                f"{num_experts or 'no'} experts, {sentences} sentences, beam {beam}: "
+                f"{num_experts or 'no'} experts, batches of {sentences}, beam {beam}: "
                 f"{row['ratio']:.1f} times as fast with the cache, {row['same']} the same",
                 flush=True,
             )

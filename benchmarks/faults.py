@@ -266,7 +266,10 @@ def main() -> int:
     )
     parser.add_argument("--only", action="append", help="faults with these words; may be repeated")
     options = parser.parse_args()
-    chosen = [c for c in CASES if not options.only or any(w in c.fault for w in options.only)]
+    words = options.only or [""]
+    if unknown := [word for word in words if not any(word in case.fault for case in CASES)]:
+        parser.error(f"--only {unknown[0]}: no fault has these words, see docs/faults.md")
+    chosen = [case for case in CASES if any(word in case.fault for word in words)]
     failed = 0
     if options.out is not None and not options.only:
         options.out.unlink(missing_ok=True)

@@ -119,7 +119,8 @@ def collectives(examination: Examination) -> rich.table.Table:
         speeds = [link.bandwidth for link in measured["links"] if link.is_inside == is_inside]
         if speeds:
             span = f"{min(speeds) / 1e9:.2f} to {max(speeds) / 1e9:.2f} GB/s"
-            table.add_row(f"{len(speeds)} pairs {words}, each way", "", "", span)
+            pairs = "1 pair" if len(speeds) == 1 else f"{len(speeds)} pairs"
+            table.add_row(f"{pairs} {words}, each way", "", "", span)
     return table
 
 

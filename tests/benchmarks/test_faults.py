@@ -1,4 +1,8 @@
-from benchmarks.faults import CASES, merged
+import sys
+
+import pytest
+
+from benchmarks.faults import CASES, main, merged
 from benchmarks.kills import table
 
 
@@ -12,6 +16,16 @@ def test_new_lines_take_the_place_of_old_ones_and_the_order_stays() -> None:
         f"| {names[1]} | new | c |",
         f"| {names[3]} | old | a |",
     ]
+
+
+def test_words_of_no_fault_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["faults", "--only", CASES[0].fault, "--only", "meteor"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "--only meteor: no fault has these words" in capsys.readouterr().err
 
 
 def test_kills_are_counted_by_what_the_run_was_doing() -> None:

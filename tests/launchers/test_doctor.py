@@ -62,7 +62,7 @@ def test_two_hosts_in_order_are_measured_and_nothing_is_left(
     assert output.splitlines()[-1] == "All well: a run can start."
     for line in ("gloo, 2 ranks", "all-reduce of gradients", "all-to-all of 2 ranks"):
         assert line in output
-    assert "1 pairs between machines, each way" in output
+    assert "1 pair between machines, each way" in output
     assert "DS_ACCELERATOR=cpu" in output
     assert "10.77.0.2: MASTER_ADDR=10.77.0.1 MASTER_PORT=29500 WORLD_SIZE=2 CROSS_RANK=1" in output
     assert set(tmp_path.rglob("*")) == before
@@ -120,7 +120,7 @@ def test_this_machine_alone_is_measured(config: Path) -> None:
     arguments = ("--num_gpus", "2", "--master_port", str(free_port()))
     status, output = doctor(None, *arguments)
     assert status == 0, output
-    assert "1 pairs inside a machine, each way" in output
+    assert "1 pair inside a machine, each way" in output
     assert "All that is set here, and" in output
 
 
