@@ -44,8 +44,8 @@ def parse_direction(direction: str, languages: Sequence[str]) -> tuple[str, str]
         raise UserError(f"direction {direction!r} can be read in several ways: {known}")
     if not known or known[0][0] == known[0][1]:
         raise UserError(
-            f"direction {direction!r} is not two different languages SOURCE-TARGET: use two of "
-            f"{', '.join(languages)}"
+            f"direction {direction!r} is not SOURCE-TARGET of two languages that are here: use two "
+            f"of {', '.join(languages)}"
         )
     return known[0]
 

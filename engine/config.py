@@ -105,8 +105,8 @@ class PairsConfig(StrictModel):
     too_long_inference: Literal["split", "truncate", "refuse"] = Field(
         default="split",
         description="What launchers.translate does with a sentence longer than the model's "
-        "positions, unless --too-long is given; how many there are is reported. BLEU and chrF are "
-        "of truncated ones.",
+        "positions, unless --too-long is given; how many there are is reported. split: each of its "
+        "sentences alone. BLEU and chrF are of truncated ones.",
     )
 
 
@@ -238,8 +238,9 @@ class TrainingConfig(StrictModel):
     eval_translations: int = Field(
         default=0,
         ge=0,
-        description="Sentences of each direction that are translated at every evaluation for BLEU "
-        "and chrF, from the start of the validation split. 0: none. Only with data.pairs.",
+        description="Sentences of each direction that are translated greedily at every evaluation, "
+        "and at the end by a beam of 4 as well, for BLEU and chrF, from the start of the "
+        "validation split. 0: none. Only with data.pairs.",
     )
     save_every: SaveEvery = Field(
         default=None,

@@ -11,9 +11,10 @@ from data.errors import UserError
 TooLong = Literal["split", "truncate", "refuse"]
 SHOWN_LINES = 5
 
-# Where a text is split, the best first: behind the end of a sentence, a part of one, a word.
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
+# Where a sentence is split, the best first: behind a part of one, a smaller part, a word.
 _BORDERS = (
-    re.compile(r"(?<=[.!?…;:])\s+|(?<=[。！？；：])\s*"),
+    re.compile(r"(?<=[.!?…;:])\s+|(?<=[；：])\s*"),
     re.compile(r"(?<=,)\s+|(?<=[，、])\s*"),
     re.compile(r"\s+"),
 )
@@ -88,7 +89,23 @@ def fit(
 
 
 def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """A text in parts that fit, each as long as halving makes it; one character is never split."""
+    """A text that does not fit, sentence by sentence: models have mostly learnt single ones.
+
+    A sentence that does not fit either is halved near its middle, and so on; one character is
+    never split. A full stop before a small letter ends no sentence.
+    """
+    if fits(text):
+        return [text]
+    ends = [
+        end for end in _SENTENCE_END.finditer(text) if not text[end.end() : end.end() + 1].islower()
+    ]
+    starts = [0, *(end.end() for end in ends)]
+    stops = [*(end.start() for end in ends), len(text)]
+    sentences = [text[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    return [part for sentence in sentences if sentence for part in _halved(sentence, fits)]
+
+
+def _halved(text: str, fits: Callable[[str], bool]) -> list[str]:
     if fits(text) or len(text) < 2:
         return [text]
     middle = len(text) / 2
@@ -100,7 +117,7 @@ def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
             break
     else:
         first, second = text[: len(text) // 2], text[len(text) // 2 :]
-    return [*split_text(first, fits), *split_text(second, fits)]
+    return [*_halved(first, fits), *_halved(second, fits)]
 
 
 def told(too_long: Sequence[int], num_sentences: int, max_len: int, done: TooLong) -> str:

@@ -147,7 +147,7 @@ def _translated(valid: list[Record]) -> list[Record]:
 def _draw_bleu(panel: Any, valid: list[Record], name: str, color: str) -> None:
     records = _translated(valid)
     panel.plot(_steps(records), [r["valid_bleu"] for r in records], "o-", label=name, color=color)
-    panel.set_title("BLEU of the validation sample")
+    panel.set_title("greedy BLEU of the validation sample")
     panel.set_ylim(bottom=0, auto=None)  # which still makes room for the next run
     if name:
         panel.legend(frameon=False)

@@ -213,9 +213,11 @@ def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float
 
 
 def validation_words(values: dict[str, float]) -> str:
-    """`perplexity 7.31, BLEU 12.0`: an evaluation in a line."""
-    bleu = f", BLEU {values['bleu']:.1f}, chrF {values['chrf']:.1f}" if "bleu" in values else ""
-    return f"perplexity {values['perplexity']:,.2f}{bleu}"
+    """`perplexity 7.31, greedily BLEU 12.0, chrF 34.5`: an evaluation in a line."""
+    words = f"perplexity {values['perplexity']:,.2f}"
+    if "bleu" in values:
+        words += f", greedily BLEU {values['bleu']:.1f}, chrF {values['chrf']:.1f}"
+    return words
 
 
 def translated_texts(before: list[Example], after: list[Example]) -> list[Text]:

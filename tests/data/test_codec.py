@@ -68,7 +68,7 @@ def test_a_direction_is_two_languages_even_with_hyphens():
 
 @pytest.mark.parametrize("direction", ["en", "en-en", "en-fr", "", "-de", "en_de"])
 def test_a_direction_that_is_none_is_a_message(direction):
-    with pytest.raises(UserError, match="is not two different languages SOURCE-TARGET"):
+    with pytest.raises(UserError, match="is not SOURCE-TARGET of two languages that are here"):
         parse_direction(direction, LANGUAGES)
 
 

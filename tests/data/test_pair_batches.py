@@ -256,7 +256,7 @@ def test_long_pairs_are_counted_and_dropped_or_cut_before_their_end(prepared, po
         ({"max_len": 20, "too_long": "refuse"}, r"\d+ pairs of the train split of .* are longer"),
         ({"max_len": 3}, r"has no pair for the train split: 930 pairs .* seq_len=3.*raise these"),
         ({"bin_tokens": 40}, r"bin_tokens=40 does not hold the longest pair .* takes \d+ with"),
-        ({"directions": ["en-fr"]}, r"direction 'en-fr' is not two different languages"),
+        ({"directions": ["en-fr"]}, r"direction 'en-fr' is not SOURCE-TARGET of two languages"),
     ],
 )
 def test_what_cannot_be_batched_is_a_message(prepared, changes, message):

@@ -57,11 +57,18 @@ def test_a_character_of_more_tokens_than_there_are_positions_is_cut(
     assert len(found.ids) == (3 if too_long == "split" else 1)
 
 
-def test_the_best_border_near_the_middle_is_taken() -> None:
+def test_a_text_is_split_at_its_sentences_and_they_at_the_best_border_near_the_middle() -> None:
     def parts(text: str, max_chars: int) -> list[str]:
         return split_text(text, lambda part: len(part) <= max_chars)
 
     assert parts("One, two. Three, four.", 15) == ["One, two.", "Three, four."]
+    assert parts("One. Two. Three. Four.", 16) == ["One.", "Two.", "Three.", "Four."]
+    assert parts("See p. 2. Or no. 3, e.g. there.", 22) == [
+        "See p.",
+        "2.",
+        "Or no.",
+        "3, e.g. there.",
+    ]
     assert parts("One and two, three and four", 15) == ["One and two,", "three and four"]
     assert parts("one two three four", 10) == ["one two", "three four"]
     assert parts("海在这里。船在那里。", 5) == ["海在这里。", "船在那里。"]

@@ -53,7 +53,7 @@ def test_bleu_is_drawn_of_runs_that_translate(
     picture = tmp_path / "curves.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         main([*map(str, runs), "--out", str(picture)])
-    assert ("BLEU of the validation sample" in picture.read_text()) == translates
+    assert ("greedy BLEU of the validation sample" in picture.read_text()) == translates
 
 
 @pytest.mark.parametrize(

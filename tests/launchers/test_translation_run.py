@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused(
     message = refusal(capsys, evaluate.main, run.folder, "--sequences", 3)
     assert f"--sequences says nothing about {run.folder}, which translates: leave it out" in message
     message = refusal(capsys, evaluate.main, run.folder, "--directions", "en-fr")
-    assert "direction 'en-fr' is not two different languages" in message
+    assert "direction 'en-fr' is not SOURCE-TARGET of two languages" in message
     other = prepared_verses(tmp_path, num_train=40).path
     for main, more in ((evaluate.main, ()), (translate.main, ("--from", "en", "--to", "de"))):
         message = refusal(capsys, main, run.folder, *more, "--data", other)
