@@ -3,7 +3,8 @@
 Rows of the validation split are pairs if both sides hold something. Training pairs may be filtered
 too; each row that is dropped counts under the first reason that holds.
 
-Memory: 8 bytes a row for each column of a language that duplicates are looked for in.
+Memory: 8 bytes a row for each column of a language that duplicates are looked for in, and one byte
+a row for each direction.
 """
 
 from collections import Counter

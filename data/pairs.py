@@ -12,6 +12,7 @@ columns. A long table is stored as one such table for each of its directions.
 """
 
 import hashlib
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from data.token_files import SplitRecord, TokenSplit
 from data.tokenizer import load_tokenizer
 
 PAIRS_VERSION = 1
+MOST_OPEN_FILES = 65536
 REMEDY = "run `python -m launchers.prepare_pairs --out ...`"
 
 
@@ -227,15 +229,24 @@ class PreparedPairs:
         """
         for language in (source, target):
             check_language(language, self.languages)
-        direction = (source, target)
-        parts = [part for part in self.table_pairs(split) if part.direction == direction]
-        if not parts:
-            known = ", ".join("-".join(found) for found in self.directions(split)) or "none"
+        by_direction = self.pairs_by_direction(split)
+        if (source, target) not in by_direction:
+            known = ", ".join("-".join(found) for found in by_direction) or "none"
             raise UserError(
                 f"{self.path} has no pair of direction {source}-{target} in its {split} split: "
                 f"it has {known}"
             )
-        return DirectionPairs(parts, self.codec, direction)
+        return by_direction[source, target]
+
+    def pairs_by_direction(self, split: str) -> dict[tuple[str, str], DirectionPairs]:
+        """The pairs of every direction that has any, in the order of the tables."""
+        parts: dict[tuple[str, str], list[TablePairs]] = {}
+        for part in self.table_pairs(split):
+            parts.setdefault(part.direction, []).append(part)
+        return {
+            direction: DirectionPairs(of_it, self.codec, direction)
+            for direction, of_it in parts.items()
+        }
 
     def table_pairs(self, split: str) -> list[TablePairs]:
         """The pairs of a split, by table and direction; those that are empty are left out."""
@@ -281,6 +292,11 @@ def open_pairs(path: Path) -> PreparedPairs:
         UserError: the folder, the manifest or a file in it is missing, cut short, or does not fit
             the others.
     """
+    # A file for each direction stays open: 33 languages have more than the usual 1,024.
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if most == resource.RLIM_INFINITY else min(MOST_OPEN_FILES, most)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     file = path / "manifest.json"
     if not file.is_file():
         raise UserError(f"{path} is not a folder of prepared pairs (no {file}): {REMEDY} first")

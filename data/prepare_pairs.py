@@ -229,9 +229,12 @@ def _vocabulary(
         limit = min(
             max(SAMPLE_CHARS_PER_ENTRY * config.vocab_size, MIN_SAMPLE_CHARS), MAX_SAMPLE_CHARS
         )
-        texts = sampled_texts(
-            _training_texts(reader), _num_chars(reader), config.vocab_temperature, limit
-        )
+        num_chars = _num_chars(reader)
+        if not any(num_chars.values()):
+            raise UserError(
+                f"no training text in {', '.join(languages)}: name other columns with --columns"
+            )
+        texts = sampled_texts(_training_texts(reader), num_chars, config.vocab_temperature, limit)
         reporter.message(f"training a vocabulary of {config.vocab_size} entries")
         symbols = [tag(language) for language in languages]
         train_sentencepiece(texts, config.vocab_size, file, 2 * limit, symbols)

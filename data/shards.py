@@ -45,7 +45,7 @@ def _shards(
     counts = dict.fromkeys(splits, 0)
     for split, piece in pieces:
         open_shards[split].append(piece)
-        sizes[split] += len(piece.text)
+        sizes[split] += len(piece.text) + 1  # a million empty ones must not become one shard
         if sizes[split] >= SHARD_CHARS:
             yield f"{split}-{counts[split]:06}", open_shards[split]
             open_shards[split], sizes[split] = [], 0

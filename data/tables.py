@@ -151,6 +151,12 @@ def _json_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str,
                 f"{where}, column {error.colno} is not JSON: {error.msg}. Each line must be one "
                 "object; mend it or delete it"
             ) from error
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 9,000 brackets
+            raise UserError(
+                f"{where} is no JSON that can be read: {error}. Mend it or delete it"
+            ) from error
         if not isinstance(row, dict):
             raise UserError(f'{where} must be an object like {{"en": "...", "de": "..."}}')
         yield where, row

@@ -18,8 +18,13 @@ from engine.progress import table
 from models.beam_search import Sampling, Translation, default_max_len, translate
 from models.transformer import EncoderDecoder
 
-# Languages that are written without spaces between words.
-SPACELESS = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "yue", "zh"})
+# Languages that are written without spaces between words, by both codes of ISO 639.
+CHINESE = frozenset({"zh", "zho", "cmn"})
+SPACELESS = CHINESE | {
+    *("bo", "dz", "ja", "km", "lo", "my", "th"),
+    *("bod", "dzo", "jpn", "khm", "lao", "mya", "tha"),
+    *("gan", "hak", "hsn", "nan", "wuu", "yue"),
+}
 # A short list says each direction in a line; beyond that a matrix is easier to read.
 LISTED_DIRECTIONS = 12
 
@@ -97,7 +102,8 @@ def _translate_batch(
     source = torch.tensor([[*row, *[codec.eos_id] * (longest - len(row))] for row in rows])
     is_padded = min(lengths) < longest
     padding = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
-    limits = [decoding.max_len or default_max_len(length) for length in lengths]
+    most = model.decoder.max_len
+    limits = [min(most, decoding.max_len or default_max_len(length)) for length in lengths]
     return translate(
         model,
         source.to(device),
@@ -140,8 +146,8 @@ def joined(parts: Iterable[str], language: str) -> str:
 
 
 def is_spaceless(language: str) -> bool:
-    """Whether it is written without spaces; "zh_CN" is what "zh" is."""
-    return language.replace("_", "-").split("-")[0].lower() in SPACELESS
+    """Whether it is written without spaces; "zh_CN" and "zho_Hans" are what "zh" is."""
+    return _subtag(language) in SPACELESS
 
 
 def bleu_tokenizer(language: str) -> str:
@@ -150,9 +156,14 @@ def bleu_tokenizer(language: str) -> str:
     "zh" is what WMT does for Chinese. sacrebleu's "ja-mecab" needs a further package, and so
     Japanese and the others without spaces are compared character by character.
     """
-    if language.replace("_", "-").split("-")[0].lower() == "zh":
+    if _subtag(language) in CHINESE:
         return "zh"
     return "char" if is_spaceless(language) else "13a"
+
+
+def _subtag(language: str) -> str:
+    """The language itself, of ISO 639-1 or 639-3, without script and country."""
+    return language.replace("_", "-").split("-")[0].lower()
 
 
 @dataclass(frozen=True)
@@ -242,7 +253,11 @@ def validation_texts(
         UserError: the split has no pair of a direction.
     """
     chosen = prepared.directions("valid") if directions is None else directions
-    pairs = {direction: prepared.pairs("valid", *direction) for direction in chosen}
+    available = prepared.pairs_by_direction("valid")
+    pairs = {
+        direction: available.get(direction) or prepared.pairs("valid", *direction)
+        for direction in chosen
+    }
     return {
         direction: (
             list(islice(found.sources, max_sentences)),

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from data.errors import UserError
 from launchers.quiet import quiet_deepspeed
+from launchers.translate import MAX_LENGTH_PENALTY
 from launchers.user_errors import user_errors
 
 if TYPE_CHECKING:
@@ -60,8 +61,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if options.length_penalty is not None and not 0 <= options.length_penalty < math.inf:
-        raise UserError(f"--length-penalty {options.length_penalty:g} must be 0 or more")
+    if options.length_penalty is not None and not 0 <= options.length_penalty <= MAX_LENGTH_PENALTY:
+        raise UserError(
+            f"--length-penalty {options.length_penalty:g} must be 0 to {MAX_LENGTH_PENALTY}"
+        )
     folder = options.write_translations
     if folder is not None and folder.exists():
         raise UserError(

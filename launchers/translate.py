@@ -10,7 +10,9 @@ pauses for a moment. Ctrl-C keeps what has come out, and says how many lines tha
 
 import argparse
 import math
+import os
 import select
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.errors import UserError
 from launchers.quiet import quiet_deepspeed
 from launchers.user_errors import user_errors
+
+MAX_LENGTH_PENALTY = 10  # what n tokens are raised to must stay a number
 
 if TYPE_CHECKING:
     from engine.long_sentences import TooLong
@@ -105,10 +109,10 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= options.length_penalty < math.inf:
+    if not 0 <= options.length_penalty <= MAX_LENGTH_PENALTY:
         raise UserError(
-            f"--length-penalty {options.length_penalty:g} must be 0 or more: 0 compares plain "
-            "probabilities, 1 those of a token"
+            f"--length-penalty {options.length_penalty:g} must be 0 to {MAX_LENGTH_PENALTY}: 0 "
+            "compares plain probabilities, 1 those of a token"
         )
     for name in ("temperature", "top_p", "seed"):
         value, option = getattr(options, name), f"--{name.replace('_', '-')}"
@@ -349,13 +353,21 @@ def _translate_all(options: argparse.Namespace, translator: Translator) -> None:
                 _write(found, options.out, "ab" if num_written else "wb")
                 num_written = translator.num_done
     except KeyboardInterrupt:
-        where = f" into {options.out}" if options.out is not None else ""
-        print(f"stopped: {num_written:,} lines are translated and written{where}", file=sys.stderr)
+        print(f"stopped: {_written(num_written, options.out)}", file=sys.stderr)
         raise
+    except UserError as error:
+        if not num_written:
+            raise
+        raise UserError(f"{error}; {_written(num_written, options.out)}") from error
     if not num_written:
         _write([], options.out, "wb")
     if said := translator.told():
         print(said, file=sys.stderr)
+
+
+def _written(num_lines: int, out: Path | None) -> str:
+    where = f" into {out}" if out is not None else ""
+    return f"{num_lines:,} lines are translated and written{where}"
 
 
 @contextmanager
@@ -379,9 +391,13 @@ def _write(lines: Iterable[str], out: Path | None, mode: str) -> None:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(out)) from None  # writing names no file
         return
-    sys.stdout.flush()
-    sys.stdout.buffer.write(content)
-    sys.stdout.buffer.flush()
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ _WAYS_OUT = {
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
     errno.ENOENT: "it is not there, or a folder of the path cannot be made; choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or prepare fewer directions",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose another disk",
 }
 

@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_lengths_are_those_of_the_pairs(folder):
     assert part.target_lengths.tolist() == [len(pair.target) for pair in pairs][: len(part)]
     assert part.source_row(5).tolist() == pairs[5].source[1:].tolist()
     assert part.target_row(5).tolist() == pairs[5].target.tolist()
+
+
+def test_more_directions_may_be_open_than_a_shell_allows_files(folder):
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, most))
+    open_pairs(folder)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(65536, most), most)
 
 
 def test_an_opened_folder_says_what_it_holds(folder):

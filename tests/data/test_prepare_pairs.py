@@ -6,6 +6,7 @@ import pytest
 import data.partial
 import data.prepare_pairs
 import data.shards
+from data.corpus import Piece
 from data.errors import UserError
 from data.pair_filters import PairFilter
 from data.pairs import open_pairs
@@ -281,6 +282,22 @@ def test_a_table_given_twice_is_a_message(config, table):
 def test_a_vocabulary_without_training_text_is_a_message(config, table):
     with pytest.raises(UserError, match=r"no table has a training file.*use --tokenizer DIR"):
         prepare_pairs(replace(config, tables=(replace(table, train=""),)))
+
+
+def test_languages_without_any_training_text_are_a_message(config, tmp_path):
+    rows = [{"en": "", "de": "", "fr": "bonjour"}, {"en": "", "de": "", "fr": "salut"}]
+    train = write_tsv(tmp_path / "french.tsv", rows, ("en", "de", "fr"))
+    table = TableConfig("t", train=str(train), columns=("en", "de"))
+    before = {*tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"no training text in en, de: name other columns with"):
+        prepare_pairs(replace(config, tables=(table,)))
+    assert {*tmp_path.iterdir()} == before
+
+
+def test_empty_cells_do_not_make_a_shard_without_end(monkeypatch):
+    monkeypatch.setattr(data.shards, "SHARD_CHARS", 100)
+    pieces = (("c", Piece("", True, True)) for _ in range(1000))
+    assert [len(found) for _, found in data.shards._shards(pieces, ["c"])] == [100] * 10
 
 
 def test_a_file_is_not_both_trained_on_and_validated(config, table):

@@ -110,6 +110,16 @@ def test_quotes_windows_line_ends_and_a_byte_order_mark_are_no_trouble(tmp_path)
         ("t.tsv.gz", b"en\tde\n", r"t\.tsv\.gz is damaged or not what its suffix '\.gz' says"),
         ("t.csv", b"en,de\n", r"t\.csv: cannot tell the format.*one of \.tsv, \.jsonl"),
         ("t.jsonl", b'{"en": \n', r"t\.jsonl, line 1, column \d+ is not JSON"),
+        (
+            "t.jsonl",
+            b'{"id": ' + b"1" * 5000 + b"}\n",
+            r"line 1 is no JSON that can be read: Exceeds",
+        ),
+        (
+            "t.jsonl",
+            b'{"id": ' + b"[" * 100_000 + b"\n",
+            r"line 1 is no JSON that can be read: max",
+        ),
         ("t.jsonl", b"[1]\n", r't\.jsonl, line 1 must be an object like \{"en"'),
         ("t.jsonl", b'{"en": 3}\n', r"line 1: 'en' holds int, but must hold text: mend it"),
         ("t.jsonl", b'{"en": "\\ud800"}\n', r"line 1: 'en' holds half a surrogate pair"),

@@ -176,7 +176,16 @@ def test_few_directions_are_a_list_and_many_a_matrix() -> None:
 
 @pytest.mark.parametrize(
     ("language", "tokenizer"),
-    [("de", "13a"), ("zh", "zh"), ("zh_CN", "zh"), ("ja", "char"), ("ko", "13a"), ("th", "char")],
+    [
+        ("de", "13a"),
+        ("zh", "zh"),
+        ("zh_CN", "zh"),
+        ("ja", "char"),
+        ("ko", "13a"),
+        ("th", "char"),
+        ("zho_Hans", "zh"),
+        ("jpn_Jpan", "char"),
+    ],
 )
 def test_bleu_has_the_words_of_the_language(language: str, tokenizer: str) -> None:
     assert bleu_tokenizer(language) == tokenizer

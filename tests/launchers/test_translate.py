@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -156,8 +157,9 @@ def test_the_command_prints_translations_alone_and_ends_without_a_traceback(fold
         (["--beam", "0"], "--beam 0 must be at least 1"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--max-len", "0"], "--max-len 0 must be at least 1"),
-        (["--length-penalty", "-1"], "--length-penalty -1 must be 0 or more"),
-        (["--length-penalty", "inf"], "--length-penalty inf must be 0 or more"),
+        (["--length-penalty", "-1"], "--length-penalty -1 must be 0 to 10"),
+        (["--length-penalty", "inf"], "--length-penalty inf must be 0 to 10"),
+        (["--length-penalty", "10.5"], "--length-penalty 10.5 must be 0 to 10"),
         (["--temperature", "1"], "--temperature 1 belongs to --sample"),
         (["--top-p", "0.5"], "--top-p 0.5 belongs to --sample"),
         (["--seed", "3"], "--seed 3 belongs to --sample"),
@@ -302,6 +304,46 @@ def test_a_stop_keeps_the_windows_that_are_written_and_says_how_many_lines(
     assert ended.value.code == 130
     assert f"stopped: 8 lines are translated and written into {out}" in capsys.readouterr().err
     assert out.read_bytes().count(b"\n") == 8
+
+
+def test_a_refused_sentence_behind_others_says_how_many_lines_are_written(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, out = tmp_path / "text.txt", tmp_path / "out"
+    file.write_text("Meer\n" * 8 + "Das Meer ist ruhig. " * 5 + "\n")
+    monkeypatch.setattr("launchers.translate.WINDOW", 1)
+    options = ("--too-long", "refuse", "--batch-size", 1, "--out", out)
+    message = refusal(capsys, folder, file, *TO_ENGLISH, *options)
+    assert "error: sentence 9 has " in message
+    assert message.endswith(f"; 8 lines are translated and written into {out}\n")
+    assert out.read_bytes().count(b"\n") == 8
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path) -> None:
+    command = [sys.executable, "-m", "launchers.translate", folder, *TO_ENGLISH, "--beam", "1"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(b"Meer\n")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_more_tokens_than_the_model_has_positions_are_as_many_as_it_has(
+    capfdbinary: pytest.CaptureFixture[bytes], folder: Path
+) -> None:
+    most = translated(capfdbinary, folder, *TO_ENGLISH, "--text", "Meer", "--max-len", 10**20)
+    assert most == translated(
+        capfdbinary, folder, *TO_ENGLISH, "--text", "Meer", "--max-len", 10**6
+    )
 
 
 def test_a_pipe_gives_a_window_when_it_is_full_pauses_or_ends(

@@ -171,7 +171,7 @@ def test_evaluate_refuses_options_of_translation_for_text(
         (("--write-translations", "tests"), "--write-translations tests exists: name a folder"),
         (("--beam", 0), "--beam 0 must be at least 1"),
         (("--max-sentences", 0), "--max-sentences 0 must be at least 1"),
-        (("--length-penalty", "-0.5"), "--length-penalty -0.5 must be 0 or more"),
+        (("--length-penalty", "-0.5"), "--length-penalty -0.5 must be 0 to 10"),
     ],
 )
 def test_evaluates_own_options_are_checked(
