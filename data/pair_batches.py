@@ -398,10 +398,8 @@ def _streams(
     parts = prepared.table_pairs(split)
     if directions is not None:
         asked = [parse_direction(direction, prepared.languages) for direction in directions]
-        found = {part.direction for part in parts}
         for source, target in asked:
-            if (source, target) not in found:
-                prepared.pairs(split, source, target)  # says what there is instead
+            prepared.pairs(split, source, target)  # says what there is instead
         parts = [part for part in parts if part.direction in asked]
     streams = [Stream(part, limits, too_long) for part in parts]
     longer = sum(stream.num_too_long for stream in streams)

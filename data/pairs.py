@@ -218,8 +218,7 @@ class PreparedPairs:
 
     def directions(self, split: str) -> list[tuple[str, str]]:
         """Every direction that has a pair in a split, in the order of the tables."""
-        found = [part.direction for table in self.tables for part in self._parts(table, split)]
-        return [*dict.fromkeys(found)]
+        return [*self._of_split(split)]
 
     def pairs(self, split: str, source: str, target: str) -> DirectionPairs:
         """The pairs of a direction.
@@ -229,7 +228,7 @@ class PreparedPairs:
         """
         for language in (source, target):
             check_language(language, self.languages)
-        by_direction = self.pairs_by_direction(split)
+        by_direction = self._of_split(split)
         if (source, target) not in by_direction:
             known = ", ".join("-".join(found) for found in by_direction) or "none"
             raise UserError(
@@ -238,15 +237,21 @@ class PreparedPairs:
             )
         return by_direction[source, target]
 
-    def pairs_by_direction(self, split: str) -> dict[tuple[str, str], DirectionPairs]:
-        """The pairs of every direction that has any, in the order of the tables."""
-        parts: dict[tuple[str, str], list[TablePairs]] = {}
-        for part in self.table_pairs(split):
-            parts.setdefault(part.direction, []).append(part)
-        return {
-            direction: DirectionPairs(of_it, self.codec, direction)
-            for direction, of_it in parts.items()
-        }
+    def _of_split(self, split: str) -> dict[tuple[str, str], DirectionPairs]:
+        """The pairs of every direction that has any, in the order of the tables; opened once."""
+        if split not in self._opened:
+            parts: dict[tuple[str, str], list[TablePairs]] = {}
+            for part in self.table_pairs(split):
+                parts.setdefault(part.direction, []).append(part)
+            self._opened[split] = {
+                direction: DirectionPairs(of_it, self.codec, direction)
+                for direction, of_it in parts.items()
+            }
+        return self._opened[split]
+
+    @cached_property
+    def _opened(self) -> dict[str, dict[tuple[str, str], DirectionPairs]]:
+        return {}
 
     def table_pairs(self, split: str) -> list[TablePairs]:
         """The pairs of a split, by table and direction; those that are empty are left out."""

@@ -253,11 +253,7 @@ def validation_texts(
         UserError: the split has no pair of a direction.
     """
     chosen = prepared.directions("valid") if directions is None else directions
-    available = prepared.pairs_by_direction("valid")
-    pairs = {
-        direction: available.get(direction) or prepared.pairs("valid", *direction)
-        for direction in chosen
-    }
+    pairs = {direction: prepared.pairs("valid", *direction) for direction in chosen}
     return {
         direction: (
             list(islice(found.sources, max_sentences)),

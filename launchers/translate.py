@@ -27,14 +27,13 @@ from data.errors import UserError
 from launchers.quiet import quiet_deepspeed
 from launchers.user_errors import user_errors
 
-MAX_LENGTH_PENALTY = 10  # what n tokens are raised to must stay a number
-
 if TYPE_CHECKING:
     from engine.long_sentences import TooLong
     from engine.translation import Decoding
     from engine.translation_run import TranslationRun
 
 BYTE_ORDER_MARK = "\ufeff"
+MAX_LENGTH_PENALTY = 10  # what n tokens are raised to must stay a number
 WINDOW = 512  # lines that are sorted by length together, and come out together
 PAUSE = 0.2  # seconds without a line after which those of a pipe are translated
 PARTS = 1 << 32  # more lines than there are: part p of line n draws as n + p * PARTS
