@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,33 @@ def profiled(step: Callable[[], None], finish: Callable[[], None]) -> dict[str, 
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         return device_times(json.loads(file.read_text())["traceEvents"])
+
+
+def in_turn(_gate: Any, _given: Any, decided: Any, num_experts: int) -> Any:
+    """Forward hook of a router: experts in turn in the place of those that it has chosen."""
+    from models.router import Routing
+
+    routing, *others = (decided,) if isinstance(decided, Routing) else decided
+    turns = _turns(*routing.experts.shape, num_experts, routing.experts.device)
+    routing = routing._replace(**{key: turns[key] for key in turns.keys() & set(routing._fields)})
+    return (routing, *others) if others else routing
+
+
+@cache
+def _turns(num_tokens: int, top_k: int, num_experts: int, device: Any) -> dict[str, Any]:
+    """Fields of a router's decision; a token's experts lie far from each other."""
+    import torch
+
+    from models.dispatch import expert_counts
+
+    turns = torch.arange(num_tokens, device=device).unsqueeze(1)
+    experts = (turns + torch.arange(top_k, device=device) * (num_experts // top_k)) % num_experts
+    if device.type != "cuda":
+        return {"experts": experts}
+    from models.kernels.sorting import kept_block_counts  # Triton is not everywhere
+
+    found = {"experts": experts.int(), "load": expert_counts(experts, num_experts)}
+    return found | {"block_counts": kept_block_counts(experts.int(), num_experts)}
 
 
 class NothingTravels:
@@ -222,6 +250,12 @@ class Bench:
                 layer.moe = layer.moe.model_copy(update={"exchange_chunks": num_chunks or 1})
                 if num_chunks is None:
                     layer.comm = NothingTravels(self.device)
+
+    def force_balance(self) -> None:
+        """From now on every expert gets as many rows, and every rank."""
+        for layer in self.layers:
+            hook = partial(in_turn, num_experts=layer.moe.num_experts)
+            layer.gate.register_forward_hook(hook)
 
     def say(self, text: str) -> None:
         """Tell how far the benchmark is, once."""

@@ -12,6 +12,7 @@ pages. In this order, each in processes that the deepspeed launcher starts:
                  of two between, on as many GPUs, with as many experts and sequences for each GPU:
                  tokens/s a GPU, MFU, peak memory, and from a profile the share of a step in which
                  a GPU runs an all-to-all kernel and none that computes. Goal: 0.92 of one GPU's.
+                 Once more with experts in turn, so that no GPU has more rows than another.
     paper        the 256 experts of ds_configs/lm_xmoe_256.json on all GPUs, bf16 with float32
                  master weights, beside the dense model of equal useful FLOPs on the same GPUs, both
                  under torch.compile, with --batch and with 8 times as many sequences a GPU. Where
@@ -52,7 +53,7 @@ from launchers.user_errors import user_errors
 PARTS = ("scaling", "paper", "numbers", "checkpoint")
 GRACE = 12  # seconds after --seconds in which what has begun may end
 KEPT, SHOWN = 20_000, 3_000  # characters of what failing ranks have said
-KEYS = ("gpus", "cpu", "experts", "batch", "rounds", "steps", "seconds", "set")
+KEYS = ("gpus", "cpu", "experts", "paper_experts", "batch", "rounds", "steps", "seconds", "set")
 
 
 class Session:
@@ -129,7 +130,7 @@ def measure_paper(session: Session, configs: dict[str, Any], states_bytes: int) 
     """Part `paper`: one launch for all of its runs."""
     records: dict[str, Any] = {}
     num_experts = next(c.model.moe.num_experts for c in configs.values() if c.model.moe)
-    asked = session.options.sizes["paper_experts"]
+    asked = session.options.paper_experts
     about = {"asked_experts": asked, "num_experts": num_experts, "states_bytes": states_bytes}
     session.found["paper"] = about | {"runs": records}
     if num_experts < asked:
@@ -255,6 +256,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "half of them: 520",
     )
     parser.add_argument("--experts", type=positive, help="of `scaling`, for each GPU: 16; --cpu 4")
+    parser.add_argument("--paper-experts", type=positive, help="of `paper`: 256; --cpu 16")
     parser.add_argument("--batch", type=positive, help="sequences of a step, a GPU: 256; --cpu 4")
     parser.add_argument("--rounds", type=positive, default=5, help="timed, of each run: 5")
     parser.add_argument("--steps", type=positive, default=2, help="of a round: 2")
@@ -268,7 +270,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draw", type=Path, help="show and draw the results of a file, and stop")
     options = parser.parse_args(arguments)
     options.sizes = SIZES[options.cpu]
-    for key in ("experts", "batch"):
+    for key in ("experts", "paper_experts", "batch"):
         if getattr(options, key) is None:
             setattr(options, key, options.sizes[key])
     return options

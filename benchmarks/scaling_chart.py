@@ -18,6 +18,8 @@ def speed(record: dict[str, Any], hardware: dict[str, Any]) -> dict[str, Any]:
     speeds = [tokens / one for one in record["step_ms"]]
     found = {"tokens_per_second_per_gpu": statistics.median(speeds)}
     found |= {"slowest": min(speeds), "fastest": max(speeds)}
+    if "balanced_ms" in record:
+        found["balanced"] = statistics.median(tokens / one for one in record["balanced_ms"])
     if peak := peak_flops({"hardware": hardware, "dtype": record["dtype"]}):
         found["mfu"] = found["tokens_per_second_per_gpu"] * record["flops_per_token"] / peak
     if record["profile"]:
@@ -61,6 +63,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     for one in scaling.values():
         if "1" in scaling:
             one["over_one_gpu"] = one[key] / scaling["1"][key]
+            if "balanced" in one and "balanced" in scaling["1"]:
+                one["balanced_over_one_gpu"] = one["balanced"] / scaling["1"]["balanced"]
     for name, one in beside.items():
         if (dense := name.replace("sparse", "dense")) != name and dense in beside:
             one["over_dense"] = one[key] / beside[dense][key]
@@ -119,7 +123,9 @@ def _row(name: str, record: dict[str, Any], one: dict[str, Any], over: str) -> s
     spread = f"({one['slowest']:,.0f} to {one['fastest']:,.0f})"
     cells = [name, str(record["num_experts"]), f"{record['num_parameters'] / 1e6:,.1f}"]
     cells += [f"{one['tokens_per_second_per_gpu']:,.0f} {spread}"]
-    cells += [cell(over, lambda ratio: f"{ratio:.3f}"), cell("mfu", lambda mfu: f"{mfu:.1%}")]
+    ratio = cell(over, lambda ratio: f"{ratio:.3f}")
+    ratio += cell(f"balanced_{over}", lambda ratio: f"; rows balanced {ratio:.3f}")
+    cells += [ratio, cell("mfu", lambda mfu: f"{mfu:.1%}")]
     cells += [exposed, cell("peak_bytes", lambda peak: f"{peak / GIB:.1f}", record)]
     return f"| {' | '.join(cells)} |"
 

@@ -64,7 +64,7 @@ def paper_configs(options: argparse.Namespace, memory: float) -> tuple[dict[str,
         return config_of(SimpleNamespace(**sizes), "spread", options.gpus)  # type: ignore[arg-type]
 
     fewest = 2 * options.gpus  # a token has two
-    num_experts = max(options.sizes["paper_experts"], fewest)
+    num_experts = max(options.paper_experts, fewest)
     while True:
         config = sparse(num_experts, MORE_SEQUENCES * options.batch, options.batch)
         needed = memory_of_rank(parameters_of(config.model), config, options.gpus).total

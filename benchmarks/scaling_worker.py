@@ -57,6 +57,14 @@ def measured(bench: Bench, rounds: int, steps: int) -> dict[str, Any]:
     }
 
 
+def balanced(bench: Bench, rounds: int, steps: int) -> list[float]:
+    """Milliseconds of a step in which no rank has more rows than another; it stays so."""
+    bench.force_balance()
+    for _ in range(WARM_UP):
+        bench.step()
+    return [bench.milliseconds(steps) for _ in range(rounds)]
+
+
 def keep(job: dict[str, Any], found: dict[str, Any]) -> None:
     """Rank 0 writes what there is."""
     if dist.get_rank() == 0:
@@ -77,6 +85,8 @@ def work(file: Path) -> None:
             keep(job, found)  # whatever becomes of the profile
             if bench.config.deepspeed["gradient_accumulation_steps"] <= MOST_PROFILED:
                 found[name]["profile"] = bench.profiles()
+            if job["part"] == "scaling":
+                found[name]["balanced_ms"] = balanced(bench, job["rounds"], job["steps"])
             bench.engine.destroy()
             del bench
         gc.collect()

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import accumulate
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -100,16 +101,19 @@ def send_order(
 
 
 class _Splits:
-    """Rows of each chunk to, or from, each rank."""
+    """Rows of each chunk to, or from, each rank.
 
-    def __init__(self, counts: Tensor, rank: int) -> None:
-        """Take (C, W) of the host, of a rank."""
-        own, others = counts[:, rank], counts.clone()
-        others[:, rank] = 0
-        self.rows: list[list[int]] = others.tolist()  # [chunk][rank]
-        self.own_rows: list[int] = own.tolist()
-        self.ends: list[int] = others.sum(1).cumsum(0).tolist()
-        self.own_ends: list[int] = own.cumsum(0).tolist()
+    Plain numbers: the device runs dry while the host makes these, and tensors would take it longer.
+    """
+
+    def __init__(self, counts: list[list[int]], rank: int) -> None:
+        """Take the counts [rank][chunk] of a rank."""
+        self.own_rows = counts[rank]
+        self.rows = [list(of_chunk) for of_chunk in zip(*counts, strict=True)]  # [chunk][rank]
+        for of_chunk in self.rows:
+            of_chunk[rank] = 0
+        self.ends = list(accumulate(map(sum, self.rows)))
+        self.own_ends = list(accumulate(self.own_rows))
 
     @property
     def total(self) -> int:
@@ -220,8 +224,8 @@ class Exchange:
         """What is sent and received, by chunk and rank."""
         sent = self._host_counts[: self.num_ranks * self.num_local_experts]
         parts = (sent.view(self.num_ranks, -1), self._received(self._host_counts))
-        sent, received = (self._of_chunks(part).t() for part in parts)
-        return _Splits(sent, self.rank), _Splits(received, self.rank)
+        sent, received = (_Splits(self._of_chunks(part).tolist(), self.rank) for part in parts)
+        return sent, received
 
     def received_counts(self) -> Tensor:
         """(W, L) int64, the rows that each rank sends to each expert of this one."""
@@ -264,14 +268,16 @@ class Exchange:
         Until the work has been waited for, the caller keeps both.
         """
         sent, received = self._sent_and_received
+        work = self._travel(chunk, sent.part(chunk, rows), received.part(chunk, arriving), False)
         self._count(chunk, rows, False)
-        return self._travel(chunk, sent.part(chunk, rows), received.part(chunk, arriving), False)
+        return work
 
     def start_back(self, chunk: int, rows: Tensor, arriving: Tensor) -> Work:
         """Send a chunk of (S, D) to where it came from, into a chunk of (A, D); see `start`."""
         sent, received = self._sent_and_received
+        work = self._travel(chunk, received.part(chunk, rows), sent.part(chunk, arriving), True)
         self._count(chunk, rows, True)
-        return self._travel(chunk, received.part(chunk, rows), sent.part(chunk, arriving), True)
+        return work
 
     def _travel(self, chunk: int, rows: Tensor, arriving: Tensor, back: bool) -> Work:
         """Start to send what travels of a chunk."""

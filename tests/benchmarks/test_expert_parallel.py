@@ -1,6 +1,7 @@
 """The benchmark of expert parallelism measures what it says."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.expert_parallel import (
     busiest_rank,
     config_of,
     device_times,
+    in_turn,
     main,
     parse,
     summarised,
@@ -22,6 +24,9 @@ from benchmarks.expert_parallel import (
     union,
 )
 from data.errors import UserError
+from models.init import RandomSource
+from models.moe import MoE
+from models.moe_config import MoELayerConfig
 
 SIZES = ["num_layers=2", "d_model=32", "d_ff=48", "num_heads=2", "vocab_size=64", "max_seq_len=16"]
 TINY = ["--cpu", "--rounds", "1", "--steps", "1", "--set", "magnetar.data.seq_len=16"]
@@ -32,6 +37,19 @@ for size in SIZES:
 def test_what_overlaps_is_counted_once() -> None:
     assert union([]) == 0
     assert union([(5, 7), (0, 2), (1, 4), (1, 2), (7, 8)]) == 7
+
+
+@pytest.mark.parametrize("router", ["xmoe", "linear"])
+def test_experts_in_turn_get_as_many_rows(router: str) -> None:
+    moe = MoELayerConfig(num_experts=8, top_k=2, router=router)
+    layer = MoE(16, 32, moe, "gelu", True, 1.0)
+    layer.init_weights(RandomSource(0, "ffn"))
+    x = torch.randn(2, 32, 16)
+    as_it_falls = layer(x)[1].load
+    hook = partial(in_turn, num_experts=8)
+    layer.deepspeed_moe.gate.register_forward_hook(hook)
+    assert as_it_falls.unique().numel() > 1
+    assert layer(x)[1].load.tolist() == [16.0] * 8
 
 
 def event(name: str, category: str, begin: float, length: float) -> dict[str, Any]:
