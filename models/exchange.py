@@ -222,10 +222,13 @@ class Exchange:
     @cached_property
     def _sent_and_received(self) -> tuple[_Splits, _Splits]:
         """What is sent and received, by chunk and rank."""
-        sent = self._host_counts[: self.num_ranks * self.num_local_experts]
-        parts = (sent.view(self.num_ranks, -1), self._received(self._host_counts))
-        sent, received = (_Splits(self._of_chunks(part).tolist(), self.rank) for part in parts)
-        return sent, received
+        sent = self._host_counts[: self.num_ranks * self.num_local_experts].view(self.num_ranks, -1)
+        received = self._received(self._host_counts)
+        return self._splits(sent), self._splits(received)
+
+    def _splits(self, counts: Tensor) -> _Splits:
+        """Of (W, L) on the host."""
+        return _Splits(self._of_chunks(counts).tolist(), self.rank)
 
     def received_counts(self) -> Tensor:
         """(W, L) int64, the rows that each rank sends to each expert of this one."""
