@@ -297,6 +297,11 @@ def require_gpus(options: argparse.Namespace, there: int) -> None:
         raise UserError(
             f"--gpus {options.gpus}: experts are halved and halved again, so use 2, 4, 8 or 16"
         )
+    if options.paper_experts & (options.paper_experts - 1):
+        raise UserError(
+            f"--paper-experts {options.paper_experts}: as many as fit are found by halving, so use "
+            "a power of two, such as 64"
+        )
     if not options.cpu and options.gpus > there:
         raise UserError(f"--gpus {options.gpus}: this machine has {there}; use as many at most")
 

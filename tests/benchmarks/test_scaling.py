@@ -86,6 +86,17 @@ def test_experts_that_never_fit_are_refused_with_a_way_out() -> None:
         paper_configs(options_for(8), GIB)
 
 
+def test_experts_that_cannot_be_halved_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--paper-experts 100: .* a power of two, such as 64"):
+        options_for(2, "--paper-experts", "100")
+
+
+def test_as_many_experts_a_gpu_as_on_eight_can_be_asked_for() -> None:
+    configs, _ = paper_configs(options_for(2, "--paper-experts", "64"), 79 * GIB)
+    assert configs["sparse, 2048 sequences"].model.moe.num_experts == 64
+    assert configs["sparse, 2048 sequences"].deepspeed["train_micro_batch_size_per_gpu"] == 256
+
+
 def test_the_small_model_has_an_expert_and_a_sequence_for_each_gpu() -> None:
     assert small_model(4, Path("text"))["magnetar.model.moe.num_experts"] == 8
     assert small_model(16, Path("text"))["train_batch_size"] == 16
