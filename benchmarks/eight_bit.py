@@ -46,13 +46,14 @@ def work(out: Path, name: str, settings: list[str]) -> None:
     import torch
 
     from benchmarks.provenance import git_commit, hardware, versions
-    from engine.batches import TrainingBatches
-    from engine.config import load_config
-    from engine.engine import build_engine, loss_weights, start_distributed, train_step
-    from engine.evaluation import evaluate
-    from engine.trainer import resolve_run
-    from engine.windows import windows
-    from models.cost import num_parameters
+    from magnetar.engine.batches import TrainingBatches
+    from magnetar.engine.build import build_engine, start_distributed
+    from magnetar.engine.config.schema import load_config
+    from magnetar.engine.evaluate import evaluate
+    from magnetar.engine.train_step import loss_weights, train_step
+    from magnetar.engine.trainer import resolve_run
+    from magnetar.engine.windows import windows
+    from magnetar.models.cost import num_parameters
 
     device = start_distributed()
     ranks, is_cuda = dist.get_world_size(), device.type == "cuda"
@@ -153,13 +154,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a .json file; a .png beside it")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--set", action="append", default=[], help="as for launchers.train")
+    parser.add_argument("--set", action="append", default=[], help="as for magnetar train")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.out, options.work, options.set)
-        from engine.process_groups import leave_distributed
+        from magnetar.engine.cluster.process_groups import leave_distributed
 
         leave_distributed()
         return

@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.hosts import INTERFACE, missing, two_hosts
 from benchmarks.provenance import git_commit, hardware, versions
-from data.errors import UserError
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import user_errors
 
 KINDS = ("flat", "hierarchical")
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
@@ -35,9 +35,9 @@ def work(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from models.exchange import Peers, Traffic
-    from models.moe_config import MoEConfig
-    from models.nodes import peers_of
+    from magnetar.models.moe.all_to_all import Peers, Traffic
+    from magnetar.models.moe.config import MoEConfig
+    from magnetar.models.moe.nodes import peers_of
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -92,8 +92,8 @@ def exchanged(peers: Any, counts: Any, rows: Any, traffic: Any) -> Any:
     """Rows that have been at their experts, which return what they get."""
     import torch.distributed as dist
 
-    from models.exchange import Exchange
-    from models.hierarchical_exchange import HierarchicalExchange
+    from magnetar.models.moe.all_to_all import Exchange
+    from magnetar.models.moe.hierarchical_all_to_all import HierarchicalExchange
 
     kind = Exchange if peers.across is None else HierarchicalExchange
     exchange = kind(dist, peers, counts, 1, lambda _: nullcontext(), traffic)

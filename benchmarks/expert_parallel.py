@@ -3,7 +3,7 @@
     python -m benchmarks.expert_parallel --gpus 2 --out benchmarks/results/expert_parallel.json
     python -m benchmarks.expert_parallel --cpu --out expert_parallel_cpu.json
 
-The model of ds_configs/lm_xmoe.json, dropless, ZeRO 1, in the engine of launchers.train, on random
+The model of ds_configs/lm_xmoe.json, dropless, ZeRO 1, in the engine of magnetar train, on random
 tokens, with as many sequences and experts for each GPU in every run:
 
     one          one GPU, which has all its experts
@@ -34,8 +34,8 @@ from typing import Any
 from benchmarks.launching import launch
 from benchmarks.layer_profile import SYNCHRONISATIONS
 from benchmarks.provenance import git_commit, hardware, nccl_settings, versions
-from data.errors import UserError
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import user_errors
 
 RUNS = ("one", "replicated", "spread")
 NOTHING_TRAVELS = "nothing travels"
@@ -111,7 +111,7 @@ def profiled(step: Callable[[], None], finish: Callable[[], None]) -> dict[str, 
 
 def in_turn(_gate: Any, _given: Any, decided: Any, num_experts: int) -> Any:
     """Forward hook of a router: experts in turn in the place of those that it has chosen."""
-    from models.router import Routing
+    from magnetar.models.moe.router import Routing
 
     routing, *others = (decided,) if isinstance(decided, Routing) else decided
     turns = _turns(*routing.experts.shape, num_experts, routing.experts.device)
@@ -124,13 +124,13 @@ def _turns(num_tokens: int, top_k: int, num_experts: int, device: Any) -> dict[s
     """Fields of a router's decision; a token's experts lie far from each other."""
     import torch
 
-    from models.dispatch import expert_counts
+    from magnetar.models.moe.dispatch import expert_counts
 
     turns = torch.arange(num_tokens, device=device).unsqueeze(1)
     experts = (turns + torch.arange(top_k, device=device) * (num_experts // top_k)) % num_experts
     if device.type != "cuda":
         return {"experts": experts}
-    from models.kernels.sorting import kept_block_counts  # Triton is not everywhere
+    from magnetar.models.moe.kernels.sorting import kept_block_counts  # Triton is not everywhere
 
     found = {"experts": experts.int(), "load": expert_counts(experts, num_experts)}
     return found | {"block_counts": kept_block_counts(experts.int(), num_experts)}
@@ -175,7 +175,7 @@ def config_of(options: argparse.Namespace, run: str, ranks: int) -> Any:
         UserError: saying all that is wrong with it.
     """
     from benchmarks.step_contenders import sparse_config
-    from engine.config import check_config, load_config
+    from magnetar.engine.config.schema import check_config, load_config
 
     overrides = [
         *("zero_optimization.stage=1", f"train_batch_size={options.batch}"),
@@ -217,8 +217,8 @@ class Bench:
         """Build it; the ranks must have joined."""
         import deepspeed.comm as dist
 
-        from engine.engine import build_engine
-        from models.moe import SparseFeedForward
+        from magnetar.engine.build import build_engine
+        from magnetar.models.moe.layer import SparseFeedForward
 
         self.config, self.device, self.begin = config, device, time.perf_counter()
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
@@ -229,7 +229,7 @@ class Bench:
     def step(self) -> None:
         """The next step, on random tokens of this rank's own."""
         from benchmarks.step_worker import random_batch
-        from engine.engine import loss_weights, train_step
+        from magnetar.engine.train_step import loss_weights, train_step
 
         self.number += 1
         batch = random_batch(self.config, self.number * self.ranks + self.rank, self.device)
@@ -312,7 +312,7 @@ def work(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed
 
-    from engine.engine import start_distributed
+    from magnetar.engine.build import start_distributed
 
     if options.carve_out:
         torch._C._set_sm_carveout_experimental(options.carve_out)
@@ -475,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if options.run is not None:
         work(options)
-        from engine.process_groups import leave_distributed
+        from magnetar.engine.cluster.process_groups import leave_distributed
 
         leave_distributed()
         return

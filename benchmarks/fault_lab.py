@@ -78,7 +78,7 @@ class Lab:
         texts = [*own.values(), f"magnetar.training.run_dir={run_dir}"]
         arguments = ["--deepspeed_config", str(CONFIG)]
         arguments += [part for text in texts for part in ("--set", text)]
-        done = launch("launchers.train", 2, arguments, quietly=True)
+        done = launch("magnetar.launchers.train", 2, arguments, quietly=True)
         if done.returncode != 0:
             raise SystemExit(f"a run to start from ended with {done.returncode}:\n{done.stdout}")
 
@@ -104,7 +104,7 @@ class Lab:
             [*kept, *settings],
             arguments,
             prefix,
-            module="benchmarks.faulty_train" if fault else "launchers.supervise",
+            module="benchmarks.faulty_train" if fault else "magnetar.launchers.supervise",
             environment={**({VARIABLE: fault} if fault else {}), **(environment or {})},
         )
 

@@ -216,7 +216,7 @@ CASES = (
 PAGE = f"""# What happens when something goes wrong
 
 Made by `python -m benchmarks.faults --out docs/faults.md`: two ranks on two CPU cores train
-benchmarks/supervised.json for {NUM_STEPS} steps under `launchers.supervise`, with a checkpoint
+benchmarks/supervised.json for {NUM_STEPS} steps under `magnetar supervise`, with a checkpoint
 every {SAVE_EVERY} steps, and one thing goes wrong. A run that goes on ends with the metrics of
 an undisturbed run and the bits of its weights and Adam's moments (the one whose supervisor is
 killed: with its metrics); on fewer ranks, with its losses to 5e-4. Not compared are runs that

@@ -1,8 +1,8 @@
-"""Training with a fault put in from outside: launchers.train and launchers.supervise, patched.
+"""Training with a fault put in from outside: magnetar train and magnetar supervise, patched.
 
     MAGNETAR_FAULT=nan:12:3 python -m benchmarks.faulty_train --num_gpus 2 --deepspeed_config X
 
-It takes what launchers.supervise takes. The fault is KIND:STEP[:STEPS], and happens in the first
+It takes what magnetar supervise takes. The fault is KIND:STEP[:STEPS], and happens in the first
 start alone, or in every one with KIND in capitals.
 """
 
@@ -13,8 +13,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from engine.supervisor import Place, Supervisor
-from launchers.supervise import parse_arguments
+from magnetar.engine.supervise.supervisor import Place, Supervisor
+from magnetar.launchers.supervise import parse_arguments
 
 VARIABLE = "MAGNETAR_FAULT"
 
@@ -24,14 +24,17 @@ class FaultySupervisor(Supervisor):
 
     def _command(self, place: Place, settings: Any) -> list[str]:
         words = super()._command(place, settings)
-        return ["benchmarks.faulty_train" if word == "launchers.train" else word for word in words]
+        return [
+            "benchmarks.faulty_train" if word == "magnetar.launchers.train" else word
+            for word in words
+        ]
 
 
 def put_in(kind: str, first: int, count: int) -> None:
     """Have steps first, first + 1, ... of the run go wrong."""
     import torch
 
-    from engine import logbook, trainer
+    from magnetar.engine import logbook, trainer
 
     train_step = trainer.train_step
     done: list[int] = []
@@ -90,7 +93,7 @@ def main() -> int:
     is_first_start = not any(Path(run_dir).glob("checkpoints/step_*"))
     if is_first_start or kind.isupper():
         put_in(kind.lower(), int(first), int(count[0]) if count else 1)
-    from launchers.train import main as train
+    from magnetar.launchers.train import main as train
 
     train()
     return 0

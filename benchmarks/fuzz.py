@@ -40,11 +40,15 @@ from benchmarks.fuzz_cases import (
     shrunk,
 )
 from benchmarks.provenance import git_commit, versions
-from data.errors import UserError
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import user_errors
 
-PRELOADED = ("launchers.train", "launchers.prepare_data", "launchers.prepare_pairs")
-PRELOADED += ("engine.trainer", "torch.utils.tensorboard", "deepspeed", "torch._dynamo")
+PRELOADED = (
+    "magnetar.launchers.train",
+    "magnetar.launchers.prepare_data",
+    "magnetar.launchers.prepare_pairs",
+)
+PRELOADED += ("magnetar.engine.trainer", "torch.utils.tensorboard", "deepspeed", "torch._dynamo")
 PRELOADED += ("deepspeed.runtime.zero.muon.muon_optimizer", "rich.progress")
 GOOD = ("message", "trained", "prepared")
 MAX_MEMORY = 12 * 2**30  # bytes of address space of a case
@@ -80,7 +84,7 @@ def make_world(folder: Path) -> None:
     other["magnetar"]["data"]["path"] = "inputs/tokens"
     other["magnetar"]["training"]["run_dir"] = "runs/other"
     (folder / "other.json").write_text(json.dumps(other))
-    _must("launchers.train", ["--deepspeed_config", "other.json"], folder)
+    _must("magnetar.launchers.train", ["--deepspeed_config", "other.json"], folder)
 
 
 def _must(module: str, arguments: list[str], folder: Path, limit: float = 120) -> None:
@@ -195,7 +199,7 @@ def build_extension(world: Path) -> None:
     folder = world / "building"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(config))
-    _must("launchers.train", ["--deepspeed_config", "run.json"], folder, 600)
+    _must("magnetar.launchers.train", ["--deepspeed_config", "run.json"], folder, 600)
 
 
 def outcome(case: Case, world: Path, limit: float) -> Outcome:
@@ -231,7 +235,7 @@ def _verdict(
         return f"overwrote {', '.join(changed)}"
     if "Traceback (most recent call last)" in output:
         return "traceback"
-    prepares = case.module != "launchers.train"
+    prepares = case.module != "magnetar.launchers.train"
     if status is None:
         return "trained" if not prepares and steps_done(world, since) else "hang"
     if status == 2:

@@ -61,7 +61,7 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
 
 def allowed_values(model: Any, path: str = "") -> dict[str, list[Any]]:
     """Every key of a section and those within, with some values of its type."""
-    from engine.config_problems import joined, section_model, without_none
+    from magnetar.engine.config.errors import joined, section_model, without_none
 
     found: dict[str, list[Any]] = {}
     for name, field in model.model_fields.items():
@@ -123,9 +123,9 @@ def preparation(name: str) -> tuple[str, list[str]]:
     sizes = ["--workers", "1", "--out", "out", "--vocab-size"]
     if name.startswith("table"):
         table = f"t=raw/{name},raw/valid-{name}"
-        return "launchers.prepare_pairs", ["--table", table, *sizes, "310"]
+        return "magnetar.launchers.prepare_pairs", ["--table", table, *sizes, "310"]
     documents = ["--documents", "line"] * name.startswith("text.txt")
-    return "launchers.prepare_data", [
+    return "magnetar.launchers.prepare_data", [
         *("--train", f"raw/{name}", "--valid-fraction", "0.2"),
         *(*documents, *sizes, "310"),
     ]
@@ -133,7 +133,7 @@ def preparation(name: str) -> tuple[str, list[str]]:
 
 def config_cases(number: int, seed: int) -> list[Case]:
     """Broken JSONs of every kind of run."""
-    from engine.config import ConfigFile
+    from magnetar.engine.config.schema import ConfigFile
 
     words = sorted(words_of(json.loads((CONFIGS / "schema.json").read_text())))
     keys = allowed_values(ConfigFile)
@@ -144,7 +144,12 @@ def config_cases(number: int, seed: int) -> list[Case]:
     }
     strategies = {name: broken_jsons(start, keys, words) for name, start in starts.items()}
     return [
-        Case(name, "launchers.train", ["--deepspeed_config", "run.json"], {"run.json": value})
+        Case(
+            name,
+            "magnetar.launchers.train",
+            ["--deepspeed_config", "run.json"],
+            {"run.json": value},
+        )
         for name, value in drawn(strategies, number, seed)
     ]
 
@@ -188,4 +193,4 @@ def _file_case(case: Drawn, inputs: Path) -> Case:
     config = shrunk(json.loads((CONFIGS / start).read_text()))
     config["magnetar"]["data"]["path"] = "data"
     files["run.json"] = json.dumps(config).encode()
-    return Case(case.name, "launchers.train", ["--deepspeed_config", "run.json"], files)
+    return Case(case.name, "magnetar.launchers.train", ["--deepspeed_config", "run.json"], files)

@@ -64,8 +64,8 @@ def round_otherwise(engine: Any, seed: int) -> None:
     """
     import torch
 
-    from engine.checkpoint_files import WEIGHT
-    from engine.shares import shares
+    from magnetar.engine.checkpoint.format import WEIGHT
+    from magnetar.engine.checkpoint.zero_shards import shares
 
     generator = torch.Generator().manual_seed(seed)
     for share in shares(engine):
@@ -97,11 +97,12 @@ def curve(changes: dict[str, Any], num_steps: int, device: Any) -> dict[str, lis
     import deepspeed.comm as dist
     import torch
 
-    from engine.batches import TrainingBatches
-    from engine.config import load_config
-    from engine.engine import build_engine, loss_weights, train_step
-    from engine.trainer import resolve_run
-    from engine.windows import windows
+    from magnetar.engine.batches import TrainingBatches
+    from magnetar.engine.build import build_engine
+    from magnetar.engine.config.schema import load_config
+    from magnetar.engine.train_step import loss_weights, train_step
+    from magnetar.engine.trainer import resolve_run
+    from magnetar.engine.windows import windows
 
     world_size = dist.get_world_size()
     rounding, linear = changes.pop(ROUNDING, None), torch.nn.functional.linear
@@ -130,7 +131,7 @@ def work(out: Path, dtype: str, variants: list[str], num_steps: int) -> None:
     import deepspeed.comm as dist
     import torch
 
-    from engine.engine import start_distributed
+    from magnetar.engine.build import start_distributed
 
     device = start_distributed()
     torch.set_num_threads(1)  # tiny products: threads would only wait for one another
@@ -233,7 +234,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.work:
         work(options.out, options.dtypes[0], options.variants, options.steps)
-        from engine.process_groups import leave_distributed
+        from magnetar.engine.cluster.process_groups import leave_distributed
 
         leave_distributed()
         return 0

@@ -3,7 +3,7 @@
     python -m benchmarks.kills --kills 50 --out benchmarks/results/kills.json
 
 benchmarks/supervised.json (2 ranks, 300 steps, a checkpoint every 5) trains once undisturbed. Then
-it trains under `launchers.supervise`, run after run, until a random rank has been killed by SIGKILL
+it trains under `magnetar supervise`, run after run, until a random rank has been killed by SIGKILL
 so often: at a random moment after a start, or while one of its first checkpoints is written. Every
 run must finish without a hand, with the metrics of the undisturbed one and with the bits of its
 weights and moments. Text: the speeches of `make train`.
@@ -99,7 +99,7 @@ def kill_all(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, 
     arguments = ["--deepspeed_config", str(CONFIG)]
     arguments += [part for text in undisturbed for part in ("--set", text)]
     begun = time.monotonic()
-    done = launch("launchers.train", 2, arguments, quietly=True)
+    done = launch("magnetar.launchers.train", 2, arguments, quietly=True)
     if done.returncode != 0:
         raise SystemExit(f"the undisturbed run ended with {done.returncode}:\n{done.stdout}")
     print(f"undisturbed: {time.monotonic() - begun:.0f} s, {len(records(whole))} records")
@@ -140,7 +140,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="of a start, at most (20)")
     parser.add_argument("--seed", type=int, default=1, help="of moments and ranks")
     parser.add_argument("--out", type=Path, required=True, help="a .json file")
-    parser.add_argument("--set", action="append", default=[], help="as for launchers.train")
+    parser.add_argument("--set", action="append", default=[], help="as for magnetar train")
     options = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.feed_forward import FeedForward
-from models.init import RandomSource
-from models.moe import MoE
-from models.moe_config import MoELayerConfig
+from magnetar.models.layers.feed_forward import FeedForward
+from magnetar.models.layers.init import RandomSource
+from magnetar.models.moe.config import MoELayerConfig
+from magnetar.models.moe.layer import MoE
 
 AUX_LOSS_WEIGHT = 0.01
 MAX_SEQUENCE = 512  # tokens; only how the N tokens are laid out as (sequences, tokens, D)

@@ -37,8 +37,8 @@ from benchmarks.layer_profile import profile_table
 from benchmarks.layers import Contender, Layer, NotInstalled, Shape, build_dense, build_ours
 from benchmarks.peers import PEERS, leave_process_group
 from benchmarks.provenance import git_commit, hardware, versions
-from data.errors import UserError
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import user_errors
 
 CONTENDERS = {
     "dense": Contender("dense FFN", build_dense, is_dense=True),

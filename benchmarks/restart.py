@@ -3,7 +3,7 @@
     python -m benchmarks.restart --out benchmarks/results/restart_cpu.json
 
 The quickstart (2 ranks, benchmarks as `make train` has them, but a checkpoint every 20 steps and a
-record of every step) trains under `launchers.supervise`; rank 1 is killed so often. The parts of a
+record of every step) trains under `magnetar supervise`; rank 1 is killed so often. The parts of a
 start are those of the logbook's `going` lines.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.fault_lab import Fault, book, goes_on
 from benchmarks.provenance import git_commit, versions
 from benchmarks.supervised import ROOT, Supervised, kill
-from engine.start_times import parsed_times
+from magnetar.engine.cluster.start_times import parsed_times
 
 CONFIG = ROOT / "ds_configs" / "quickstart.json"
 BOUND = 40.0

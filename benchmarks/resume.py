@@ -3,7 +3,7 @@
     python -m benchmarks.resume --out docs/resume.md
 
 Each layout trains 20 steps and saves. From each of these checkpoints each layout goes on for 20
-steps, through the `deepspeed` launcher and `launchers.train`, on the text of `make train`. The
+steps, through the `deepspeed` launcher and `magnetar train`, on the text of `make train`. The
 losses of those steps are compared with those of a run of one rank that nobody stopped.
 """
 
@@ -67,7 +67,7 @@ def train(
     pairs = [*(f"{key}={value}" for key, value in keys.items()), *settings]
     arguments = ["--deepspeed_config", str(CONFIG)]
     arguments += [part for pair in pairs for part in ("--set", pair)]
-    done = launch("launchers.train", layout.world_size, arguments, True, seconds)
+    done = launch("magnetar.launchers.train", layout.world_size, arguments, True, seconds)
     if done.returncode != 0:
         raise SystemExit(f"{layout} ended with {done.returncode}:\n{done.stdout}")
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
@@ -109,7 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resume", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="the page, a .md file")
-    parser.add_argument("--set", action="append", default=[], help="as for launchers.train")
+    parser.add_argument("--set", action="append", default=[], help="as for magnetar train")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = differences(Path(folder), options.set)
@@ -124,9 +124,9 @@ PAGE_BEGIN = """# Every layout continues every layout's checkpoint
 
 Made by `make invariance`: each layout trained benchmarks/layouts.json for 20 steps and saved; from
 each of these checkpoints each layout went on for 20 steps, through the launcher and
-`launchers.train`. Each cell: the largest difference of those 20 losses (nats) from an uninterrupted
-run of one rank. Bound: 5e-5. tests/engine/test_resume.py has two of the pairs, saved by world 2,
-ep 2, ZeRO 1.
+`magnetar train`. Each cell: the largest difference of those 20 losses (nats) from an uninterrupted
+run of one rank. Bound: 5e-5. tests/engine/checkpoint/test_resume.py has two of the pairs,
+saved by world 2, ep 2, ZeRO 1.
 
 """
 

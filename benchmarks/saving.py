@@ -35,12 +35,13 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
     import deepspeed.comm as dist
     import torch
 
-    from engine.batches import TrainingBatches
-    from engine.checkpoint import Saver
-    from engine.config import load_config
-    from engine.engine import build_engine, loss_weights, start_distributed, train_step
-    from engine.trainer import resolve_run
-    from engine.windows import windows
+    from magnetar.engine.batches import TrainingBatches
+    from magnetar.engine.build import build_engine, start_distributed
+    from magnetar.engine.checkpoint.save_load import Saver
+    from magnetar.engine.config.schema import load_config
+    from magnetar.engine.train_step import loss_weights, train_step
+    from magnetar.engine.trainer import resolve_run
+    from magnetar.engine.windows import windows
 
     device = start_distributed()
     ranks = dist.get_world_size()
@@ -120,13 +121,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a .json file")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--folder", help="where checkpoints go; a temporary folder")
-    parser.add_argument("--set", action="append", default=[], help="as for launchers.train")
+    parser.add_argument("--set", action="append", default=[], help="as for magnetar train")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.out, options.folder, options.set)
-        from engine.process_groups import leave_distributed
+        from magnetar.engine.cluster.process_groups import leave_distributed
 
         leave_distributed()
         return

@@ -47,8 +47,8 @@ from benchmarks.scaling_configs import (
     small_model,
     weak_config,
 )
-from data.errors import UserError
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import user_errors
 
 PARTS = ("scaling", "paper", "numbers", "checkpoint")
 GRACE = 12  # seconds after --seconds in which what has begun may end
@@ -70,7 +70,7 @@ class Session:
 
     def save(self) -> None:
         """Write the results."""
-        from engine.run_folder import write_whole
+        from magnetar.engine.checkpoint.run_folder import write_whole
 
         self.found["elapsed_seconds"] = time.monotonic() - self.begun
         write_whole(self.options.out, json.dumps(self.found, indent=1) + "\n")
@@ -158,7 +158,7 @@ def measure_numbers(session: Session, text: Path) -> None:
 def measure_checkpoint(session: Session, text: Path, folder: Path) -> None:
     """Part `checkpoint`: launches of launchers.train."""
     from benchmarks.resume import LAST, SAVED_AFTER, Layout, train
-    from engine.checkpoint_files import complete_checkpoints
+    from magnetar.engine.checkpoint.format import complete_checkpoints
 
     gpus = session.options.gpus
     losses = session.found["checkpoint"] = {}

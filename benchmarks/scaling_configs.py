@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from data.errors import UserError
+from magnetar.data.errors import UserError
 
 STATES_SHARE = 0.8  # of a GPU's memory; the rest is for activations and buffers
 MORE_SEQUENCES = 8  # times --batch, in the second measurement of `paper`
@@ -54,7 +54,7 @@ def paper_configs(options: argparse.Namespace, memory: float) -> tuple[dict[str,
     """
     from benchmarks.expert_parallel import config_of
     from benchmarks.step_contenders import dense_config
-    from engine.planner import GIB, memory_of_rank, parameters_of
+    from magnetar.engine.memory_planner import GIB, memory_of_rank, parameters_of
 
     def sparse(num_experts: int, batch: int, micro_batch: int) -> Any:
         sizes = {"config": ds_config(options.sizes["paper"]), "batch": batch}
@@ -88,7 +88,7 @@ def paper_configs(options: argparse.Namespace, memory: float) -> tuple[dict[str,
 
 def corpus(folder: Path) -> Path:
     """A prepared folder of this project's own pages."""
-    from data.prepare import PrepareConfig, prepare
+    from magnetar.data.text.prepare import PrepareConfig, prepare
 
     root, out = Path(__file__).parents[1], folder / "prepared"
     pages = sorted((root / "docs").glob("*.md"))

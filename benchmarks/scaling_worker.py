@@ -18,11 +18,11 @@ import torch
 from benchmarks.expert_parallel import WARM_UP, Bench
 from benchmarks.invariance import curve
 from benchmarks.step_contenders import checked, cost
-from engine.engine import start_distributed
-from engine.process_groups import leave_distributed
-from engine.run_folder import write_whole
-from launchers.user_errors import user_errors
-from models.cost import num_parameters
+from magnetar.engine.build import start_distributed
+from magnetar.engine.checkpoint.run_folder import write_whole
+from magnetar.engine.cluster.process_groups import leave_distributed
+from magnetar.launchers.user_errors import user_errors
+from magnetar.models.cost import num_parameters
 
 STEPS_COMPARED = 20
 MOST_PROFILED = 2  # micro-steps: the trace of more takes long to write

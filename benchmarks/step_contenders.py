@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.peers import import_torchscale, integer_histograms, need
-from data.errors import UserError
-from engine.config import RunConfig, check_config
-from engine.engine import MicroBatch, build_engine, loss_weights, train_step
-from engine.guards import Guards
-from engine.optimizers import fuse_torchs_adam
-from engine.signals import Requests
-from models.compiled import MAX_VERSIONS
-from models.config import ModelConfig
-from models.cost import flops_per_token
-from models.feed_forward import FeedForward
-from models.losses import IGNORE_INDEX
-from models.norms import NORM_STYLES, Depths
-from models.transformer import build_model
+from magnetar.data.errors import UserError
+from magnetar.engine.build import build_engine
+from magnetar.engine.cluster.signals import Requests
+from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.guards import Guards
+from magnetar.engine.optim.adam import fuse_torchs_adam
+from magnetar.engine.train_step import MicroBatch, loss_weights, train_step
+from magnetar.models.config import ModelConfig
+from magnetar.models.cost import flops_per_token
+from magnetar.models.layers.feed_forward import FeedForward
+from magnetar.models.layers.norms import NORM_STYLES, Depths
+from magnetar.models.losses import IGNORE_INDEX
+from magnetar.models.transformer import MAX_VERSIONS, build_model
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")  # nothing is logged
 
@@ -186,7 +186,7 @@ def cost(config: RunConfig) -> float:
 def build_magnetar(
     config: RunConfig, device: torch.device, *, dense: bool = False, compiled: str = ""
 ) -> Trainee:
-    """This project's model in the engine of `launchers.train`; compiled "blocks" or "model"."""
+    """This project's model in the engine of `magnetar train`; compiled "blocks" or "model"."""
     if dense:
         config = dense_config(config)
     if compiled == "blocks":

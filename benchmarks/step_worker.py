@@ -20,11 +20,12 @@ import torch
 
 from benchmarks.layers import NotInstalled
 from benchmarks.step_contenders import CONTENDERS, Trainee, checked
-from data.token_files import open_prepared
-from engine.batches import TrainingBatches
-from engine.config import RunConfig
-from engine.engine import MicroBatch, start_distributed
-from engine.windows import windows
+from magnetar.data.text.token_files import open_prepared
+from magnetar.engine.batches import TrainingBatches
+from magnetar.engine.build import start_distributed
+from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.train_step import MicroBatch
+from magnetar.engine.windows import windows
 
 WARM_UP = 2  # steps: the first ones compile, allocate and make the optimizer's states
 OUT_OF_MEMORY = "out of memory"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint_files import newest_checkpoint
-from engine.run_processes import RUN_ID, RunProcess, kill_processes, run_processes
+from magnetar.engine.checkpoint.format import newest_checkpoint
+from magnetar.engine.supervise.launched_run import RUN_ID, RunProcess, kill_processes, run_processes
 
 CONFIG = Path(__file__).with_name("supervised.json")
 ROOT = CONFIG.parent.parent
@@ -20,7 +20,7 @@ TIMED = {"tokens_per_second", "memory_gib", "mfu"}  # what depends on the clock 
 
 
 class Supervised:
-    """A running `python -m launchers.supervise`; as a context manager it leaves nothing behind."""
+    """A running `magnetar supervise`; as a context manager it leaves nothing behind."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Supervised:
         arguments: Sequence[str] = ("--num_gpus", "2"),
         prefix: Sequence[str] = (),
         config: Path = CONFIG,
-        module: str = "launchers.supervise",
+        module: str = "magnetar.launchers.supervise",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start it.

@@ -34,11 +34,11 @@ from benchmarks.provenance import git_commit, hardware, versions
 from benchmarks.step_chart import draw, summarised, table
 from benchmarks.step_contenders import CONTENDERS, sparse_config
 from benchmarks.step_worker import OUT_OF_MEMORY, Job, Runner
-from data.errors import UserError
-from data.token_files import open_prepared
-from engine.config import RunConfig, load_config
-from engine.trainer import fitting_vocab_size
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.data.text.token_files import open_prepared
+from magnetar.engine.config.schema import RunConfig, load_config
+from magnetar.engine.trainer import fitting_vocab_size
+from magnetar.launchers.user_errors import user_errors
 
 RANDOM_VOCAB_SIZE = 2000  # where the config leaves it to the data, and there is none
 # What a GPU is asked to do: the paper's model. A CPU: that of `make train`.

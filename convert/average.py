@@ -6,14 +6,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convert.folders import open_whole, vocabulary_file, write_folder
-from convert.out_folder import require_new
-from convert.report import how_to_load
-from convert.sources import Source, is_run
-from data.errors import UserError
-from engine.checkpoint_files import checkpoint_folders
-from engine.run_folder import differing, flat_keys
-from models.weight_files import LazyTensors, Spec
+from magnetar.convert.folders import (
+    how_to_load,
+    open_whole,
+    require_new,
+    vocabulary_file,
+    write_folder,
+)
+from magnetar.convert.sources import Source, is_run
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import checkpoint_folders
+from magnetar.engine.checkpoint.run_folder import differing, flat_keys
+from magnetar.models.weights.files import LazyTensors, Spec
 
 
 def average(

@@ -5,13 +5,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convert.expert_tensors import Place, experts_of_layers, name_at, place_of, turned
-from convert.folders import open_whole, vocabulary_file, write_folder
-from convert.report import how_to_load, how_to_start
-from data.errors import UserError
-from models.config import ModelConfig
-from models.weight_files import LazyTensors, Spec
-from models.weights import tensor_shapes
+from magnetar.convert.expert_tensors import Place, experts_of_layers, name_at, place_of, turned
+from magnetar.convert.folders import (
+    how_to_load,
+    how_to_start,
+    open_whole,
+    vocabulary_file,
+    write_folder,
+)
+from magnetar.data.errors import UserError
+from magnetar.models.config import ModelConfig
+from magnetar.models.weights.files import LazyTensors, Spec
+from magnetar.models.weights.load_save import tensor_shapes
 
 
 def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) -> list[str]:

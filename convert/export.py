@@ -1,7 +1,7 @@
 """A checkpoint as a folder of weights that says where it comes from, so that `import` can go back.
 
-config.json            model, and run: see engine.exported_run
-model.safetensors      or shards of it, see models.weight_files
+config.json            model, and run: see engine.checkpoint.exported_run
+model.safetensors      or shards of it, see models.weights.files
 tokenizer.model|json   the vocabulary
 load.py                loads the model and computes logits
 """
@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from convert.folders import open_whole, vocabulary, write_folder
-from convert.report import how_to_load
-from convert.sources import Source
-from data.errors import UserError
-from engine.exported_run import RUN_KEY, ExportedRun
-from models.weight_files import as_type
-from models.weights import read_config
+from magnetar.convert.folders import how_to_load, open_whole, vocabulary, write_folder
+from magnetar.convert.sources import Source
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun
+from magnetar.models.weights.files import as_type
+from magnetar.models.weights.load_save import read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOAD = '''\
@@ -26,7 +25,7 @@ _LOAD = '''\
 import sys
 from pathlib import Path
 import torch
-from models.weights import load_model
+from magnetar.models.weights.load_save import load_model
 
 model = load_model(Path(__file__).parent)
 tokens = torch.tensor([[int(token) for token in sys.argv[1:]]])

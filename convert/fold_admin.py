@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-from convert.out_folder import require_new
-from convert.report import how_to_load
-from data.errors import UserError
-from engine.starting_weights import read_model
-from models import admin
-from models.weight_files import WEIGHTS_FILE
-from models.weights import CONFIG_FILE, save_weights
+from magnetar.convert.folders import how_to_load, require_new
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.starting_weights import read_model
+from magnetar.models import admin
+from magnetar.models.weights.files import WEIGHTS_FILE
+from magnetar.models.weights.load_save import CONFIG_FILE, save_weights
 
 
 def fold_admin(source: Path, out: Path) -> list[str]:

@@ -1,24 +1,132 @@
 """Folders of weights as conversions read and write them: checked before and after."""
 
+import copy
+import json
+import os
 import re
-from collections.abc import Mapping
+import shlex
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
 
-from convert.out_folder import require_new
-from convert.progress import watched
-from convert.sources import Source, open_source, source_of
-from data.errors import UserError
-from data.token_files import read_manifest
-from data.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
-from engine.checkpoint_files import require_whole
-from engine.trained_run import choose_checkpoint
-from engine.translation_run import VOCABULARY
-from models.config import ModelConfig
-from models.weight_files import LazyTensors
-from models.weights import write_weights
+from magnetar.convert.sources import Source, open_source, source_of
+from magnetar.data.errors import UserError
+from magnetar.data.text.token_files import read_manifest
+from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
+from magnetar.engine.checkpoint.format import MANIFEST, checkpoint_folders, require_whole
+from magnetar.engine.checkpoint.open_run import choose_checkpoint
+from magnetar.engine.checkpoint.translation_run import VOCABULARY
+from magnetar.models.config import ModelConfig
+from magnetar.models.weights.files import LazyTensors
+from magnetar.models.weights.load_save import CONFIG_FILE, require_free, write_weights
+
+
+def require_new(out: Path, source: Path | None = None) -> None:
+    """Refuse an --out that cannot become a folder of its own.
+
+    Args:
+        out: must not exist, or be empty; not in the source, nor among a run's checkpoints.
+        source: the folder that is converted.
+
+    Raises:
+        UserError: naming it, and what is in the way.
+    """
+    if out == Path():
+        raise UserError(
+            "--out is empty, or the folder that the command was started in: name a folder to make, "
+            "such as converted/lm"
+        )
+    try:
+        require_free(out)
+    except ValueError as error:
+        raise UserError(f"{error} with --out") from None
+    place = Path(os.path.realpath(out))
+    for folder in (place, *place.parents):
+        if what := _taken_by(folder, source):
+            raise UserError(f"{out}: {folder} is {what}: name a folder outside it with --out")
+    nearest = next(folder for folder in place.parents if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{out}: {nearest} is a file: name a folder outside it with --out")
+    try:
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"{out}: no folder can be made in {nearest} ({error.strerror}): name a place that you "
+            "may write to with --out"
+        ) from None
+
+
+def _taken_by(folder: Path, source: Path | None) -> str | None:
+    """What a folder is that takes nothing else; None: it may."""
+    if source is not None and folder == Path(os.path.realpath(source)):
+        return "what is converted"
+    run = folder.parent
+    if folder.name == "checkpoints" and (checkpoint_folders(run) or (run / CONFIG_FILE).is_file()):
+        return "where a run keeps its checkpoints and removes old ones"
+    if (folder / MANIFEST).is_file() and any(folder.glob("*.safetensors")):
+        return "a checkpoint"
+    return None
+
+
+def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
+    """The names, with a bar while they go by; none where stderr is no terminal."""
+    console = Console(stderr=True)
+    return track(
+        names, description=doing, console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+def how_to_load(out: Path, architecture: str) -> list[str]:
+    """Python that loads a folder of weights."""
+    tokens = "source, target" if architecture == "encoder_decoder" else "tokens"
+    return [
+        "from magnetar.models.weights.load_save import load_model",
+        f"model = load_model({str(out)!r})",
+        f"logits = model({tokens}).logits  # tokens: (batch, length) int64",
+    ]
+
+
+def how_to_train_on(config_file: Path, num_ranks: int) -> str:
+    """The command, to be pasted into a shell, with which a run goes on."""
+    return (
+        f"deepspeed --num_gpus {num_ranks} --module magnetar.launchers.train --deepspeed_config "
+        f"{shlex.quote(str(config_file))}"
+    )
+
+
+def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
+    """What makes a run's config start from a folder of weights: arguments for a shell.
+
+    Args:
+        weights: the folder.
+        model_keys: of `magnetar.model`, by dotted path, which the run must have otherwise.
+    """
+    values = [f"magnetar.model.{key}={json.dumps(value)}" for key, value in model_keys.items()]
+    values.append(f"magnetar.training.init_from={weights}")
+    return " ".join(f"--set {shlex.quote(value)}" for value in values)
+
+
+def config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """A run's config with its output in another folder."""
+    moved, old = copy.deepcopy(dict(config)), config["magnetar"]["training"]["run_dir"]
+    moved["magnetar"]["training"]["run_dir"] = str(run_dir)
+    for monitor in ("tensorboard", "csv_monitor"):
+        if (moved.get(monitor) or {}).get("output_path") == old:
+            moved[monitor]["output_path"] = str(run_dir)
+    return moved
+
+
+def equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether float32 tensors are equal to the last bit, what is no number too."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

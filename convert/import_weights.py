@@ -6,20 +6,24 @@ from pathlib import Path
 
 import torch
 
-from convert.out_folder import require_new
-from convert.progress import watched
-from convert.report import how_to_start, how_to_train_on
-from convert.run_folders import config_in, equal_bits
-from convert.sources import read_folder
-from data.errors import UserError
-from engine.batch_sizes import ACCUMULATION, MICRO, TRAIN
-from engine.checkpoint import part_name
-from engine.checkpoint_files import WEIGHT, Checkpoint, CheckpointWriter, Piece
-from engine.config import RunConfig
-from engine.exported_run import RUN_KEY, ExportedRun, exported_run
-from engine.translation_run import VOCABULARY
-from models.weight_files import LazyTensors, as_type, grouped
-from models.weights import CONFIG_FILE, appearing_whole
+from magnetar.convert.folders import (
+    config_in,
+    equal_bits,
+    how_to_start,
+    how_to_train_on,
+    require_new,
+    watched,
+)
+from magnetar.convert.sources import read_folder
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun, exported_run
+from magnetar.engine.checkpoint.format import WEIGHT, Checkpoint, CheckpointWriter, Piece
+from magnetar.engine.checkpoint.save_load import part_name
+from magnetar.engine.checkpoint.translation_run import VOCABULARY
+from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
+from magnetar.engine.config.schema import RunConfig
+from magnetar.models.weights.files import LazyTensors, as_type, grouped
+from magnetar.models.weights.load_save import CONFIG_FILE, appearing_whole
 
 PART_BYTES = 1 << 26  # of a checkpoint's file, whose tensors are in memory at once
 

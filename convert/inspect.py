@@ -17,12 +17,11 @@ from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor
 
-from convert.expert_tensors import place_of
-from convert.progress import watched
-from convert.sources import Source, is_run, open_source, source_of
-from data.errors import UserError
-from engine.checkpoint_files import (
-    MOMENTS,
+from magnetar.convert.expert_tensors import place_of
+from magnetar.convert.folders import watched
+from magnetar.convert.sources import Source, is_run, open_source, source_of
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import (
     WEIGHT,
     Checkpoint,
     checkpoint_folders,
@@ -31,8 +30,9 @@ from engine.checkpoint_files import (
     read_checkpoint,
     sha256,
 )
-from engine.progress import table
-from models.cost import in_words, num_parameters
+from magnetar.engine.optim.adam import MOMENTS
+from magnetar.engine.progress import table
+from magnetar.models.cost import in_words, num_parameters
 
 _GATE = ".deepspeed_moe.gate."
 # The first word that a tensor's name has says what it belongs to.

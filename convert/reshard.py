@@ -1,6 +1,6 @@
 """A checkpoint cut for other ranks: rank r's files hold its experts and its share of the rest.
 
-`launchers.train` reads any checkpoint in any layout. This serves where the ranks have no disk in
+`magnetar train` reads any checkpoint in any layout. This serves where the ranks have no disk in
 common, so that each machine needs the files of its own ranks alone, and says beforehand whether a
 layout can hold the model.
 """
@@ -12,16 +12,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from convert.expert_tensors import experts_of_layers, place_of
-from convert.folders import vocabulary_file
-from convert.out_folder import require_new
-from convert.progress import watched
-from convert.report import how_to_train_on
-from convert.run_folders import config_in, equal_bits
-from convert.sources import find_checkpoint, source_of
-from data.errors import UserError
-from engine.checkpoint import part_name
-from engine.checkpoint_files import (
+from magnetar.convert.expert_tensors import experts_of_layers, place_of
+from magnetar.convert.folders import (
+    config_in,
+    equal_bits,
+    how_to_train_on,
+    require_new,
+    vocabulary_file,
+    watched,
+)
+from magnetar.convert.sources import find_checkpoint, source_of
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import (
     Checkpoint,
     CheckpointWriter,
     Piece,
@@ -29,10 +31,11 @@ from engine.checkpoint_files import (
     evenly_cut,
     require_whole,
 )
-from engine.metrics import keep_records_up_to
-from engine.planner import GIB, Layout, nearest_layout, parameters_of, problems_of
-from models.config import ModelConfig
-from models.weights import appearing_whole
+from magnetar.engine.checkpoint.save_load import part_name
+from magnetar.engine.memory_planner import GIB, Layout, nearest_layout, parameters_of, problems_of
+from magnetar.engine.metrics import keep_records_up_to
+from magnetar.models.config import ModelConfig
+from magnetar.models.weights.load_save import appearing_whole
 
 # Of one file at most. What a file holds is in memory while it is written.
 PART_BYTES = 1 << 30

@@ -6,12 +6,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from convert.folders import checked_model, open_whole, vocabulary_file, write_folder
-from convert.report import how_to_load, how_to_start
-from data.errors import UserError
-from models.config import ModelConfig
-from models.weight_files import LazyTensors, Spec
-from models.weights import tensor_shapes
+from magnetar.convert.folders import (
+    checked_model,
+    how_to_load,
+    how_to_start,
+    open_whole,
+    vocabulary_file,
+    write_folder,
+)
+from magnetar.data.errors import UserError
+from magnetar.models.config import ModelConfig
+from magnetar.models.weights.files import LazyTensors, Spec
+from magnetar.models.weights.load_save import tensor_shapes
 
 _LAYER_NAME = re.compile(r"((?:encoder\.|decoder\.)?)blocks\.(\d+)\.(.+)")
 
@@ -123,7 +129,7 @@ def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> M
                     f"{place} of {student}, where "
                     f"moe.every={moe.every} wants {kinds[config.is_moe_layer(place)]} layer: "
                     "choose layers that fit, or make the model dense first with `python -m "
-                    "launchers.convert densify`"
+                    "magnetar convert densify`"
                 )
     if moe is not None and not any(
         config.is_moe_layer(index) for indices in chosen.values() for index in indices
@@ -131,7 +137,7 @@ def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> M
         there = [str(index) for index in range(config.num_layers) if config.is_moe_layer(index)]
         raise UserError(
             f"none of the layers that are named is a MoE layer, as {', '.join(there)} are: name "
-            "one of these too, or make the model dense first with `python -m launchers.convert "
+            "one of these too, or make the model dense first with `magnetar convert "
             "densify`"
         )
     if moe is not None and isinstance(moe.num_experts, list):

@@ -8,17 +8,23 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from data.errors import UserError
-from engine.checkpoint_files import (
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.exported_run import RUN_KEY, exported_run
+from magnetar.engine.checkpoint.format import (
     MANIFEST,
     Checkpoint,
     newest_checkpoint,
     read_checkpoint,
 )
-from engine.exported_run import RUN_KEY, exported_run
-from models.config import ModelConfig
-from models.weight_files import LazyTensors, Spec, has_weights
-from models.weights import CONFIG_FILE, check_tensors, on_one_rank, open_weights, tensor_shapes
+from magnetar.models.config import ModelConfig
+from magnetar.models.weights.files import LazyTensors, Spec, has_weights
+from magnetar.models.weights.load_save import (
+    CONFIG_FILE,
+    check_tensors,
+    on_one_rank,
+    open_weights,
+    tensor_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Source:
 def open_source(path: Path) -> Source:
     """A run's newest checkpoint, a checkpoint's folder, or a folder of weights.
 
-    Only names and shapes are looked at: `engine.checkpoint_files.require_whole` reads a
+    Only names and shapes are looked at: `engine.checkpoint.format.require_whole` reads a
     checkpoint's files, and compares their hashes.
 
     Raises:

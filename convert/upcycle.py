@@ -12,15 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.expert_tensors import name_at, place_of, turned
-from convert.folders import checked_model, open_whole, vocabulary_file, write_folder
-from convert.report import how_to_load, how_to_start
-from data.errors import UserError
-from models.config import ModelConfig
-from models.init import RandomSource
-from models.router import LinearRouter, XMoERouter, build_router
-from models.weight_files import LazyTensors, Spec
-from models.weights import tensor_shapes
+from magnetar.convert.expert_tensors import name_at, place_of, turned
+from magnetar.convert.folders import (
+    checked_model,
+    how_to_load,
+    how_to_start,
+    open_whole,
+    vocabulary_file,
+    write_folder,
+)
+from magnetar.data.errors import UserError
+from magnetar.models.config import ModelConfig
+from magnetar.models.layers.init import RandomSource
+from magnetar.models.moe.router import LinearRouter, XMoERouter, build_router
+from magnetar.models.weights.files import LazyTensors, Spec
+from magnetar.models.weights.load_save import tensor_shapes
 
 _GATE_NAME = re.compile(r"(.*\.ffn\.deepspeed_moe\.gate)\.(.+)")
 
@@ -46,7 +52,7 @@ def upcycle(
     if source.config.moe is not None:
         raise UserError(
             f"{path} has {source.config.moe.num_experts} experts in its MoE layers already: name a "
-            "dense model, or make it one with `python -m launchers.convert densify`"
+            "dense model, or make it one with `magnetar convert densify`"
         )
     if seed < 0:
         raise UserError(f"--seed {seed} must be at least 0")

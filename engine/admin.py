@@ -6,12 +6,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from torch import nn
 
-from data.errors import UserError
-from engine.checkpoint_files import complete_checkpoints
-from engine.config import RunConfig
-from engine.run_folder import write_whole
-from models.admin import set_omegas
-from models.moe_config import ON_ONE_RANK, StrictModel
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.checkpoint.run_folder import write_whole
+from magnetar.engine.config.schema import RunConfig
+from magnetar.models.admin import set_omegas
+from magnetar.models.moe.config import ON_ONE_RANK, StrictModel
 
 PROFILE_FILE = "admin_profile.json"
 
@@ -55,7 +55,7 @@ def require_admin(config: RunConfig) -> None:
     """
     if config.model.norm != "admin":
         raise UserError(
-            f"magnetar.model.norm={config.model.norm!r} needs no profile: start launchers.train, "
+            f"magnetar.model.norm={config.model.norm!r} needs no profile: start magnetar train, "
             "or use norm 'admin'"
         )
 
@@ -84,8 +84,8 @@ def start_omegas(model: nn.Module, config: RunConfig) -> None:
 def _read_profile(config: RunConfig) -> Profile:
     path = profile_path(config)
     command = (
-        "deepspeed --module launchers.profile_admin --deepspeed_config ... with the same JSON and "
-        "--set"
+        "deepspeed --module magnetar.launchers.profile_admin --deepspeed_config ... with the same "
+        "JSON and --set"
     )
     if not path.is_file():
         raise UserError(

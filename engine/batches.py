@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config import RunConfig
-from engine.engine import MicroBatch
-from engine.run_data import TrainingSet, micro_batch
+from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.run_data import TrainingSet, micro_batch
+from magnetar.engine.train_step import MicroBatch
 
 STEPS_AHEAD = 4
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data.packed_lm import IGNORE_INDEX, Batch
-from data.pair_batches import PairBatches, ValidBins
-from data.pairs import PreparedPairs
-from engine.config import RunConfig
+from magnetar.data.pairs.batches import PairBatches, ValidBins
+from magnetar.data.pairs.folder import PreparedPairs
+from magnetar.data.text.packed_lm import IGNORE_INDEX, Batch
+from magnetar.engine.config.schema import RunConfig
 
 # More rows than a bin has: row r of bin b has place b * MAX_BIN_ROWS + r in its step.
 MAX_BIN_ROWS = 1 << 20

@@ -3,16 +3,16 @@
 import deepspeed.comm as dist
 import torch
 
-from data.errors import UserError
-from engine.admin import profile_path, write_profile
-from engine.batches import TrainingBatches
-from engine.checkpoint_files import complete_checkpoints
-from engine.config import RunConfig
-from engine.engine import start_distributed, trained_moe_class
-from engine.run_data import RunData, training_set
-from models.admin import omegas, recorded_moments, variances
-from models.deepspeed_moe import join_expert_groups
-from models.transformer import build_model
+from magnetar.data.errors import UserError
+from magnetar.engine.admin import profile_path, write_profile
+from magnetar.engine.batches import TrainingBatches
+from magnetar.engine.build import start_distributed, trained_moe_class
+from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.run_data import RunData, training_set
+from magnetar.models.admin import omegas, recorded_moments, variances
+from magnetar.models.moe.deepspeed import join_expert_groups
+from magnetar.models.transformer import build_model
 
 
 def profile(config: RunConfig, prepared: RunData) -> dict[str, list[float]]:

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.packed_lm import Batch, PackedLM, train_micro_batch
-from data.pair_batches import PairBatches, ValidBins
-from data.pairs import PreparedPairs, open_pairs
-from data.token_files import Prepared, open_prepared
-from engine.config import RunConfig
-from engine.pair_data import target_perplexity, training_bins, validation_bins
-from engine.windows import unigram_perplexity, windows
+from magnetar.data.errors import UserError
+from magnetar.data.pairs.batches import PairBatches, ValidBins
+from magnetar.data.pairs.folder import PreparedPairs, open_pairs
+from magnetar.data.text.packed_lm import Batch, PackedLM, train_micro_batch
+from magnetar.data.text.token_files import Prepared, open_prepared
+from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.pair_data import target_perplexity, training_bins, validation_bins
+from magnetar.engine.windows import unigram_perplexity, windows
 
 RunData = Prepared | PreparedPairs
 TrainingSet = PackedLM | PairBatches
@@ -38,7 +38,7 @@ def open_run_data(config: RunConfig, path: Path | None = None) -> RunData:
             )
         raise UserError(
             f"{path} holds running text, and magnetar.data.pairs asks for sentence pairs: remove "
-            "magnetar.data.pairs, or name a folder that launchers.prepare_pairs has made"
+            "magnetar.data.pairs, or name a folder that magnetar prepare-pairs has made"
         )
     return open_prepared(path) if config.data.pairs is None else open_pairs(path)
 

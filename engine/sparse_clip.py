@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from torch import Tensor
 
-from data.errors import UserError
+from magnetar.data.errors import UserError
 
 KNOWN_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "BlockwiseAdamW"}
 

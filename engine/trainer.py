@@ -10,47 +10,41 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
-from data.errors import UserError
-from data.pairs import PreparedPairs
-from engine import logbook
-from engine.admin import require_profile
-from engine.batches import TrainingBatches
-from engine.checkpoint import Saver, check_fits, load_checkpoint, newest_whole_checkpoint
-from engine.checkpoint_files import Checkpoint, complete_checkpoints
-from engine.config import RunConfig, check_config
-from engine.engine import (
-    build_engine,
-    launched_rank,
-    loss_weights,
-    start_distributed,
-    train_step,
-)
-from engine.guards import Guards
-from engine.metrics import Metrics, keep_records_up_to
-from engine.optimizers import require_optimizer_package
-from engine.pair_data import MAX_BIN_ROWS
-from engine.planner import require_host_memory
-from engine.progress import ProgressLine
-from engine.replicas import require_equal_replicas
-from engine.report import describe, finish, validation_words
-from engine.run_data import (
-    RunData,
-    open_run_data,
-    training_set,
-    validation_set,
-)
-from engine.run_folder import (
+from magnetar.data.errors import UserError
+from magnetar.data.pairs.folder import PreparedPairs
+from magnetar.engine import logbook
+from magnetar.engine.admin import require_profile
+from magnetar.engine.batches import TrainingBatches
+from magnetar.engine.build import build_engine, launched_rank, start_distributed
+from magnetar.engine.checkpoint.format import Checkpoint, complete_checkpoints
+from magnetar.engine.checkpoint.run_folder import (
     check_run_folder,
     claim_run_folder,
     differing,
     flat_keys,
     write_whole,
 )
-from engine.signals import Requests
-from engine.start_times import StartTimes
-from engine.starting_weights import require_starting_weights
-from engine.validation import evaluation
-from engine.watchdog import Watchdog
+from magnetar.engine.checkpoint.save_load import (
+    Saver,
+    check_fits,
+    load_checkpoint,
+    newest_whole_checkpoint,
+)
+from magnetar.engine.checkpoint.starting_weights import require_starting_weights
+from magnetar.engine.cluster.signals import Requests
+from magnetar.engine.cluster.start_times import StartTimes
+from magnetar.engine.cluster.watchdog import Watchdog
+from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.evaluate import evaluation
+from magnetar.engine.guards import Guards, require_equal_replicas
+from magnetar.engine.memory_planner import require_host_memory
+from magnetar.engine.metrics import Metrics, keep_records_up_to
+from magnetar.engine.optim.adam import require_optimizer_package
+from magnetar.engine.pair_data import MAX_BIN_ROWS
+from magnetar.engine.progress import ProgressLine
+from magnetar.engine.report.samples import describe, finish, validation_words
+from magnetar.engine.run_data import RunData, open_run_data, training_set, validation_set
+from magnetar.engine.train_step import loss_weights, train_step
 
 
 def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]:
@@ -157,7 +151,7 @@ class TrainerState:
         recent_losses: with which engine.guards compares the next one.
         before: validation of the initial weights.
         after: the last validation so far.
-        examples: what the initial weights made of a few sentences, see engine.validation.
+        examples: what the initial weights made of a few sentences, see engine.evaluate.
     """
 
     seconds: float = 0.0
@@ -174,7 +168,7 @@ class TrainerState:
 def train(config: RunConfig, prepared: RunData, times: StartTimes | None = None) -> None:
     """Train to the end, resuming where the run's newest checkpoint left off.
 
-    A signal may ask it to stop earlier: see engine.signals.
+    A signal may ask it to stop earlier: see engine.cluster.signals.
 
     Args:
         config: from `prepare_run`.

@@ -1,9 +1,9 @@
 """A split as the config's model sees it: its windows, and what is asked about them."""
 
-from data.masked_lm import Masking, denoising, masked_lm
-from data.packed_lm import Objective, PackedLM, causal
-from data.token_files import Prepared, TokenSplit
-from engine.config import RunConfig
+from magnetar.data.text.masked_lm import Masking, denoising, masked_lm
+from magnetar.data.text.packed_lm import Objective, PackedLM, causal
+from magnetar.data.text.token_files import Prepared, TokenSplit
+from magnetar.engine.config.schema import RunConfig
 
 
 def windows(split: TokenSplit, config: RunConfig) -> PackedLM:

@@ -1,7 +1,7 @@
 """Checks a config, and writes the pages that describe configs.
 
-python -m launchers.config check ds_configs/quickstart.json [--set path=value ...] [--world-size N]
-python -m launchers.config docs [--check]
+magnetar config check ds_configs/quickstart.json [--set path=value ...] [--world-size N]
+magnetar config docs [--check]
 """
 
 import argparse
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.config import load_config
-from engine.config_docs import generated_files
-from launchers.user_errors import user_errors
+from magnetar.engine.config.docs import generated_files
+from magnetar.engine.config.schema import load_config
+from magnetar.launchers.user_errors import user_errors
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -26,7 +26,7 @@ def _ranks(text: str) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command and its options."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.config", description=__doc__)
+    parser = argparse.ArgumentParser(prog="magnetar config", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="print the resolved config, or all that is wrong")
@@ -61,7 +61,7 @@ def write_docs(folder: Path, only_check: bool) -> int:
             print(f"wrote {path}")
     if only_check and stale:
         print(
-            f"{folder}: {' and '.join(stale)} out of date: run `python -m launchers.config docs`",
+            f"{folder}: {' and '.join(stale)} out of date: run `magnetar config docs`",
             file=sys.stderr,
         )
         return 1

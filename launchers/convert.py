@@ -1,16 +1,16 @@
 """What is in a checkpoint, and how it becomes something else.
 
-python -m launchers.convert inspect runs/lm
-python -m launchers.convert reshard runs/lm --out runs/lm_8 --world-size 8 --ep-size 4
-python -m launchers.convert average runs/lm --last 3 --out averaged/lm
-python -m launchers.convert export runs/lm --out exported/lm
-python -m launchers.convert import exported/lm --out runs/lm_again
-python -m launchers.convert upcycle runs/lm --out upcycled/lm --num-experts 8
-python -m launchers.convert densify runs/moe --out dense/lm --mean
-python -m launchers.convert shrink runs/lm --out small/lm --layers 0,2,4
-python -m launchers.convert import-torchscale decoder.pt --config decoder.json --out imported/lm
-python -m launchers.convert import-torchscale checkpoint_last-shared.pt --out imported/moe
-python -m launchers.convert fold-admin runs/admin --out folded/admin
+magnetar convert inspect runs/lm
+magnetar convert reshard runs/lm --out runs/lm_8 --world-size 8 --ep-size 4
+magnetar convert average runs/lm --last 3 --out averaged/lm
+magnetar convert export runs/lm --out exported/lm
+magnetar convert import exported/lm --out runs/lm_again
+magnetar convert upcycle runs/lm --out upcycled/lm --num-experts 8
+magnetar convert densify runs/moe --out dense/lm --mean
+magnetar convert shrink runs/lm --out small/lm --layers 0,2,4
+magnetar convert import-torchscale decoder.pt --config decoder.json --out imported/lm
+magnetar convert import-torchscale checkpoint_last-shared.pt --out imported/moe
+magnetar convert fold-admin runs/admin --out folded/admin
 """
 
 import argparse
@@ -22,14 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data.errors import UserError
-from launchers.quiet import quiet_deepspeed
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `call` is what the command does with it."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog="magnetar convert", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     for add_command in (
@@ -82,7 +81,7 @@ def _inspect(commands: Any) -> None:
         from rich.console import Console
         from rich.text import Text
 
-        from convert.inspect import inspect, require_undamaged, shown
+        from magnetar.convert.inspect import inspect, require_undamaged, shown
 
         contents = inspect(options.source)
         if options.json:
@@ -101,7 +100,7 @@ def _reshard(commands: Any) -> None:
         "reshard",
         help="a checkpoint cut for other ranks",
         description="Write a run's folder whose checkpoint is cut for other ranks: each rank's "
-        "files hold its experts and its share of the rest. launchers.train goes on from it. A "
+        "files hold its experts and its share of the rest. magnetar train goes on from it. A "
         "layout that cannot hold the model is refused, with the nearest that can.",
     )
     add = command.add_argument
@@ -115,8 +114,8 @@ def _reshard(commands: Any) -> None:
     )
 
     def call(options: argparse.Namespace) -> None:
-        from convert.reshard import reshard
-        from engine.planner import Layout
+        from magnetar.convert.reshard import reshard
+        from magnetar.engine.memory_planner import Layout
 
         for name in ("world_size", "ep_size", "gpu_memory"):
             value = getattr(options, name)
@@ -135,8 +134,8 @@ def _average(commands: Any) -> None:
         "average",
         help="the mean of several checkpoints' weights",
         description="Write the mean of the weights of several checkpoints of one model, in a "
-        "folder that models.weights.load_model and launchers.generate load and training starts "
-        "from (magnetar.training.init_from).",
+        "folder that models.weights.load_save.load_model and magnetar generate load and training "
+        "starts from (magnetar.training.init_from).",
     )
     command.add_argument(
         "sources",
@@ -150,8 +149,8 @@ def _average(commands: Any) -> None:
     _add_out(command)
 
     def call(options: argparse.Namespace) -> None:
-        from convert.average import average
-        from convert.folders import parse_size
+        from magnetar.convert.average import average
+        from magnetar.convert.folders import parse_size
 
         shard_bytes = parse_size(options.shard_size)
         print("\n".join(average(options.sources, options.out, options.last, shard_bytes)))
@@ -164,8 +163,8 @@ def _export(commands: Any) -> None:
         "export",
         help="a run's weights as plain files",
         description="Write a run's weights, its tokenizer and its config as a folder that "
-        "models.weights.load_model loads without DeepSpeed, launchers.generate continues texts "
-        "with, and `import` turns into a run again.",
+        "models.weights.load_save.load_model loads without DeepSpeed, magnetar generate continues "
+        "texts with, and `import` turns into a run again.",
     )
     _add_source(command)
     command.add_argument(
@@ -186,8 +185,8 @@ def _export(commands: Any) -> None:
     _add_out(command)
 
     def call(options: argparse.Namespace) -> None:
-        from convert.export import export
-        from convert.folders import parse_size
+        from magnetar.convert.export import export
+        from magnetar.convert.folders import parse_size
 
         lines = export(
             options.source,
@@ -214,7 +213,7 @@ def _import(commands: Any) -> None:
     add("--out", type=Path, required=True, metavar="RUN", help="the run's folder to make")
 
     def call(options: argparse.Namespace) -> None:
-        from convert.import_weights import import_weights
+        from magnetar.convert.import_weights import import_weights
 
         print("\n".join(import_weights(options.folder, options.out)))
 
@@ -238,8 +237,8 @@ def _upcycle(commands: Any) -> None:
     _add_out(command)
 
     def call(options: argparse.Namespace) -> None:
-        from convert.folders import parse_size
-        from convert.upcycle import upcycle
+        from magnetar.convert.folders import parse_size
+        from magnetar.convert.upcycle import upcycle
 
         keys = ("num_experts", "every", "top_k", "router")
         moe = {key: getattr(options, key) for key in keys}
@@ -263,8 +262,8 @@ def _densify(commands: Any) -> None:
     _add_out(command)
 
     def call(options: argparse.Namespace) -> None:
-        from convert.densify import densify
-        from convert.folders import parse_size
+        from magnetar.convert.densify import densify
+        from magnetar.convert.folders import parse_size
 
         shard_bytes = parse_size(options.shard_size)
         print("\n".join(densify(options.source, options.out, options.expert, shard_bytes)))
@@ -291,8 +290,8 @@ def _shrink(commands: Any) -> None:
     _add_out(command)
 
     def call(options: argparse.Namespace) -> None:
-        from convert.folders import parse_size
-        from convert.shrink import shrink
+        from magnetar.convert.folders import parse_size
+        from magnetar.convert.shrink import shrink
 
         layers = {
             option: getattr(options, option.strip("-").replace("-", "_"))
@@ -330,7 +329,7 @@ def _import_torchscale(commands: Any) -> None:
         "import-torchscale",
         help="a model of TorchScale 0.3.0, with fairseq or without",
         description="Write a TorchScale model, dense or sparse, as a folder that "
-        "models.weights.load_model loads. The model has the same logits.",
+        "models.weights.load_save.load_model loads. The model has the same logits.",
     )
     add = command.add_argument
     add(
@@ -351,7 +350,7 @@ def _import_torchscale(commands: Any) -> None:
     add("--trust", action="store_true", help="let the file run code: only for files of your own")
 
     def call(options: argparse.Namespace) -> None:
-        from convert.import_torchscale import import_torchscale, report
+        from magnetar.convert.torchscale.convert import import_torchscale, report
 
         out = options.out
         imported = import_torchscale(options.checkpoint, out, options.config, options.trust)
@@ -365,14 +364,14 @@ def _fold_admin(commands: Any) -> None:
         "fold-admin",
         help="a trained Admin model as a plain Post-LN one",
         description="Write an Admin model as a Post-LN model with the same function, in a folder "
-        "that models.weights.load_model loads.",
+        "that models.weights.load_save.load_model loads.",
     )
     add = command.add_argument
     add("source", type=Path, help="a run's folder (its newest checkpoint), or a folder of weights")
     add("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
 
     def call(options: argparse.Namespace) -> None:
-        from convert.fold_admin import fold_admin
+        from magnetar.convert.fold_admin import fold_admin
 
         print("\n".join(fold_admin(options.source, options.out)))
 

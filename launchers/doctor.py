@@ -1,6 +1,6 @@
 """Look at every machine before a run starts, and say what to do about what is wrong.
 
-python -m launchers.doctor --hostfile hosts --deepspeed_config ds_configs/lm_xmoe.json
+magnetar doctor --hostfile hosts --deepspeed_config ds_configs/lm_xmoe.json
 
 Machines are asked side by side over ssh: whether they answer, clock, code, versions, JSON, data,
 disk, GPUs, locks of compilations, the port. If nothing speaks against it, the deepspeed launcher
@@ -18,10 +18,10 @@ import rich.table
 from rich.console import Console
 from rich.markup import escape
 
-from engine.doctor.checks import CHECKS
-from engine.doctor.examination import Examination, Options, examine
-from engine.doctor.world import Sizes, measure
-from launchers.user_errors import user_errors
+from magnetar.engine.doctor.bandwidth import Sizes, measure
+from magnetar.engine.doctor.checks import CHECKS
+from magnetar.engine.doctor.run import Examination, Options, examine
+from magnetar.launchers.user_errors import user_errors
 
 _COLOURS = {"problem": "bold red", "warning": "yellow", "": "green"}
 _CELLS = {"problem": "fail", "warning": "warn", "": "ok"}
@@ -30,7 +30,7 @@ _CELLS = {"problem": "fail", "warning": "warn", "": "ok"}
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m launchers.doctor",
+        prog="magnetar doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.measure is not None:
         *sizes, seconds = map(int, given.measure.split(","))
         measure(Sizes(*sizes), seconds)
-        from engine.process_groups import leave_distributed
+        from magnetar.engine.cluster.process_groups import leave_distributed
 
         leave_distributed()
         return 0

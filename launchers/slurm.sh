@@ -5,7 +5,7 @@
 #   srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 \
 #     launchers/slurm.sh --deepspeed_config ds_configs/lm_xmoe.json
 #
-# All arguments go to launchers.train. Options for sbatch stand before the file's name and count for
+# All arguments go to magnetar.launchers.train. Options for sbatch stand before the file's name and count for
 # more than those below. Where only one task a node is allowed, DeepSpeed's launcher starts the ranks:
 #
 #   sbatch --ntasks-per-node=1 --export=ALL,SLOTS=8 launchers/slurm.sh ...
@@ -74,7 +74,7 @@ if [ "${tasks[0]}" -eq 1 ] && [ "${SLOTS:-1}" -gt 1 ]; then
   scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$SLOTS/" > "$hostfile"
   "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --no_ssh \
     --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
-    --module launchers.train "$@"
+    --module magnetar.launchers.train "$@"
   exit
 fi
 
@@ -85,4 +85,4 @@ them, with --gpus-per-node in place of --gpus-per-task or --gpu-bind"
 fi
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 export LOCAL_SIZE=${tasks[SLURM_NODEID]} CROSS_RANK=$SLURM_NODEID CROSS_SIZE=$SLURM_NNODES
-exec "$python" -u -m launchers.train "$@"
+exec "$python" -u -m magnetar.launchers.train "$@"

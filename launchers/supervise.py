@@ -1,10 +1,10 @@
 """Train, and start again after a crash, until the run has finished.
 
-python -m launchers.supervise --num_gpus 8 --deepspeed_config ds_configs/lm_xmoe.json
-python -m launchers.supervise --hostfile hosts --deepspeed_config ds_configs/lm_xmoe.json
+magnetar supervise --num_gpus 8 --deepspeed_config ds_configs/lm_xmoe.json
+magnetar supervise --hostfile hosts --deepspeed_config ds_configs/lm_xmoe.json
 
-It takes what `deepspeed ... --module launchers.train ...` takes, and calls that. Restarts, with
-their causes, are in logbook.md of the run's folder.
+It takes what `deepspeed ... --module magnetar.launchers.train ...` takes, and calls that. Restarts,
+with their causes, are in logbook.md of the run's folder.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.supervisor import Options, Supervisor
-from launchers.user_errors import user_errors
+from magnetar.engine.supervise.supervisor import Options, Supervisor
+from magnetar.launchers.user_errors import user_errors
 
 # Of DeepSpeed's launcher, handed on as they are.
 _FLAGS = ("--no_ssh_check", "--save_pid", "--bind_cores_to_rank", "--no_local_rank")
@@ -26,7 +26,7 @@ _VALUES = (
 def parse_arguments(arguments: Sequence[str] | None) -> Options:
     """The command line; what is no option of ours or of the launcher's ends the program."""
     parser = argparse.ArgumentParser(
-        prog="python -m launchers.supervise",
+        prog="magnetar supervise",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -62,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> Options:
         theirs(name, action="store_true", help=argparse.SUPPRESS)
     for name in _VALUES:
         theirs(name, help=argparse.SUPPRESS)
-    theirs("--module", choices=["launchers.train"], help=argparse.SUPPRESS)
+    theirs("--module", choices=["magnetar.launchers.train"], help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.include and given.exclude:
         parser.error("--include and --exclude contradict each other: use one of them")

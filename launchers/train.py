@@ -1,16 +1,19 @@
 """Train a model.
 
-deepspeed [--hostfile H] --module launchers.train --deepspeed_config ds_configs/lm_xmoe.json
+deepspeed [--hostfile H] --module magnetar.launchers.train --deepspeed_config X.json
 """
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.user_errors import user_errors
+from magnetar.launchers.user_errors import user_errors
 
 
-def parse_arguments(prog: str, description: str | None) -> argparse.Namespace:
+def parse_arguments(
+    arguments: Sequence[str] | None, prog: str, description: str | None
+) -> argparse.Namespace:
     """The command line of what the deepspeed launcher starts; it adds --local_rank."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument(
@@ -24,7 +27,7 @@ def parse_arguments(prog: str, description: str | None) -> argparse.Namespace:
         help="override any key, magnetar.model.num_layers=4 say; may be repeated",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def launched_world_size() -> int:
@@ -34,18 +37,18 @@ def launched_world_size() -> int:
 
 
 @user_errors()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Check everything, then join the other ranks and train."""
-    from engine.start_times import StartTimes
+    from magnetar.engine.cluster.start_times import StartTimes
 
     times = StartTimes()
-    arguments = parse_arguments("launchers.train", __doc__)
-    from engine.config import load_config
+    options = parse_arguments(arguments, "magnetar.launchers.train", __doc__)
+    from magnetar.engine.config.schema import load_config
 
     world_size = launched_world_size()
-    config = load_config(arguments.deepspeed_config, arguments.set, world_size)
-    from engine.process_groups import leave_distributed
-    from engine.trainer import prepare_run, train
+    config = load_config(options.deepspeed_config, options.set, world_size)
+    from magnetar.engine.cluster.process_groups import leave_distributed
+    from magnetar.engine.trainer import prepare_run, train
 
     times.end("imports")
     prepared = prepare_run(config, world_size)

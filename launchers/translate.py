@@ -1,8 +1,8 @@
 """Translations by a trained model, a sentence a line, in one process.
 
-python -m launchers.translate runs/NAME --from en --to de --text "The sea is calm."
-python -m launchers.translate runs/NAME --from en --to de speech.txt --out speech.de.txt
-python -m launchers.translate runs/NAME --from en --to de --beam 1 < sentences.txt
+magnetar translate runs/NAME --from en --to de --text "The sea is calm."
+magnetar translate runs/NAME --from en --to de speech.txt --out speech.de.txt
+magnetar translate runs/NAME --from en --to de --beam 1 < sentences.txt
 
 Lines come out in their order, some hundred at a time; from a pipe or a terminal also whenever it
 pauses for a moment. Ctrl-C keeps what has come out, and says how many lines that is.
@@ -23,14 +23,13 @@ from typing import IO, TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.errors import UserError
-from launchers.quiet import quiet_deepspeed
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
-    from engine.long_sentences import TooLong
-    from engine.translation import Decoding
-    from engine.translation_run import TranslationRun
+    from magnetar.engine.checkpoint.translation_run import TranslationRun
+    from magnetar.engine.translation.long_sentences import TooLong
+    from magnetar.engine.translation.translate import Decoding
 
 BYTE_ORDER_MARK = "\ufeff"
 MAX_LENGTH_PENALTY = 10  # what n tokens are raised to must stay a number
@@ -41,7 +40,7 @@ PARTS = 1 << 32  # more lines than there are: part p of line n draws as n + p * 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.translate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="magnetar translate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("run", type=Path, help="the run's folder, such as runs/bible, or a folder of weights")
@@ -257,8 +256,8 @@ class Translator:
         self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
     ) -> list[str]:
         """A line for each of the next texts, "" for one that is empty."""
-        from engine.long_sentences import fit
-        from engine.translation import joined, one_line, translate_ids
+        from magnetar.engine.translation.long_sentences import fit
+        from magnetar.engine.translation.translate import joined, one_line, translate_ids
 
         model, codec, first = self.run.model, self.run.codec, self.num_done
         fitted = fit(texts, codec, self.target, model.encoder.max_len, self.how, first)
@@ -278,14 +277,14 @@ class Translator:
 
     def told(self) -> str:
         """What is to be said about long ones, or ""."""
-        from engine.long_sentences import told
+        from magnetar.engine.translation.long_sentences import told
 
         return told(self.too_long, self.num_done, self.run.model.encoder.max_len, self.how)
 
 
 def warn_of_untrained(run: "TranslationRun", options: argparse.Namespace) -> None:
     """Say so where the run has not learnt the direction, as far as its config or data tell."""
-    from engine.translation_run import open_pairs_of
+    from magnetar.engine.checkpoint.translation_run import open_pairs_of
 
     if run.config is None or run.config.data.pairs is None:
         return
@@ -310,10 +309,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Translate and print."""
     options = parse_arguments(arguments)
     quiet_deepspeed()
-    from data.codec import check_language
-    from engine.translation import Decoding
-    from engine.translation_run import open_translation_run
-    from models.beam_search import Sampling
+    from magnetar.data.pairs.codec import check_language
+    from magnetar.engine.checkpoint.translation_run import open_translation_run
+    from magnetar.engine.translation.translate import Decoding
+    from magnetar.models.decoding.beam_search import Sampling
 
     run = open_translation_run(options.run, options.checkpoint, options.data)
     for option, language in (("--from", options.source), ("--to", options.target)):

@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from data.errors import MachineError, UserError
+from magnetar.data.errors import MachineError, UserError
+
+
+def quiet_deepspeed() -> None:
+    """Name the accelerator before deepspeed is first imported, so that it need not guess aloud."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 
 # What the system can refuse wherever something is written, and what a person can do about it.
 _WAYS_OUT = {
@@ -56,7 +65,7 @@ def _end(message: str, is_everybodys: bool, status: int = 2) -> NoReturn:
 def _leave(status: int) -> NoReturn:
     if _ranks_have_joined():
         # Other ranks may wait in a collective, so the groups cannot be left in order, and Python's
-        # own ending may abort: see engine.process_groups.
+        # own ending may abort: see engine.cluster.process_groups.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

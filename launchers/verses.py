@@ -1,6 +1,6 @@
 """Writes the small parallel corpus of `make translate-demo` as tables for launchers.prepare_pairs.
 
-python -m launchers.verses --languages en es --out prepared/verses
+magnetar verses --languages en es --out prepared/verses
 """
 
 import argparse
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.verses import TRANSLATIONS, write_verses
-from launchers.user_errors import user_errors
+from magnetar.data.pairs.verses import TRANSLATIONS, write_verses
+from magnetar.launchers.user_errors import user_errors
 
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the tables, and say how long they are."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.verses", description=__doc__)
+    parser = argparse.ArgumentParser(prog="magnetar verses", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     known = ", ".join(TRANSLATIONS)

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.block import Block
-from models.config import ModelConfig
-from models.moe import MoE
-from models.multiway import pools
-from models.norms import Residual
-from models.router import XMoERouter
-from models.transformer import Transformer, empty_model
+from magnetar.models.block import Block
+from magnetar.models.config import ModelConfig
+from magnetar.models.layers.multiway import pools
+from magnetar.models.layers.norms import Residual
+from magnetar.models.moe.layer import MoE
+from magnetar.models.moe.router import XMoERouter
+from magnetar.models.transformer import Transformer, empty_model
 
 SUBLAYERS = ("attention", "cross_attention", "ffn")
 # Folding divides by omega. A residual weight of this size adds nothing in float32, like 0.

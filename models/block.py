@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from models.attention import CrossAttention, LayerCache, SelfAttention
-from models.config import ModelConfig
-from models.feed_forward import FeedForward
-from models.moe import MoE, RoutingStats
-from models.multiway import Multiway, per_modality
-from models.norms import NORM_STYLES, Depths, Residual, Sublayer
-from models.positions import Rotary
+from magnetar.models.config import ModelConfig
+from magnetar.models.layers.attention import CrossAttention, LayerCache, SelfAttention
+from magnetar.models.layers.feed_forward import FeedForward
+from magnetar.models.layers.multiway import Multiway, per_modality
+from magnetar.models.layers.norms import NORM_STYLES, Depths, Residual, Sublayer
+from magnetar.models.layers.positions import Rotary
+from magnetar.models.moe.layer import MoE, RoutingStats
 
 
 class Context(NamedTuple):
@@ -45,7 +45,7 @@ class Context(NamedTuple):
 class Block(nn.Module):
     """Self-attention, cross-attention in a decoder that has an encoder, feed-forward or MoE.
 
-    `models.norms` has the picture of each sublayer's residual stream.
+    `models.layers.norms` has the picture of each sublayer's residual stream.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from models.moe_config import MAX_WIDTH, MoEConfig, StrictModel
+from magnetar.models.moe.config import MAX_WIDTH, MoEConfig, StrictModel
 
 MAX_LAYERS = 10_000
 MAX_LENGTH = 1 << 24
@@ -56,7 +56,7 @@ class ModelConfig(StrictModel):
         default="subln",
         description="Where the LayerNorms stand, how residuals are scaled and how weights start: "
         "`subln` (Magneto, arXiv 2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv "
-        "2110.09456), `admin` (arXiv 2004.08249; profile first, with launchers.profile_admin, and "
+        "2110.09456), `admin` (arXiv 2004.08249; profile first, with magnetar profile-admin, and "
         "give it embedding_norm or stable_embedding), "
         "`pre` (Pre-LN) or `post` (Post-LN).",
     )
@@ -209,7 +209,7 @@ class ModelConfig(StrictModel):
             )
         if not self.output_projection and self.tie_embeddings:
             wrong.append(
-                "output_projection=false leaves nothing to tie, and launchers.train nothing to "
+                "output_projection=false leaves nothing to tie, and magnetar train nothing to "
                 "learn: set tie_embeddings false as well for a model that is not trained"
             )
         wrong += self._position_problems()

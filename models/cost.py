@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from models.config import ModelConfig
-from models.moe import MoE
-from models.moe_config import ON_ONE_RANK
-from models.transformer import empty_model
+from magnetar.models.config import ModelConfig
+from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.moe.layer import MoE
+from magnetar.models.transformer import empty_model
 
 
 def num_parameters(config: ModelConfig) -> tuple[int, int]:

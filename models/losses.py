@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models import kernels
-from models.linear import Linear
+from magnetar.models import kernels
+from magnetar.models.layers.feed_forward import Linear
 
 IGNORE_INDEX = -100
 
@@ -132,7 +132,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_len = _chunk_len(hidden, weight)
         softmax = _softmax
         if kernels.usable(hidden):
-            from models.kernels.cross_entropy import cross_entropy as softmax  # needs Triton
+            from magnetar.models.kernels.cross_entropy import (
+                cross_entropy as softmax,  # needs Triton
+            )
         all_logits = hidden.new_empty(chunk_len, len(weight))
         for first in range(0, len(hidden), chunk_len):
             chunk = slice(first, first + chunk_len)

@@ -10,21 +10,51 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.attention import Cache, attention_mask
-from models.block import Block, Context
-from models.config import ModelConfig
-from models.embedding import Embedding
-from models.init import RandomSource
-from models.losses import Output, TokenLosses
-from models.moe import MoE, RoutingStats
-from models.multiway import per_modality
-from models.norms import NORM_STYLES, Depths, layer_norm
-from models.positions import (
+from magnetar.models.block import Block, Context
+from magnetar.models.config import ModelConfig
+from magnetar.models.layers.attention import Cache, attention_mask
+from magnetar.models.layers.embedding import Embedding
+from magnetar.models.layers.init import RandomSource
+from magnetar.models.layers.multiway import per_modality
+from magnetar.models.layers.norms import NORM_STYLES, Depths, layer_norm
+from magnetar.models.layers.positions import (
     RelativeBias,
     Rotary,
     fairseq_sinusoidal_table,
     sinusoidal_table,
 )
+from magnetar.models.losses import Output, TokenLosses
+from magnetar.models.moe.layer import MoE, RoutingStats
+
+MAX_VERSIONS = 64  # of what all blocks share: dense or sparse, first or last, other sizes
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block by itself, in training: attention, norms, residuals, dense networks.
+
+    Blocks of a kind share what is compiled, when the first of them is called. MoE layers stay as
+    they are: their kernels are this project's own, and their sizes those of the routing.
+    """
+    torch._dynamo.config.recompile_limit = MAX_VERSIONS
+    for block in model.modules():
+        if isinstance(block, Block):
+            if isinstance(block.ffn, MoE):
+                _set_forward(block.ffn, torch.compiler.disable(block.ffn.forward))
+            _set_forward(block, _compiled_in_training(block))
+
+
+def _compiled_in_training(block: Block) -> Callable[..., Any]:
+    plain, compiled = block.forward, torch.compile(block.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if block.training else plain)(*args, **kwargs)
+
+    return forward
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = forward
+
 
 # GPT-2's. The papers leave it open; TorchScale's 1/sqrt(D) starts a small model well above ln V.
 EMBEDDING_STD = 0.02
@@ -377,7 +407,7 @@ def build_model(
     Args:
         config: vocab_size not None.
         seed: of the weights.
-        moe_class: of the MoE layers: models.deepspeed_moe has those that DeepSpeed trains.
+        moe_class: of the MoE layers: models.moe.deepspeed has those that DeepSpeed trains.
         drawn_on: whose generator draws the weights; None: that of the default device.
     """
     model = empty_model(config, moe_class)

@@ -67,5 +67,5 @@ if __name__ == "__main__":
     Path(sys.argv[2], f"result_{os.environ['RANK']}").write_bytes(pickle.dumps(answer))
     sys.stdout.flush()
     # Not by Python's shutdown, in which a thread of gloo may abort the process; that the launchers
-    # end well all the same is tested by themselves (engine/process_groups.py).
+    # end well all the same is tested by themselves (engine/cluster/process_groups.py).
     os._exit(0)

@@ -49,7 +49,7 @@ TINY: dict[str, Any] = {
 
 def make_corpus(folder: Path, vocab_size: int = 300) -> Path:
     """A prepared folder of a few thousand words that a small model can learn from."""
-    from data.prepare import PrepareConfig, prepare
+    from magnetar.data.text.prepare import PrepareConfig, prepare
 
     words = random.Random(0)
     subjects, verbs = ("the senate", "a citizen", "our nation"), ("builds", "guards", "wants")
@@ -88,7 +88,7 @@ def launcher_command(config: Path, *arguments: str, ranks: int = 2) -> list[str]
     return [
         str(Path(sys.executable).parent / "deepspeed"),
         *("--num_gpus", str(ranks), "--master_port", str(free_port())),
-        *("--module", "launchers.train", "--deepspeed_config", str(config)),
+        *("--module", "magnetar.launchers.train", "--deepspeed_config", str(config)),
         *arguments,
     ]
 
@@ -146,7 +146,7 @@ def wait_for_step(config: Path, step: int, launcher: subprocess.Popen) -> None:
 
 def rewrite_manifest(file: Path, old: str, new: str) -> None:
     """Replace text in a manifest.json, and sign it again."""
-    from engine.checkpoint_files import manifest_digest
+    from magnetar.engine.checkpoint.format import manifest_digest
 
     manifest = json.loads(file.read_text().replace(old, new))
     file.write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from engine.doctor.asking import Answer
+from magnetar.engine.doctor.ssh_probe import Answer
 
 GIB = 2**30
 CHECKS = ("reach", "clock", "code", "versions", "JSON", "data", "disk", "GPUs", "JIT", "port")

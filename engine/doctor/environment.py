@@ -12,7 +12,7 @@ from deepspeed.launcher.runner import (
     EXPORT_ENVS,
 )
 
-from data.errors import UserError
+from magnetar.data.errors import UserError
 
 # What changes a run and yet stays behind, unless the file of DeepSpeed's launcher names it.
 _MATTER = (

@@ -23,10 +23,10 @@ from benchmarks.expert_parallel import (
     table,
     union,
 )
-from data.errors import UserError
-from models.init import RandomSource
-from models.moe import MoE
-from models.moe_config import MoELayerConfig
+from magnetar.data.errors import UserError
+from magnetar.models.layers.init import RandomSource
+from magnetar.models.moe.config import MoELayerConfig
+from magnetar.models.moe.layer import MoE
 
 SIZES = ["num_layers=2", "d_model=32", "d_ff=48", "num_heads=2", "vocab_size=64", "max_seq_len=16"]
 TINY = ["--cpu", "--rounds", "1", "--steps", "1", "--set", "magnetar.data.seq_len=16"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import Outcome, summary, table
 from benchmarks.fuzz_cases import CONFIGS, Case, shrunk
 from benchmarks.mutations import as_members, broken_jsons, damaged, drawn, encoded
-from engine.config import check_config
+from magnetar.engine.config.schema import check_config
 from tests.ranks import ROOT
 from tests.runs import environment
 
@@ -86,7 +86,10 @@ def test_the_same_seed_breaks_alike() -> None:
 
 
 def test_a_failure_is_in_the_table_and_can_be_repeated() -> None:
-    cases = [Case("a.json", "launchers.train", [], {}), Case("a.json", "launchers.train", [], {})]
+    cases = [
+        Case("a.json", "magnetar.launchers.train", [], {}),
+        Case("a.json", "magnetar.launchers.train", [], {}),
+    ]
     outcomes = [Outcome("message", "error: bad 3", 0.5), Outcome("traceback", "Traceback", 1.0)]
     found = summary(cases, outcomes)
     assert found["cases"] == {"a.json": {"message": 1, "failed": 1}}

@@ -18,7 +18,7 @@ from benchmarks.layer_profile import PASS, own_times, report
 from benchmarks.layers import Contender, Layer, Scorer, Shape, build_dense, build_ours
 from benchmarks.moe_layer import ROUTINGS, Runner, main, summary
 from benchmarks.peers import PEERS, build_deepspeed, need
-from data.errors import UserError
+from magnetar.data.errors import UserError
 from tests.ranks import ROOT
 
 TINY = ["--tokens", "64", "--d-model", "32", "--d-ff", "48", "--repeats", "2", "--steps", "1"]

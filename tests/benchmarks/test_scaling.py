@@ -22,9 +22,9 @@ from benchmarks.scaling_configs import (
     weak_config,
 )
 from benchmarks.step_contenders import cost
-from data.errors import UserError
-from data.token_files import open_prepared
-from engine import checkpoint_files
+from magnetar.data.errors import UserError
+from magnetar.data.text.token_files import open_prepared
+from magnetar.engine.checkpoint import format as checkpoint_files
 
 GIB = 2**30
 

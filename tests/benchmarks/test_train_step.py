@@ -14,7 +14,7 @@ from benchmarks.step_chart import summarised, table
 from benchmarks.step_contenders import ClipTimer, cost, dense_config, sparse_config
 from benchmarks.step_worker import OUT_OF_MEMORY, Job, random_batch, status_of
 from benchmarks.train_step import Stopped, chosen_configs, main, parse
-from engine.config import RunConfig, load_config
+from magnetar.engine.config.schema import RunConfig, load_config
 from tests.ranks import ROOT
 
 PAPER = ROOT / "ds_configs" / "lm_xmoe.json"

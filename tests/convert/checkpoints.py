@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint_files import MOMENTS, WEIGHT, Checkpoint, CheckpointWriter, Piece, evenly_cut
-from engine.config import RunConfig, check_config
-from engine.trainer import TrainerState
-from models.transformer import build_model
-from models.weights import tensor_shapes, tied_names
+from magnetar.engine.checkpoint.format import (
+    WEIGHT,
+    Checkpoint,
+    CheckpointWriter,
+    Piece,
+    evenly_cut,
+)
+from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.optim.adam import MOMENTS
+from magnetar.engine.trainer import TrainerState
+from magnetar.models.transformer import build_model
+from magnetar.models.weights.load_save import tensor_shapes, tied_names
 from tests.engine.programs import BASE, with_keys
 
 

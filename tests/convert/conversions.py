@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.config_text import apply_overrides
-from launchers.convert import main
-from models.config import ModelConfig
-from models.transformer import EncoderDecoder, empty_model
-from models.weights import load_model, save_weights, tensor_shapes
+from magnetar.engine.config.errors import apply_overrides
+from magnetar.launchers.convert import main
+from magnetar.models.config import ModelConfig
+from magnetar.models.transformer import EncoderDecoder, empty_model
+from magnetar.models.weights.load_save import load_model, save_weights, tensor_shapes
 from tests.models import brute_force
 
 SHAPE: dict[str, Any] = {

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from convert.average import average, mean_of
-from convert.sources import Source, open_source
-from data.errors import UserError
-from data.token_files import read_manifest
-from launchers.convert import main
-from models.weight_files import in_memory
-from models.weights import load_model, load_weights, open_weights, save_weights
+from magnetar.convert.average import average, mean_of
+from magnetar.convert.sources import Source, open_source
+from magnetar.data.errors import UserError
+from magnetar.data.text.token_files import read_manifest
+from magnetar.launchers.convert import main
+from magnetar.models.weights.files import in_memory
+from magnetar.models.weights.load_save import load_model, load_weights, open_weights, save_weights
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
 from tests.runs import make_corpus
 

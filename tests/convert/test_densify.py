@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.weights import load_model, load_weights
+from magnetar.models.weights.load_save import load_model, load_weights
 from tests.convert.checkpoints import write_checkpoint
 from tests.convert.conversions import (
     BOTH,

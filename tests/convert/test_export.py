@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from data.token_files import read_manifest
-from engine.checkpoint import load_model as load_checkpoint_model
-from engine.checkpoint_files import WEIGHT, Checkpoint
-from engine.config import check_config
-from launchers import evaluate, generate
-from models.weights import load_model, load_weights
+from magnetar.data.text.token_files import read_manifest
+from magnetar.engine.checkpoint.format import WEIGHT, Checkpoint
+from magnetar.engine.checkpoint.save_load import load_model as load_checkpoint_model
+from magnetar.engine.config.schema import check_config
+from magnetar.launchers import evaluate, generate
+from magnetar.models.weights.load_save import load_model, load_weights
 from tests.convert.checkpoints import write_checkpoint
 from tests.convert.conversions import contents, convert, refusal, save_random
 from tests.ranks import ROOT
@@ -393,7 +393,7 @@ def test_an_end_from_outside_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("convert.import_weights.config_in", ended)
+    monkeypatch.setattr("magnetar.convert.import_weights.config_in", ended)
     try:
         with pytest.raises(SystemExit) as stopped:
             convert("import", exported, "--out", tmp_path / "out")
@@ -460,7 +460,7 @@ def test_hashes_may_be_missing_and_must_be_hashes(
 def test_a_number_too_large_for_the_type_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from models.weights import save_weights
+    from magnetar.models.weights.load_save import save_weights
 
     model = save_random(tmp_path / "weights")
     state = dict(model.state_dict())
@@ -558,8 +558,8 @@ def test_what_is_not_what_was_written_is_noticed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A bit flips between the writing and the reading."""
-    from engine import checkpoint_files
-    from models import weight_files
+    from magnetar.engine.checkpoint import format as checkpoint_files
+    from magnetar.models.weights import files as weight_files
 
     def flip(path: Path) -> None:
         content = bytearray(path.read_bytes())

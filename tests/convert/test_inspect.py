@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from convert.inspect import digest, group_of, inspect
-from convert.sources import open_source
-from data.errors import UserError
-from engine.checkpoint_files import MANIFEST
-from launchers.convert import main
-from models.config import ModelConfig
-from models.transformer import build_model
-from models.weights import save_weights, tensor_shapes
+from magnetar.convert.inspect import digest, group_of, inspect
+from magnetar.convert.sources import open_source
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import MANIFEST
+from magnetar.launchers.convert import main
+from magnetar.models.config import ModelConfig
+from magnetar.models.transformer import build_model
+from magnetar.models.weights.load_save import save_weights, tensor_shapes
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
 
 EXPERT = "blocks.1.ffn.deepspeed_moe.experts.deepspeed_experts"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.import_weights import PART_BYTES
-from data.token_files import read_manifest
+from magnetar.convert.import_weights import PART_BYTES
+from magnetar.data.text.token_files import read_manifest
 from tests.convert.checkpoints import write_checkpoint
 from tests.ranks import ROOT
 from tests.runs import make_corpus
@@ -28,7 +28,7 @@ SMALL = {"magnetar.model.vocab_size": 301}
 # when it is first needed.
 PROGRAM = """
 import json, sys, threading, time
-from launchers.convert import main
+from magnetar.launchers.convert import main
 
 def anonymous():
     line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))

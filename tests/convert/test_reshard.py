@@ -11,23 +11,23 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import convert.reshard
-from convert.expert_tensors import place_of
-from convert.inspect import inspect
-from convert.reshard import reshard
-from data.errors import UserError
-from engine.checkpoint_files import (
-    MOMENTS,
+import magnetar.convert.reshard
+from magnetar.convert.expert_tensors import place_of
+from magnetar.convert.inspect import inspect
+from magnetar.convert.reshard import reshard
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import (
     WEIGHT,
     Checkpoint,
     CheckpointWriter,
     complete_checkpoints,
     damaged_files,
 )
-from engine.config import check_config
-from engine.planner import Layout
-from launchers.convert import main
-from models.weights import save_weights
+from magnetar.engine.config.schema import check_config
+from magnetar.engine.memory_planner import Layout
+from magnetar.engine.optim.adam import MOMENTS
+from magnetar.launchers.convert import main
+from magnetar.models.weights.load_save import save_weights
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
 from tests.ranks import run_on_ranks
 from tests.runs import launch, make_corpus, records, write_config
@@ -122,7 +122,9 @@ def test_the_run_is_the_targets(tmp_path: Path) -> None:
     text = "\n".join(lines)
     assert f"read      {source.path}, 2 ranks, ep_size 1, ZeRO 0" in text
     assert "step_00000005, 4 ranks, ep_size 2, ZeRO 2, 4 files, read back and compared" in text
-    assert f"deepspeed --num_gpus 4 --module launchers.train --deepspeed_config {out}" in text
+    assert (
+        f"deepspeed --num_gpus 4 --module magnetar.launchers.train --deepspeed_config {out}" in text
+    )
 
 
 def test_a_checkpoint_without_its_run_has_no_curve(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_a_part_beyond_the_limit_is_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_checkpoint(tmp_path / "run")
-    monkeypatch.setattr(convert.reshard, "PART_BYTES", 8_000)
+    monkeypatch.setattr(magnetar.convert.reshard, "PART_BYTES", 8_000)
     reshard(tmp_path / "run", tmp_path / "out", Layout(2, 2, 1), None)
     written = written_in(tmp_path / "out")
     require_equal(source, written)

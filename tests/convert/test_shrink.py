@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.norms import Depths, deepnorm_alpha
-from models.weights import load_model, load_weights, save_weights, tensor_shapes
+from magnetar.models.layers.norms import Depths, deepnorm_alpha
+from magnetar.models.weights.load_save import load_model, load_weights, save_weights, tensor_shapes
 from tests.convert.conversions import (
     BOTH,
     assert_refused,
@@ -133,7 +133,7 @@ def test_layers_keep_their_numbers_of_experts(
             [
                 "layer 2, a dense layer, would become layer 1 of the student, where moe.every=2 "
                 "wants a MoE layer",
-                "launchers.convert densify",
+                "magnetar convert densify",
             ],
         ),
         (
@@ -147,7 +147,7 @@ def test_layers_keep_their_numbers_of_experts(
                 ("--layers", "0"),
                 [
                     "none of the layers that are named is a MoE layer, as 1, 3 are: name one of "
-                    "these too, or make the model dense first with `python -m launchers.convert "
+                    "these too, or make the model dense first with `magnetar convert "
                     "densify`"
                 ],
             )

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import UserError
-from engine.checkpoint import load_model as load_checkpoint_model
-from engine.starting_weights import load_starting_weights, require_starting_weights
-from models.transformer import build_model
-from models.weights import load_model, load_weights
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.save_load import load_model as load_checkpoint_model
+from magnetar.engine.checkpoint.starting_weights import (
+    load_starting_weights,
+    require_starting_weights,
+)
+from magnetar.models.transformer import build_model
+from magnetar.models.weights.load_save import load_model, load_weights
 from tests.convert.checkpoints import run_config, write_checkpoint
 from tests.convert.conversions import (
     BOTH,
@@ -128,7 +131,7 @@ def test_a_run_is_upcycled_from_its_newest_checkpoint(tmp_path: Path) -> None:
             FOUR,
             ["multiway=true and moe contradict each other"],
         ),
-        ({"moe": {"num_experts": 2}}, FOUR, ["has 2 experts", "launchers.convert densify"]),
+        ({"moe": {"num_experts": 2}}, FOUR, ["has 2 experts", "magnetar convert densify"]),
         ({}, (*FOUR, "--shard-size", "5XB"), ["--shard-size 5XB is no size", "such as 5GB"]),
         ({}, (*FOUR, "--shard-size", "0"), ["--shard-size 0 is no size"]),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.token_files import SplitRecord, TokenSplit
+from magnetar.data.text.token_files import SplitRecord, TokenSplit
 
 WORDS = ["sea", "ship", "sail", "north", "wind", "harbour", "the", "of", "a", "old", "blue", "zéro"]
 

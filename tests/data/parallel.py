@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from data.pairs import PreparedPairs, open_pairs
-from data.prepare_pairs import PreparePairsConfig, TableConfig, prepare_pairs
+from magnetar.data.pairs.folder import PreparedPairs, open_pairs
+from magnetar.data.pairs.prepare import PreparePairsConfig, TableConfig, prepare_pairs
 
 LANGUAGES = ("en", "de", "pt-br")
 WORDS = {

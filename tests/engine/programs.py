@@ -52,8 +52,8 @@ def start(changes: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Engine, SparseClip and resolved config of BASE with dotted keys set."""
     import deepspeed.comm as dist
 
-    from engine.config import check_config
-    from engine.engine import build_engine, start_distributed
+    from magnetar.engine.build import build_engine, start_distributed
+    from magnetar.engine.config.schema import check_config
 
     device = start_distributed()
     config, problems = check_config(with_keys(BASE, changes), dist.get_world_size())
@@ -73,8 +73,8 @@ def batches(
     """This rank's micro-batches of a global batch that depends on the step alone."""
     import deepspeed.comm as dist
 
-    from data.packed_lm import Rows
-    from engine.windows import objective
+    from magnetar.data.text.packed_lm import Rows
+    from magnetar.engine.windows import objective
 
     generator = torch.Generator().manual_seed(step)
     # Something to learn: small ones are frequent, every other one follows from the one before it.
@@ -109,8 +109,8 @@ def losses_and_norms(
         num_steps: optimizer steps.
         padded: indices of the cases whose batches hold padding.
     """
-    from engine.engine import loss_weights, train_step
-    from engine.metrics import reduce_over_ranks
+    from magnetar.engine.metrics import reduce_over_ranks
+    from magnetar.engine.train_step import loss_weights, train_step
 
     results = []
     for index, changes in enumerate(cases):
@@ -153,7 +153,7 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
     """
     import deepspeed.comm as dist
 
-    from engine.engine import loss_weights, train_step
+    from magnetar.engine.train_step import loss_weights, train_step
 
     results = []
     for changes in cases:
@@ -251,7 +251,7 @@ def weights_under_decay(
     independent: bool, num_steps: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
     """One matrix before and after each step, its gradients as Adam saw them, the lr's factors."""
-    from engine.engine import loss_weights, train_step
+    from magnetar.engine.train_step import loss_weights, train_step
 
     engine, _, config = start(
         {
@@ -297,7 +297,7 @@ def losses_and_checkpointed_blocks(cases: list[dict[str, Any]], num_steps: int) 
 
 def memory_of_engines(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Of two steps of each case: bytes that this rank's engine keeps, at their largest."""
-    from engine.engine import loss_weights, train_step
+    from magnetar.engine.train_step import loss_weights, train_step
 
     results = []
     for changes in cases:
@@ -358,7 +358,7 @@ def bytes_of(tensors: list[Any]) -> int:
 
 def in_groups(max_numel: int, program: str, *arguments: Any) -> Any:
     """What a function of this module returns where optimizer groups have so many elements."""
-    from engine import optimizers
+    from magnetar.engine.optim import adam as optimizers
 
     optimizers._MAX_GROUP_NUMEL = max_numel
     return globals()[program](*arguments)
@@ -368,7 +368,7 @@ def peak_of_an_update(changes: dict[str, Any]) -> int:
     """Bytes that the second update takes for a while; the first one makes the states."""
     from torch.profiler import ProfilerActivity, profile
 
-    from engine.engine import loss_weights, train_step
+    from magnetar.engine.train_step import loss_weights, train_step
 
     engine, _, config = start(changes)
     update, events = engine.step, []
@@ -391,8 +391,8 @@ def newest_whole_checkpoints(runs: list[Any]) -> list[tuple[int | None, str]]:
     import contextlib
     import io
 
-    from engine.checkpoint import newest_whole_checkpoint
-    from engine.engine import start_distributed
+    from magnetar.engine.build import start_distributed
+    from magnetar.engine.checkpoint.save_load import newest_whole_checkpoint
 
     start_distributed()
     answers = []
@@ -416,9 +416,9 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
     from pathlib import Path
     from types import SimpleNamespace
 
-    from engine.checkpoint import Saver, load_checkpoint
-    from engine.checkpoint_files import newest_checkpoint
-    from engine.engine import loss_weights, train_step
+    from magnetar.engine.checkpoint.format import newest_checkpoint
+    from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint
+    from magnetar.engine.train_step import loss_weights, train_step
 
     prepared: Any = SimpleNamespace(
         manifest=SimpleNamespace(tokenizer_fingerprint="a"), fingerprint="b"
@@ -463,8 +463,8 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
 
 def kept_values(engine: Any) -> list[torch.Tensor]:
     """Copies of all that this rank keeps of its parameters, in the model's order."""
-    from engine.optimizers import EightBitMoment
-    from engine.shares import shares
+    from magnetar.engine.checkpoint.zero_shards import shares
+    from magnetar.engine.optim.adam import EightBitMoment
 
     copies = []
     for share in shares(engine):
@@ -494,10 +494,10 @@ def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict
 
     import torch.distributed as dist
 
-    from engine.engine import loss_weights, start_distributed, train_step
-    from engine.metrics import moe_layers, reduce_over_ranks
-    from engine.shares import named_tensors
-    from engine.traffic import TrafficMeter
+    from magnetar.engine.build import start_distributed
+    from magnetar.engine.checkpoint.zero_shards import named_tensors
+    from magnetar.engine.metrics import TrafficMeter, moe_layers, reduce_over_ranks
+    from magnetar.engine.train_step import loss_weights, train_step
 
     start_distributed()
     results = []
@@ -527,7 +527,7 @@ def listening_places() -> list[tuple[str, int]]:
     """Addresses and ports at which this rank listens after a step."""
     import psutil
 
-    from engine.engine import loss_weights, train_step
+    from magnetar.engine.train_step import loss_weights, train_step
 
     engine, _, config = start({"magnetar.model.moe.ep_size": 2})
     train_step(engine, batches(engine, 0, config), loss_weights(config), seed=1, step=0)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import UserError
-from engine import batches
-from engine.batches import STEPS_AHEAD, TrainingBatches
-from engine.config import check_config
+from magnetar.data.errors import UserError
+from magnetar.engine import batches
+from magnetar.engine.batches import STEPS_AHEAD, TrainingBatches
+from magnetar.engine.config.schema import check_config
 from tests.engine.programs import BASE, with_keys
 
 
@@ -22,7 +22,7 @@ class Counting:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> tuple[TrainingBatches, Counting]:
-    from data.packed_lm import Batch
+    from magnetar.data.text.packed_lm import Batch
 
     def micro_batch(
         config: Any, dataset: Counting, step: int, micro_step: int, rank: int, world_size: int

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import check_config
+from magnetar.engine.config.schema import check_config
 from tests.engine.programs import BASE, with_keys
 from tests.ranks import run_on_ranks
 

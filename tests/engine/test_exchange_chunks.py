@@ -33,7 +33,7 @@ def test_losses_and_norms_are_the_same_in_any_number_of_chunks() -> None:
     program = "tests.engine.programs:losses_and_norms"
     found = run_on_ranks(program, 2, changes, 5, timeout=600)[0]
     for name, one, other in zip(RUNS, found[::2], found[1::2], strict=True):
-        # What else a step does may add with atomics; tests/models/test_exchange.py compares bits.
+        # What else a step does may add with atomics; models/moe/test_all_to_all.py compares bits.
         for key in ("loss", "valid"):
             assert other[key] == pytest.approx(one[key], rel=0, abs=2e-5), (name, key)
         assert other["norm"] == pytest.approx(one["norm"], rel=1e-4), name

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint_files import complete_checkpoints
+from magnetar.engine.checkpoint.format import complete_checkpoints
 from tests.ranks import ROOT, free_port
 from tests.runs import (
     environment,
@@ -24,15 +24,15 @@ from tests.runs import (
 
 pytestmark = pytest.mark.slow
 
-# Trains as launchers.train does, config after config, but for faults: `gradient` is what the loss
+# Trains as magnetar train does, config after config, but for faults: `gradient` is what the loss
 # is multiplied by before a backward pass, `loss` what it seems to be multiplied by,
 # `batch` what is trained on in a batch's place, `does` a statement after its step.
 FAULTY = """
 import json, os, sys
 from pathlib import Path
-import engine.trainer as trainer
-from engine.config import load_config
-from launchers.user_errors import user_errors
+import magnetar.engine.trainer as trainer
+from magnetar.engine.config.schema import load_config
+from magnetar.launchers.user_errors import user_errors
 
 Batches = trainer.TrainingBatches
 train_step, of_step, fault = trainer.train_step, Batches.of_step, {}
@@ -193,7 +193,7 @@ def ranks_of(launcher: int) -> list[int]:
         child
         for child in psutil.Process(launcher).children(recursive=True)
         if any(part.startswith("--local_rank") for part in child.cmdline())
-        and "launchers.train" in child.cmdline()
+        and "magnetar.launchers.train" in child.cmdline()
         and "deepspeed.launcher.launch" not in child.cmdline()
     ]
     return [child.pid for child in sorted(found, key=lambda child: child.environ()["RANK"])]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import GuardsConfig
-from engine.guards import Guards
-from engine.signals import Requests
+from magnetar.engine.cluster.signals import Requests
+from magnetar.engine.config.schema import GuardsConfig
+from magnetar.engine.guards import Guards
 
 
 def guards(monkeypatch: pytest.MonkeyPatch, fp16: bool = False, **keys: Any) -> Guards:

@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from engine.host_memory import keep_freed_memory
+from magnetar.engine.build import keep_freed_memory
 from tests.ranks import run_on_ranks
 
 SIZE = 20 * 2**20

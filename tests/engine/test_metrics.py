@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from engine.metrics import routing_record
-from models.moe import RoutingStats
+from magnetar.engine.metrics import routing_record
+from magnetar.models.moe.layer import RoutingStats
 
 
 def stats(load: list[float], dropped: float, first_choices: list[int]) -> RoutingStats:

@@ -10,20 +10,20 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from convert.export import export
-from data.errors import UserError
-from data.packed_lm import IGNORE_INDEX
-from data.pairs import PreparedPairs, open_pairs
-from engine.checkpoint import load_model
-from engine.checkpoint_files import newest_checkpoint
-from engine.config import load_config
-from engine.pair_data import target_perplexity, training_bins, validation_bins
-from engine.run_data import open_run_data
-from engine.trained_run import open_text_model
-from engine.trainer import prepare_run
-from models.transformer import EncoderDecoder
+from magnetar.convert.export import export
+from magnetar.data.errors import UserError
+from magnetar.data.pairs.folder import PreparedPairs, open_pairs
+from magnetar.data.text.packed_lm import IGNORE_INDEX
+from magnetar.engine.checkpoint.format import newest_checkpoint
+from magnetar.engine.checkpoint.open_run import open_text_model
+from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.engine.config.schema import load_config
+from magnetar.engine.pair_data import target_perplexity, training_bins, validation_bins
+from magnetar.engine.run_data import open_run_data
+from magnetar.engine.trainer import prepare_run
+from magnetar.models.transformer import EncoderDecoder
 from tests.data.parallel import prepared_verses
-from tests.engine.test_resume import kill_after_step
+from tests.engine.checkpoint.test_resume import kill_after_step
 from tests.runs import launch, make_corpus, records, write_config
 
 NUM_STEPS = 8
@@ -182,7 +182,7 @@ def test_everything_promised_is_there(trained: Path, prepared: PreparedPairs) ->
         "before training",
         "after ",
         "reference",
-        "launchers.translate",
+        "magnetar.launchers.translate",
         "--from en --to de",
         "too long",
         "dropped",
@@ -232,7 +232,7 @@ def test_data_of_the_other_kind_is_refused(prepared: PreparedPairs, tmp_path: Pa
     assert (
         f"{corpus} holds running text, and magnetar.data.pairs asks for sentence pairs" in message
     )
-    assert "launchers.prepare_pairs" in message
+    assert "magnetar.launchers.prepare_pairs" in message
     message = user_error(
         write_config(tmp_path, prepared.path, changes={"magnetar.model.moe": None})
     )

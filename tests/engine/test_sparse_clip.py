@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.errors import UserError
-from engine.sparse_clip import SparseClip, clip_coefficient, squared_sum
+from magnetar.data.errors import UserError
+from magnetar.engine.sparse_clip import SparseClip, clip_coefficient, squared_sum
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import check_config
-from engine.traffic import choose_ways, message_bytes
-from models.exchange import Peers
-from models.moe import SparseFeedForward
-from models.transformer import empty_model
+from magnetar.engine.config.schema import check_config
+from magnetar.engine.metrics import choose_ways, message_bytes
+from magnetar.models.moe.all_to_all import Peers
+from magnetar.models.moe.layer import SparseFeedForward
+from magnetar.models.transformer import empty_model
 from tests.engine.programs import BASE, with_keys
 from tests.ranks import run_on_ranks
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from data.codec import Codec, tag
-from data.tokenizer import load_tokenizer, train_sentencepiece
-from models.config import ModelConfig
-from models.transformer import EncoderDecoder, empty_model
-from models.weights import save_weights
+from magnetar.data.pairs.codec import Codec, tag
+from magnetar.data.text.tokenizer import load_tokenizer, train_sentencepiece
+from magnetar.models.config import ModelConfig
+from magnetar.models.transformer import EncoderDecoder, empty_model
+from magnetar.models.weights.load_save import save_weights
 from tests.models import brute_force
 
 LANGUAGES = ("de", "en", "zh")
@@ -71,9 +71,9 @@ def scores_on_a_rank(folder: Path) -> tuple[dict, dict]:
     """What a rank with half of the experts finds; see tests.ranks."""
     import torch.distributed as dist
 
-    from engine.translation import Decoding, evaluate_translation
-    from models.exchange import Peers
-    from models.moe import SparseFeedForward
+    from magnetar.engine.translation.translate import Decoding, evaluate_translation
+    from magnetar.models.moe.all_to_all import Peers
+    from magnetar.models.moe.layer import SparseFeedForward
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
-from data.masked_lm import num_masked
-from data.prepare import PrepareConfig, prepare
-from data.token_files import open_prepared
-from launchers import evaluate, generate, plot
+from magnetar.data.text.masked_lm import num_masked
+from magnetar.data.text.prepare import PrepareConfig, prepare
+from magnetar.data.text.token_files import open_prepared
+from magnetar.launchers import evaluate, generate, plot
 from tests.runs import launch, make_corpus, records, write_config
 
 pytestmark = pytest.mark.slow
@@ -144,4 +144,4 @@ def test_only_a_decoder_generates(run: Run, capsys: pytest.CaptureFixture[str]) 
     assert ended.value.code == 2
     message = capsys.readouterr().err
     assert f"holds an {run.architecture.replace('_', '-')}, which continues no text" in message
-    assert f"python -m launchers.evaluate {run.folder}" in message
+    assert f"magnetar evaluate {run.folder}" in message

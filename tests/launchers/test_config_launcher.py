@@ -1,11 +1,11 @@
-"""python -m launchers.config."""
+"""magnetar config."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from launchers.config import main
+from magnetar.launchers.config import main
 from tests.ranks import ROOT
 
 EXAMPLE = str(ROOT / "tests" / "engine" / "example.json")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosts import TwoHosts, missing, two_hosts
-from launchers.doctor import main
+from magnetar.launchers.doctor import main
 from tests.ranks import ROOT, free_port
 from tests.runs import environment, make_corpus, write_config
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Path:
 
 def doctor(two: TwoHosts | None, *arguments: str) -> tuple[int, str]:
     """Status and what is printed; on the first of two hosts, or here."""
-    command = [sys.executable, "-m", "launchers.doctor", *arguments]
+    command = [sys.executable, "-m", "magnetar.launchers.doctor", *arguments]
     process = subprocess.Popen(
         command if two is None else two.hosts[0].command(command),
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""python -m launchers.evaluate."""
+"""magnetar evaluate."""
 
 import json
 import math
@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 
-from data.prepare import PrepareConfig, prepare
-from data.token_files import open_prepared
-from launchers.evaluate import _tell, main
+from magnetar.data.text.prepare import PrepareConfig, prepare
+from magnetar.data.text.token_files import open_prepared
+from magnetar.launchers.evaluate import _tell, main
 from tests.ranks import ROOT
 from tests.runs import rewrite_manifest
 
@@ -183,7 +183,7 @@ def test_a_missing_run_is_refused_with_those_beside_it(
 
 def test_a_run_without_a_checkpoint_is_refused_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launchers.evaluate", str(tmp_path)],
+        [sys.executable, "-m", "magnetar.launchers.evaluate", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,

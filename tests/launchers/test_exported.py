@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint_files import MOMENTS, WEIGHT, newest_checkpoint
-from launchers import convert, evaluate, generate
+from magnetar.engine.checkpoint.format import WEIGHT, newest_checkpoint
+from magnetar.engine.optim.adam import MOMENTS
+from magnetar.launchers import convert, evaluate, generate
 from tests.runs import launch, records, write_config
 
 

@@ -1,4 +1,4 @@
-"""python -m launchers.generate."""
+"""magnetar generate."""
 
 import io
 import shutil
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import UserError
-from launchers.generate import main, prompts_of
+from magnetar.data.errors import UserError
+from magnetar.launchers.generate import main, prompts_of
 from tests.ranks import ROOT
 
 PROMPT = "the senate guards"
@@ -79,7 +79,7 @@ def test_a_line_that_is_not_utf8_is_named(errors: str, monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_input_that_is_not_utf8_ends_without_a_traceback(trained) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launchers.generate", str(trained.folder), "--tokens", "2"],
+        [sys.executable, "-m", "magnetar.launchers.generate", str(trained.folder), "--tokens", "2"],
         cwd=ROOT,
         input=b"caf\xe9\n",
         capture_output=True,
@@ -111,7 +111,14 @@ def test_a_missing_tokenizer_is_named(
 
 @pytest.mark.slow
 def test_piped_output_is_the_text_and_nothing_else(trained) -> None:
-    command = [sys.executable, "-m", "launchers.generate", str(trained.folder), "--tokens", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "magnetar.launchers.generate",
+        str(trained.folder),
+        "--tokens",
+        "5",
+    ]
     done = subprocess.run(
         [*command, "--prompt", PROMPT], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -122,7 +129,7 @@ def test_piped_output_is_the_text_and_nothing_else(trained) -> None:
 
 def test_a_run_without_a_checkpoint_is_refused_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launchers.generate", str(tmp_path), "--prompt", PROMPT],
+        [sys.executable, "-m", "magnetar.launchers.generate", str(tmp_path), "--prompt", PROMPT],
         cwd=ROOT,
         capture_output=True,
         text=True,

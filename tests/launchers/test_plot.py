@@ -1,4 +1,4 @@
-"""python -m launchers.plot."""
+"""magnetar plot."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from launchers.plot import main
+from magnetar.launchers.plot import main
 
 RECORD = {"step": 1, "loss": 5.0, "grad_norm": 0.4}
 ROUTING = {"layer_2/routing_entropy": 1.9, "layer_2/load_max": 1.5, "layer_2/load_min": 0.5}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import UserError
-from data.prepare import DEFAULT_VALID_FRACTION
-from data.token_files import open_prepared
-from launchers.prepare_data import main, parse_arguments
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.data.text.prepare import DEFAULT_VALID_FRACTION
+from magnetar.data.text.token_files import open_prepared
+from magnetar.launchers.prepare_data import main, parse_arguments
+from magnetar.launchers.user_errors import user_errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +77,13 @@ def test_a_run_that_is_killed_leaves_no_worker_and_resumes_to_the_same_bytes(tmp
     long_text = tmp_path / "long.txt"
     text = text_file.read_text()
     long_text.write_text("\n".join(f"document {i}\t{text[i : i + 4000]}" for i in range(4000)))
-    program = [sys.executable, "-m", "launchers.prepare_data", "--documents=line", "--workers=2"]
+    program = [
+        sys.executable,
+        "-m",
+        "magnetar.launchers.prepare_data",
+        "--documents=line",
+        "--workers=2",
+    ]
 
     def command(out, train, *vocabulary):
         given = ["--train", train, "--out", tmp_path / out, *vocabulary]

@@ -3,10 +3,10 @@ import sys
 
 import pytest
 
-from data.errors import UserError
-from data.pair_filters import PairFilter
-from data.pairs import open_pairs
-from launchers.prepare_pairs import main, parse_arguments
+from magnetar.data.errors import UserError
+from magnetar.data.pairs.filters import PairFilter
+from magnetar.data.pairs.folder import open_pairs
+from magnetar.launchers.prepare_pairs import main, parse_arguments
 from tests.data.parallel import long_rows, verses, write_jsonl, write_tsv
 
 

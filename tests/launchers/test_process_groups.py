@@ -13,16 +13,17 @@ from tests.runs import environment, launcher_command, make_corpus, write_config
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("launcher", "norm"), [("launchers.train", "subln"), ("launchers.profile_admin", "admin")]
+    ("launcher", "norm"),
+    [("magnetar.launchers.train", "subln"), ("magnetar.launchers.profile_admin", "admin")],
 )
 def test_no_thread_of_gloo_meets_the_end_of_python(
     tmp_path: Path, launcher: str, norm: str
 ) -> None:
-    # One that does can abort a run that has done everything: see engine/process_groups.py.
+    # One that does can abort a run that has done everything: see engine/cluster/process_groups.py.
     changes = {"magnetar.model.norm": norm, "magnetar.training.num_steps": 1}
     config = write_config(tmp_path, make_corpus(tmp_path / "corpus"), changes=changes)
     command = [
-        part.replace("launchers.train", "tests.launchers.threads_at_exit")
+        part.replace("magnetar.launchers.train", "tests.launchers.threads_at_exit")
         for part in launcher_command(config)
     ]
     result = subprocess.run(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import load_model
-from engine.checkpoint_files import newest_checkpoint
-from models.weights import load_model as load_folder
+from magnetar.engine.checkpoint.format import newest_checkpoint
+from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.models.weights.load_save import load_model as load_folder
 from tests.ranks import ROOT
 from tests.runs import environment, launch, launcher_command, make_corpus, write_config
 
@@ -30,17 +30,17 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 def profile(config: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
     if ranks == 1:
-        program = [sys.executable, "-m", "launchers.profile_admin", "--deepspeed_config"]
+        program = [sys.executable, "-m", "magnetar.launchers.profile_admin", "--deepspeed_config"]
         return run(*program, str(config), *arguments)
     command = [
-        part.replace("launchers.train", "launchers.profile_admin")
+        part.replace("magnetar.launchers.train", "magnetar.launchers.profile_admin")
         for part in launcher_command(config, *arguments)
     ]
     return run(*command)
 
 
 def train_alone(config: Path, *arguments: str) -> subprocess.CompletedProcess:
-    program = [sys.executable, "-m", "launchers.train", "--deepspeed_config", str(config)]
+    program = [sys.executable, "-m", "magnetar.launchers.train", "--deepspeed_config", str(config)]
     return run(*program, *arguments)
 
 
@@ -71,7 +71,7 @@ def test_a_profile_is_made_trained_from_and_folded_away(tmp_path: Path, corpus: 
     assert result.returncode == 0, result.stdout
 
     out = tmp_path / "folded"
-    convert = [sys.executable, "-m", "launchers.convert", "fold-admin"]
+    convert = [sys.executable, "-m", "magnetar.launchers.convert", "fold-admin"]
     result = run(*convert, str(tmp_path / "run"), "--out", str(out))
     assert result.returncode == 0, result.stderr
     assert 'norm="post"' in result.stdout
@@ -97,7 +97,7 @@ def test_an_admin_model_without_a_profile_does_not_start(tmp_path: Path, corpus:
     result = train_alone(config)
     assert result.returncode == 2
     assert "magnetar.model.norm='admin' starts from a profile" in result.stderr
-    assert "--module launchers.profile_admin" in result.stderr
+    assert "--module magnetar.launchers.profile_admin" in result.stderr
     folder = tmp_path / "run"
     folder.mkdir()
     good = {"seed": 1, "model": {}, "data": {}, "variances": {"decoder": [1.0, 2.0]}}
@@ -133,4 +133,4 @@ def test_a_model_of_another_norm_needs_no_profile(tmp_path: Path, corpus: Path) 
     config = write_config(tmp_path, corpus, changes={"magnetar.model.moe": None})
     result = profile(config)
     assert result.returncode == 2
-    assert "magnetar.model.norm='subln' needs no profile: start launchers.train" in result.stderr
+    assert "magnetar.model.norm='subln' needs no profile: start magnetar train" in result.stderr

@@ -61,7 +61,13 @@ def test_a_task_is_a_rank(programs: Path) -> None:
     done = slurm(programs, TASK)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["arguments"] == ["-u", "-m", "launchers.train", "--deepspeed_config", "run.json"]
+    assert told["arguments"] == [
+        "-u",
+        "-m",
+        "magnetar.launchers.train",
+        "--deepspeed_config",
+        "run.json",
+    ]
     assert [told[name] for name in TOLD] == ["4", "0", "5", "1", "2", "3", "10.0.0.1", "20345"]
 
 

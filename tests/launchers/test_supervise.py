@@ -1,16 +1,17 @@
-"""The command line of launchers.supervise, which starts nothing but the training."""
+"""The command line of magnetar supervise, which starts nothing but the training."""
 
 from pathlib import Path
 
 import pytest
 
-from engine.supervisor import Options, Place, Supervisor
-from launchers.supervise import main, parse_arguments
+from magnetar.engine.supervise.supervisor import Options, Place, Supervisor
+from magnetar.launchers.supervise import main, parse_arguments
 from tests.runs import write_config
 
 
 def test_what_one_typed_before_is_understood() -> None:
-    before = "--hostfile hosts --include a:0@b --module launchers.train --deepspeed_config x.json"
+    module = "--module magnetar.launchers.train"
+    before = f"--hostfile hosts --include a:0@b {module} --deepspeed_config x.json"
     found = parse_arguments([*before.split(), "--set", "a=1", "-q", "--set", "b=2"])
     assert found == Options(
         config=Path("x.json"),
@@ -24,7 +25,7 @@ def test_what_one_typed_before_is_understood() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--module launchers.plot", "invalid choice: 'launchers.plot'"),
+        ("--module magnetar.launchers.plot", "invalid choice: 'magnetar.launchers.plot'"),
         ("rm", "unrecognized arguments: rm"),
         ("--no_python", "unrecognized arguments: --no_python"),
         ("--include a --exclude b --hostfile h", "contradict each other"),
@@ -62,7 +63,7 @@ def test_the_launcher_gets_the_hosts_that_are_left(tmp_path: Path) -> None:
     command = " ".join(supervisor._command(place, ["a=1"]))
     assert "--include 10.0.0.1:0,1@10.0.0.2:0 --no_ssh_check --master_addr m" in command
     assert command.endswith(
-        f"--force_multi --module launchers.train --deepspeed_config {config} --set a=1"
+        f"--force_multi --module magnetar.launchers.train --deepspeed_config {config} --set a=1"
     )
     left = place._replace(slots={"10.0.0.2": [0]})
     assert "--master_addr 10.0.0.2 --force_multi" in " ".join(supervisor._command(left, []))

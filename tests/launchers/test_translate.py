@@ -1,4 +1,4 @@
-"""python -m launchers.translate."""
+"""magnetar translate."""
 
 import io
 import os
@@ -12,13 +12,19 @@ from typing import NamedTuple
 
 import pytest
 
-from data.errors import UserError
-from data.tokenizer import train_sentencepiece
-from engine.translation_run import _vocabulary
-from launchers import translate
-from launchers.translate import Translator, lines_of, main, warn_of_untrained, windows_of_input
-from models.transformer import empty_model
-from models.weights import save_weights
+from magnetar.data.errors import UserError
+from magnetar.data.text.tokenizer import train_sentencepiece
+from magnetar.engine.checkpoint.translation_run import _vocabulary
+from magnetar.launchers import translate
+from magnetar.launchers.translate import (
+    Translator,
+    lines_of,
+    main,
+    warn_of_untrained,
+    windows_of_input,
+)
+from magnetar.models.transformer import empty_model
+from magnetar.models.weights.load_save import save_weights
 from tests.engine.translations import MAX_LEN, make_folder, model_config
 from tests.ranks import ROOT
 
@@ -136,7 +142,7 @@ def test_a_line_that_is_not_utf8_is_named() -> None:
 
 @pytest.mark.slow
 def test_the_command_prints_translations_alone_and_ends_without_a_traceback(folder: Path) -> None:
-    command = [sys.executable, "-m", "launchers.translate", str(folder), *TO_ENGLISH]
+    command = [sys.executable, "-m", "magnetar.launchers.translate", str(folder), *TO_ENGLISH]
 
     def run(content: bytes) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(command, cwd=ROOT, input=content, capture_output=True, check=False)
@@ -202,7 +208,7 @@ def test_a_model_of_another_architecture_is_refused(
     save_weights(tmp_path / "model", decoder.config, decoder.state_dict())
     message = refusal(capsys, tmp_path / "model", *TO_ENGLISH, "--text", "Meer")
     assert "is no translation run: a model that translates has learnt sentence pairs" in message
-    assert f"use `python -m launchers.generate {tmp_path / 'model'}`" in message
+    assert f"use `magnetar generate {tmp_path / 'model'}`" in message
 
 
 @pytest.mark.slow
@@ -274,7 +280,9 @@ def test_windows_change_nothing(
     whole = translated(capfdbinary, *given, file)
     assert len(whole) == 12
     assert (whole[0] == whole[6]) == ("--beam" in more), "a draw is of its line in all the input"
-    monkeypatch.setattr("launchers.translate.WINDOW", 1)  # and so eight lines, of a batch each
+    monkeypatch.setattr(
+        "magnetar.launchers.translate.WINDOW", 1
+    )  # and so eight lines, of a batch each
     assert translated(capfdbinary, *given, file) == whole
     stdin(monkeypatch, file.read_bytes())
     assert translated(capfdbinary, *given, "--out", tmp_path / "out") == []
@@ -297,7 +305,7 @@ def test_a_stop_keeps_the_windows_that_are_written_and_says_how_many_lines(
         return lines(self, *arguments)
 
     monkeypatch.setattr(Translator, "lines", stopped)
-    monkeypatch.setattr("launchers.translate.WINDOW", 1)
+    monkeypatch.setattr("magnetar.launchers.translate.WINDOW", 1)
     options = ("--beam", 1, "--batch-size", 1, "--out", out)
     with pytest.raises(SystemExit) as ended:
         main([str(part) for part in (folder, file, *TO_ENGLISH, *options)])
@@ -314,7 +322,7 @@ def test_a_refused_sentence_behind_others_says_how_many_lines_are_written(
 ) -> None:
     file, out = tmp_path / "text.txt", tmp_path / "out"
     file.write_text("Meer\n" * 8 + "Das Meer ist ruhig. " * 5 + "\n")
-    monkeypatch.setattr("launchers.translate.WINDOW", 1)
+    monkeypatch.setattr("magnetar.launchers.translate.WINDOW", 1)
     options = ("--too-long", "refuse", "--batch-size", 1, "--out", out)
     message = refusal(capsys, folder, file, *TO_ENGLISH, *options)
     assert "error: sentence 9 has " in message
@@ -323,7 +331,15 @@ def test_a_refused_sentence_behind_others_says_how_many_lines_are_written(
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path) -> None:
-    command = [sys.executable, "-m", "launchers.translate", folder, *TO_ENGLISH, "--beam", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "magnetar.launchers.translate",
+        folder,
+        *TO_ENGLISH,
+        "--beam",
+        "1",
+    ]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -349,7 +365,7 @@ def test_more_tokens_than_the_model_has_positions_are_as_many_as_it_has(
 def test_a_pipe_gives_a_window_when_it_is_full_pauses_or_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("launchers.translate.PAUSE", 0.05)
+    monkeypatch.setattr("magnetar.launchers.translate.PAUSE", 0.05)
     read, write = os.pipe()
     with os.fdopen(read, "rb") as stream:
         windows = windows_of_input(stream, 3)

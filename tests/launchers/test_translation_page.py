@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from data.pairs import open_pairs
-from engine.config import load_config
-from launchers import evaluate, prepare_pairs, translate
+from magnetar.data.pairs.folder import open_pairs
+from magnetar.engine.config.schema import load_config
+from magnetar.launchers import evaluate, prepare_pairs, translate
 from tests.data.parallel import verses, write_tsv
 from tests.ranks import ROOT
 
@@ -22,9 +22,9 @@ COMMANDS = [
     if line.startswith(("python -m", "deepspeed"))
 ]
 PARSERS = {
-    "launchers.prepare_pairs": prepare_pairs.parse_arguments,
-    "launchers.translate": translate.parse_arguments,
-    "launchers.evaluate": evaluate.parse_arguments,
+    "magnetar.launchers.prepare_pairs": prepare_pairs.parse_arguments,
+    "magnetar.launchers.translate": translate.parse_arguments,
+    "magnetar.launchers.evaluate": evaluate.parse_arguments,
 }
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import sacrebleu
 
-from data.pairs import PreparedPairs
-from launchers import convert, evaluate, translate
+from magnetar.data.pairs.folder import PreparedPairs
+from magnetar.launchers import convert, evaluate, translate
 from tests.data.parallel import prepared_verses, verses
 from tests.runs import launch, write_config
 

@@ -25,7 +25,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
 def train(two: TwoHosts, config: Path, *arguments: str) -> str:
     """Train on both hosts to the end of the command; what they print."""
     command = two.launcher_command(
-        *("--module", "launchers.train", "--deepspeed_config", str(config)), *arguments
+        *("--module", "magnetar.launchers.train", "--deepspeed_config", str(config)), *arguments
     )
     process = subprocess.Popen(
         command,

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from data.errors import UserError
-from launchers.user_errors import user_errors
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import user_errors
 
 
 def end_of(error: BaseException) -> object:

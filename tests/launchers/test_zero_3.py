@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import evaluate
+from magnetar.launchers import evaluate
 from tests.runs import launch, make_corpus, records, write_config
 
 pytestmark = pytest.mark.slow

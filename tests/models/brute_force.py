@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.config import ModelConfig
-from models.moe_config import MoEConfig
+from magnetar.models.config import ModelConfig
+from magnetar.models.moe.config import MoEConfig
 
 LAYER_NORM_EPS = 1e-5  # torch's default, which Magneto and TorchScale use as well
 

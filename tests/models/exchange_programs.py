@@ -1,4 +1,4 @@
-"""What tests/models/test_exchange.py runs on several ranks; see tests.ranks."""
+"""What tests/models/moe/test_all_to_all.py runs on several ranks; see tests.ranks."""
 
 import os
 from typing import Any
@@ -25,8 +25,8 @@ def result(
     case: str, num_chunks: int | None, device: torch.device, dtype: str, exchange: str = "flat"
 ) -> dict[str, torch.Tensor]:
     """Outputs, statistics and gradients of this rank's tokens through a layer of all ranks."""
-    from models.deepspeed_moe import ReplicatedMoE
-    from models.moe_config import MoELayerConfig
+    from magnetar.models.moe.config import MoELayerConfig
+    from magnetar.models.moe.deepspeed import ReplicatedMoE
     from tests.models.brute_force import randomize
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -75,23 +75,23 @@ def everything(
     hierarchical") too.
     """
     torch.set_num_threads(1)
-    import models.kernels
-    from engine.engine import start_distributed
+    import magnetar.models.kernels
+    from magnetar.engine.build import start_distributed
 
     device = start_distributed()
     if ranks_of_node:
         os.environ["MAGNETAR_NODE"] = str(torch.distributed.get_rank() // ranks_of_node)
-    usable = models.kernels.usable
+    usable = magnetar.models.kernels.usable
     if device.type == "cpu":  # Triton's interpreter
         usable = lambda x: x.element_size() <= 4  # noqa: E731
     found: dict = {}
     for case in cases:
-        models.kernels.usable = usable
+        magnetar.models.kernels.usable = usable
         found[case] = [result(case, number, device, dtype) for number in chunk_counts]
         if ranks_of_node:
             by_nodes = (device, dtype, "hierarchical")
             found[case, "hierarchical"] = [result(case, n, *by_nodes) for n in chunk_counts]
-        models.kernels.usable = lambda _: False
+        magnetar.models.kernels.usable = lambda _: False
         found[case, "plain"] = result(case, None, device, dtype)
         if ranks_of_node:
             found[case, "plain, hierarchical"] = result(case, None, *by_nodes)

@@ -57,8 +57,8 @@ def moe_keys(case: str) -> dict[str, Any]:
 
 def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
     """A layer with the same random parameters for every ep_size, biases and norms included."""
-    from models.deepspeed_moe import ReplicatedMoE
-    from models.moe_config import MoELayerConfig
+    from magnetar.models.moe.config import MoELayerConfig
+    from magnetar.models.moe.deepspeed import ReplicatedMoE
     from tests.models.brute_force import randomize
 
     activation = CASES[case].get("activation", "gelu")
@@ -83,7 +83,8 @@ def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
 
 def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
     """Of each case and ep_size: this rank's outputs, statistics and gradients of its own tokens."""
-    from engine.engine import first_choices, routing_losses, start_distributed
+    from magnetar.engine.build import start_distributed
+    from magnetar.engine.train_step import first_choices, routing_losses
 
     start_distributed()
     rank = torch.distributed.get_rank()
@@ -120,9 +121,9 @@ def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
 
 def initial_states(ep_sizes: list[int]) -> list[dict[str, torch.Tensor]]:
     """The initial model's state dict on this rank, for each ep_size."""
-    from engine.engine import start_distributed
-    from models.config import ModelConfig
-    from models.transformer import build_model
+    from magnetar.engine.build import start_distributed
+    from magnetar.models.config import ModelConfig
+    from magnetar.models.transformer import build_model
 
     start_distributed()
     states = []

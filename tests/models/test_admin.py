@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.admin import (
+from magnetar.models.admin import (
     fold_admin,
     omegas,
     recorded_moments,
@@ -15,8 +15,8 @@ from models.admin import (
     sublayers,
     variances,
 )
-from models.config import ModelConfig
-from models.transformer import EncoderDecoder, Transformer, build_model, empty_model
+from magnetar.models.config import ModelConfig
+from magnetar.models.transformer import EncoderDecoder, Transformer, build_model, empty_model
 from tests.models.brute_force import randomize
 
 VOCAB, LENGTH = 29, 12

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import data.packed_lm
-from models import losses
-from models.config import ModelConfig
-from models.losses import IGNORE_INDEX, TokenLosses, token_losses
-from models.transformer import EncoderDecoder, Transformer, empty_model, set_checkpointing
+import magnetar.data.text.packed_lm
+from magnetar.models import losses
+from magnetar.models.config import ModelConfig
+from magnetar.models.losses import IGNORE_INDEX, TokenLosses, token_losses
+from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model, set_checkpointing
 from tests.models import brute_force
 
 B, T, D, VOCAB = 3, 7, 8, 23
@@ -353,4 +353,4 @@ def test_the_logits_of_the_batch_are_never_made(dtype: torch.dtype) -> None:
 
 
 def test_data_and_model_ignore_the_same_targets() -> None:
-    assert data.packed_lm.IGNORE_INDEX == IGNORE_INDEX
+    assert magnetar.data.text.packed_lm.IGNORE_INDEX == IGNORE_INDEX

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.config import ModelConfig
-from models.transformer import EncoderDecoder, build_model
+from magnetar.models.config import ModelConfig
+from magnetar.models.transformer import EncoderDecoder, build_model
 
 # The theory is one of averages over width, tokens and draws: at width 32 single ones scatter by 3.
 WIDTH, VOCAB, LENGTH, BATCH, SEEDS = 128, 64, 64, 8, (1, 2, 3)

@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.attention import CrossAttention, SelfAttention
-from models.config import ModelConfig
-from models.cost import flops_per_token, num_parameters
-from models.losses import IGNORE_INDEX
-from models.moe import SparseFeedForward
-from models.transformer import (
+from magnetar.models.config import ModelConfig
+from magnetar.models.cost import flops_per_token, num_parameters
+from magnetar.models.layers.attention import CrossAttention, SelfAttention
+from magnetar.models.losses import IGNORE_INDEX
+from magnetar.models.moe.layer import SparseFeedForward
+from magnetar.models.transformer import (
     EncoderDecoder,
     ModelOutput,
     Transformer,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine.doctor.asking import Answer, Node
-from engine.doctor.checks import CHECKS, GIB, Finding, Wanted, findings
+from magnetar.engine.doctor.checks import CHECKS, GIB, Finding, Wanted, findings
+from magnetar.engine.doctor.ssh_probe import Answer, Node
 
 WANTED = Wanted(
     config="run.json",

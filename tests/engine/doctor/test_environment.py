@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher import runner
 
-from data.errors import UserError
-from engine.doctor import environment
+from magnetar.data.errors import UserError
+from magnetar.engine.doctor import environment
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_they_are_those_of_the_launchers_command(
     hostfile.write_text("a slots=2\nb slots=1\n")
     arguments = ["--hostfile", str(hostfile), "--no_ssh_check", "--master_addr", "10.0.0.1"]
     with pytest.raises(Started):
-        runner.main([*arguments, "--module", "launchers.train"])
+        runner.main([*arguments, "--module", "magnetar.launchers.train"])
     (command,) = started
     exports = next(part for part in command if part.startswith("export "))
     expected = dict(

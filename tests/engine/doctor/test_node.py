@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.doctor import node
+from magnetar.engine.doctor import node
 
 
 def test_the_program_imports_nothing_of_ours_and_answers(tmp_path: Path) -> None:

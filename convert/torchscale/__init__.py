@@ -1,0 +1,1 @@
+"""Weights of TorchScale become Magnetar's."""

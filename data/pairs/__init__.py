@@ -1,0 +1,1 @@
+"""Sentence pairs: from parallel tables to the batches of translation."""

@@ -1,0 +1,483 @@
+"""Batches of sentence pairs by token budget, as a function of the bin's number.
+
+Letters: n pairs of a direction in a table, w the table's weight, T temperature, R rows of a bin, S
+and T' its padded source and target length.
+
+A BIN holds pairs of like lengths, of any directions, with R * (S + T') <= bin_tokens. Each
+direction of each table is a STREAM of pairs without end, pass after pass; a pass holds each pair
+once, in an order of its own. A ROUND takes the next so many pairs of every stream, sorts them by
+length and cuts them into bins, which it shuffles. So a pair comes at most once more than another of
+its stream, except within a round. A direction is drawn in proportion to (sum of w * n)^(1/T) over
+its tables, and each of those in proportion to w * n; a stream that is due less than a pair a round
+has its turn in some rounds only.
+
+Within a pass the lengths are spread evenly, and in the same pattern each time. So the lengths that
+a round will hold, and with them the number of its bins, need no shuffling to be known: any bin is
+found by counting through the rounds before it (milliseconds each), and planning its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from magnetar.data.errors import UserError
+from magnetar.data.pairs.codec import Codec, parse_direction
+from magnetar.data.pairs.folder import PreparedPairs, TablePairs
+from magnetar.data.text.packed_lm import (
+    IGNORE_INDEX,
+    Batch,
+    IntArray,
+    WordArray,
+    mixed,
+    sample_order,
+)
+
+LENGTH_MULTIPLE = 8  # of padded lengths: what tensor cores like, and few shapes
+MAX_ROUND_PAIRS = 1 << 20
+FloatArray = npt.NDArray[np.float64]
+TooLong = Literal["drop", "truncate", "refuse"]
+
+
+def padded(lengths: npt.ArrayLike, longest: int) -> IntArray:
+    """Lengths as they are stored in a bin; never more than the model's positions."""
+    rounded = -(-np.asarray(lengths, dtype=np.int64) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return np.minimum(rounded, longest)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest lengths, in tokens: of a source, tag and end included, and of a target."""
+
+    max_len: int
+    max_target_len: int
+
+
+class Stream:
+    """The pairs of one direction of one table that training draws from.
+
+    Attributes:
+        pairs: of the table.
+        index: (n,) int64, those that are used, as indices into `pairs`.
+        cells: (n,) int64, by length: equal for pairs that are padded alike.
+    """
+
+    def __init__(self, pairs: TablePairs, limits: Limits, too_long: TooLong):
+        is_long = (pairs.source_lengths > limits.max_len) | (
+            pairs.target_lengths > limits.max_target_len
+        )
+        self.pairs = pairs
+        self.num_too_long = int(is_long.sum())
+        self.index = np.flatnonzero(~is_long) if too_long == "drop" else np.arange(len(pairs))
+        source = padded(pairs.source_lengths[self.index], limits.max_len)
+        target = padded(pairs.target_lengths[self.index], limits.max_target_len)
+        self.cells = snake(source, target)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def snake(source: IntArray, target: IntArray) -> IntArray:
+    """Numbers that sort pairs of padded lengths so that neighbours are alike in both.
+
+    By source first; by target upwards, then downwards, then upwards again.
+    """
+    row = -(-source // LENGTH_MULTIPLE)
+    up = row % 2 == 0
+    return source << 32 | np.where(up, target, (1 << 31) - target)
+
+
+def unsnaked(cells: IntArray) -> tuple[IntArray, IntArray]:
+    """Padded source and target lengths of `snake`'s numbers."""
+    source, low = cells >> 32, cells & ((1 << 32) - 1)
+    up = -(-source // LENGTH_MULTIPLE) % 2 == 0
+    return source, np.where(up, low, (1 << 31) - low)
+
+
+def spread_pattern(sizes: IntArray) -> tuple[IntArray, IntArray]:
+    """A pass over cells of some sizes, each spread evenly over it.
+
+    Args:
+        sizes: (cells,) int64, pairs of each cell.
+
+    Returns:
+        For each place of the pass the cell and how many of its pairs came before: (n,) int64 each.
+    """
+    cell = np.repeat(np.arange(len(sizes)), sizes)
+    rank = np.arange(len(cell)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    order = np.argsort((rank + 0.5) / np.repeat(sizes, sizes), kind="stable")
+    return cell[order], rank[order]
+
+
+def round_rates(
+    weights: Sequence[float],
+    sizes: Sequence[int],
+    directions: Sequence[tuple[str, str]],
+    temperature: float,
+) -> FloatArray:
+    """Pairs of each stream in a round, on average: (streams,) float64.
+
+    Args:
+        weights: w, of each stream's table.
+        sizes: n, pairs of each stream.
+        directions: of each stream.
+        temperature: T.
+    """
+    masses = np.array(weights) / max(weights) * np.array(sizes, dtype=np.float64)
+    same = np.array([[one == other for other in directions] for one in directions])
+    rates = masses * (same @ masses) ** (1 / temperature - 1)
+    return rates / rates.sum() * min(MAX_ROUND_PAIRS, sum(sizes))
+
+
+def cut_bins(cells: IntArray, counts: IntArray, bin_tokens: int) -> IntArray:
+    """Cuts pairs that are sorted by cell into bins.
+
+    Args:
+        cells: (cells,) int64, ascending, see `snake`.
+        counts: (cells,) int64, pairs of each.
+        bin_tokens: the most that rows * (source + target length) may be.
+
+    Returns:
+        (bins + 1,) int64, where bins begin among the pairs, and where the last one ends.
+    """
+    sizes: list[IntArray] = []
+    rows = longest_source = longest_target = 0
+    lengths = zip(*(array.tolist() for array in unsnaked(cells)), counts.tolist(), strict=True)
+    for source, target, count in lengths:
+        left = count
+        if rows and left:  # what is open takes what fits
+            wide = max(longest_source, source) + max(longest_target, target)
+            taken = min(left, max(0, bin_tokens // wide - rows))
+            if taken:
+                longest_source = max(longest_source, source)
+                longest_target = max(longest_target, target)
+                rows, left = rows + taken, left - taken
+        if left:
+            capacity = bin_tokens // (source + target)
+            assert capacity >= 1
+            if rows:
+                sizes.append(np.array([rows]))
+            sizes.append(np.full((left - 1) // capacity, capacity))
+            rows = left - (left - 1) // capacity * capacity
+            longest_source, longest_target = source, target
+    if rows:
+        sizes.append(np.array([rows]))
+    return np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """A planned round: its pairs in the order of the bins, and where those begin."""
+
+    streams: npt.NDArray[np.int32]
+    pairs: npt.NDArray[np.int32]
+    starts: IntArray
+
+
+class PairBatches:
+    """The training bins of prepared pairs.
+
+    Bin `index` of step `step` is a function of (seed, step, index) and of the arguments below
+    alone, so the data depend neither on the number of ranks nor on accumulation, and resuming
+    needs one number, the step.
+
+    Attributes:
+        directions: those that are learnt, source and target language.
+        num_too_long: pairs longer than the model reads, by direction such as "en-de"; only those
+            with any.
+        shares: part of the drawn pairs that is of each direction.
+
+    Raises:
+        UserError: an unknown direction, no pair at all, pairs that are too long where they are
+            refused, or a bin that does not hold the longest pair.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedPairs,
+        *,
+        bin_tokens: int,
+        bins: int,
+        temperature: float,
+        directions: Sequence[str] | None,
+        seed: int,
+        max_len: int,
+        max_target_len: int,
+        too_long: TooLong = "drop",
+    ):
+        """Bins of the training split.
+
+        Args:
+            prepared: the pairs.
+            bin_tokens: the most that rows * (source + target length) of a bin may be.
+            bins: of a step, over all ranks.
+            temperature: T, at least 1.
+            directions: such as "en-de"; None: all.
+            seed: of the order.
+            max_len: tokens of the longest source, tag and end included.
+            max_target_len: tokens of the longest target, the end included.
+            too_long: what happens to longer pairs. A truncated side keeps its end.
+        """
+        self.bins, self.bin_tokens, self.seed = bins, bin_tokens, seed
+        self._limits = Limits(max_len, max_target_len)
+        self._codec = prepared.codec
+        self._streams = _streams(prepared, "train", directions, self._limits, too_long, bin_tokens)
+        self.directions = [*dict.fromkeys(stream.pairs.direction for stream in self._streams)]
+        self.num_too_long = _num_too_long(self._streams)
+        self._streams = [stream for stream in self._streams if len(stream)]
+        weights = [stream.pairs.weight for stream in self._streams]
+        of_streams = [stream.pairs.direction for stream in self._streams]
+        sizes = [*map(len, self._streams)]
+        self._rates = round_rates(weights, sizes, of_streams, temperature)
+        self._cells = np.unique(np.concatenate([stream.cells for stream in self._streams]))
+        self._layouts = [_Layout(stream, self._cells) for stream in self._streams]
+        self._first_bins = [0]  # of each round
+        self._plan = lru_cache(maxsize=2)(self._planned)
+
+    @property
+    def shares(self) -> dict[tuple[str, str], float]:
+        """Part of the drawn pairs that is of each direction."""
+        shares = dict.fromkeys(self.directions, 0.0)
+        for stream, rate in zip(self._streams, self._rates, strict=True):
+            shares[stream.pairs.direction] += float(rate / self._rates.sum())
+        return shares
+
+    def bin(self, step: int, index: int) -> Batch:
+        """Bin `index`, from 0 to bins - 1, of an optimizer step.
+
+        Returns:
+            Inputs (source, decoder input, source padding, target padding), (R, S) and (R, T')
+            int64 and bool, as EncoderDecoder.forward takes them. Targets (R, T') int64.
+        """
+        assert 0 <= index < self.bins
+        streams, pairs = self.pair_indices(step * self.bins + index)
+        rows = [(self._streams[s], int(i)) for s, i in zip(streams.tolist(), pairs, strict=True)]
+        return _batch(rows, self._codec, self._limits)
+
+    def pair_indices(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Streams of a bin's rows, and pairs in them: (R,) each. Bins are numbered from 0."""
+        while self._first_bins[-1] <= number:
+            num_bins = len(self._starts(len(self._first_bins) - 1)) - 1
+            self._first_bins.append(self._first_bins[-1] + num_bins)
+        which = int(np.searchsorted(self._first_bins, number, side="right")) - 1
+        plan = self._plan(which)
+        place = number - self._first_bins[which]
+        chosen = int(sample_order(place, len(plan.starts) - 1, self.seed + which))
+        rows = slice(plan.starts[chosen], plan.starts[chosen + 1])
+        return plan.streams[rows], plan.pairs[rows]
+
+    def _starts(self, which: int) -> IntArray:
+        """Where the bins of a round begin among its pairs."""
+        counts = np.zeros(len(self._cells), dtype=np.int64)
+        for layout, start, stop in zip(self._layouts, *self._places(which), strict=True):
+            counts += layout.cell_counts(start, stop)
+        return cut_bins(self._cells, counts, self.bin_tokens)
+
+    def _places(self, which: int) -> tuple[list[int], list[int]]:
+        """Where a round begins and ends in each stream."""
+        start, stop = (np.floor(self._rates * n + 0.5).astype(np.int64) for n in (which, which + 1))
+        return start.tolist(), stop.tolist()
+
+    def _planned(self, which: int) -> _Round:
+        cells, streams, pairs = [], [], []
+        for s, (start, stop) in enumerate(zip(*self._places(which), strict=True)):
+            layout = self._layouts[s]
+            found = layout.drawn(start, stop, self._key(s))
+            pairs.append(found.astype(np.int32))
+            cells.append(layout.cell_of[found])
+            streams.append(np.full(len(found), s, dtype=np.int32))
+        of_cell, of_stream, of_pair = map(np.concatenate, (cells, streams, pairs))
+        # Pairs of a cell in an order of their own, so that directions mix in a bin.
+        words = mixed(np.arange(len(of_cell), dtype=np.uint64) + mixed(self._key(-1 - which)))
+        order = np.lexsort((words, of_cell))
+        return _Round(of_stream[order], of_pair[order], self._starts(which))
+
+    def _key(self, stream: int) -> WordArray:
+        seed = mixed(np.array([self.seed % 2**64], dtype=np.uint64))
+        return mixed(seed + np.array([stream % 2**64], dtype=np.uint64))
+
+
+class _Layout:
+    """How a stream's passes are laid out; equal in each pass but for the order within a cell."""
+
+    def __init__(self, stream: Stream, cells: IntArray):
+        """The layout of a stream among the cells of all streams, ascending."""
+        self.size = len(stream)
+        self.cell_of = np.searchsorted(cells, stream.cells).astype(np.int32)  # (n,)
+        self._num_cells = len(cells)
+        self._sizes = np.bincount(self.cell_of, minlength=self._num_cells)
+        cell, rank = spread_pattern(self._sizes)
+        first = np.cumsum(self._sizes) - self._sizes
+        self._pattern = cell.astype(np.int32)  # (n,) by place in the pass
+        self._slot = (first[cell] + rank).astype(np.int32)  # (n,) place if cells came in turn
+
+    def cell_counts(self, start: int, stop: int) -> IntArray:
+        """Pairs of each cell at places start to stop - 1 of the stream: (cells,) int64."""
+        return self._counts_before(stop) - self._counts_before(start)
+
+    def _counts_before(self, place: int) -> IntArray:
+        passes, rest = divmod(place, self.size)
+        part = np.bincount(self._pattern[:rest], minlength=self._num_cells)
+        return passes * self._sizes + part
+
+    def drawn(self, start: int, stop: int, key: WordArray) -> IntArray:
+        """The pairs at places start to stop - 1 of the stream: (stop - start,) int64."""
+        blocks = [np.empty(0, dtype=np.int64)]
+        for number in range(start // self.size, -(-stop // self.size)):
+            word = mixed(key + np.uint64(number % 2**64))
+            words = mixed(np.arange(self.size, dtype=np.uint64) + word)
+            by_cell = np.lexsort((words, self.cell_of))  # another order within each cell
+            first = max(start - number * self.size, 0)
+            blocks.append(by_cell[self._slot[first : stop - number * self.size]])
+        return np.concatenate(blocks)
+
+
+class ValidBins:
+    """The validation pairs of some directions in bins, each pair once.
+
+    Longer pairs than the model reads are truncated, so that every pair counts.
+
+    Raises:
+        UserError: an unknown direction, no pair at all, or a bin that does not hold the longest.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedPairs,
+        *,
+        bin_tokens: int,
+        directions: Sequence[str] | None,
+        max_len: int,
+        max_target_len: int,
+        max_pairs: int | None = None,
+    ):
+        """Bins of the validation split.
+
+        Args:
+            prepared: the pairs.
+            bin_tokens: as in training.
+            directions: such as "en-de"; None: all.
+            max_len: as in training.
+            max_target_len: as in training.
+            max_pairs: of each direction of each table, from the start; None: all.
+        """
+        self._codec, self._limits = prepared.codec, Limits(max_len, max_target_len)
+        self._streams = _streams(
+            prepared, "valid", directions, self._limits, "truncate", bin_tokens
+        )
+        self.num_too_long = _num_too_long(self._streams)
+        cells = [stream.cells[:max_pairs] for stream in self._streams]
+        of_stream = np.repeat(np.arange(len(cells)), [*map(len, cells)])
+        of_pair = np.concatenate([np.arange(len(found)) for found in cells])
+        of_cell = np.concatenate(cells)
+        order = np.argsort(of_cell, kind="stable")
+        self._rows = of_stream[order], of_pair[order]
+        self._starts = cut_bins(*np.unique(of_cell, return_counts=True), bin_tokens)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def bin(self, index: int) -> Batch:
+        """Bin `index`, as PairBatches.bin gives them; one beyond the last asks for nothing."""
+        streams, pairs = (
+            rows[self._starts[index % len(self)] : self._starts[index % len(self) + 1]].tolist()
+            for rows in self._rows
+        )
+        rows = [(self._streams[s], i) for s, i in zip(streams, pairs, strict=True)]
+        if index < len(self):
+            return _batch(rows, self._codec, self._limits)
+        filling = _batch(rows[:1], self._codec, self._limits)
+        return Batch(filling.inputs, np.full_like(filling.targets, IGNORE_INDEX))
+
+
+def _streams(
+    prepared: PreparedPairs,
+    split: str,
+    directions: Sequence[str] | None,
+    limits: Limits,
+    too_long: TooLong,
+    bin_tokens: int,
+) -> list[Stream]:
+    """The streams of the directions that are asked for."""
+    parts = prepared.table_pairs(split)
+    if directions is not None:
+        asked = [parse_direction(direction, prepared.languages) for direction in directions]
+        for source, target in asked:
+            prepared.pairs(split, source, target)  # says what there is instead
+        parts = [part for part in parts if part.direction in asked]
+    streams = [Stream(part, limits, too_long) for part in parts]
+    longer = sum(stream.num_too_long for stream in streams)
+    are_longer = (
+        f"{longer} pairs of the {split} split of {prepared.path} are longer than "
+        f"seq_len={limits.max_len} or max_target_len={limits.max_target_len} tokens"
+    )
+    if longer and too_long == "refuse":
+        raise UserError(f"{are_longer}: raise these, or let long pairs be dropped or truncated")
+    if not any(map(len, streams)):
+        remedy = (
+            f"{are_longer}: raise these"
+            if longer
+            else "give `magnetar prepare-pairs` a file for it, --table "
+            "NAME=TRAIN,VALID, and a new --out"
+        )
+        raise UserError(f"{prepared.path} has no pair for the {split} split: {remedy}")
+    cells = np.concatenate([stream.cells for stream in streams])
+    widest = int(np.add(*unsnaked(cells)).max())
+    if widest > bin_tokens:
+        raise UserError(
+            f"bin_tokens={bin_tokens} does not hold the longest pair of {prepared.path}, which "
+            f"takes {widest} with its padding: use {widest} or more, or a smaller seq_len"
+        )
+    return streams
+
+
+def _num_too_long(streams: Sequence[Stream]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for stream in streams:
+        if stream.num_too_long:
+            direction = "-".join(stream.pairs.direction)
+            counts[direction] = counts.get(direction, 0) + stream.num_too_long
+    return counts
+
+
+def _batch(rows: Sequence[tuple[Stream, int]], codec: Codec, limits: Limits) -> Batch:
+    """Some pairs side by side; a side that is cut to the limits keeps its end."""
+    sources, targets = [], []
+    for stream, i in rows:
+        pairs = stream.pairs
+        row = int(pairs.rows[stream.index[i]])
+        sources.append(_cut(pairs.source_row(row), limits.max_len - 1))
+        targets.append(_cut(pairs.target_row(row), limits.max_target_len))
+    source = _side_by_side(sources, limits.max_len, codec.eos_id, first=1)
+    source[:, 0] = [codec.tag_id(stream.pairs.direction[1]) for stream, _ in rows]
+    asked = _side_by_side(targets, limits.max_target_len, IGNORE_INDEX)
+    if max(source.max(), asked.max()) >= codec.vocab_size:
+        for stream, i in rows:  # one of these says where
+            stream.pairs.source.document(int(stream.pairs.rows[stream.index[i]]))
+            stream.pairs.target.document(int(stream.pairs.rows[stream.index[i]]))
+    decoder_input = np.full_like(asked, codec.eos_id)
+    decoder_input[:, 1:] = np.where(asked[:, :-1] == IGNORE_INDEX, codec.eos_id, asked[:, :-1])
+    lengths = np.array([[len(s) + 1, len(t)] for s, t in zip(sources, targets, strict=True)])
+    source_padding = np.arange(source.shape[1]) >= lengths[:, :1]
+    target_padding = np.arange(asked.shape[1]) >= lengths[:, 1:]
+    return Batch((source, decoder_input, source_padding, target_padding), asked)
+
+
+def _cut(tokens: npt.NDArray[Any], longest: int) -> npt.NDArray[Any]:
+    if len(tokens) <= longest:
+        return tokens
+    return np.concatenate([tokens[: longest - 1], tokens[-1:]])
+
+
+def _side_by_side(
+    texts: Sequence[npt.NDArray[Any]], longest: int, fill: int, first: int = 0
+) -> IntArray:
+    """Texts as the rows of one padded array, each from column `first` on."""
+    width = int(padded(first + max(map(len, texts)), longest))
+    rows = np.full((len(texts), width), fill, dtype=np.int64)
+    for row, tokens in zip(rows, texts, strict=True):
+        row[first : first + len(tokens)] = tokens
+    return rows

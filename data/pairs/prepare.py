@@ -1,0 +1,358 @@
+"""Makes a folder of prepared pairs: trains or copies the vocabulary, tokenises, chooses the pairs.
+
+The rows are read three times: to count them, to sample text for the vocabulary, and to tokenise
+them column by column, as data.text.prepare does with documents. Then, from the token files alone,
+it is decided which rows are pairs of which languages.
+
+Every text is learnt from with the temperature T of the vocabulary: a language with n characters
+gives a share proportional to n^(1/T) of the sample (Arivazhagan et al., 2019), and so is read more
+than once if it is small.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from magnetar.data.atomic import (
+    SILENT,
+    Reporter,
+    files_digest,
+    made_whole,
+    refuse_other,
+    remove_scaffolding,
+    write_atomically,
+)
+from magnetar.data.errors import UserError
+from magnetar.data.pairs.codec import Codec, parse_direction, tag
+from magnetar.data.pairs.filters import PairFilter, choose_pairs, refuse_no_pair
+from magnetar.data.pairs.folder import (
+    PAIRS_VERSION,
+    PairsManifest,
+    TableRecord,
+    TableSplitRecord,
+    open_pairs,
+)
+from magnetar.data.pairs.stored_tables import (
+    Files,
+    Reader,
+    Rows,
+    StoredTable,
+    TableConfig,
+    counted_tables,
+)
+from magnetar.data.pairs.tables import TABLE_FORMATS
+from magnetar.data.text.corpus import Piece, matching_files
+from magnetar.data.text.shards import join, tokenise
+from magnetar.data.text.token_files import SPLITS, token_dtype
+from magnetar.data.text.tokenizer import load_tokenizer, train_sentencepiece
+
+MIN_VOCAB_SIZE = 300
+MAX_SAMPLE_CHARS = 64 << 20
+MIN_SAMPLE_CHARS = 8 << 20
+SAMPLE_CHARS_PER_ENTRY = 2048
+
+
+@dataclass(frozen=True)
+class PreparePairsConfig:
+    """What to prepare. Give `vocab_size` or `tokenizer`."""
+
+    out: Path  # the folder to make
+    tables: tuple[TableConfig, ...]
+    vocab_size: int | None = None  # train a vocabulary of so many entries
+    vocab_temperature: float = 5.0  # at least 1; 1: as much text as there is
+    tokenizer: Path | None = None  # a folder of pairs whose vocabulary is used
+    directions: tuple[str, ...] | None = None  # None: n-way all, long those that it lists
+    filter: PairFilter = field(default_factory=PairFilter)  # of the training pairs
+    workers: int = 1  # processes that tokenise
+
+
+def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> PairsManifest:
+    """The manifest of the folder `config.out`, made now unless it is already up to date.
+
+    Raises:
+        UserError: contradictory settings, unusable text, a full disk, or a folder `config.out`
+            that was made from something else.
+    """
+    _check(config)
+    files = _files(config)
+    settings = _settings(config, files)
+    if config.out.exists():
+        if not (config.out / "manifest.json").is_file():
+            raise UserError(f"{config.out} exists and holds no pairs: choose another --out")
+        manifest = open_pairs(config.out).manifest
+        refuse_other(config.out, manifest.settings, settings)
+        remove_scaffolding(config.out)
+        reporter.message(f"{config.out} is up to date")
+        return manifest
+    tables = counted_tables(config.tables, files, reporter)
+    languages = [*dict.fromkeys(language for table in tables for language in table.languages)]
+    asked = None
+    if config.directions is not None:
+        given = [parse_direction(direction, languages) for direction in config.directions]
+        asked = [*dict.fromkeys(given)]
+        _refuse_absent(asked, tables)
+    if not any(table.valid for table in config.tables):
+        reporter.message(
+            "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
+        )
+    reader = Reader(config.tables, files, {table.name: table for table in tables}, reporter)
+    with made_whole(config.out, settings, config.workers, reporter) as partial:
+        codec = _vocabulary(config, languages, reader, partial, reporter)
+        columns = [
+            _column(table.name, split, language) for table, split, language in _columns(tables)
+        ]
+        stems, num_kept = tokenise(
+            _pieces(reader.rows("tokenising"), codec),
+            partial / codec.tokenizer.file_name,
+            partial / "shards",
+            config.workers,
+            columns,
+        )
+        if num_kept:
+            reporter.message(f"kept {num_kept} finished shards")
+        reporter.message("choosing pairs")
+        records = choose_pairs(
+            partial, _join(tables, asked, stems, partial), config.filter, codec.vocab_size
+        )
+        refuse_no_pair(records)
+        manifest = PairsManifest(
+            tokenizer_fingerprint=codec.tokenizer.fingerprint,
+            vocab_size=codec.vocab_size,
+            eos_id=codec.eos_id,
+            dtype=token_dtype(codec.vocab_size),
+            languages=[*codec.languages],
+            tables=records,
+            settings=settings,
+        )
+        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2))
+    return manifest
+
+
+def _check(config: PreparePairsConfig) -> None:
+    names = [table.name for table in config.tables]
+    if not names:
+        raise UserError("give a table at least: --table NAME=TRAIN.tsv,VALID.tsv")
+    for table in config.tables:
+        if names.count(table.name) > 1:
+            raise UserError(f"--table {table.name} is given twice: give each its own name")
+        if not table.name.replace("-", "").replace("_", "").isalnum() or not table.name.isascii():
+            raise UserError(f"--table {table.name!r}: a name is letters, digits, - and _")
+        if not (table.train or table.valid):
+            raise UserError(f"--table {table.name} names no file: --table NAME=TRAIN,VALID")
+        if not 0 < table.weight < float("inf"):
+            raise UserError(f"--weight {table.name}={table.weight} must be above 0")
+        if table.columns is not None and len({*table.columns}) < 2:
+            raise UserError(f"--columns {','.join(table.columns)}: name two languages at least")
+    if (config.vocab_size is None) == (config.tokenizer is None):
+        raise UserError(
+            "give either --vocab-size N, to train a vocabulary, or --tokenizer DIR, to use that of "
+            "other prepared pairs"
+        )
+    if config.vocab_size is not None and config.vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size={config.vocab_size} is too small: 256 byte pieces, the tags and "
+            f"the text's own characters must fit; use {MIN_VOCAB_SIZE} at least"
+        )
+    if config.vocab_size is not None and not any(table.train for table in config.tables):
+        raise UserError(
+            "no table has a training file, and a vocabulary learns from those: use "
+            "--tokenizer DIR, the folder of the training pairs"
+        )
+    if not 1 <= config.vocab_temperature < float("inf"):
+        raise UserError(f"vocab_temperature={config.vocab_temperature} must be at least 1")
+    if config.directions is not None and not config.directions:
+        raise UserError("--directions names none: use all, or en-de,de-en")
+    if config.workers < 1:
+        raise UserError(f"workers={config.workers} must be at least 1")
+    config.filter.check()
+
+
+def _files(config: PreparePairsConfig) -> Files:
+    files = {}
+    for table in config.tables:
+        for split, pattern in zip(SPLITS, (table.train, table.valid), strict=True):
+            if pattern:
+                files[table.name, split] = matching_files([pattern], TABLE_FORMATS)
+    by_split = {
+        split: {path.resolve() for (_, of), paths in files.items() if of == split for path in paths}
+        for split in SPLITS
+    }
+    both = by_split["train"] & by_split["valid"]
+    if both:
+        raise UserError(
+            f"{min(both)} is named for training and for validation: what is validated must not be "
+            "trained on"
+        )
+    return files
+
+
+def _settings(config: PreparePairsConfig, files: Files) -> dict[str, Any]:
+    """All that determines the result, as JSON: what a later run is compared with."""
+    other = open_pairs(config.tokenizer).manifest if config.tokenizer else None
+    settings: dict[str, Any] = {
+        "version": PAIRS_VERSION,
+        "tables": [table.name for table in config.tables],
+        "vocab_size": config.vocab_size,
+        "vocab_temperature": config.vocab_temperature if config.vocab_size else None,
+        "tokenizer": other and other.tokenizer_fingerprint,
+        "directions": None if config.directions is None else [*config.directions],
+        "dedupe": config.filter.dedupe,
+        "max_length_ratio": config.filter.max_length_ratio,
+        "max_length": config.filter.max_length,
+    }
+    for table in config.tables:
+        for split in SPLITS:
+            settings[f"{table.name}.{split}"] = files_digest(files.get((table.name, split), []))
+        settings[f"{table.name}.columns"] = None if table.columns is None else [*table.columns]
+        settings[f"{table.name}.weight"] = table.weight
+    return settings
+
+
+def _refuse_absent(asked: list[tuple[str, str]], tables: list[StoredTable]) -> None:
+    for direction in asked:
+        if not any({*direction} <= {*table.languages} for table in tables):
+            raise UserError(
+                f"--directions {'-'.join(direction)}: no table holds both languages; give a table "
+                "that does, or leave the direction out"
+            )
+
+
+def _vocabulary(
+    config: PreparePairsConfig,
+    languages: list[str],
+    reader: Reader,
+    partial: Path,
+    reporter: Reporter,
+) -> Codec:
+    """The codec, whose vocabulary now lies in `partial`."""
+    file = partial / "tokenizer.model"
+    if config.tokenizer is not None:
+        other = open_pairs(config.tokenizer)
+        absent = [language for language in languages if language not in other.languages]
+        if absent:
+            raise UserError(
+                f"the vocabulary of {config.tokenizer} has no language {absent[0]!r}, only "
+                f"{', '.join(other.languages)}: name these with --columns, or train another "
+                "vocabulary with --vocab-size"
+            )
+        file.write_bytes(other.codec.tokenizer.file_content)
+        return other.codec
+    assert config.vocab_size is not None
+    if not file.exists():
+        limit = min(
+            max(SAMPLE_CHARS_PER_ENTRY * config.vocab_size, MIN_SAMPLE_CHARS), MAX_SAMPLE_CHARS
+        )
+        num_chars = _num_chars(reader)
+        if not any(num_chars.values()):
+            raise UserError(
+                f"no training text in {', '.join(languages)}: name other columns with --columns"
+            )
+        texts = sampled_texts(_training_texts(reader), num_chars, config.vocab_temperature, limit)
+        reporter.message(f"training a vocabulary of {config.vocab_size} entries")
+        symbols = [tag(language) for language in languages]
+        train_sentencepiece(texts, config.vocab_size, file, 2 * limit, symbols)
+    return Codec(load_tokenizer(file), languages)
+
+
+def _num_chars(reader: Reader) -> dict[str, int]:
+    """Characters of training text by language."""
+    totals: dict[str, int] = {}
+    for table in reader.tables.values():
+        for language, count in table.num_chars.items():
+            totals[language] = totals.get(language, 0) + count
+    return totals
+
+
+def _training_texts(reader: Reader) -> Iterator[tuple[str, str]]:
+    for _, _, row in reader.rows("reading for the vocabulary", ("train",)):
+        yield from row.texts.items()
+
+
+def sampled_texts(
+    texts: Iterator[tuple[str, str]],
+    num_chars: dict[str, int],
+    temperature: float,
+    max_chars: int,
+) -> Iterator[str]:
+    """Text spread evenly over each language, in shares proportional to n^(1/T).
+
+    Args:
+        texts: language and text, in any order.
+        num_chars: n, the characters of each language.
+        temperature: T.
+        max_chars: about so many characters are drawn, or as many as there are if that is less.
+
+    Yields:
+        Texts with the space in front that a codec puts there; one may come several times.
+    """
+    size = min(max_chars, sum(num_chars.values()))
+    powers = {language: n ** (1 / temperature) if n else 0.0 for language, n in num_chars.items()}
+    rates = {
+        language: size * powers[language] / sum(powers.values()) / max(n, 1)
+        for language, n in num_chars.items()
+    }
+    seen, drawn = dict.fromkeys(num_chars, 0), dict.fromkeys(num_chars, 0.0)
+    for language, text in texts:
+        seen[language] += len(text)
+        while text and drawn[language] + len(text) / 2 <= seen[language] * rates[language]:
+            drawn[language] += len(text)
+            yield " " + text
+
+
+def _column(table: str, split: str, language: str) -> str:
+    """What a column's shards are called; no dot, which would begin a suffix."""
+    return f"{table}.{split}.{language}".replace(".", "+")
+
+
+def _columns(tables: list[StoredTable]) -> Iterator[tuple[StoredTable, str, str]]:
+    """Every column of every split that has rows."""
+    for table in tables:
+        for split in SPLITS:
+            if table.num_rows[split]:
+                for language in table.languages:
+                    yield table, split, language
+
+
+def _pieces(rows: Rows, codec: Codec) -> Iterator[tuple[str, Piece]]:
+    """Every text with the name of its column; a missing one has no piece but the end."""
+    for table, split, row in rows:
+        for language in table.languages:
+            text = row.texts.get(language, "")
+            parts = codec.parts(text) if text.strip() else [""]
+            column = _column(table.name, split, language)
+            for i, part in enumerate(parts):
+                yield column, Piece(part, i == 0, i == len(parts) - 1)
+
+
+def _join(
+    tables: list[StoredTable],
+    asked: list[tuple[str, str]] | None,
+    stems: dict[str, list[Path]],
+    partial: Path,
+) -> list[TableRecord]:
+    """Writes the token files; the records, still without pairs."""
+    records: dict[str, TableRecord] = {}
+    for table, split, language in _columns(tables):
+        record = records.setdefault(
+            table.name,
+            TableRecord(
+                name=table.name,
+                weight=table.config.weight,
+                directions=table.directions(asked),
+                splits={},
+            ),
+        )
+        joined = join(
+            stems[_column(table.name, split, language)],
+            partial / f"{table.name}.{split}.{language}.bin",
+        )
+        num_rows = table.num_rows[split]
+        assert joined.num_documents == num_rows
+        of_split = record.splits.setdefault(
+            split, TableSplitRecord(num_rows=num_rows, columns={}, pairs=[])
+        )
+        # The shards counted the space in front of each text too.
+        num_bytes = table.num_bytes[split, language]
+        of_split.columns[language] = joined.model_copy(update={"num_bytes": num_bytes})
+    return [*records.values()]

@@ -1,0 +1,1 @@
+"""Running text: from files to token shards and the samples of a step."""

@@ -1,0 +1,144 @@
+"""What a masked language model and a denoising encoder-decoder are asked about a window.
+
+Letters: B rows, T seq_len, L tokens of one window.
+
+Of a window's L tokens, those after its first, EXACTLY max(1, round(p * L)) are masked, neither
+more nor fewer by chance: every batch of whole windows counts the same number of targets. Which ones
+is a function of (seed, key) alone: in training the key is the global sample, so each epoch masks
+anew; in validation it is the window, so every pass is the same.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from magnetar.data.text.packed_lm import (
+    IGNORE_INDEX,
+    Batch,
+    BoolArray,
+    IntArray,
+    Objective,
+    Rows,
+    WordArray,
+    mixed,
+)
+
+# Streams of random words; another constant than any that keys the order of the samples.
+_SPANS, _STARTS, _REPLACEMENTS, _RANDOM_TOKENS = np.arange(1, 5, dtype=np.uint64) << np.uint64(48)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How windows are masked.
+
+    Attributes:
+        probability: p, the share of a window's tokens that is masked.
+        mean_span_length: mean of the geometric distribution of a span's length (SpanBERT, arXiv
+            1907.10529, which also cuts spans at 10); None: single tokens.
+        replace: "bert": of the masked tokens, each by itself, 80 % become the mask token, 10 % a
+            random token, 10 % stay; "mask": all become the mask token.
+        vocab_size: of the data; the mask token is the id that follows.
+    """
+
+    probability: float
+    mean_span_length: float | None
+    replace: Literal["bert", "mask"]
+    vocab_size: int
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token."""
+        return self.vocab_size
+
+
+def masked_lm(masking: Masking) -> Objective:
+    """Of an encoder: a window with masks, and what stood there; nothing else is asked."""
+    return partial(_masked_lm, masking=masking)
+
+
+def denoising(masking: Masking) -> Objective:
+    """Of an encoder-decoder: the whole window, token after token, from the one with masks."""
+    return partial(_denoising, masking=masking)
+
+
+def _masked_lm(rows: Rows, seed: int, masking: Masking) -> Batch:
+    tokens, is_masked = _masked_windows(rows, seed, masking)
+    targets = np.where(is_masked, rows.tokens[:, 1:], IGNORE_INDEX)
+    return Batch((tokens, rows.padding) if rows.padding.any() else (tokens,), targets)
+
+
+def _denoising(rows: Rows, seed: int, masking: Masking) -> Batch:
+    source, _ = _masked_windows(rows, seed, masking)
+    padding = rows.padding
+    targets = np.where(padding, IGNORE_INDEX, rows.tokens[:, 1:])
+    inputs = (source, np.where(padding, 0, rows.tokens[:, :-1]))
+    return Batch((*inputs, padding, padding) if padding.any() else inputs, targets)
+
+
+def _masked_windows(rows: Rows, seed: int, masking: Masking) -> tuple[IntArray, BoolArray]:
+    """Windows without their first token, masked, and where: (B, T) int64 and bool."""
+    tokens = rows.tokens[:, 1:].copy()
+    is_masked = np.zeros(tokens.shape, dtype=np.bool_)
+    keys = mixed(rows.keys.astype(np.uint64) + mixed(np.array([seed % 2**64], dtype=np.uint64)))
+    for row, (length, key) in enumerate(zip(rows.lengths, keys, strict=True)):
+        if length:
+            positions = masked_positions(int(length), masking, key)
+            is_masked[row, positions] = True
+            tokens[row, positions] = _replacements(tokens[row, positions], masking, key)
+    return tokens, is_masked
+
+
+def num_masked(length: int, probability: float) -> int:
+    """Masked tokens of a window of `length` tokens, at least 1 and at most all."""
+    return max(1, round(probability * length))
+
+
+def masked_positions(length: int, masking: Masking, key: np.uint64) -> IntArray:
+    """Which of `length` positions are masked: `num_masked` of them, ascending, int64.
+
+    Single tokens are drawn without replacement. Spans begin at a position that is still free,
+    each as likely as another, and are drawn until enough positions are covered; the last one is
+    cut short, and so is one that meets the window's end.
+    """
+    left = num_masked(length, masking.probability)
+    if masking.mean_span_length is None:
+        return np.sort(np.argsort(_words(key, _STARTS, length), kind="stable")[:left])
+    is_masked = np.zeros(length, dtype=np.bool_)
+    sizes = _geometric(_words(key, _SPANS, left), masking.mean_span_length)
+    for size, word in zip(sizes, _words(key, _STARTS, left), strict=True):
+        free = np.flatnonzero(~is_masked)
+        start = int(free[int(word) % len(free)])
+        covered = start + np.flatnonzero(~is_masked[start : start + size])[:left]
+        is_masked[covered] = True
+        left -= len(covered)
+        if not left:
+            break
+    return np.flatnonzero(is_masked)
+
+
+def _geometric(words: WordArray, mean: float) -> IntArray:
+    """Numbers from 1, P(n) = (1 - q)^(n - 1) q with q = 1 / mean, from uniform words."""
+    if mean == 1:
+        return np.ones(words.shape, dtype=np.int64)
+    uniform = (words.astype(np.float64) + 0.5) / 2**64  # in (0, 1]
+    exponents = np.log(uniform) / math.log1p(-1 / mean)
+    return 1 + np.minimum(exponents, 2.0**40).astype(np.int64)  # no window is that long
+
+
+def _replacements(tokens: IntArray, masking: Masking, key: np.uint64) -> IntArray:
+    """What stands in the masked places instead of their tokens: (M,) int64."""
+    masks = np.full_like(tokens, masking.mask_id)
+    if masking.replace == "mask":
+        return masks
+    choice = _words(key, _REPLACEMENTS, len(tokens)) % np.uint64(10)
+    random = _words(key, _RANDOM_TOKENS, len(tokens)) % np.uint64(masking.vocab_size)
+    return np.select([choice < 8, choice < 9], [masks, random.astype(np.int64)], tokens)
+
+
+def _words(key: np.uint64, stream: np.uint64, count: int) -> WordArray:
+    """Random words, a function of key, stream and position: (count,) uint64."""
+    positions: WordArray = np.arange(count, dtype=np.uint64)
+    return mixed(mixed(np.array([key ^ stream])) + positions)

@@ -1,0 +1,234 @@
+"""Batches from a token file, as pure functions of the global sample index.
+
+Letters: B batch_size, T seq_len, n windows in the split.
+
+Documents follow one another, each closed by the end-of-document token, and are cut into windows
+of T + 1 tokens that share their border token. The g-th sample that training ever reads is a
+function of (seed, g) alone, so the order of the data depends neither on the number of ranks nor
+on gradient accumulation, and resuming needs one number: the samples consumed so far.
+
+What a model is asked about a window is its dataset's objective: `causal` here, two others in
+data/text/masked_lm.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from magnetar.data.errors import UserError
+from magnetar.data.text.token_files import TokenSplit
+
+IGNORE_INDEX = -100  # targets that do not count, as in torch.nn.functional.cross_entropy
+NUM_FEISTEL_ROUNDS = 6
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+WordArray = npt.NDArray[np.uint64]
+
+
+class Rows(NamedTuple):
+    """Windows side by side.
+
+    Attributes:
+        tokens: (B, T + 1) int64; 0 where a window is short.
+        lengths: (B,) int64, tokens of each window after its first; 0 in rows without a window.
+        keys: (B,) int64, the global sample g in training, the window in validation.
+    """
+
+    tokens: IntArray
+    lengths: IntArray
+    keys: IntArray
+
+    @property
+    def padding(self) -> BoolArray:
+        """(B, T) bool, True where there is no token."""
+        return np.arange(self.tokens.shape[1] - 1) >= self.lengths[:, None]
+
+
+class Batch(NamedTuple):
+    """What a model is given and what it should answer.
+
+    Attributes:
+        inputs: the arguments of the model's forward, each (B, T): tokens int64 and, only where
+            something is padding, masks, bool.
+        targets: (B, T) int64, IGNORE_INDEX where nothing is asked.
+    """
+
+    inputs: tuple[npt.NDArray[Any], ...]
+    targets: IntArray
+
+
+Objective = Callable[[Rows, int], Batch]  # the second argument is the seed
+
+
+def causal(rows: Rows, seed: int) -> Batch:
+    """Each token from those before it; there is nothing to draw."""
+    del seed
+    padding = rows.padding
+    targets = np.where(padding, IGNORE_INDEX, rows.tokens[:, 1:])
+    inputs = np.where(padding, 0, rows.tokens[:, :-1])
+    return Batch((inputs, padding) if padding.any() else (inputs,), targets)
+
+
+class PackedLM:
+    """The windows of T + 1 tokens of one split, and what is asked about them.
+
+    Raises:
+        UserError: the split is shorter than one window.
+    """
+
+    def __init__(self, split: TokenSplit, seq_len: int, objective: Objective = causal):
+        if seq_len < 1:
+            raise UserError(f"seq_len={seq_len} must be at least 1 token")
+        if split.num_tokens < seq_len + 1:
+            raise UserError(
+                f"{split.path} has {split.num_tokens} tokens, but one sequence of "
+                f"seq_len={seq_len} needs {seq_len + 1}: prepare more text, or use "
+                f"a seq_len of at most {split.num_tokens - 1}"
+            )
+        self.split = split
+        self.seq_len = seq_len
+        self.objective = objective
+
+    def __len__(self) -> int:
+        return (self.split.num_tokens - 1) // self.seq_len
+
+    def num_targets(self, max_sequences: int | None = None) -> int:
+        """Tokens that `valid_batches` asks about: all but the first, or a few windows'.
+
+        A masked model is asked about some of them only.
+        """
+        every = self.split.num_tokens - 1
+        return every if max_sequences is None else min(every, max_sequences * self.seq_len)
+
+    def sample(self, i: int) -> IntArray:
+        """Window i in the order of the file: (T + 1,) int64; inputs are [:-1], targets [1:].
+
+        Raises:
+            UserError: the window holds an id beyond the vocabulary.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        return self.split.read(i * self.seq_len, (i + 1) * self.seq_len + 1)
+
+
+def sample_order(index: npt.ArrayLike, num_samples: int, seed: int) -> IntArray:
+    """Which window each global sample reads: epoch after epoch, each in an order of its own.
+
+    A keyed permutation (a Feistel network over the smallest power of four that holds n, walked
+    until it lands below n), so memory is O(1) in n.
+
+    Args:
+        index: (...) global sample indices g, at least 0; g // n is the epoch.
+        num_samples: n, windows in the split.
+        seed: any integer.
+
+    Returns:
+        (...) int64 windows in [0, n).
+    """
+    flat = np.asarray(index, dtype=np.int64).reshape(-1)
+    assert num_samples >= 1
+    assert flat.size == 0 or flat.min() >= 0
+    epoch, position = np.divmod(flat, num_samples)
+    key = mixed(epoch.astype(np.uint64) + mixed(np.array([seed % 2**64], dtype=np.uint64)))
+    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    word = position.astype(np.uint64)
+    pending = np.ones(flat.shape, dtype=bool)
+    while pending.any():
+        word[pending] = _feistel(word[pending], key[pending], half_bits)
+        pending = word >= num_samples
+    return word.astype(np.int64).reshape(np.shape(index))
+
+
+def _feistel(word: WordArray, key: WordArray, half_bits: int) -> WordArray:
+    """A bijection of the words of 2 * half_bits bits, another one for each key; all are (M,)."""
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = word >> shift, word & mask
+    for round_index in range(NUM_FEISTEL_ROUNDS):
+        round_key = mixed(key + np.uint64(round_index))
+        left, right = right, left ^ (mixed(right + round_key) & mask)
+    return (left << shift) | right
+
+
+def mixed(x: WordArray) -> WordArray:
+    """The finaliser of SplitMix64 (Steele et al., 2014): every input bit moves every output bit."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def train_micro_batch(
+    dataset: PackedLM,
+    first_sample: int,
+    micro_step: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+) -> Batch:
+    """One rank's part of one micro-step.
+
+    Args:
+        dataset: the training windows.
+        first_sample: global index of the first sample of this optimizer step: samples consumed.
+        micro_step: which gradient accumulation step of this optimizer step, from 0.
+        micro_batch_size: B, samples per rank.
+        rank: this rank among the `world_size` ranks that read different data.
+        world_size: number of such ranks.
+        seed: of the order of the data, and of what the objective draws.
+    """
+    start = first_sample + (micro_step * world_size + rank) * micro_batch_size
+    index = np.arange(start, start + micro_batch_size)
+    windows = sample_order(index, len(dataset), seed)
+    tokens = np.stack([dataset.sample(int(i)) for i in windows])  # (B, T + 1)
+    lengths = np.full(micro_batch_size, dataset.seq_len)
+    return dataset.objective(Rows(tokens, lengths, index), seed)
+
+
+def window_batch(dataset: PackedLM, windows: Sequence[int]) -> Batch:
+    """What is asked about these whole windows in validation."""
+    tokens = np.stack([dataset.sample(window) for window in windows])
+    index = np.array(windows, dtype=np.int64)
+    return dataset.objective(Rows(tokens, np.full(len(index), dataset.seq_len), index), 0)
+
+
+def valid_batches(
+    dataset: PackedLM,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    max_sequences: int | None = None,
+) -> Iterator[Batch]:
+    """One rank's batches of a validation pass; over all ranks each window counts exactly once.
+
+    Every rank gets the same number of batches, because ranks that share experts must step
+    together. What fills the last window and the last rows has the target IGNORE_INDEX. What an
+    objective draws is a function of (0, window): every pass asks the same.
+
+    Args:
+        dataset: the validation windows. Every token but the split's first is in one of them.
+        batch_size: B, samples per rank.
+        rank: this rank among the `world_size` ranks that read different data.
+        world_size: number of such ranks.
+        max_sequences: only so many windows, the first ones; None: the whole split.
+    """
+    seq_len, num_tokens = dataset.seq_len, dataset.split.num_tokens
+    num_windows = -(-(num_tokens - 1) // seq_len)
+    if max_sequences is not None:
+        num_windows = min(num_windows, max_sequences)
+    for first in range(0, num_windows, batch_size * world_size):
+        index = first + rank * batch_size + np.arange(batch_size)
+        rows = Rows(
+            np.zeros((batch_size, seq_len + 1), dtype=np.int64),
+            np.zeros(batch_size, dtype=np.int64),
+            index,
+        )
+        for row, window in enumerate(index[index < num_windows]):
+            start = int(window) * seq_len
+            tokens = dataset.split.read(start, min(start + seq_len + 1, num_tokens))
+            rows.tokens[row, : len(tokens)] = tokens
+            rows.lengths[row] = len(tokens) - 1
+        yield dataset.objective(rows, 0)

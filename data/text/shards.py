@@ -1,0 +1,180 @@
+"""Shards: bounded parts of the text, tokenised by workers and joined in order.
+
+Shards are cut by the text alone, so the result is the same, byte for byte, for any number of
+workers and however often the work was interrupted.
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from magnetar.data.atomic import write_atomically
+from magnetar.data.text.corpus import Piece
+from magnetar.data.text.token_files import SPLITS, SplitRecord, token_dtype
+from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
+
+SHARD_CHARS = 4 << 20
+COPY_BYTES = 1 << 24
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+
+
+def _shards(
+    pieces: Iterator[tuple[str, Piece]], splits: Sequence[str]
+) -> Iterator[tuple[str, list[Piece]]]:
+    """Consecutive pieces of a split, in parts of about SHARD_CHARS, each with its file stem."""
+    open_shards: dict[str, list[Piece]] = {split: [] for split in splits}
+    sizes = dict.fromkeys(splits, 0)
+    counts = dict.fromkeys(splits, 0)
+    for split, piece in pieces:
+        open_shards[split].append(piece)
+        sizes[split] += len(piece.text) + 1  # a million empty ones must not become one shard
+        if sizes[split] >= SHARD_CHARS:
+            yield f"{split}-{counts[split]:06}", open_shards[split]
+            open_shards[split], sizes[split] = [], 0
+            counts[split] += 1
+    for split in splits:
+        if open_shards[split]:
+            yield f"{split}-{counts[split]:06}", open_shards[split]
+
+
+def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
+    """Writes STEM.bin (ids), STEM.ends (where documents end, uint64) and then STEM.json (sizes).
+
+    The record comes last: where it is, the other two are whole.
+    """
+    tokenizer = _cached_tokenizer(vocabulary)
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+    blocks, ends = [], []
+    num_tokens = 0
+    for piece in pieces:
+        ids = tokenizer.encode(piece.text)
+        if piece.ends_document:
+            ids.append(tokenizer.eos_id)
+        num_tokens += len(ids)
+        blocks.append(np.array(ids, dtype=dtype).tobytes())
+        if piece.ends_document:
+            ends.append(num_tokens)
+    stem.with_suffix(".bin").write_bytes(b"".join(blocks))
+    stem.with_suffix(".ends").write_bytes(np.array(ends, dtype="<u8").tobytes())
+    record = {
+        "num_tokens": num_tokens,
+        "num_documents": len(ends),
+        "num_bytes": sum(len(piece.text.encode()) for piece in pieces),
+    }
+    write_atomically(stem.with_suffix(".json"), json.dumps(record))
+
+
+@functools.cache
+def _cached_tokenizer(path: Path) -> Tokenizer:
+    """One load a process, however many shards it is handed."""
+    return load_tokenizer(path)
+
+
+def tokenise(
+    pieces: Iterator[tuple[str, Piece]],
+    vocabulary: Path,
+    folder: Path,
+    workers: int,
+    splits: Sequence[str] = SPLITS,
+) -> tuple[dict[str, list[Path]], int]:
+    """Tokenises whatever `folder` does not hold yet.
+
+    Args:
+        pieces: all pieces of text, each with the name of its split.
+        vocabulary: a file for `load_tokenizer`.
+        folder: where shards are written, and found again after an interruption.
+        workers: processes; 1 works in this one.
+        splits: the names that occur, or may.
+
+    Returns:
+        The stems of the shards in order, by split, and how many of them were already there.
+    """
+    stems: dict[str, list[Path]] = {split: [] for split in splits}
+    num_kept = 0
+
+    def todo() -> Iterator[tuple[Path, Path, list[Piece]]]:
+        nonlocal num_kept
+        for name, shard in _shards(pieces, splits):
+            stem = folder / name
+            stems[name.rpartition("-")[0]].append(stem)
+            if stem.with_suffix(".json").exists():
+                num_kept += 1
+            else:
+                yield vocabulary, stem, shard
+
+    if workers == 1:
+        for arguments in todo():
+            tokenise_shard(*arguments)
+        return stems, num_kept
+    # Spawned, not forked: the parent holds threads of the tokenizer libraries.
+    context = multiprocessing.get_context("spawn")
+    start = functools.partial(_start_worker, os.getpid())
+    with ProcessPoolExecutor(workers, context, initializer=start) as pool:
+        running: deque[Future[None]] = deque()
+        try:
+            for arguments in todo():
+                running.append(pool.submit(tokenise_shard, *arguments))
+                if len(running) >= 2 * workers:
+                    running.popleft().result()
+            while running:
+                running.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return stems, num_kept
+
+
+def _start_worker(parent: int) -> None:
+    # Ctrl-C reaches the whole group of processes; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed cannot end its workers, so the kernel does.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before the kernel was asked
+        os._exit(1)
+
+
+def join(stems: list[Path], bin_file: Path) -> SplitRecord:
+    """Writes one split's token file, and its index beside it, from its shards."""
+    records = [json.loads(stem.with_suffix(".json").read_text()) for stem in stems]
+    totals = {
+        key: sum(record[key] for record in records)
+        for key in ("num_tokens", "num_documents", "num_bytes")
+    }
+    with bin_file.with_suffix(".idx").open("wb") as index:
+        shape = (totals["num_documents"] + 1,)
+        header = {"descr": "<u8", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(index, header)
+        index.write(np.zeros(1, dtype="<u8").tobytes())
+        first_token = 0
+        for stem, record in zip(stems, records, strict=True):
+            ends = np.fromfile(stem.with_suffix(".ends"), dtype="<u8")
+            index.write((ends + np.uint64(first_token)).tobytes())
+            first_token += record["num_tokens"]
+    with bin_file.open("wb") as out:
+        digest = _concatenate([stem.with_suffix(".bin") for stem in stems], out)
+    return SplitRecord(**totals, sha256=digest)
+
+
+def _concatenate(files: list[Path], out: IO[bytes]) -> str:
+    """Copies the files to `out`; the sha256 of what was copied."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as source:
+            while block := source.read(COPY_BYTES):
+                digest.update(block)
+                out.write(block)
+    out.flush()
+    os.fsync(out.fileno())
+    return digest.hexdigest()

@@ -1,0 +1,263 @@
+"""The prepared folder: a vocabulary, token files, and the manifest that ties them together.
+
+tokenizer.model | tokenizer.json   the vocabulary
+train.bin, valid.bin               token ids, uint16 or uint32, little endian; each document
+                                   ends with the end-of-document id
+train.idx, valid.idx               .npy, uint64 (num_documents + 1,): where documents begin
+manifest.json                      sizes, checksums, and the settings that made the folder
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from magnetar.data.errors import UserError
+from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
+
+SPLITS = ("train", "valid")
+FORMAT_VERSION = 1
+READ_TOKENS = 1 << 24  # tokens in memory at once when a whole file is scanned
+OPEN_SCAN_TOKENS = 1 << 26  # tokens looked at when a folder is opened (about 0.1 s)
+
+
+class SplitRecord(BaseModel):
+    """What the manifest says about one split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_tokens: int = Field(ge=1)  # ends of documents included
+    num_documents: int = Field(ge=1)
+    num_bytes: int = Field(ge=0)  # UTF-8 bytes of the source text
+    sha256: str  # of the .bin file
+
+
+class Manifest(BaseModel):
+    """The content of manifest.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    tokenizer_file: TokenizerFile
+    tokenizer_fingerprint: str
+    vocab_size: int = Field(ge=2)
+    eos_id: int = Field(ge=0)
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[str, SplitRecord]
+    settings: dict[str, Any]  # whatever determined the result: see data.text.prepare
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The narrowest type of token file that holds ids below `vocab_size`."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The tokens of one split, mapped into memory rather than read."""
+
+    path: Path  # of the .bin file
+    record: SplitRecord
+    dtype: str
+    vocab_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, ends of documents included."""
+        return self.record.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return self.record.num_documents
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the source text."""
+        return self.record.num_bytes
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[Any]:
+        """Every token id: (num_tokens,) uint16 or uint32, a np.memmap."""
+        return np.memmap(self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
+
+    @cached_property
+    def document_starts(self) -> npt.NDArray[np.uint64]:
+        """Where documents begin, and where the last one ends: (num_documents + 1,) uint64."""
+        return np.load(self.path.with_suffix(".idx"), mmap_mode="r")
+
+    @property
+    def has_index(self) -> bool:
+        """Whether `document_starts` can be right; of a huge one the beginning is looked at."""
+        try:
+            starts = self.document_starts
+        except Exception:  # numpy says of damaged files whatever its parsers meet
+            return False
+        if getattr(starts, "shape", None) != (self.record.num_documents + 1,):
+            return False
+        if starts.dtype != np.uint64 or starts[0] != 0 or starts[-1] != self.record.num_tokens:
+            return False
+        looked_at = starts[:OPEN_SCAN_TOKENS]
+        return bool((looked_at[1:] >= looked_at[:-1]).all())
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Tokens start to stop - 1: (stop - start,) int64.
+
+        Raises:
+            UserError: one of them is beyond the vocabulary.
+        """
+        tokens = self.tokens[start:stop].astype(np.int64)
+        if tokens.size and tokens.max() >= self.vocab_size:
+            at = int(np.argmax(tokens >= self.vocab_size))
+            raise UserError(
+                f"{self.path} holds token id {tokens[at]} at position {start + at}, but its "
+                f"vocabulary ends at {self.vocab_size - 1}: the file is damaged; delete "
+                f"{self.path.parent} and prepare it again"
+            )
+        return tokens
+
+    def document(self, i: int) -> npt.NDArray[np.int64]:
+        """Tokens of document i, its end of document included: (length,) int64."""
+        return self.read(int(self.document_starts[i]), int(self.document_starts[i + 1]))
+
+    def unigram_perplexity(self, start: int = 0, stop: int | None = None) -> float:
+        """exp(entropy) of the frequencies of tokens start to stop - 1 among themselves.
+
+        What a model that knows no order, but these very frequencies, would reach.
+        """
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        stop = self.num_tokens if stop is None else stop
+        for first in range(start, stop, READ_TOKENS):
+            tokens = self.read(first, min(first + READ_TOKENS, stop))
+            counts += np.bincount(tokens, minlength=self.vocab_size)
+        frequencies = counts[counts > 0] / counts.sum()
+        return float(np.exp(-(frequencies * np.log(frequencies)).sum()))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An opened prepared folder."""
+
+    path: Path
+    manifest: Manifest
+    train: TokenSplit
+    valid: TokenSplit
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary."""
+        return self.manifest.vocab_size
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary, loaded when first asked for."""
+        return load_tokenizer(self.path / self.manifest.tokenizer_file)
+
+    def num_text_bytes(self, num_targets: int) -> int:
+        """UTF-8 bytes of the first `num_targets` predicted tokens of the validation split.
+
+        The whole split's were counted when it was made; fewer are decoded and counted.
+        """
+        if num_targets >= self.valid.num_tokens - 1:
+            return self.valid.num_bytes
+        tokens = self.valid.read(1, 1 + num_targets)
+        text = self.tokenizer.decode(tokens[tokens != self.tokenizer.eos_id].tolist())
+        return len(text.encode())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of vocabulary and tokens: equal for equal data, wherever it came from."""
+        parts = [self.manifest.tokenizer_fingerprint, self.manifest.dtype]
+        parts += [self.manifest.splits[split].sha256 for split in SPLITS]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        UserError: the folder is missing, is a file, or was not made by prepare_data.
+    """
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file, not a prepared folder: give the folder that `python -m "
+            "magnetar prepare --out ...` made"
+        )
+    if not path.is_dir():
+        raise UserError(
+            f"prepared folder {path} does not exist: run `magnetar prepare --out {path} ...` first"
+        )
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing, so {path} is not a prepared folder: give another one, or make it "
+            "with `magnetar prepare --out ...`"
+        )
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise UserError(
+            f"{file} is not a valid manifest of version {FORMAT_VERSION}: {key}: {first['msg']}. "
+            f"Delete {path} and prepare it again"
+        ) from error
+
+
+def open_prepared(path: Path) -> Prepared:
+    """The data of a prepared folder; reads little, maps the rest.
+
+    Raises:
+        UserError: the folder, the manifest or a file in it is missing, cut short, or does not fit
+            the others.
+    """
+    manifest = read_manifest(path)
+    again = f"delete {path} and prepare it again"
+    vocabulary = path / manifest.tokenizer_file
+    if not vocabulary.is_file():
+        raise UserError(f"{vocabulary} is missing: copy it back, or {again}")
+    fingerprint = hashlib.sha256(vocabulary.read_bytes()).hexdigest()
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"{path} holds tokens made by another vocabulary: {vocabulary.name} has the sha256 "
+            f"{fingerprint[:12]}, the tokens were made with {manifest.tokenizer_fingerprint[:12]}: "
+            f"put the right {vocabulary.name} back, or {again}"
+        )
+    if manifest.vocab_size > np.iinfo(manifest.dtype).max + 1:
+        raise UserError(
+            f"{path / 'manifest.json'}: dtype={manifest.dtype} is too small for "
+            f"vocab_size={manifest.vocab_size}, which needs {token_dtype(manifest.vocab_size)}: "
+            f"{again}"
+        )
+    train, valid = (_open_split(path, name, manifest, again) for name in SPLITS)
+    return Prepared(path, manifest, train, valid)
+
+
+def _open_split(path: Path, name: str, manifest: Manifest, again: str) -> TokenSplit:
+    record = manifest.splits.get(name)
+    if record is None:
+        raise UserError(f"{path / 'manifest.json'}: splits has no {name!r}: {again}")
+    split = TokenSplit(path / f"{name}.bin", record, manifest.dtype, manifest.vocab_size)
+    index = split.path.with_suffix(".idx")
+    for file in (split.path, index):
+        if not file.is_file():
+            raise UserError(f"{file} is missing: copy it back, or {again}")
+    size, expected = split.path.stat().st_size, record.num_tokens * np.dtype(split.dtype).itemsize
+    if size != expected:
+        raise UserError(
+            f"{split.path} has {size} bytes where the manifest says {expected}: it was cut short "
+            f"or replaced; copy it back, or {again}"
+        )
+    if not split.has_index:
+        raise UserError(
+            f"{index} is not the index of {record.num_documents} documents that the manifest "
+            f"promises: copy it back, or {again}"
+        )
+    for start in range(0, min(record.num_tokens, OPEN_SCAN_TOKENS), READ_TOKENS):
+        split.read(start, min(start + READ_TOKENS, record.num_tokens))
+    return split

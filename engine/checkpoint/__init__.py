@@ -1,0 +1,1 @@
+"""Checkpoints and run folders: their format, writing, reading and opening."""

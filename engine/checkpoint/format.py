@@ -1,0 +1,458 @@
+"""The files of a checkpoint, which belongs to no layout: who wrote them does not matter.
+
+    step_00000400/
+        manifest.json            what there is: see below
+        rank_00000.safetensors   the share of everything that one rank kept
+        rank_00001.safetensors   ...
+
+Every parameter has its name in the whole model's state dict, every expert its global index. Of each
+there are up to three states: `weight` (the float32 master weights), `exp_avg` and `exp_avg_sq`
+(Adam's). A state is a flat float32 vector cut into pieces `[start, stop)`; a piece lies in one file
+under the key `state/name/start`. Whoever reads asks for a range and gets it from the pieces that
+hold it, so a rank of another layout reads its own share and no more.
+
+The manifest holds `format`, `step`, `layout`, `config`, fingerprints, `trainer`, `optimizer`,
+`files` (name -> bytes and sha256), `tensors` (name -> shape, states, pieces) and `sha256` of all
+that. It is written last, before the folder gets its name.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from magnetar.data.errors import UserError
+from magnetar.models.weights.files import read_json
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+WEIGHT = "weight"
+PARTIAL = "partial_"  # begins the name of what is being written or removed
+_CHECKPOINTS = "checkpoints"  # in a run's folder
+_STEP = re.compile(r"step_\d+")
+
+
+class Piece(NamedTuple):
+    """A stretch of one tensor.
+
+    Attributes:
+        name: the tensor's in the whole model's state dict.
+        start: index of the stretch's first element in the flattened tensor.
+        values: state -> (n,) float32, all of one length.
+    """
+
+    name: str
+    start: int
+    values: Mapping[str, Tensor]
+
+    @property
+    def stop(self) -> int:
+        """Index after the last element."""
+        return self.start + next(iter(self.values.values())).numel()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose files are there; `damaged_files` says whether they are whole.
+
+    Attributes:
+        path: its folder.
+        manifest: see above.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    _files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest["step"]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor, in the model's order."""
+        return {name: tuple(t["shape"]) for name, t in self.manifest["tensors"].items()}
+
+    def states(self, name: str) -> tuple[str, ...]:
+        """The states that there are of a tensor: its moments only if it trains."""
+        return tuple(self.manifest["tensors"][name]["states"])
+
+    def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened tensor, float32, a copy."""
+        pieces = self.manifest["tensors"][name]["pieces"]
+        values = torch.empty(stop - start)
+        index = bisect_right(pieces, start, key=lambda piece: piece[0]) - 1
+        position = start
+        while position < stop:
+            first, last, file = pieces[index]
+            end = min(last, stop)
+            stored = self._open(file).get_slice(f"{state}/{name}/{first}")
+            values[position - start : end - start] = stored[position - first : end - first]
+            position, index = end, index + 1
+        return values
+
+    def tensor(self, name: str, state: str = WEIGHT) -> Tensor:
+        """A whole tensor, float32, in its shape."""
+        shape = self.shapes[name]
+        return self.read(name, state, 0, prod(shape)).view(shape)
+
+    def files_of(self, name: str) -> list[str]:
+        """The files in which a tensor lies."""
+        return sorted({file for _, _, file in self.manifest["tensors"][name]["pieces"]})
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = safe_open(self.path / file, framework="pt")
+        return self._files[file]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Hex digest of all of a manifest's entries but that of the digest itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint of a folder; only its manifest is read.
+
+    Raises:
+        UserError: if the manifest is missing, altered, of another version or of another step.
+    """
+    manifest, problem = _read_manifest(path)
+    if manifest is None:
+        raise UserError(f"{problem}: {instead_of(path)}")
+    return Checkpoint(path, manifest)
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A folder's manifest, or what is wrong with it."""
+    file = path / MANIFEST
+    try:
+        manifest = read_json(file)
+    except FileNotFoundError:
+        return None, f"{file} is missing"
+    except (OSError, ValueError) as error:
+        return None, f"{file} cannot be read ({error})"
+    if not isinstance(manifest, dict):
+        return None, f"{file} cannot be read (no JSON object)"
+    is_ours = "sha256" in manifest or manifest.get("format") == FORMAT  # format 1 had no hash
+    if is_ours and manifest.get("sha256") != manifest_digest(manifest):
+        return None, f"{file} is not what was saved (its own sha256 differs)"
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{file}: checkpoint format {manifest.get('format', 1)}, where this version reads "
+            f"{FORMAT}: use the version of Magnetar that wrote it, or another checkpoint"
+        )
+    if _STEP.fullmatch(path.name) and step_of(path) != manifest["step"]:
+        return None, f"{file} is of step {manifest['step']}, not of the folder's {step_of(path)}"
+    return manifest, ""
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def damaged_files(
+    checkpoint: Checkpoint, part: int = 0, num_parts: int = 1, content: bool = True
+) -> list[str]:
+    """What is wrong with the files, a line for each: missing, of another size, or altered.
+
+    Args:
+        checkpoint: whose files are looked at.
+        part: which share of them, so that ranks can divide the work.
+        num_parts: how many shares there are.
+        content: also compare the hashes, which reads everything.
+    """
+    lines = []
+    for name, saved in list(checkpoint.manifest["files"].items())[part::num_parts]:
+        path = checkpoint.path / name
+        if not path.is_file():
+            problem = "is missing"
+        elif (size := path.stat().st_size) != saved["bytes"]:
+            problem = f"has {size:,} bytes where {saved['bytes']:,} were saved"
+        elif content and sha256(path) != saved["sha256"]:
+            problem = "is not what was saved (its sha256 differs)"
+        else:
+            continue
+        lines.append(f"{path} {problem}; it holds {_held(checkpoint, name)}")
+    return lines
+
+
+def _held(checkpoint: Checkpoint, file: str) -> str:
+    """`embedding.weight and 17 more tensors`: what lies in a file."""
+    held = [name for name in checkpoint.shapes if file in checkpoint.files_of(name)]
+    if not held:
+        return "nothing"
+    return held[0] + (f" and {len(held) - 1} more tensors" if len(held) > 1 else "")
+
+
+def require_whole(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint with a damaged file.
+
+    Raises:
+        UserError: naming every damaged file.
+    """
+    damaged = damaged_files(checkpoint)
+    if damaged:
+        raise UserError("\n  ".join([*damaged, instead_of(checkpoint.path)]))
+
+
+def instead_of(damaged: Path) -> str:
+    """What to do about a damaged checkpoint: use the run's newest other one that is complete."""
+    others: list[Path] = []
+    if damaged.parent.name == _CHECKPOINTS:
+        complete = complete_checkpoints(damaged.parent.parent)
+        others = [checkpoint.path for checkpoint in complete if checkpoint.path != damaged]
+    newest = f": the newest complete one is {others[-1]}" if others else ""
+    return f"use another checkpoint{newest}"
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first, damaged ones included."""
+    folders = (run_dir / _CHECKPOINTS).glob("step_*")
+    return sorted((p for p in folders if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def looked_at(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint of a folder, or what is wrong with its names and sizes, a line for each.
+
+    Raises:
+        UserError: if it is of another version.
+    """
+    manifest, problem = _read_manifest(path)
+    if manifest is None:
+        return None, [problem]
+    checkpoint = Checkpoint(path, manifest)
+    damaged = damaged_files(checkpoint, content=False)
+    return (None, damaged) if damaged else (checkpoint, [])
+
+
+def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """The run's checkpoints, oldest first, but for those of missing or truncated files.
+
+    Raises:
+        UserError: for a checkpoint of another version.
+    """
+    found = (looked_at(path)[0] for path in checkpoint_folders(run_dir))
+    return [checkpoint for checkpoint in found if checkpoint is not None]
+
+
+def newest_checkpoint(run_dir: Path) -> Checkpoint:
+    """The newest checkpoint of a run.
+
+    Raises:
+        UserError: if the run has none, or a file of it is missing or truncated.
+    """
+    folders = checkpoint_folders(run_dir)
+    if not folders:
+        raise UserError(
+            f"{run_dir}: holds no complete checkpoint (looked for checkpoints/step_*): name a run "
+            "folder that training has saved to"
+        )
+    checkpoint, problems = looked_at(folders[-1])
+    if checkpoint is None:
+        complete = complete_checkpoints(run_dir)
+        way_out = f"the newest complete one is {complete[-1].path}" if complete else "none is whole"
+        raise UserError("\n  ".join([*problems, way_out]))
+    return checkpoint
+
+
+def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> None:
+    """Remove the checkpoints up to a step but for the newest ones.
+
+    Args:
+        run_dir: the run's folder.
+        step: of the newest checkpoint; what lies beyond it is left alone.
+        keep: how many remain.
+        whole: steps of checkpoints that are known to be whole. Others remain only where there are
+            too few of these: their files may be altered.
+    """
+    folders = [path for path in checkpoint_folders(run_dir) if step_of(path) <= step]
+    kept = [path for path in folders if step_of(path) in whole][-keep:]
+    if len(kept) < keep:
+        others = [c.path for c in complete_checkpoints(run_dir) if c.path in folders]
+        kept += [path for path in others if path not in kept][len(kept) - keep :]
+    for path in folders:
+        if path not in kept:
+            # Whoever kills us meanwhile leaves no half of a checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f"{PARTIAL}{path.name}")))
+
+
+class CheckpointWriter:
+    """Writes a checkpoint under another name, and gives it its own when it is whole.
+
+    Several processes may each write parts; one of them commits.
+    """
+
+    def __init__(self, final: Path) -> None:
+        """Nothing is written yet."""
+        self.final = final
+        self.partial = final.with_name(f"{PARTIAL}{final.name}")
+
+    def write_part(self, name: str, pieces: Sequence[Piece]) -> None:
+        """Write one .safetensors file and, when it is on the disk, a note about it.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self.partial.mkdir(parents=True, exist_ok=True)
+        path = self.partial / name
+        tensors = {
+            f"{state}/{piece.name}/{piece.start}": values
+            for piece in pieces
+            for state, values in piece.values.items()
+        }
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            raise _system_error(error, path) from error
+        # safetensors writes for the owner alone; a person's umask says who else may read.
+        path.chmod(0o666 & ~_umask())
+        _flush(path)
+        note = {
+            "file": {"bytes": path.stat().st_size, "sha256": sha256(path)},
+            "pieces": [[p.name, p.start, p.stop, list(p.values)] for p in pieces],
+        }
+        partial_note = path.with_suffix(".partial")
+        partial_note.write_text(json.dumps(note))
+        partial_note.rename(path.with_suffix(".json"))
+
+    def has_part(self, name: str) -> bool:
+        """Whether a part is on the disk."""
+        return (self.partial / name).with_suffix(".json").is_file()
+
+    def commit(
+        self, parts: Iterable[str], shapes: Mapping[str, Iterable[int]], about: Mapping[str, Any]
+    ) -> Checkpoint:
+        """Join the parts: write the manifest, give the folder its name.
+
+        Args:
+            parts: names of the files.
+            shapes: of every tensor, in the model's order.
+            about: the manifest's other entries: step, layout, config, ...
+
+        Raises:
+            OSError: if the manifest cannot be written.
+            ValueError: if the parts do not make up each tensor exactly once.
+        """
+        files: dict[str, Any] = {}
+        pieces: dict[str, list[tuple[int, int, str]]] = {name: [] for name in shapes}
+        states: dict[str, list[str]] = {}
+        for file in sorted(parts):
+            note_path = (self.partial / file).with_suffix(".json")
+            note = json.loads(note_path.read_text())
+            files[file] = note["file"]
+            for name, start, stop, of in note["pieces"]:
+                pieces[name].append((start, stop, file))
+                states[name] = of
+            note_path.unlink()
+        tensors = {}
+        for name, shape in shapes.items():
+            pieces[name].sort()
+            _require_whole_tensor(name, prod(shape), pieces[name])
+            tensors[name] = {"shape": list(shape), "states": states[name], "pieces": pieces[name]}
+        manifest = {"format": FORMAT, **about, "files": files, "tensors": tensors}
+        manifest["sha256"] = manifest_digest(manifest)
+        path = self.partial / MANIFEST
+        path.write_text(json.dumps(manifest, indent=1) + "\n")
+        _flush(path)
+        self._make_way()
+        self.partial.rename(self.final)
+        _flush(self.final.parent)
+        return read_checkpoint(self.final)
+
+    def _make_way(self) -> None:
+        """Remove the same step, saved before a resume; what else has its name gets another."""
+        path = self.final
+        if not os.path.lexists(path):
+            return
+        if path.is_dir() and not path.is_symlink() and all(map(_is_ours, path.iterdir())):
+            shutil.rmtree(path)
+            return
+        count = 1
+        while os.path.lexists(aside := path.with_name(f"other_{count}_{path.name}")):
+            count += 1
+        path.rename(aside)
+        print(
+            f"warning: {path} holds what no checkpoint does: it is {aside.name} now, and the "
+            "checkpoint has its name",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a checkpoint's folder can hold such a file."""
+    return path.is_file() and (path.name == MANIFEST or path.suffix == ".safetensors")
+
+
+def _require_whole_tensor(name: str, numel: int, pieces: Sequence[tuple[int, int, str]]) -> None:
+    position = 0
+    for start, stop, _ in pieces:
+        if start != position:
+            raise ValueError(f"{name}: elements {position} to {start} were saved never or twice")
+        position = stop
+    if position != numel:
+        raise ValueError(f"{name}: {position} of {numel} elements were saved")
+
+
+def _system_error(error: SafetensorError, path: Path) -> OSError:
+    """What the system has refused, which safetensors tells in words alone."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+        return OSError(f"{path}: {error}")
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+
+
+def _umask() -> int:
+    """The process's, read without changing it: other threads make files too."""
+    status = Path("/proc/self/status").read_text()
+    (umask,) = re.findall(r"^Umask:\s*(\d+)", status, re.MULTILINE)
+    return int(umask, 8)
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def evenly_cut(numel: int, part: int, num_parts: int) -> tuple[int, int]:
+    """The part-th of num_parts stretches of nearly equal length."""
+    return numel * part // num_parts, numel * (part + 1) // num_parts
+
+
+def whole_tensors(checkpoint: Checkpoint, state: str = WEIGHT) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a state, one after the other."""
+    for name in checkpoint.shapes:
+        if state in checkpoint.states(name):
+            yield name, checkpoint.tensor(name, state)

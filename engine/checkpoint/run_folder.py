@@ -1,0 +1,176 @@
+"""The folder of one run, and whether a config may go on in it.
+
+runs/NAME/
+    config.json      the resolved config
+    logbook.md       what happened to it, for people
+    metrics.jsonl    one object a logged step
+    tensorboard/     the same for TensorBoard
+    checkpoints/     see engine.checkpoint.save_load
+    summary.json     written at the end
+    evaluation.json  the last answer of magnetar evaluate
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from magnetar.data.errors import UserError
+from magnetar.engine.config.schema import GuardsConfig, RunConfig, check_config
+from magnetar.models.config import ModelConfig
+from magnetar.models.moe.config import ON_ONE_RANK
+
+# What may change when a run goes on: how long it is, how often it reports, where it runs.
+_FREE_KEYS = {
+    "magnetar.data.pairs.too_long_inference",
+    "magnetar.training.num_steps",
+    "magnetar.training.run_dir",
+    "magnetar.training.log_every",
+    "magnetar.training.eval_every",
+    "magnetar.training.eval_sequences",
+    "magnetar.training.eval_translations",
+    "magnetar.training.save_every",
+    "magnetar.training.keep_checkpoints",
+    "magnetar.training.sample_tokens",
+    "magnetar.training.resume",
+    "magnetar.training.activation_checkpointing",  # memory against time: the numbers stay
+    "magnetar.training.compile",
+    # Where experts lie: a checkpoint belongs to no layout.
+    *(f"magnetar.model.moe.{key}" for key in ON_ONE_RANK),
+    *(f"magnetar.guards.{key}" for key in GuardsConfig.model_fields),
+}
+_TRAINED_SECTIONS = (
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "bf16",
+    "fp16",
+    "data_types",
+    "magnetar",
+)
+
+
+def flat_keys(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf of a JSON object."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat_keys(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def differing(
+    there: Mapping[str, Any], here: Mapping[str, Any], free: Container[str] = ()
+) -> list[tuple[str, Any, Any]]:
+    """Keys whose values differ, with both values ("absent" for none), but for the free ones."""
+    return [
+        (key, there.get(key, "absent"), here.get(key, "absent"))
+        for key in sorted(there.keys() | here.keys())
+        if key not in free and there.get(key) != here.get(key)
+    ]
+
+
+def accumulation_counts(model: ModelConfig) -> bool:
+    """Whether the numbers depend on how many micro-steps an optimizer step is cut into.
+
+    Capacity and, with balance_scope "micro_step", the balance loss are a micro-step's.
+    """
+    moe = model.moe
+    if moe is None:
+        return False
+    balances_each = moe.aux_loss_weight > 0 and moe.balance_scope == "micro_step"
+    return moe.dispatch == "capacity" or balances_each
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse a run folder that another config has begun.
+
+    Raises:
+        UserError: naming each key that differs, its value there and here; or, with `resume`
+            "never", if the folder holds a run at all.
+    """
+    run_dir = Path(config.training.run_dir)
+    file = run_dir / "config.json"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"training.run_dir={run_dir} is a file: name a folder")
+    if not file.is_file():
+        return
+    if config.training.resume == "never":
+        raise UserError(
+            f"training.run_dir={run_dir} already holds a run, and training.resume is 'never': "
+            "name another folder, delete this one, or use resume 'auto' to go on with it"
+        )
+    try:
+        begun = dict(flat_keys(_trained_part(_with_defaults(json.loads(file.read_text())))))
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be read as JSON ({error}): copy the config of a checkpoint's "
+            f"manifest.json there, delete the file if {run_dir} holds nothing you need, or name "
+            "another training.run_dir"
+        ) from error
+    now = dict(flat_keys(_trained_part(config.to_dict())))
+    free = _FREE_KEYS
+    if not accumulation_counts(config.model):
+        free = free | {"gradient_accumulation_steps"}
+    different = differing(begun, now, free)
+    if different:
+        listed = "\n  ".join(f"{key}: {there} there, {here} here" for key, there, here in different)
+        accumulates = any(key == "gradient_accumulation_steps" for key, _, _ in different)
+        if accumulates and config.data.pairs is not None:
+            listed += (
+                "\nwith data.pairs it follows from the ranks: take as many, or begin a run with "
+                'moe.balance_scope="batch", which goes on with any number'
+            )
+        elif accumulates:
+            listed += (
+                f"\nwith train_micro_batch_size_per_gpu left out, gradient_accumulation_steps="
+                f"{begun.get('gradient_accumulation_steps')} gives the same numbers on any ranks; "
+                'in a run with dropless dispatch and moe.balance_scope="batch" any number does'
+            )
+        raise UserError(
+            f"training.run_dir={run_dir} belongs to another config:\n  {listed}\n"
+            f"use that config, name another folder (--set magnetar.training.run_dir=...), or "
+            f"delete {run_dir}"
+        )
+
+
+def _with_defaults(begun: dict) -> dict:
+    """A saved config with the keys that have been added since, if this version can read it."""
+    config, _ = check_config(begun)
+    return begun if config is None else config.to_dict()
+
+
+def _trained_part(config: dict) -> dict:
+    return {key: config[key] for key in _TRAINED_SECTIONS if key in config}
+
+
+def claim_run_folder(run_dir: Path) -> IO[str]:
+    """Make the folder and lock it; the lock ends when the returned file is closed or we die.
+
+    Raises:
+        UserError: if another process trains in it.
+        OSError: if it cannot be made or written.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"training.run_dir={run_dir} is in use by another run: wait until it ends, or name "
+            "another folder (--set magnetar.training.run_dir=...)"
+        ) from error
+    return lock
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that there is the old content or the new one, and never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

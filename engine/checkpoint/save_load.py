@@ -1,0 +1,423 @@
+"""Saving a run while it trains on, and going on from what another layout has saved.
+
+`engine.checkpoint.format` has the format, `engine.checkpoint.zero_shards` what a rank keeps of each
+parameter.
+"""
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from pydantic import ValidationError
+
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import (
+    PARTIAL,
+    WEIGHT,
+    Checkpoint,
+    CheckpointWriter,
+    Piece,
+    checkpoint_folders,
+    damaged_files,
+    looked_at,
+    remove_old,
+    require_whole,
+    whole_tensors,
+)
+from magnetar.engine.checkpoint.run_folder import differing, flat_keys
+from magnetar.engine.checkpoint.zero_shards import (
+    Share,
+    adam_step,
+    finish_adam,
+    shares,
+    start_adam,
+    whole_weights,
+)
+from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.optim.adam import EightBitMoment, Moment
+from magnetar.engine.run_data import RunData
+from magnetar.models.config import ModelConfig
+from magnetar.models.layers.attention import expect_many_shapes
+from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model
+from magnetar.models.weights.load_save import check_tensors, load_tensors, tensor_shapes
+
+# Where experts lie, and how tokens reach them, belongs to the layout, not to the model.
+_LAYOUT_KEYS = {f"moe.{key}" for key in ON_ONE_RANK}
+_POLL_SECONDS = 0.05
+
+
+def part_name(rank: int) -> str:
+    """The file of a rank's share."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+class Saver:
+    """Writes checkpoints of one run in the background; only `training.keep_checkpoints` remain.
+
+    `save` returns at once. A thread copies what this rank keeps, while the next step's forward and
+    backward passes run: only its update changes what is copied, and waits. The thread then writes
+    the copy, and when every rank's part is on the disk, rank 0 commits the checkpoint. `wait`
+    returns when it has. As a context manager it waits at the end, and after an error that every
+    rank has alike.
+    """
+
+    def __init__(self, engine: Any, config: RunConfig, prepared: RunData) -> None:
+        """Have the optimizer wait for copies, and clear away what a killed run left."""
+        self.engine, self.config, self.prepared = engine, config, prepared
+        self.folder = Path(config.training.run_dir) / "checkpoints"
+        self.is_first_rank = dist.get_rank() == 0
+        self.whole = {engine.global_steps}  # checkpoints that were read or written in this process
+        self.problem = ""
+        self.aborted = threading.Event()
+        self.writing: threading.Thread | None = None
+        self.committing: threading.Thread | None = None
+        self.memory = torch.empty(0)  # for the copy: one allocation, made by the first save
+        self.copied = threading.Event()
+        self.copied.set()
+        engine.basic_optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
+        if self.is_first_rank:
+            for leftover in self.folder.glob(f"{PARTIAL}*"):
+                shutil.rmtree(leftover)
+        dist.barrier()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if error is None or (isinstance(error, UserError) and error.on_every_rank):
+            self.wait()
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin a checkpoint; every rank calls this.
+
+        Args:
+            step: optimizer steps done.
+            state: what the trainer needs to go on; plain numbers.
+
+        Raises:
+            UserError: on every rank alike if any could not write the one before.
+        """
+        self.wait()
+        writer = CheckpointWriter(self.folder / f"step_{step:08d}")
+        self.aborted.clear()
+        self.copied.clear()
+        begun = None
+        if self.engine.device.type == "cuda":
+            begun = torch.cuda.Event()
+            begun.record()
+        self.writing = _thread(self._write, writer, self._pieces(), begun)
+        if self.is_first_rank:
+            about = self._about(step, state)
+            self.committing = _thread(self._commit, writer, about)
+
+    def is_writing(self) -> bool:
+        """Whether this rank still writes or commits; any rank may ask, at any time."""
+        threads = (self.writing, self.committing)
+        return any(thread is not None and thread.is_alive() for thread in threads)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is complete; every rank calls this.
+
+        Raises:
+            UserError: on every rank alike if any could not write it. Older ones are untouched.
+        """
+        if self.writing is None:
+            return
+        self.writing.join()
+        problems = _of_all_ranks(self.problem)
+        if any(problems):
+            self.aborted.set()
+        if self.committing is not None:
+            self.committing.join()
+        problems = problems if any(problems) else _of_all_ranks(self.problem)
+        self.writing = self.committing = None
+        self.problem = ""
+        for rank, problem in enumerate(problems):
+            if problem:
+                raise UserError(self._could_not_write(rank, problem), on_every_rank=True)
+
+    def _could_not_write(self, rank: int, problem: str) -> str:
+        disk = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(disk).free / 2**20
+        return (
+            f"{self.folder}: rank {rank} could not write the checkpoint ({problem}; "
+            f"{free:.0f} MiB free): what was saved before is as it was; free some space, and "
+            "start the same command again"
+        )
+
+    def _wait_for_copy(self) -> None:
+        self.copied.wait()
+
+    def _pieces(self) -> list[tuple[str, int, dict[str, Moment]]]:
+        """What this rank saves, where it lies: as in a Piece, but moments may have 8 bits."""
+        return [
+            (name, place, {s: v.narrow(0, index - share.start, n) for s, v in values.items()})
+            for share in shares(self.engine)
+            for values in [share.values]
+            for name, place, index, n in share.tensors.stretches(*share.saved)
+        ]
+
+    def _about(self, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        engine = self.engine
+        scaler = vars(engine.optimizer.loss_scaler) if self.config.dtype == "fp16" else {}
+        return {
+            "step": step,
+            "layout": layout(self.config, dist.get_world_size()),
+            "config": self.config.to_dict(),
+            "tokenizer_fingerprint": self.prepared.manifest.tokenizer_fingerprint,
+            "data_fingerprint": self.prepared.fingerprint,
+            "trainer": dict(state),
+            "optimizer": {
+                "step": adam_step(engine),
+                "schedule_step": engine.lr_scheduler.last_epoch,
+                "skipped_steps": engine.skipped_steps,
+                "loss_scaler": {
+                    name: value for name, value in scaler.items() if isinstance(value, (int, float))
+                },
+            },
+        }
+
+    def _write(
+        self,
+        writer: CheckpointWriter,
+        pieces: list[tuple[str, int, dict[str, Moment]]],
+        begun: torch.cuda.Event | None,
+    ) -> None:
+        try:
+            try:
+                copy = self._copy_of(pieces, begun)
+            finally:
+                self.copied.set()
+            writer.write_part(part_name(dist.get_rank()), copy)
+        except Exception as error:  # in a thread: `wait` raises it on every rank
+            self.problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+
+    def _copy_of(
+        self, pieces: list[tuple[str, int, dict[str, Moment]]], begun: torch.cuda.Event | None
+    ) -> list[Piece]:
+        """The pieces on the host, as they were when `begun` was reached."""
+        is_cuda = begun is not None
+        numel = sum(value.numel() for _, _, states in pieces for value in states.values())
+        if self.memory.numel() < numel:
+            self.memory = torch.empty(numel, pin_memory=is_cuda)
+        copies, position = [], 0
+        with torch.cuda.stream(torch.cuda.Stream(self.engine.device) if is_cuda else None):
+            if begun is not None:
+                begun.wait()
+            for name, start, states in pieces:
+                values = {}
+                for state, source in states.items():
+                    values[state] = self.memory[position : position + source.numel()]
+                    if isinstance(source, EightBitMoment):
+                        source.copy_to(values[state], non_blocking=is_cuda)
+                    else:
+                        values[state].copy_(source, non_blocking=is_cuda)
+                    position += source.numel()
+                copies.append(Piece(name, start, values))
+            if is_cuda:
+                torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _commit(self, writer: CheckpointWriter, about: dict[str, Any]) -> None:
+        parts = [part_name(rank) for rank in range(dist.get_world_size())]
+        while not all(writer.has_part(part) for part in parts):
+            if self.aborted.is_set():
+                writer.abandon()
+                return
+            time.sleep(_POLL_SECONDS)
+        try:
+            writer.commit(parts, tensor_shapes(self.config.model), about)
+            self.whole.add(about["step"])
+            keep = self.config.training.keep_checkpoints
+            remove_old(self.folder.parent, about["step"], keep, self.whole)
+        except Exception as error:  # as in `_write`
+            self.problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            writer.abandon()
+
+
+def _thread(target: Callable[..., Any], *arguments: Any) -> threading.Thread:
+    # A daemon: when another rank has died, the commit would wait for its part for ever.
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def newest_whole_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run without a damaged file; every rank calls this.
+
+    The ranks share the reading. What is damaged is named on stderr, and the one before it taken.
+
+    Raises:
+        UserError: on every rank alike if there are checkpoints, and none is whole.
+    """
+    # One rank looks: another might see a folder that is just being renamed.
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = [[looked_at(path) for path in reversed(checkpoint_folders(run_dir))]]
+    torch.distributed.broadcast_object_list(found, src=0)
+    problems: list[str] = []
+    for checkpoint, damaged in found[0]:
+        if checkpoint is not None:
+            mine = damaged_files(checkpoint, dist.get_rank(), dist.get_world_size())
+            damaged = [line for lines in _of_all_ranks(mine) for line in lines]
+            if not damaged:
+                _warn(problems)
+                return checkpoint
+        problems += damaged
+    if problems:
+        raise UserError(
+            "\n  ".join(
+                [
+                    f"{run_dir / 'checkpoints'}: no checkpoint is whole:",
+                    *problems,
+                    "bring the files back, or train anew in another training.run_dir",
+                ]
+            ),
+            on_every_rank=True,
+        )
+    return None
+
+
+def _warn(problems: list[str]) -> None:
+    if dist.get_rank() == 0:
+        for problem in problems:
+            print(f"warning: {problem}: going on from an older one", file=sys.stderr, flush=True)
+
+
+def layout(config: RunConfig, world_size: int) -> dict[str, int]:
+    """Who wrote a checkpoint; nothing depends on it."""
+    return {
+        "world_size": world_size,
+        "ep_size": config.model.moe.ep_size if config.model.moe else 1,
+        "zero_stage": config.zero_stage,
+    }
+
+
+def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> None:
+    """Refuse to go on from a checkpoint of another model or other data.
+
+    Raises:
+        UserError: naming each key that differs.
+    """
+    manifest = checkpoint.manifest
+    saved_model = dict(flat_keys(with_defaults(manifest["config"]["magnetar"]["model"])))
+    model = dict(flat_keys(config.model.model_dump(mode="json")))
+    data = {"fingerprint": prepared.fingerprint[:12]}
+    for kind, saved, now in (
+        ("model", saved_model, model),
+        ("data set", {"fingerprint": manifest["data_fingerprint"][:12]}, data),
+    ):
+        different = [
+            f"{key} {value} there and {own} here"
+            for key, value, own in differing(saved, now, _LAYOUT_KEYS)
+        ]
+        if different:
+            raise UserError(
+                f"{checkpoint.path} was saved with another {kind}: {', '.join(different)}: go on "
+                f"with the {kind} that it was saved with, or start in another training.run_dir"
+            )
+
+
+def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
+    """A saved model section with the keys added since, if this version can read it."""
+    try:
+        return ModelConfig.model_validate(model).model_dump(mode="json")
+    except ValidationError:
+        return model
+
+
+@torch.no_grad()
+def load_checkpoint(engine: Any, config: RunConfig, checkpoint: Checkpoint) -> dict:
+    """Give this rank its share of weights, moments and counters; return the trainer's state.
+
+    Raises:
+        UserError: on every rank alike, if another version has named the tensors.
+    """
+    _require_same_tensors(checkpoint, config.model)
+    persistent = getattr(engine.optimizer, "persistent_parameters", [])  # ZeRO 3 keeps these whole
+    if persistent:
+        persistent[0].partition(persistent)
+    for tensors, start, values in whole_weights(engine):
+        _fill(checkpoint, Share(tensors, start, {WEIGHT: values}, (start, start + len(values))))
+    if persistent:
+        persistent[0].all_gather(persistent)
+    about = checkpoint.manifest["optimizer"]
+    if about["step"] > 0:
+        start_adam(engine, about["step"])
+    for share in shares(engine):
+        _fill(checkpoint, share)
+    finish_adam(engine)
+    _set_counters(engine, checkpoint.step, about)
+    return checkpoint.manifest["trainer"]
+
+
+def _fill(checkpoint: Checkpoint, share: Share) -> None:
+    """Read all that a rank keeps of a parameter."""
+    numel = len(next(iter(share.values.values())))
+    for name, place, index, length in share.tensors.stretches(share.start, share.start + numel):
+        for state, values in share.values.items():
+            if state in checkpoint.states(name):
+                assert not isinstance(values, EightBitMoment)  # before `finish_adam`
+                saved = checkpoint.read(name, state, place, place + length)
+                at = index - share.start
+                values[at : at + length].copy_(saved)
+
+
+def _set_counters(engine: Any, step: int, about: dict[str, Any]) -> None:
+    """The counters of engine, schedule and loss scale, as after so many steps."""
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    engine.skipped_steps = about["skipped_steps"]
+    scheduler = engine.lr_scheduler
+    scheduler.last_epoch = about["schedule_step"]
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, lr in zip(engine.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = lr
+    for name, value in about["loss_scaler"].items():
+        setattr(engine.optimizer.loss_scaler, name, value)
+
+
+def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
+    """The model of a checkpoint with its weights, every expert in this one process, to be used.
+
+    Raises:
+        UserError: if a file is not what the manifest says, or another version has saved it.
+    """
+    require_whole(checkpoint)
+    config = ModelConfig.model_validate(checkpoint.manifest["config"]["magnetar"]["model"])
+    if config.moe is not None:
+        config = config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
+    _require_same_tensors(checkpoint, config)
+    model = empty_model(config)
+    load_tensors(model, dict(whole_tensors(checkpoint)))
+    expect_many_shapes()
+    return model
+
+
+def _require_same_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuse other names or shapes than the config's model has."""
+    try:
+        check_tensors(tensor_shapes(config), checkpoint.shapes)
+    except ValueError as error:
+        raise UserError(
+            f"{checkpoint.path} was saved by a version with another model inside ({error}): use "
+            "that version of Magnetar, or train anew in another training.run_dir",
+            on_every_rank=True,
+        ) from None

@@ -1,0 +1,111 @@
+"""The machines of a hostfile, and commands on them over ssh."""
+
+import ipaddress
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from magnetar.data.errors import UserError
+
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)")  # as DeepSpeed reads it
+# What ssh and pdsh take for a host, and for nothing else: -oProxyCommand=... would be a command to
+# run here, exec:HOST another one, and node[1-4] four hosts where DeepSpeed counts one.
+_NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*", re.ASCII)
+_SECONDS_TO_ANSWER = 5
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Host -> its slots, in the file's order.
+
+    Raises:
+        UserError: if it is missing, empty, or has a line that DeepSpeed would refuse or that would
+            start something else than the run.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text"
+        raise UserError(f"--hostfile {path} cannot be read ({reason}): check the path") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line or line.startswith("#"):
+            continue
+        match = _LINE.match(line)
+        if match is None or match[1] in hosts:
+            what = "is named twice" if match else "is not `host slots=N`"
+            raise UserError(f"--hostfile {path}, line {number}: {line!r} {what}: mend the line")
+        if _NAME.fullmatch(match[1]) is None:
+            raise UserError(
+                f"--hostfile {path}, line {number}: {match[1]!r} is no name of one host: use "
+                "letters, digits, dots and hyphens, with USER@ in front if need be; options of ssh "
+                "and IPv6 addresses belong into ~/.ssh/config"
+            )
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise UserError(f"--hostfile {path} names no host: add lines such as `node-1 slots=8`")
+    return hosts
+
+
+def chosen_slots(
+    hosts: Mapping[str, int], include: str = "", exclude: str = ""
+) -> dict[str, list[int]]:
+    """Host -> its slots that take part, as DeepSpeed reads --include and --exclude.
+
+    Hosts of the two texts that are not there are passed over: they may have been taken out of the
+    hostfile since.
+    """
+    slots = {host: list(range(count)) for host, count in hosts.items()}
+    named: dict[str, list[int]] = {}
+    for part in (include or exclude).split("@") if include or exclude else []:
+        host, _, numbers = part.partition(":")
+        given = [int(number) for number in numbers.split(",")] if numbers else slots.get(host, [])
+        named.setdefault(host, []).extend(given)
+    if include:
+        slots = {
+            host: [s for s in slots[host] if s in named[host]] for host in slots if host in named
+        }
+    else:
+        slots = {host: [s for s in slots[host] if s not in named.get(host, [])] for host in slots}
+    return {host: left for host, left in slots.items() if left}
+
+
+def ssh_command(host: str, words: Sequence[str], port: int | None = None) -> list[str]:
+    """Run words on a host with the options that pdsh gets, without ever asking for a password."""
+    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    options += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SECONDS_TO_ANSWER}"]
+    if port is not None:
+        options += ["-p", str(port)]
+    return ["ssh", *options, host, shlex.join(words)]
+
+
+def on_hosts(
+    hosts: Iterable[str], words: Sequence[str], port: int | None = None, seconds: float = 15.0
+) -> dict[str, str | None]:
+    """What a command prints on each host, side by side; None where it failed or took too long."""
+
+    def run(host: str) -> str | None:
+        command = ssh_command(host, words, port)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    hosts = list(hosts)
+    with ThreadPoolExecutor(max_workers=max(1, min(64, len(hosts)))) as pool:
+        return dict(zip(hosts, pool.map(run, hosts), strict=True))
+
+
+def address_of(host: str, port: int | None = None) -> str:
+    """An address by which others reach a host: the first that it has, as DeepSpeed takes it."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        words = (on_hosts([host], ["hostname", "-I"], port)[host] or "").split()
+        return words[0] if words else host

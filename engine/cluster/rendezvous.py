@@ -1,0 +1,236 @@
+"""Where the ranks of a run meet: a store at MASTER_ADDR:MASTER_PORT, which rank 0 serves.
+
+torch's own listens on every network of the machine. This one listens at MASTER_ADDR alone, and
+gloo's connections, which would be made wherever the host's name leads, on the network of
+MASTER_ADDR. Under torchrun the store is its agent's, which listens where it likes.
+"""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import psutil
+import torch.distributed as dist
+
+from magnetar.data.errors import MachineError, UserError
+
+INIT_METHOD = "magnetar://"
+# For which a rank that was killed a moment ago may keep the port.
+_SECONDS_FOR_THE_PORT = 10.0
+# Ranks start together, but a machine may have to read every package from a slow disk first.
+_TIME_TO_MEET = timedelta(minutes=10)
+_BACKLOG = 4096
+
+
+class Meeting(NamedTuple):
+    """Where this rank has met the others.
+
+    Attributes:
+        host: address or name of the machine that serves the store.
+        port: of the store.
+        store: this rank's connection to it; of rank 0 also what serves it.
+    """
+
+    host: str
+    port: int
+    store: dist.Store
+
+
+_meeting: Meeting | None = None
+_is_registered = False
+
+
+def use_rendezvous() -> str:
+    """The init_method by which torch.distributed meets as this module says.
+
+    It reads what a launcher, or DeepSpeed for MPI, has left in the environment: RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT, of which 0 means any that is free, for a rank alone.
+    """
+    global _is_registered
+    if not _is_registered:
+        dist.register_rendezvous_handler(INIT_METHOD.removesuffix("://"), _meet)
+        _is_registered = True
+    return INIT_METHOD
+
+
+def rendezvous_store() -> dist.Store:
+    """The store by which the ranks have met.
+
+    A wait on it keeps every other thread of this process from it: use `another_connection` there.
+    """
+    assert _meeting is not None, "the ranks have not met"
+    return _meeting.store
+
+
+def another_connection(timeout: timedelta) -> dist.TCPStore:
+    """A connection to the same store for a thread of its own.
+
+    Args:
+        timeout: of making it, and of every wait on it.
+
+    Raises:
+        torch.distributed.DistNetworkError: if rank 0, which serves it, is gone.
+    """
+    assert _meeting is not None, "the ranks have not met"
+    host, port, _ = _meeting
+    return dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+
+
+def leave_rendezvous() -> None:
+    """Let go of the store, which then ends with the process groups that use it."""
+    global _meeting
+    _meeting = None
+
+
+def launched_local_size() -> int:
+    """Ranks of this machine by their environment, or all of them where nothing is said.
+
+    Set by deepspeed, torchrun, Open MPI, MPICH.
+    """
+    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+    found = next((os.environ[name] for name in names if name in os.environ), None)
+    return int(found or os.environ["WORLD_SIZE"])
+
+
+def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """A handler as torch.distributed wants it: yields store, rank and world size."""
+    global _meeting
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        host, port, store = _serve(host, port, world_size)
+    else:
+        try:
+            store = dist.TCPStore(host, port, world_size, False, min(timeout, _TIME_TO_MEET))
+        except dist.DistError as error:
+            raise MachineError(_not_reached(rank, host, port, error)) from None
+    store.set_timeout(timeout)
+    _choose_network(host, port)
+    _meeting = Meeting(host, port, store)
+    yield store, rank, world_size
+    raise RuntimeError("the ranks of this run cannot meet again")
+
+
+def _not_reached(rank: int, host: str, port: int, error: Exception) -> str:
+    reason = str(error).splitlines()[0]
+    return (
+        f"rank {rank} on {socket.gethostname()} did not meet rank 0 at {host}:{port}: it has not "
+        f"started, or no way leads there (a firewall, another network): {reason}"
+    )
+
+
+def _serve(host: str, port: int, world_size: int) -> tuple[str, int, dist.TCPStore]:
+    """Address, port and store; waits until all ranks are there."""
+    listener = _listening_socket(host, port, world_size)
+    address, port = listener.getsockname()[:2]
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            world_size,
+            True,
+            _TIME_TO_MEET,
+            master_listen_fd=listener.fileno(),
+        )
+    except dist.DistError as error:
+        listener.detach()
+        raise MachineError(
+            f"not all {world_size} ranks have come to {address}:{port} within "
+            f"{_TIME_TO_MEET}: {str(error).splitlines()[0]}"
+        ) from None
+    listener.detach()  # it is the store's, which closes it
+    return address, port, store
+
+
+def _listening_socket(host: str, port: int, world_size: int) -> socket.socket:
+    """A socket that listens at one address of this machine.
+
+    Raises:
+        UserError: if the address is no other machine's to reach or not this machine's, or if
+            somebody listens there already.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={host} is not known here ({error.strerror}): use an address of the "
+            "machine of rank 0, which `hostname -I` prints there"
+        ) from None
+    is_alone = launched_local_size() == world_size
+    give_up = time.monotonic() + _SECONDS_FOR_THE_PORT
+    while True:
+        problems: set[int | None] = set()
+        for family, kind, protocol, _, place in found:
+            if not is_alone and _is_loopback(str(place[0])):
+                problems.add(errno.ENETUNREACH)
+                continue
+            listener = socket.socket(family, kind, protocol)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(place)
+                listener.listen(_BACKLOG)
+                return listener
+            except OSError as error:
+                listener.close()
+                problems.add(error.errno)
+        if errno.EADDRINUSE in problems and time.monotonic() < give_up:
+            time.sleep(0.2)
+            continue
+        raise UserError(_refused(host, port, problems))
+
+
+def _refused(host: str, port: int, problems: set[int | None]) -> str:
+    if errno.EADDRINUSE in problems:
+        return (
+            f"MASTER_PORT={port} is in use at {host}, by another run perhaps: choose another, with "
+            "--master_port of the deepspeed launcher, say"
+        )
+    addresses = ", ".join(sorted(_interfaces()))
+    if errno.ENETUNREACH in problems:
+        return (
+            f"MASTER_ADDR={host} means this machine to itself alone, and the run has ranks on "
+            f"others: use an address that they can reach, of {addresses}"
+        )
+    if errno.EADDRNOTAVAIL in problems:
+        return (
+            f"MASTER_ADDR={host} is not an address of {socket.gethostname()}, where rank 0 has "
+            f"started: use one of {addresses}, or name that machine first in the hostfile"
+        )
+    words = ", ".join(os.strerror(number or 0) for number in problems)
+    return f"nothing can listen at MASTER_ADDR={host}, MASTER_PORT={port} ({words}): use others"
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def _interfaces() -> dict[str, str]:
+    """Address of this machine -> its network interface."""
+    return {
+        address.address.partition("%")[0]: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+
+
+def _choose_network(host: str, port: int) -> None:
+    """Have gloo, and NCCL on one machine, listen on the network that leads to rank 0.
+
+    By themselves they take the one of the host's name, which is often 127.0.1.1, resp. of the
+    first interface.
+    """
+    family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # sends nothing, but finds the way
+        own = str(probe.getsockname()[0])
+    interface = _interfaces().get(own)
+    if interface is None:
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if _is_loopback(own):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)

@@ -1,0 +1,167 @@
+"""Finds a rank that hangs: one that is stopped or stuck leaves all others waiting for ever.
+
+Every rank has a thread that counts, in the store by which the ranks have met, how often it has
+been awake, and tells there what its rank is doing. When a rank has done nothing for the time limit,
+its thread reads what the others tell, names the rank that everybody waits for, and ends its own
+with status 3, upon which a launcher ends the rest.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from magnetar.engine import logbook
+from magnetar.engine.cluster.rendezvous import another_connection
+
+STATUS = 3
+_SOURCES = Path(__file__).parents[1]
+_KEY = "magnetar/watchdog"
+_SECONDS_FOR_THE_LOGBOOK = 5.0
+_STORE_TIMEOUT = timedelta(seconds=30)
+
+
+class Finding(NamedTuple):
+    """Why nothing happens.
+
+    Attributes:
+        text: which ranks do not answer, and where the others are.
+        teller: the rank that is to say so; None: every rank for itself.
+    """
+
+    text: str
+    teller: int | None = None
+
+
+def innermost_call(frame: FrameType | None) -> str:
+    """`all_reduce, called by engine/sparse_clip.py:95`: where a thread of ours is.
+
+    Args:
+        frame: the innermost one.
+    """
+    collective = called = ""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(_SOURCES) and ".venv" not in path.parts:
+            place = f"{path.relative_to(_SOURCES)}:{frame.f_lineno}"
+            return f"{collective or called or frame.f_code.co_name}, called by {place}"
+        called = frame.f_code.co_name
+        if path.name == "distributed_c10d.py":
+            collective = collective or called
+        frame = frame.f_back
+    return called or "no code of Python"
+
+
+class Watchdog:
+    """Watches this rank, from the `with` statement to its end.
+
+    Without other ranks, or with no limit, it does nothing.
+    """
+
+    def __init__(self, run_dir: Path, limit: float | None) -> None:
+        """Prepare.
+
+        Args:
+            run_dir: whose logbook tells of a hang.
+            limit: seconds that a rank may do nothing; None: any time.
+        """
+        self.run_dir, self.limit = run_dir, limit
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self.doing, self.since = "starting", time.monotonic()
+        self._period = min(10.0, (limit or 0.0) / 4)
+        self._main = threading.get_ident()
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self.limit is not None and self.num_ranks > 1:
+            for work in (self._tell, self._watch):
+                threading.Thread(target=work, daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+
+    def beat(self, doing: str) -> None:
+        """Say that this rank is alive, and what it is going to do: "step 12"."""
+        self.doing, self.since = doing, time.monotonic()
+
+    def _tell(self) -> None:
+        try:
+            store, awake = another_connection(_STORE_TIMEOUT), 0
+            while not self._ended.wait(self._period):
+                awake += 1
+                where = innermost_call(sys._current_frames().get(self._main))
+                told = {"awake": awake, "doing": self.doing, "where": where}
+                store.set(f"{_KEY}/{self.rank}", json.dumps(told))
+        except RuntimeError:  # rank 0, which keeps the store, has ended
+            return
+
+    def _watch(self) -> None:
+        assert self.limit is not None
+        while not self._ended.wait(self._period):
+            since = self.since
+            if time.monotonic() - since <= self.limit:
+                continue
+            found: list[Finding] = []
+            asking = threading.Thread(target=self._ask, args=(found,), daemon=True)
+            asking.start()
+            asking.join(8 * self._period)
+            if not found:
+                found = [Finding("rank 0 does not answer, by which the ranks tell where they are")]
+            if found[0].teller not in (None, self.rank):
+                # It ends this rank, too; if it does not, it has found nothing wrong itself.
+                self._ended.wait(4 * self._period)
+            if self._ended.is_set() or self.since != since:
+                continue  # it was slow, and no hang
+            self._report(found[0].text)
+            os._exit(STATUS)
+
+    def _ask(self, found: list[Finding]) -> None:
+        """Find out which ranks are silent, and what the others wait for: appends it."""
+        store = another_connection(_STORE_TIMEOUT)
+        before = self._told(store)
+        time.sleep(3 * self._period)
+        silent, waiting, answering = [], [], []
+        for rank, (then, now) in enumerate(zip(before, self._told(store), strict=True)):
+            place = f"in {now['doing']}: {now['where']}" if now else "nowhere yet"
+            if then.get("awake") == now.get("awake"):
+                silent.append(f"rank {rank} does not answer (it was {place})")
+            else:
+                waiting.append(f"rank {rank} is {place}")
+                answering.append(rank)
+        # Those that wait find it out at the same time: one of them tells.
+        found.append(Finding("; ".join([*silent, *waiting]), min(answering, default=self.rank)))
+
+    def _told(self, store: dist.TCPStore) -> list[dict[str, Any]]:
+        keys = [f"{_KEY}/{rank}" for rank in range(self.num_ranks)]
+        return [json.loads(store.get(key)) if store.check([key]) else {} for key in keys]
+
+    def _report(self, text: str) -> None:
+        message = f"nothing has happened for {self.limit:g} seconds: {text}"
+        print(
+            f"error: {message}. The same command goes on from the last checkpoint; if it was only "
+            "slow, raise magnetar.guards.hang_timeout_seconds",
+            file=sys.stderr,
+            flush=True,
+        )
+        # The disk may be what everybody waits for.
+        writing = threading.Thread(target=self._log, args=(message,), daemon=True)
+        writing.start()
+        writing.join(_SECONDS_FOR_THE_LOGBOOK)
+
+    def _log(self, message: str) -> None:
+        with suppress(OSError):
+            logbook.write(self.run_dir, "hang", message)

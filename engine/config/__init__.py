@@ -1,0 +1,1 @@
+"""The JSON of a run: its keys, rules, messages and documentation."""

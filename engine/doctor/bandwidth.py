@@ -1,0 +1,243 @@
+"""What the ranks' collectives do and how fast they are, measured through the real launcher."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magnetar.data.errors import MachineError
+from magnetar.engine.build import start_distributed
+from magnetar.engine.cluster.rendezvous import launched_local_size
+from magnetar.engine.doctor.node import MARK
+
+_REPEATS = 5
+_SLOW = 0.5  # a link is slow below this share of the median of its kind
+
+
+class Sizes(NamedTuple):
+    """Bytes that a rank hands to each collective.
+
+    Attributes:
+        reduced: of gradients.
+        exchanged: of tokens' rows, among ep_size ranks.
+        sent: to one other rank.
+        ep_size: ranks that share the experts; 0: all.
+    """
+
+    reduced: int
+    exchanged: int
+    sent: int
+    ep_size: int = 0
+
+
+class Link(NamedTuple):
+    """Two ranks that have sent to each other at once.
+
+    Attributes:
+        ranks: the two.
+        is_inside: whether both are on one machine.
+        bandwidth: bytes a second, each way.
+    """
+
+    ranks: tuple[int, int]
+    is_inside: bool
+    bandwidth: float
+
+
+def measure(sizes: Sizes, seconds: float) -> None:
+    """What every rank runs: rank 0 prints what was measured.
+
+    Args:
+        sizes: of the messages.
+        seconds: after which this rank ends, whatever it waits for.
+    """
+    signal.alarm(round(seconds))
+    device = start_distributed()
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    ep_size = sizes.ep_size or num_ranks
+    results: dict[str, Any] = {"backend": dist.get_backend(), "num_ranks": num_ranks}
+    values = torch.full((sizes.reduced // 4,), rank + 1.0, device=device)
+    dist.all_reduce(values)
+    results["sums_right"] = _everywhere(bool((values == num_ranks * (num_ranks + 1) / 2).all()))
+    results["all_reduce"] = [sizes.reduced, _seconds(lambda: dist.all_reduce(values))]
+
+    groups = [
+        dist.new_group(list(range(first, first + ep_size)))
+        for first in range(0, num_ranks, ep_size)
+    ]
+    group, place = groups[rank // ep_size], rank % ep_size
+    per_rank = max(1, sizes.exchanged // 4 // ep_size)
+    sent = torch.full((ep_size, per_rank), float(rank), device=device)
+    received = torch.empty_like(sent)
+
+    def exchange() -> None:
+        dist.all_to_all_single(received, sent, group=group)
+
+    exchange()
+    senders = torch.arange(ep_size, device=device) + (rank - place)
+    results["rows_right"] = _everywhere(bool((received == senders[:, None]).all()))
+    results["all_to_all"] = [4 * per_rank * ep_size, _seconds(exchange), ep_size]
+
+    results["links"] = _links(sizes.sent, device)
+    if rank == 0:
+        print(f"{MARK}{json.dumps(results)}", flush=True)
+    signal.alarm(0)
+
+
+def _everywhere(is_right: bool) -> bool:
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, is_right)
+    return all(answers)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _seconds(collective: Callable[[], None]) -> float:
+    """The median time of one; all ranks start together."""
+    times = []
+    for _ in range(_REPEATS):
+        dist.barrier()
+        _synchronize()
+        start = time.perf_counter()
+        collective()
+        _synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
+    """Every pair of so many players once, each player at most once a round (circle method)."""
+    players = [*range(count)] + [-1] * (count % 2)
+    for _ in range(len(players) - 1):
+        half = len(players) // 2
+        pairs = zip(players[:half], reversed(players[half:]), strict=True)
+        yield [(min(pair), max(pair)) for pair in pairs if -1 not in pair]
+        players = [players[0], players[-1], *players[1:-1]]
+
+
+def _links(num_bytes: int, device: torch.device) -> list[Link]:
+    """Of the first ranks of all machines, then of the ranks of each machine. Rank 0's answer."""
+    rank = dist.get_rank()
+    machines: list[Any] = [None] * dist.get_world_size()
+    name = os.environ.get("CROSS_RANK", os.uname().nodename)
+    dist.all_gather_object(machines, (name, launched_local_size()))
+    ranks_of: dict[str, list[int]] = {}
+    for other, (machine, _) in enumerate(machines):
+        ranks_of.setdefault(machine, []).append(other)
+    own = ranks_of[machines[rank][0]]
+    leaders = [ranks[0] for ranks in ranks_of.values()]
+    most = max(len(ranks) for ranks in ranks_of.values())
+    buffers = torch.ones(2, max(1, num_bytes // 4), device=device)
+    found = []
+    for team, size in ((leaders, len(leaders)), (own, most)):
+        for pairs in rounds(size):
+            mine = next(
+                (
+                    (team[a], team[b])
+                    for a, b in pairs
+                    if b < len(team) and rank in (team[a], team[b])
+                ),
+                None,
+            )
+            dist.barrier()
+            if mine is None:
+                continue
+            speed = num_bytes / _pair_seconds(buffers, mine[1] if rank == mine[0] else mine[0])
+            found.append(Link(mine, team is own, speed))
+    gathered: list[Any] = [None] * len(machines)
+    dist.all_gather_object(gathered, found)
+    both: dict[tuple[bool, tuple[int, int]], list[float]] = {}
+    for ranks, is_inside, speed in (link for links in gathered for link in links):
+        both.setdefault((is_inside, ranks), []).append(speed)
+    return [Link(ranks, inside, min(speeds)) for (inside, ranks), speeds in both.items()]
+
+
+def _pair_seconds(buffers: Tensor, peer: int) -> float:
+    """The best of a few times in which both ranks send and receive a buffer."""
+    times = []
+    for _ in range(1 + _REPEATS):  # the first one connects
+        _synchronize()
+        start = time.perf_counter()
+        operations = [
+            dist.P2POp(dist.isend, buffers[0], peer),
+            dist.P2POp(dist.irecv, buffers[1], peer),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        _synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def slow_links(links: Sequence[Link]) -> list[tuple[Link, float]]:
+    """Links with less than half the median bandwidth of their kind, and that median."""
+    found = []
+    for is_inside in (False, True):
+        kind = [link for link in links if link.is_inside == is_inside]
+        if not kind:
+            continue
+        median = statistics.median(link.bandwidth for link in kind)
+        found += [(link, median) for link in kind if link.bandwidth < _SLOW * median]
+    return found
+
+
+def launch(launcher: Sequence[str], sizes: Sizes, seconds: float) -> dict[str, Any]:
+    """Start all ranks and return what they have measured.
+
+    Args:
+        launcher: command line of the deepspeed launcher, up to what it starts.
+        sizes: of the messages.
+        seconds: at most for the ranks.
+
+    Raises:
+        MachineError: with what they printed, if they measured nothing.
+    """
+    asked = ",".join(map(str, (*sizes, round(seconds))))
+    command = [*launcher, "--module", "magnetar.launchers.doctor", f"--measure={asked}"]
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    }
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(timeout=seconds + 60)
+            words = f"the launcher ended with status {status}"
+        except subprocess.TimeoutExpired:
+            words = f"the ranks were not done within {seconds + 60:.0f} s"
+        finally:
+            if process.poll() is None:
+                # Not by a signal that it could handle: DeepSpeed's launcher then ends those of
+                # every other run, too. The ranks end by themselves.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        lines = output.read().splitlines()
+    for line in lines:
+        if MARK in line:
+            results = json.loads(line.partition(MARK)[2])
+            results["links"] = [Link(tuple(a), b, c) for a, b, c in results["links"]]
+            return results
+    errors = [line for line in lines if re.search(r"(^|: )(error|\w*Error): ", line)]
+    raise MachineError("\n".join([f"{words}:", *(errors or lines)[-8:]]))

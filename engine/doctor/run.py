@@ -1,0 +1,240 @@
+"""The whole examination: which machines, what they need, what was found, what was measured."""
+
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from magnetar.data.errors import MachineError, UserError
+from magnetar.engine.cluster.hosts import address_of, chosen_slots, read_hostfile
+from magnetar.engine.config.batch_sizes import MICRO
+from magnetar.engine.config.deepspeed import EIGHT_BIT
+from magnetar.engine.config.schema import RunConfig, load_config
+from magnetar.engine.doctor import environment
+from magnetar.engine.doctor.bandwidth import Sizes, launch, slow_links
+from magnetar.engine.doctor.checks import Finding, Wanted, findings
+from magnetar.engine.doctor.ssh_probe import Answer, Node, ask
+from magnetar.engine.memory_planner import parameters_of
+from magnetar.engine.optim.adam import uses_torchs_adam
+from magnetar.engine.run_data import open_run_data
+
+_SECONDS = 120.0  # for the ranks to measure
+_VOCAB_SIZE = 50_000  # where the data is not here to ask
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_STATE_BYTES = 12  # a master weight and two moments
+# Real sizes, but no more than is needed for a bandwidth.
+_LARGEST, _LARGEST_ON_CPU = 2**29, 2**24
+_USUAL, _USUAL_ON_CPU = 2**26, 2**22
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line.
+
+    Attributes:
+        hostfile: None: this machine alone.
+        config: the run's JSON, None: the machines alone.
+        settings: its `--set` arguments.
+        num_gpus: ranks of this machine, without a hostfile.
+        master_addr: None: found.
+        master_port: of the rendezvous.
+        force_multi: a hostfile's only machine is reached over ssh, too.
+    """
+
+    hostfile: Path | None = None
+    config: Path | None = None
+    settings: tuple[str, ...] = ()
+    num_gpus: int | None = None
+    master_addr: str | None = None
+    master_port: int = 29500
+    force_multi: bool = False
+
+
+@dataclass
+class Examination:
+    """What came out.
+
+    Attributes:
+        answers: of the machines.
+        findings: about them, and about what was measured.
+        exports: variables that other machines get.
+        added: what the launcher adds on each machine.
+        command: of the launcher, for a training.
+        measured: see engine.doctor.bandwidth; None: not, for the reason of `skipped`.
+        skipped: why nothing was measured.
+    """
+
+    answers: list[Answer]
+    findings: list[Finding]
+    exports: environment.Exports
+    added: list[dict[str, str]]
+    command: str
+    measured: dict[str, Any] | None = None
+    skipped: str = ""
+    names: list[str] = field(default_factory=list)  # rank -> machine
+
+    @property
+    def is_well(self) -> bool:
+        """Whether a run can start."""
+        return not any(finding.severity == "problem" for finding in self.findings)
+
+
+def examine(options: Options) -> Examination:
+    """Ask every machine, then start all ranks if nothing speaks against it.
+
+    Raises:
+        UserError: for a hostfile, a JSON or a .deepspeed_env that is wrong.
+    """
+    if options.hostfile is None:
+        count = options.num_gpus or environment.default_slots()
+        slots = {socket.gethostname(): list(range(count))}
+    else:
+        slots = chosen_slots(read_hostfile(options.hostfile))
+        if not slots:
+            raise UserError(f"--hostfile {options.hostfile} has no slots: write slots=8, say")
+    is_remote = options.hostfile is not None and (len(slots) > 1 or options.force_multi)
+    num_ranks = sum(map(len, slots.values()))
+    config = None
+    if options.config is not None:
+        config = load_config(options.config, options.settings, num_ranks)
+    first = next(iter(slots))
+    address = options.master_addr or (address_of(first) if is_remote else "127.0.0.1")
+    wanted, numel = _wanted(config, options, address)
+    exports = environment.exports()
+    nodes = [Node(name, len(numbers), is_remote) for name, numbers in slots.items()]
+    about = {
+        name: getattr(wanted, name) for name in ("config", "data", "run_dir", "address", "port")
+    }
+    answers = ask(nodes, about, exports.variables)
+    found = findings(answers, wanted)
+    if options.hostfile is not None and not is_remote and not _is_this_machine(first):
+        remedy = "add --force_multi to the launcher and to this command, or take its hostfile away"
+        text = f"the launcher starts a hostfile's only machine here, on {socket.gethostname()}"
+        found.insert(0, Finding("problem", first, "reach", text, remedy))
+    launcher = _launcher(options, address, is_remote)
+    names = [name for name, numbers in slots.items() for _ in numbers]
+    result = Examination(
+        answers,
+        found,
+        exports,
+        environment.of_nodes(slots, address, options.master_port),
+        shlex.join([*launcher, "--module", "magnetar.launchers.train", *_arguments(options)]),
+        names=names,
+    )
+    if not result.is_well:
+        result.skipped = "mend the problems above first"
+        return result
+    on_gpus = any((answer.report["gpus"] or {}).get("found") for answer in answers)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    try:
+        result.measured = launch(
+            [*command, *launcher[1:]], _sizes(config, numel, on_gpus), _SECONDS
+        )
+    except MachineError as error:
+        result.findings.append(
+            Finding(
+                "problem",
+                "",
+                "reach",
+                f"the ranks cannot work together: {error}",
+                "look whether a firewall lets these machines reach each other at every port; "
+                "NCCL_DEBUG=INFO tells more, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the "
+                "network",
+            )
+        )
+        result.skipped = "the ranks did not come so far"
+        return result
+    result.findings += _findings_of(result.measured, names)
+    return result
+
+
+def _is_this_machine(name: str) -> bool:
+    try:
+        address = socket.gethostbyname(name)
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return name == socket.gethostname()
+    return True
+
+
+def _launcher(options: Options, address: str, is_remote: bool) -> list[str]:
+    command = ["deepspeed"]
+    if options.hostfile is not None:
+        command += ["--hostfile", str(options.hostfile)]
+        command += ["--force_multi"] if options.force_multi else []
+        command += ["--no_ssh_check", "--master_addr", address] if is_remote else []
+    elif options.num_gpus is not None:
+        command += ["--num_gpus", str(options.num_gpus)]
+    return [*command, "--master_port", str(options.master_port)]
+
+
+def _arguments(options: Options) -> list[str]:
+    settings = [part for text in options.settings for part in ("--set", text)]
+    return ["--deepspeed_config", str(options.config or "JSON"), *settings]
+
+
+def _wanted(config: RunConfig | None, options: Options, address: str) -> tuple[Wanted, int]:
+    """What the run needs, and how many parameters it has outside of experts."""
+    if config is None:
+        return Wanted(address=address, port=options.master_port), 0
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        try:
+            vocab_size = open_run_data(config).vocab_size
+        except UserError:  # it may be on other machines only, and they are asked
+            vocab_size = _VOCAB_SIZE
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    parameters = parameters_of(model)
+    numel = sum(parameter.numel for parameter in parameters)
+    section = config.deepspeed["optimizer"]
+    on_host = config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
+    compiles = ""
+    if section["type"] != EIGHT_BIT and not uses_torchs_adam(section):
+        compiles = "CPUAdam" if on_host.get("device") == "cpu" else "FusedAdam or CPUAdam"
+    wanted = Wanted(
+        config=str(options.config),
+        data=config.data.path,
+        run_dir=config.training.run_dir,
+        checkpoint_bytes=_STATE_BYTES * numel,
+        compiles=compiles,
+        address=address,
+        port=options.master_port,
+    )
+    return wanted, sum(one.numel for one in parameters if not one.is_experts)
+
+
+def _sizes(config: RunConfig | None, dense_numel: int, on_gpus: bool) -> Sizes:
+    """Of the run's gradients and rows; usual ones where nothing is known of it."""
+    usual, largest = (_USUAL, _LARGEST) if on_gpus else (_USUAL_ON_CPU, _LARGEST_ON_CPU)
+    if config is None:
+        return Sizes(usual, usual, usual)
+    width = _BYTES[config.dtype]
+    reduced = min(dense_numel * width, largest)
+    moe = config.model.moe
+    if moe is None:
+        return Sizes(reduced, usual, usual)
+    tokens = config.deepspeed[MICRO] * config.data.seq_len
+    exchanged = tokens * moe.top_k * config.model.d_model * width
+    return Sizes(reduced, min(exchanged, largest), usual, moe.ep_size)
+
+
+def _findings_of(measured: dict[str, Any], names: Sequence[str]) -> list[Finding]:
+    found = []
+    for key, what in (("sums_right", "all-reduce"), ("rows_right", "all-to-all")):
+        if not measured[key]:
+            text = f"{what} gives wrong numbers"
+            remedy = "a driver or a network card is at fault: leave machines out until it is right"
+            found.append(Finding("problem", "", "reach", text, remedy))
+    for link, median in slow_links(measured["links"]):
+        a, b = link.ranks
+        where = f"ranks {a} and {b} of {names[a]}"
+        if not link.is_inside:
+            where = f"{names[a]} and {names[b]}"
+        text = f"{where}: {link.bandwidth / 1e9:.2f} GB/s each way, others {median / 1e9:.2f}"
+        remedy = "look at the cable, the port of the switch, or who else uses the link"
+        found.append(Finding("warning", names[a], "reach", f"slow link: {text}", remedy))
+    return found

@@ -1,0 +1,312 @@
+"""What a layout needs of a GPU's memory, and which layouts can hold a model.
+
+Counted are the states that a rank keeps for as long as it trains: weights, gradients at their
+largest, master weights and Adam's moments. Not counted: activations, buffers of communication,
+what ZeRO 3 collects for the layer at work, padding, the allocator's slack. So a layout that is
+refused for its memory cannot run, and one that is not may still be too large.
+
+P: parameters of a rank, of all experts those that it holds. w: bytes of a weight, 4, or 2 in bf16
+and fp16. g: bytes of a summed gradient, w, or what data_types.grad_accum_dtype says. n: ranks that
+share a parameter's states, all of them, or for experts those that hold the same.
+
+| ZeRO | weights | gradients | master | moments |
+|---|---|---|---|---|
+| 0 | w P | w P | - | 8 P |
+| 1 | w P | w P, without accumulation g P/n | 4 P/n | 8 P/n |
+| 2 | w P | g P/n | 4 P/n | 8 P/n |
+| 3 | w P/n, and w P of those up to stage3_param_persistence_threshold | g P/n | 4 P/n | 8 P/n |
+
+Moments of 8 bits (`optimizer.type` AdamW8bit) take 2 bytes and 1/32 more for their scales, not 8.
+bf16 that accumulates in float32 under ZeRO 1 keeps both, (2 + 4) P. With offload_optimizer, master
+weights and moments lie in the host's memory and so, under ZeRO 1 and 2, do the summed gradients.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from magnetar.data.errors import UserError
+from magnetar.engine.cluster.rendezvous import launched_local_size
+from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
+from magnetar.engine.config.deepspeed import EIGHT_BIT
+from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.optim.adam import BLOCK, MIN_8BIT_SIZE, takes_8_bits
+from magnetar.models.config import ModelConfig
+from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.moe.layer import MoE
+from magnetar.models.transformer import empty_model
+from magnetar.models.weights.load_save import on_one_rank
+
+GIB = 2**30
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_MASTER_BYTES, _MOMENTS_BYTES = 4, 8
+_STAGES = (0, 1, 2, 3)
+
+
+class Layout(NamedTuple):
+    """Ranks, ranks that share one set of experts, and the ZeRO stage."""
+
+    world_size: int
+    ep_size: int
+    zero_stage: int
+
+    def __str__(self) -> str:
+        """As options of a command."""
+        return (
+            f"--world-size {self.world_size} --ep-size {self.ep_size} "
+            f"--zero-stage {self.zero_stage}"
+        )
+
+
+class Parameter(NamedTuple):
+    """A parameter of the whole model; of experts, all of a layer's together.
+
+    Attributes:
+        numel: its elements.
+        is_experts: whether it is the experts'.
+        trains: whether it has gradients and states.
+        own_numel: elements of one of the tensors in it, of an expert's own.
+        is_embedding: whether it is an embedding's.
+    """
+
+    numel: int
+    is_experts: bool
+    trains: bool
+    own_numel: int
+    is_embedding: bool
+
+
+class Memory(NamedTuple):
+    """Bytes that a rank keeps on its GPU."""
+
+    weights: int
+    gradients: int
+    master: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+def parameters_of(model: ModelConfig) -> list[Parameter]:
+    """Every parameter of a model, tied ones once."""
+    with torch.device("meta"):
+        built = empty_model(on_one_rank(model))
+    of_experts = {
+        id(parameter)
+        for module in built.modules()
+        if isinstance(module, MoE)
+        for parameter in module.deepspeed_moe.experts.parameters()
+    }
+    of_embeddings = {id(m.weight) for m in built.modules() if isinstance(m, nn.Embedding)}
+    found = []
+    for p in built.parameters():
+        is_experts = id(p) in of_experts
+        own_numel = p[0].numel() if is_experts else p.numel()
+        is_embedding = id(p) in of_embeddings
+        found.append(Parameter(p.numel(), is_experts, p.requires_grad, own_numel, is_embedding))
+    return found
+
+
+def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_size: int) -> Memory:
+    """Bytes that each rank keeps; see above what is counted.
+
+    Args:
+        parameters: of config.model.
+        config: what runs, its ep_size and ZeRO stage included.
+        world_size: ranks, a multiple of ep_size.
+    """
+    stage = config.zero_stage
+    zero = config.deepspeed["zero_optimization"]
+    ep_size = config.model.moe.ep_size if config.model.moe else 1
+    width = _BYTES[config.dtype]
+    given = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    sum_width = _BYTES[given] if given else width
+    offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    accumulates = config.deepspeed[ACCUMULATION] > 1
+    section = config.deepspeed["optimizer"]
+    from_8_bit = 0
+    if section["type"] == EIGHT_BIT:
+        from_8_bit = section["params"].get("min_8bit_size", MIN_8BIT_SIZE)
+    sums = [0, 0, 0, 0]
+    for numel, is_experts, trains, own_numel, is_embedding in parameters:
+        ranks = world_size // ep_size if is_experts else world_size
+        held = numel // ep_size if is_experts else numel
+        share = -(-held // ranks) if stage else held
+        weights = width * held
+        if stage == 3:
+            stays_whole = held <= zero["stage3_param_persistence_threshold"] and ranks > 1
+            weights = width * share + (width * held if stays_whole else 0)
+        sums[0] += weights
+        if not trains:
+            continue
+        if stage == 0:
+            sums[1] += width * held
+        elif stage == 1 and config.dtype == "bf16" and sum_width > width:
+            sums[1] += (width + sum_width) * held
+        elif stage == 1 and accumulates:
+            sums[1] += width * held
+        elif stage == 3 or not offloads:
+            sums[1] += sum_width * share
+        if not offloads:
+            sums[2] += _MASTER_BYTES * share if stage else 0
+            if from_8_bit and takes_8_bits(own_numel, is_embedding, from_8_bit):
+                sums[3] += 2 * share + _MOMENTS_BYTES * -(-share // BLOCK)  # two scales a block
+            else:
+                sums[3] += _MOMENTS_BYTES * share
+    return Memory(*sums)
+
+
+def require_host_memory(config: RunConfig, world_size: int) -> None:
+    """Refuse a model that the ranks of this machine cannot hold in its memory, without GPUs.
+
+    Linux would promise them all they ask for, and then kill one. A GPU says no by itself.
+
+    Args:
+        config: resolved for its ranks, its vocab_size known.
+        world_size: ranks.
+
+    Raises:
+        UserError: saying what they need.
+    """
+    if torch.cuda.is_available():
+        return
+    local_size = launched_local_size() if "WORLD_SIZE" in os.environ else 1
+    needed = memory_of_rank(parameters_of(config.model), config, world_size)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed.total * local_size > there:
+        raise UserError(
+            f"this machine has {there / GIB:.3g} GiB of memory, and its "
+            f"rank{'s' * (local_size > 1)} would keep {needed.total * local_size / GIB:.3g} "
+            f"({_in_words(needed)} each) without activations: use a smaller model, a higher "
+            "zero_optimization.stage, or more machines"
+        )
+
+
+def _in_words(needed: Memory) -> str:
+    parts = needed._asdict().items()
+    return ", ".join(f"{name} {value / GIB:.3g}" for name, value in parts if value)
+
+
+def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """A resolved config for another layout: the same global batch, accumulation and model.
+
+    Of sentence pairs, whose micro batch is a bin, accumulation follows from the ranks.
+    """
+    result = copy.deepcopy(dict(saved))
+    # The third size follows from the other two and the ranks.
+    has_pairs = result["magnetar"]["data"].get("pairs") is not None
+    result.pop(ACCUMULATION if has_pairs else MICRO, None)
+    zero = result["zero_optimization"]
+    zero["stage"] = layout.zero_stage
+    moe = result["magnetar"]["model"]["moe"]
+    if moe is not None:
+        moe |= ON_ONE_RANK if layout.ep_size == 1 else {"exchange_chunks": None}
+        moe["ep_size"] = layout.ep_size
+        zero.pop("parameter_alignment", None)  # follows from the stage
+    return result
+
+
+def problems_of(
+    saved: Mapping[str, Any],
+    layout: Layout,
+    parameters: Sequence[Parameter],
+    gpu_memory: float | None,
+) -> tuple[RunConfig | None, list[str]]:
+    """The config of a run in a layout, or why the layout cannot hold it, a line each.
+
+    Args:
+        saved: a resolved config, in any layout.
+        layout: the one that is asked for.
+        parameters: of the model.
+        gpu_memory: bytes of each rank's GPU; None: memory is not looked at.
+    """
+    ranks = f"{layout.world_size} rank{'s' * (layout.world_size > 1)}"
+    lines = []
+    moe = saved["magnetar"]["model"]["moe"]
+    if moe is None and layout.ep_size > 1:
+        lines.append(f"ep_size={layout.ep_size} needs experts, and the model is dense: use 1")
+    train, accumulation = saved[TRAIN], saved[ACCUMULATION]
+    if train % (accumulation * layout.world_size):
+        lines.append(
+            f"{TRAIN}={train} with {ACCUMULATION}={accumulation} cannot be divided among {ranks}: "
+            f"it must be a multiple of {accumulation * layout.world_size}"
+        )
+    if moe is not None and any(count % layout.ep_size for count in _expert_counts(moe)):
+        counts = " or ".join(map(str, _expert_counts(moe)))
+        lines.append(
+            f"{counts} experts cannot be divided into ep_size={layout.ep_size} equal parts"
+        )
+    config, found = check_config(with_layout(saved, layout), layout.world_size)
+    said = (TRAIN, "magnetar.model.moe.num_experts")  # in words that fit a run that has begun
+    lines += [problem.text for problem in found if problem.path not in said]
+    if lines or config is None:
+        return None, lines
+    if gpu_memory is not None:
+        needed = memory_of_rank(parameters, config, layout.world_size)
+        if needed.total > gpu_memory:
+            return None, [
+                f"a rank needs {needed.total / GIB:.3g} GiB ({_in_words(needed)}) without "
+                f"activations, more than the {gpu_memory / GIB:.3g} GiB of its GPU"
+            ]
+    return config, []
+
+
+def nearest_layout(
+    saved: Mapping[str, Any],
+    layout: Layout,
+    parameters: Sequence[Parameter],
+    gpu_memory: float | None,
+) -> Layout | None:
+    """The layout nearest to one that cannot hold a run; None if there is none.
+
+    The world size is kept if any stage and ep_size make it fit, then the ep_size if any stage
+    does, and the stage changes first: sizes are near by their ratio, stages by their difference,
+    and of two that are equally near the larger is taken. World sizes are those that divide the
+    batch.
+    """
+    for candidate in sorted(_candidates(saved), key=lambda other: _distance(layout, other)):
+        if problems_of(saved, candidate, parameters, gpu_memory)[0] is not None:
+            return candidate
+    return None
+
+
+def _candidates(saved: Mapping[str, Any]) -> Iterator[Layout]:
+    largest = saved[TRAIN] // saved[ACCUMULATION]
+    moe = saved["magnetar"]["model"]["moe"]
+    num_experts = math.gcd(*_expert_counts(moe)) if moe else 1
+    for world_size in _divisors(largest):
+        for ep_size in _divisors(num_experts):
+            if world_size % ep_size == 0:
+                yield from (Layout(world_size, ep_size, stage) for stage in _STAGES)
+
+
+def _expert_counts(moe: Mapping[str, Any]) -> list[int]:
+    """See MoEConfig; of keys that may be wrong together."""
+    counts = moe["num_experts"]
+    return counts if isinstance(counts, list) else [counts]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _distance(asked: Layout, other: Layout) -> tuple[float, ...]:
+    def ratio(a: int, b: int) -> float:
+        return max(a, b) / min(a, b)
+
+    return (
+        ratio(asked.world_size, other.world_size),
+        -other.world_size,
+        ratio(asked.ep_size, other.ep_size),
+        -other.ep_size,
+        abs(asked.zero_stage - other.zero_stage),
+        -other.zero_stage,
+    )

@@ -1,0 +1,271 @@
+"""How an optimizer's parameters are grouped, and AdamW with 8-bit states, from bitsandbytes.
+
+The two moments of AdamW8bit are one byte an element each (arXiv 2110.02861): blocks of 256 elements
+share a float32 scale, and a byte stands for one of 256 numbers in [-1, 1] (the code book). Which
+tensors keep float32 moments follows from the model alone, not from the layout: the embeddings, as
+in the paper, and tensors of fewer than `min_8bit_size` elements. Where the blocks begin does follow
+from the layout, since they are cut from a rank's flat partition.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from magnetar.data.errors import UserError
+from magnetar.engine.config.deepspeed import EIGHT_BIT
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+PACKAGE = "bitsandbytes"
+VERSION = "0.50.2"
+MIN_8BIT_SIZE = 4096
+BLOCK = 256  # bitsandbytes': its kernels are compiled for it
+_MAX_NUMEL = 2**31 - 1  # the kernels count in 32 bits
+_MAX_GROUP_NUMEL = 2**30  # 4 GiB of float32 gradients
+_CHUNK = BLOCK * 2**14  # elements converted at a time
+
+
+def require_optimizer_package(deepspeed: dict[str, Any]) -> None:
+    """Refuse a config whose optimizer's package is missing.
+
+    Args:
+        deepspeed: DeepSpeed's sections.
+
+    Raises:
+        UserError: naming the package.
+    """
+    if deepspeed["optimizer"]["type"] == EIGHT_BIT and find_spec(PACKAGE) is None:
+        raise UserError(
+            f'optimizer.type="{EIGHT_BIT}" needs the package {PACKAGE}, which is not installed: '
+            f'run pip install {PACKAGE}=={VERSION}, or use type "AdamW"'
+        )
+
+
+def small_groups(param_groups: Iterable[dict]) -> list[dict]:
+    """The parameter groups, divided so that what an update copies of one is small.
+
+    ZeRO 1 and 2 copy a group's weights to lay them out one behind the other, and its gradients
+    to float32 in each update. A group of one tensor is laid out already. Parameters keep their
+    order; one that is larger than a group may be is a group by itself.
+    """
+    divided = []
+    for group in param_groups:
+        parts: list[list[Tensor]] = []
+        numel = 0  # of the last part
+        for parameter in group["params"]:
+            if not parts or numel + parameter.numel() > _MAX_GROUP_NUMEL:
+                parts.append([])
+                numel = 0
+            parts[-1].append(parameter)
+            numel += parameter.numel()
+        divided += [group | {"params": part} for part in parts]
+    return divided
+
+
+def takes_8_bits(tensor_numel: int, is_embedding: bool, min_8bit_size: int) -> bool:
+    """Whether a tensor's moments have 8 bits; of an expert, `tensor_numel` is its own."""
+    return not is_embedding and tensor_numel >= min_8bit_size
+
+
+def groups_by_bits(
+    model: nn.Module, param_groups: Iterable[dict], min_8bit_size: int
+) -> list[dict]:
+    """The parameter groups, each divided into one of 8-bit and one of 32-bit moments.
+
+    Args:
+        model: whose parameters still have their shapes.
+        param_groups: of all that trains.
+        min_8bit_size: elements from which on a tensor's moments have 8 bits.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
+    def bits(parameter: Any) -> int:
+        # An expert's tensors are stacked: the first dimension is not the thing's own.
+        is_stacked = hasattr(parameter, "group_name")
+        numel = parameter[0].numel() if is_stacked else parameter.numel()
+        return 8 if takes_8_bits(numel, id(parameter) in embeddings, min_8bit_size) else 32
+
+    divided = []
+    for group in param_groups:
+        for number in (8, 32):
+            parameters = [p for p in group["params"] if bits(p) == number]
+            if parameters:
+                divided.append(group | {"params": parameters, "optim_bits": number})
+    return divided
+
+
+def uses_torchs_adam(optimizer: dict[str, Any]) -> bool:
+    """Whether a config's optimizer is PyTorch's Adam."""
+    return optimizer["type"] != EIGHT_BIT and optimizer["params"].get("torch_adam", True)
+
+
+def fuse_torchs_adam(deepspeed: dict[str, Any]) -> None:
+    """Have PyTorch's Adam, where it is not declined, update in one pass over the memory.
+
+    Args:
+        deepspeed: DeepSpeed's sections, to whose optimizer PyTorch's own key is added.
+    """
+    if uses_torchs_adam(deepspeed["optimizer"]):
+        deepspeed["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+
+
+def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], Any] | None:
+    """What makes the optimizer from parameter groups, where DeepSpeed does not know its type.
+
+    Args:
+        deepspeed: DeepSpeed's sections, from which the optimizer's is taken out.
+    """
+    section = deepspeed["optimizer"]
+    if section["type"] != EIGHT_BIT:
+        return None
+    # On import it says that a 4-bit kernel is missing on this CPU, which nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from magnetar.engine.optim.adam_8bit import BlockwiseAdamW
+
+    del deepspeed["optimizer"]
+    deepspeed["zero_allow_untested_optimizer"] = True
+    # It warns all the same of an optimizer that it has not tested. Magnetar has.
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "untested optimizer" not in record.getMessage()
+    )
+    params = section["params"]
+    numbers = {name: params[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    return lambda param_groups: BlockwiseAdamW(param_groups, **numbers)
+
+
+def check_lengths(keys: Iterable[Tensor]) -> None:
+    """Refuse a partition that bitsandbytes' kernels would update only in part.
+
+    Args:
+        keys: the tensors that the optimizer updates.
+
+    Raises:
+        UserError: naming the length.
+    """
+    longest = max((tensor.numel() for tensor in keys), default=0)
+    if longest > _MAX_NUMEL:
+        raise UserError(
+            f'optimizer.type="{EIGHT_BIT}" updates at most {_MAX_NUMEL:,} elements of a rank at a '
+            f"time, and one group of this model has {longest:,}: use more ranks, or "
+            f'zero_optimization.stage=3, whose sub_group_size divides them, or type "AdamW"',
+            on_every_rank=True,
+        )
+
+
+class EightBitMoment(NamedTuple):
+    """A stretch of a moment that is stored in 8 bits.
+
+    Attributes:
+        codes: (n,) uint8, of the whole partition.
+        scales: (ceil(n / 256),) float32, of its blocks.
+        code_book: (256,) float32, ascending.
+        start, stop: the stretch.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    code_book: Tensor
+    start: int
+    stop: int
+
+    def numel(self) -> int:
+        """Elements of the stretch."""
+        return self.stop - self.start
+
+    def narrow(self, _dim: int, start: int, length: int) -> "EightBitMoment":
+        """A part of the stretch, as Tensor.narrow."""
+        begin = self.start + start
+        return self._replace(start=begin, stop=begin + length)
+
+    def copy_to(self, out: Tensor, non_blocking: bool = False) -> None:
+        """Write the stretch's values to `out` (n,) float32, with little memory beside it."""
+        for first in range(self.start, self.stop, _CHUNK):
+            last = min(first + _CHUNK, self.stop)
+            blocks = torch.arange(first, last, device=self.codes.device) // BLOCK
+            values = self.code_book[self.codes[first:last].long()] * self.scales[blocks]
+            out[first - self.start : last - self.start].copy_(values, non_blocking=non_blocking)
+
+
+Moment = Tensor | EightBitMoment
+
+
+def moments(state: dict[str, Any]) -> dict[str, Moment]:
+    """Adam's two moments by their names in checkpoints, from an optimizer's states of a tensor.
+
+    Those of PyTorch and DeepSpeed have these names; bitsandbytes calls them state1 and state2.
+    While a checkpoint is read, 8-bit ones have float32 copies under these names, too.
+    """
+    found: dict[str, Moment] = {name: state[name].view(-1) for name in MOMENTS if name in state}
+    if found or "state1" not in state:
+        return found
+    for number, name in enumerate(MOMENTS, start=1):
+        codes = state[f"state{number}"].view(-1)
+        if codes.dtype == torch.uint8:
+            scales, code_book = state[f"absmax{number}"], state[f"qmap{number}"]
+            found[name] = EightBitMoment(codes, scales, code_book, 0, codes.numel())
+        else:
+            found[name] = codes
+    return found
+
+
+def start_8_bit(adam: Any, group: dict, tensor: Tensor, step: int) -> None:
+    """Make a tensor's states after so many updates, for `moments` to fill.
+
+    Moments of 8 bits get float32 copies on the host until `round_to_8_bits`.
+    """
+    state = adam.make_states(group, tensor, step)
+    if state["state1"].dtype == torch.uint8:
+        state |= {name: torch.zeros(tensor.numel()) for name in MOMENTS}
+
+
+def round_to_8_bits(adam: Any) -> None:
+    """Put the float32 copies that `start_8_bit` made into the states, and remove them."""
+    for state in adam.state.values():
+        if MOMENTS[0] not in state or "state1" not in state:
+            continue  # all float32, or another optimizer's
+        for number, name in enumerate(MOMENTS, start=1):
+            values = state.pop(name)
+            codes, scales = state[f"state{number}"].view(-1), state[f"absmax{number}"]
+            for first in range(0, len(values), _CHUNK):
+                chunk = values[first : first + _CHUNK].to(codes.device)
+                found = quantised(chunk, state[f"qmap{number}"])
+                codes[first : first + len(chunk)] = found[0]
+                scales[first // BLOCK : first // BLOCK + len(found[1])] = found[1]
+
+
+def quantised(values: Tensor, code_book: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the blocks of a moment.
+
+    Values that came from codes and scales of the same blocks give values with the same bits, so
+    that an optimizer that is resumed in the same layout goes on exactly.
+
+    Args:
+        values: (n,) float32, beginning with a block.
+        code_book: (256,) float32, ascending, ending with 1.
+
+    Returns:
+        (n,) uint8 and (ceil(n / 256),) float32.
+    """
+    blocks = nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    # The book of the first moment ends with 1, but begins with -0.993; the other's begins with 0.
+    below = blocks.amin(1, keepdim=True) / code_book[0]  # (blocks, 1)
+    scales = blocks.amax(1, keepdim=True) / code_book[-1]
+    scales = torch.where(code_book[0] < 0, scales.maximum(below), scales).abs()  # no -0
+    middles = (code_book[1:] + code_book[:-1]) / 2
+    # torch's smallest normal number, where a block is all zero.
+    shares = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)
+    codes = torch.bucketize(shares, middles)
+    # The quotient is up to two units off the scale that these values may have come from.
+    best, best_scales = (code_book[codes] * scales == blocks).sum(1, keepdim=True), scales
+    for units in (-2, -1, 1, 2):
+        other = (scales.view(torch.int32) + units).view(torch.float32)
+        matches = (code_book[codes] * other == blocks).sum(1, keepdim=True)
+        is_better = (matches > best) & (scales > 0)
+        best = torch.where(is_better, matches, best)
+        best_scales = torch.where(is_better, other, best_scales)
+    return codes.view(-1)[: len(values)].to(torch.uint8), best_scales.view(-1)

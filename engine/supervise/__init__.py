@@ -1,0 +1,1 @@
+"""Runs that restart after a crash, on the hosts that are left."""

@@ -1,0 +1,133 @@
+"""The layout of a run on fewer ranks, or more, than its JSON was written for."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.run_folder import accumulation_counts
+from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
+from magnetar.engine.config.schema import RunConfig, load_config
+from magnetar.models.moe.config import ON_ONE_RANK
+
+_MOE = "magnetar.model.moe"
+
+
+class Layout(NamedTuple):
+    """Where a run's samples and experts lie.
+
+    Attributes:
+        num_ranks: ranks that take part; there may be more.
+        ep_size: ranks that share a set of experts; 1 without experts.
+        micro: samples of a rank in a forward pass.
+        accumulation: forward passes of an optimizer step.
+    """
+
+    num_ranks: int
+    ep_size: int
+    micro: int
+    accumulation: int
+
+    def __str__(self) -> str:
+        ranks = f"{self.num_ranks} rank{'s' * (self.num_ranks > 1)}"
+        return f"{ranks}, ep_size {self.ep_size}, {self.micro} x {self.accumulation} samples each"
+
+
+def wanted_layout(config: RunConfig) -> Layout:
+    """The layout of a config that was checked with its number of ranks."""
+    sizes = config.deepspeed
+    micro, accumulation = sizes[MICRO], sizes[ACCUMULATION]
+    moe = config.model.moe
+    num_ranks = sizes[TRAIN] // (micro * accumulation)
+    return Layout(num_ranks, moe.ep_size if moe else 1, micro, accumulation)
+
+
+def fitting_layout(config: RunConfig, num_ranks: int) -> Layout:
+    """The layout nearest to the wanted one on at most so many ranks.
+
+    The batch of an optimizer step stays, so it is divided otherwise: into micro-batches no larger
+    than those wanted, or, where the numbers depend on accumulation, into as many as before.
+
+    Args:
+        config: checked with the wanted number of ranks.
+        num_ranks: that there are. Where the batch cannot be divided among them, fewer are used.
+
+    Raises:
+        UserError: for a run whose numbers would change, with the ways out.
+    """
+    wanted = wanted_layout(config)
+    if num_ranks == wanted.num_ranks:
+        return wanted
+    moe = config.model.moe
+    if moe is not None and moe.dispatch == "capacity" and moe.capacity_scope == "rank":
+        raise UserError(
+            f'magnetar.model.moe.capacity_scope="rank" ties the numbers to {wanted.num_ranks} '
+            f"ranks, and {num_ranks} are there: bring the others back, or begin a run with "
+            'capacity_scope "global" or dispatch "dropless"'
+        )
+    for ranks in range(num_ranks, 0, -1):
+        cut = _cut(config, wanted, ranks)
+        if cut is not None:
+            return Layout(ranks, math.gcd(wanted.ep_size, ranks), *cut)
+    raise UserError(
+        f"{TRAIN}={config.deepspeed[TRAIN]} in {wanted.accumulation} bins a rank cannot be "
+        f"divided among {num_ranks} ranks in place of {wanted.num_ranks} without another "
+        f"{ACCUMULATION}, on which the balance loss depends: bring the others back, or begin a run "
+        'with magnetar.model.moe.balance_scope="batch"'
+    )
+
+
+def _cut(config: RunConfig, wanted: Layout, num_ranks: int) -> tuple[int, int] | None:
+    """Micro-batch and accumulation on exactly so many ranks; None where there are none."""
+    share, rest = divmod(config.deepspeed[TRAIN], num_ranks)
+    if rest:
+        return None
+    if accumulation_counts(config.model):
+        micro, rest = divmod(share, wanted.accumulation)
+        is_cut = rest == 0 and (config.data.pairs is None or micro == 1)  # a bin is a sample
+        return (micro, wanted.accumulation) if is_cut else None
+    micro = max(n for n in range(1, min(wanted.micro, share) + 1) if share % n == 0)
+    return micro, share // micro
+
+
+def overrides_of(config: RunConfig, layout: Layout) -> list[str]:
+    """The `--set` arguments that turn a checked config into one of the layout."""
+    settings = [
+        f"{TRAIN}={config.deepspeed[TRAIN]}",
+        f"{MICRO}={layout.micro}",
+        f"{ACCUMULATION}={layout.accumulation}",
+    ]
+    moe = config.model.moe
+    if moe is not None:
+        ways = ON_ONE_RANK if layout.ep_size == 1 else {}
+        changed = {name: usual for name, usual in ways.items() if getattr(moe, name) != usual}
+        changed["ep_size"] = layout.ep_size
+        settings += [f"{_MOE}.{name}={json.dumps(value)}" for name, value in changed.items()]
+    return settings
+
+
+def fitted_settings(
+    path: Path, settings: Sequence[str], wanted_ranks: int, num_ranks: int
+) -> tuple[Layout, list[str]]:
+    """The layout on at most so many ranks, and the `--set` arguments with it in.
+
+    Args:
+        path: the JSON.
+        settings: the user's `--set` arguments.
+        wanted_ranks: for which the two were written.
+        num_ranks: that there are.
+
+    Raises:
+        UserError: for a wrong JSON, or one that goes with no other number of ranks.
+    """
+    config = load_config(path, settings, wanted_ranks)
+    layout = fitting_layout(config, num_ranks)
+    if layout == wanted_layout(config):
+        return layout, list(settings)
+    own = overrides_of(config, layout)
+    replaced = {setting.partition("=")[0] for setting in own}
+    kept = [text for text in settings if text.partition("=")[0].strip() not in replaced]
+    load_config(path, [*kept, *own], layout.num_ranks)
+    return layout, [*kept, *own]

@@ -1,0 +1,367 @@
+"""Starting a training again after a crash, on what is left of its machines."""
+
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from magnetar.data.errors import UserError
+from magnetar.engine import logbook
+from magnetar.engine.cluster.hosts import address_of, chosen_slots, on_hosts, read_hostfile
+from magnetar.engine.config.schema import load_config
+from magnetar.engine.supervise.launched_run import (
+    Launched,
+    kill_processes,
+    run_processes,
+    signal_ranks,
+)
+from magnetar.engine.supervise.shrink_run import fitted_settings
+
+FINISHED, BAD_INPUT, CRASHED, INTERRUPTED = 0, 2, 1, 130
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What supervises and what is supervised.
+
+    Attributes:
+        config: the run's JSON.
+        settings: its `--set` arguments.
+        max_restarts: restarts without a new checkpoint between them, at most.
+        backoff: seconds before a restart; twice as many before each further one without progress.
+        max_backoff: at most.
+        hostfile: of the machines; None: this one.
+        num_nodes: of the hostfile, from its start; None: all.
+        num_gpus: ranks on each machine; None: its slots, or this machine's GPUs.
+        include: as DeepSpeed's launcher has it.
+        exclude: likewise.
+        master_addr: the first machine's address; None: found.
+        master_port: None: one that is free, another at each start.
+        ssh_port: None: ssh's own.
+        force_multi: a single machine of the hostfile is reached over ssh, too.
+        passed: further arguments for the launcher.
+    """
+
+    config: Path
+    settings: tuple[str, ...] = ()
+    max_restarts: int = 10
+    backoff: float = 5.0
+    max_backoff: float = 300.0
+    hostfile: Path | None = None
+    num_nodes: int | None = None
+    num_gpus: int | None = None
+    include: str = ""
+    exclude: str = ""
+    master_addr: str | None = None
+    master_port: int | None = None
+    ssh_port: int | None = None
+    force_multi: bool = False
+    passed: tuple[str, ...] = ()
+
+
+class Place(NamedTuple):
+    """Where a start runs.
+
+    Attributes:
+        slots: host -> slots that take part; none: this machine, as the launcher finds it.
+        left_out: hosts that did not answer.
+        is_remote: whether hosts are reached over ssh.
+        first: the host that the user's master_addr is of.
+    """
+
+    slots: dict[str, list[int]]
+    left_out: tuple[str, ...] = ()
+    is_remote: bool = False
+    first: str | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that there can be; 0 where only the launcher knows."""
+        return sum(map(len, self.slots.values()))
+
+    def of_first_ranks(self, num_ranks: int) -> "Place":
+        """The same with the first of its slots."""
+        slots: dict[str, list[int]] = {}
+        for host, there in self.slots.items():
+            if taken := there[: num_ranks - sum(map(len, slots.values()))]:
+                slots[host] = taken
+        return self._replace(slots=slots)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def last_saved_step(run_dir: Path) -> int:
+    """Steps of the run's newest checkpoint, damaged or not; 0 where there is none."""
+    matches = map(_STEP.fullmatch, (path.name for path in run_dir.glob("checkpoints/step_*")))
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
+class Supervisor:
+    """Starts, watches and restarts one run."""
+
+    def __init__(self, options: Options) -> None:
+        """Read the JSON for its run folder.
+
+        Raises:
+            UserError: for a JSON or hostfile that is wrong.
+        """
+        self.options = options
+        config = load_config(options.config, options.settings)
+        self.run_dir = Path(config.training.run_dir)
+        self.run_id = secrets.token_hex(8)
+        self.signals: deque[int] = deque()
+        self.stopping: int | None = None  # the signal that asked for it
+        self.hosts: set[str] = set()  # on which this run may have processes
+        self.wanted_ranks = self._place(set()).num_ranks
+        self.wake, self._woken = os.pipe()
+        os.set_blocking(self._woken, False)
+
+    def run(self) -> int:
+        """Supervise to the end; the status to leave with."""
+        handlers = {number: self._handle(number) for number in (*_STOPPING, *_PASSED)}
+        before = signal.set_wakeup_fd(self._woken)
+        try:
+            return self._run()
+        finally:
+            signal.set_wakeup_fd(before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int) -> Any:
+        if signal.getsignal(number) is signal.SIG_IGN:  # nohup
+            return signal.SIG_IGN
+        return signal.signal(number, lambda number, _: self.signals.append(number))
+
+    def _run(self) -> int:
+        num_idle = 0  # restarts since the last new checkpoint
+        reached = last_saved_step(self.run_dir)
+        while True:
+            try:
+                status, cause = self._start_and_watch()
+            except UserError as error:
+                self._say("give-up", f"{error}")
+                return BAD_INPUT
+            if cause == "":
+                return status
+            saved = last_saved_step(self.run_dir)
+            num_idle = 0 if saved > reached else num_idle
+            reached = max(saved, reached)
+            if num_idle == self.options.max_restarts:
+                self._say(
+                    "give-up",
+                    f"{cause}. {num_idle} restarts made no checkpoint beyond step {reached}: "
+                    "mend the cause, and start the same command again",
+                )
+                return status
+            seconds = min(self.options.backoff * 2**num_idle, self.options.max_backoff)
+            num_idle += 1
+            self._say(
+                "restart",
+                f"{cause}. Going on after step {reached} in {seconds:g} s (restart {num_idle} of "
+                f"{self.options.max_restarts} without a new checkpoint)",
+            )
+            if not self._sleep(seconds):
+                assert self.stopping is not None
+                self._say("exit", f"stopped by {_name(self.stopping)} while waiting to restart")
+                return 128 + self.stopping
+
+    def _start_and_watch(self) -> tuple[int, str]:
+        """One start to its end: a status, and the cause of a crash ("": not to be restarted)."""
+        place, settings = self._fitted_place()
+        if self.options.hostfile is not None and not place.slots:
+            return CRASHED, f"no host of {self.options.hostfile} answers over ssh"
+        self.hosts = set(place.slots) if place.is_remote else set()
+        self._kill_left()  # of a start whose host did not answer then
+        launched = Launched(self._command(place, settings), self.run_id, self.wake)
+        try:
+            while launched.watch(0.5):
+                if why := self._pass_signals(launched):
+                    self._kill_left()
+                    assert self.stopping is not None
+                    self._say("exit", f"stopped at once by {_name(self.stopping)}: {why}")
+                    return 128 + self.stopping, ""
+                if launched.is_hopeless:
+                    break
+            num_left = self._kill_left()
+        finally:
+            kill_processes(self.run_id)
+            launched.close()
+        return self._outcome(launched, num_left)
+
+    def _outcome(self, launched: Launched, num_left: int) -> tuple[int, str]:
+        status = launched.status
+        if status == 0 and num_left == 0:
+            how = "finished" if self.stopping is None else f"stopped by {_name(self.stopping)}"
+            saved = last_saved_step(self.run_dir)
+            self._say("exit", f"{how}; the newest checkpoint is of step {saved}" if saved else how)
+            return FINISHED, ""
+        cause = launched.cause()
+        if self.stopping is not None:
+            self._say("exit", f"stopped by {_name(self.stopping)}, saving nothing: {cause}")
+            return 128 + self.stopping, ""
+        if status in (BAD_INPUT, INTERRUPTED):
+            self._say("give-up", f"{cause}. A restart would not help")
+            return status, ""
+        return CRASHED, cause
+
+    def _fitted_place(self) -> tuple[Place, list[str]]:
+        """Where the next start runs, and the settings that make the run fit it."""
+        options = self.options
+        if options.hostfile is None:
+            return Place({}), list(options.settings)
+        everybody = self._place(set())
+        silent: set[str] = set()
+        if everybody.is_remote:
+            answers = on_hosts(everybody.slots, ["true"], options.ssh_port)
+            silent = {host for host, answer in answers.items() if answer is None}
+        place = self._place(silent)
+        for host in place.left_out:
+            self._tell(f"{host} does not answer over ssh: it is left out")
+        if not place.slots:
+            return place, []
+        layout, settings = fitted_settings(
+            options.config, options.settings, self.wanted_ranks, place.num_ranks
+        )
+        if place.num_ranks != self.wanted_ranks:
+            self._say(
+                "change",
+                f"{place.num_ranks} of {self.wanted_ranks} ranks are there"
+                + (f" ({', '.join(place.left_out)} left out)" if place.left_out else "")
+                + f": going on with {layout}",
+            )
+        return place.of_first_ranks(layout.num_ranks), settings
+
+    def _place(self, silent: set[str]) -> Place:
+        """The hostfile as it is now, without the hosts that do not answer."""
+        options = self.options
+        if options.hostfile is None:
+            return Place({})
+        hosts = read_hostfile(options.hostfile)
+        slots = chosen_slots(hosts, options.include, options.exclude)
+        if not slots:
+            raise UserError(
+                f"--include {options.include!r} and --exclude {options.exclude!r} leave no slot "
+                f"of {options.hostfile}: name some of {', '.join(hosts)}"
+            )
+        if options.num_nodes is not None:
+            slots = dict(list(slots.items())[: options.num_nodes])
+        if options.num_gpus is not None:
+            slots = {host: list(range(options.num_gpus)) for host in slots}
+        left = {host: numbers for host, numbers in slots.items() if host not in silent}
+        is_remote = len(slots) > 1 or options.force_multi
+        return Place(left, tuple(sorted(silent)), is_remote, next(iter(slots)))
+
+    def _command(self, place: Place, settings: Sequence[str]) -> list[str]:
+        """The launcher's command line for one start."""
+        options = self.options
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", *options.passed]
+        command += ["--master_port", str(options.master_port or free_port())]
+        if options.ssh_port is not None:
+            command += ["--ssh_port", str(options.ssh_port)]
+        if options.hostfile is None:
+            command += [] if options.num_gpus is None else ["--num_gpus", str(options.num_gpus)]
+        else:
+            named = "@".join(f"{h}:{','.join(map(str, s))}" for h, s in place.slots.items())
+            command += ["--hostfile", str(options.hostfile), "--include", named, "--no_ssh_check"]
+            command += ["--master_addr", self._master_addr(place)]
+            command += ["--force_multi"] if place.is_remote else []
+        command += [
+            "--module",
+            "magnetar.launchers.train",
+            "--deepspeed_config",
+            str(options.config),
+        ]
+        return command + [part for text in settings for part in ("--set", text)]
+
+    def _master_addr(self, place: Place) -> str:
+        host = next(iter(place.slots))
+        if self.options.master_addr is not None and host == place.first:
+            return self.options.master_addr
+        return address_of(host, self.options.ssh_port) if place.is_remote else "127.0.0.1"
+
+    def _pass_signals(self, launched: Launched) -> str:
+        """Hand on what has arrived; why all is to end at once, or ""."""
+        while self.signals:
+            number = self.signals.popleft()
+            if number == signal.SIGWINCH:
+                launched.resize()
+                continue
+            if number == signal.SIGINT and self.stopping == signal.SIGINT:
+                return "it came twice"
+            if number in _STOPPING:
+                self.stopping = number
+            # A closed terminal is no reason to lose steps, and ranks know nothing of SIGHUP.
+            sent = signal.SIGTERM if number == signal.SIGHUP else number
+            num_ranks = signal_ranks(self.run_id, sent)
+            answers = self._on_other_hosts("signal_ranks", sent)
+            num_ranks += sum(int(answer) for answer in answers if answer)
+            self._tell(f"{_name(sent)} goes to {num_ranks} ranks")
+            if self.stopping is not None and num_ranks == 0:
+                return "no rank has begun"
+        return ""
+
+    def _sleep(self, seconds: float) -> bool:
+        """Wait; False if a signal asks to stop."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            time.sleep(min(0.1, seconds))
+            while self.signals:
+                number = self.signals.popleft()
+                if number in _STOPPING:
+                    self.stopping = number
+                    return False
+        return True
+
+    def _kill_left(self) -> int:
+        """End all that is left of the run on every host; how much there was."""
+        num_left = sum(process.rank is not None for process in run_processes(self.run_id))
+        stuck = kill_processes(self.run_id)
+        if stuck:
+            self._tell(f"{stuck} processes cannot be killed: they wait for a disk or a device")
+        self._on_other_hosts("kill_processes")
+        return num_left
+
+    def _on_other_hosts(self, function: str, *arguments: int) -> list[str | None]:
+        """What a function of `launched_run` returns there, in the same Python and folder."""
+        call = f"{function}({', '.join(map(repr, (self.run_id, *map(int, arguments))))})"
+        program = f"from magnetar.engine.supervise.launched_run import *; print({call})"
+        there = 'cd "$1" && exec "$2" -c "$3"'
+        words = ["sh", "-c", there, "sh", os.getcwd(), sys.executable, program]
+        return list(on_hosts(sorted(self.hosts), words, self.options.ssh_port).values())
+
+    def _say(self, event: str, text: str) -> None:
+        """Into the logbook and onto the terminal."""
+        self._tell(f"{event}: {text}")
+        try:
+            logbook.write(self.run_dir, event, text)
+        except OSError as error:  # a full disk is no reason to stop
+            self._tell(f"the logbook cannot be written: {error}")
+
+    def _tell(self, text: str) -> None:
+        try:
+            print(f"supervise: {text}", file=sys.stderr, flush=True)
+        except OSError:
+            return
+
+
+_PASSED = (signal.SIGUSR1, signal.SIGWINCH)
+
+
+def _name(number: int | None) -> str:
+    return signal.Signals(number).name if number is not None else "nothing"

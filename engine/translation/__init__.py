@@ -1,0 +1,1 @@
+"""Sentences translated by a trained model."""

@@ -1,0 +1,370 @@
+"""Many sentences through a translation model, and how good the translations are."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import sacrebleu
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from magnetar.data.pairs.codec import Codec
+from magnetar.data.pairs.folder import PreparedPairs
+from magnetar.engine.progress import table
+from magnetar.engine.translation.long_sentences import fit
+from magnetar.models.decoding.beam_search import Sampling, Translation, default_max_len, translate
+from magnetar.models.transformer import EncoderDecoder
+
+# Languages that are written without spaces between words, by both codes of ISO 639.
+CHINESE = frozenset({"zh", "zho", "cmn"})
+SPACELESS = CHINESE | {
+    *("bo", "dz", "ja", "km", "lo", "my", "th"),
+    *("bod", "dzo", "jpn", "khm", "lao", "mya", "tha"),
+    *("gan", "hak", "hsn", "nan", "wuu", "yue"),
+}
+# A short list says each direction in a line; beyond that a matrix is easier to read.
+LISTED_DIRECTIONS = 12
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How translations are found.
+
+    Attributes:
+        beam: hypotheses that are followed; 1: greedy.
+        length_penalty: see `models.decoding.beam_search`.
+        max_len: tokens of a translation, the end among them; None: from its source's length.
+        sampling: draw in place of the search.
+        batch_size: sentences at once.
+    """
+
+    beam: int = 4
+    length_penalty: float = 1.0
+    max_len: int | None = None
+    sampling: Sampling | None = None
+    batch_size: int = 32
+
+
+def translate_ids(
+    model: EncoderDecoder,
+    codec: Codec,
+    sources: Sequence[Sequence[int]],
+    decoding: Decoding,
+    progress: Callable[[int, int], None] | None = None,
+    sample_ids: Sequence[int] | None = None,
+) -> list[Translation]:
+    """Translations of sources in their order, batched by length, spread over all ranks.
+
+    Args:
+        model: every rank calls this together, since MoE layers exchange tokens.
+        codec: of the model.
+        sources: ids, the same on every rank, none longer than the encoder's positions.
+        decoding: how.
+        progress: told how many more sentences have been translated, and how many there are.
+        sample_ids: what each source's draws are a function of; None: its place.
+    """
+    sample_ids = range(len(sources)) if sample_ids is None else sample_ids
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    order = sorted(range(len(sources)), key=lambda number: (-len(sources[number]), number))
+    size = decoding.batch_size
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    own: dict[int, Translation] = {}
+    for first in range(0, len(batches), world_size):
+        # Every rank has as many batches: the last may be translated twice.
+        numbers = batches[min(first + rank, len(batches) - 1)]
+        found = _translate_batch(model, codec, sources, numbers, decoding, sample_ids)
+        own |= zip(numbers, found, strict=True)
+        if progress:
+            progress(sum(map(len, batches[first : first + world_size])), len(sources))
+    everyones: list[dict[int, Translation]] = [own]
+    if world_size > 1:
+        everyones = [{} for _ in range(world_size)]
+        dist.all_gather_object(everyones, own)
+    merged = {number: found for part in everyones for number, found in part.items()}
+    return [merged[number] for number in range(len(sources))]
+
+
+def _translate_batch(
+    model: EncoderDecoder,
+    codec: Codec,
+    sources: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    decoding: Decoding,
+    sample_ids: Sequence[int],
+) -> list[Translation]:
+    device = model.decoder.embedding.weight.device
+    rows = [sources[number] for number in numbers]
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    source = torch.tensor([[*row, *[codec.eos_id] * (longest - len(row))] for row in rows])
+    is_padded = min(lengths) < longest
+    padding = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
+    most = model.decoder.max_len
+    limits = [min(most, decoding.max_len or default_max_len(length)) for length in lengths]
+    return translate(
+        model,
+        source.to(device),
+        padding.to(device) if is_padded else None,
+        codec.eos_id,
+        max_len=torch.tensor(limits),
+        beam=decoding.beam,
+        length_penalty=decoding.length_penalty,
+        allowed=allowed_tokens(model, codec),
+        sampling=decoding.sampling,
+        sample_ids=torch.tensor([sample_ids[number] for number in numbers]),
+        any_rank=_any_rank if dist.is_initialized() and dist.get_world_size() > 1 else None,
+    )
+
+
+def _any_rank(value: bool) -> bool:
+    """Whether any rank passes True; every rank calls this alike."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def allowed_tokens(model: EncoderDecoder, codec: Codec) -> torch.Tensor:
+    """(V,) bool, False for language tags and for ids that a vocabulary padded for speed has."""
+    assert model.config.vocab_size is not None
+    allowed = torch.arange(model.config.vocab_size) < codec.vocab_size
+    allowed[[codec.tag_id(language) for language in codec.languages]] = False
+    return allowed
+
+
+def one_line(text: str) -> str:
+    """A translation without line breaks, so that translations and sources stay side by side."""
+    return " ".join(text.splitlines())
+
+
+def joined(parts: Iterable[str], language: str) -> str:
+    """The translations of a sentence's parts as one."""
+    return ("" if is_spaceless(language) else " ").join(parts)
+
+
+def is_spaceless(language: str) -> bool:
+    """Whether it is written without spaces; "zh_CN" and "zho_Hans" are what "zh" is."""
+    return _subtag(language) in SPACELESS
+
+
+def bleu_tokenizer(language: str) -> str:
+    """What BLEU's words are in a language, as sacrebleu calls it.
+
+    "zh" is what WMT does for Chinese. sacrebleu's "ja-mecab" needs a further package, and so
+    Japanese and the others without spaces are compared character by character.
+    """
+    if _subtag(language) in CHINESE:
+        return "zh"
+    return "char" if is_spaceless(language) else "13a"
+
+
+def _subtag(language: str) -> str:
+    """The language itself, of ISO 639-1 or 639-3, without script and country."""
+    return language.replace("_", "-").split("-")[0].lower()
+
+
+@dataclass(frozen=True)
+class DirectionScore:
+    """BLEU and chrF, from 0 to 100, over so many sentences."""
+
+    bleu: float
+    chrf: float
+    num_sentences: int
+
+
+@dataclass(frozen=True)
+class TranslationScores:
+    """How good translations are.
+
+    Attributes:
+        directions: by source and target language.
+        bleu_signatures: sacrebleu's, by the tokenizer.
+        chrf_signature: sacrebleu's.
+        decoding: how they were found.
+        num_truncated: sources that were longer than the model's positions.
+        examples: of each direction, the first source, its reference and its translation.
+        translations: of each direction, all of them.
+    """
+
+    directions: dict[tuple[str, str], DirectionScore]
+    bleu_signatures: dict[str, str]
+    chrf_signature: str
+    decoding: Decoding
+    num_truncated: int
+    examples: dict[tuple[str, str], tuple[str, str, str]] = field(default_factory=dict)
+    translations: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    @property
+    def bleu(self) -> float:
+        """The mean over directions."""
+        return statistics.fmean(score.bleu for score in self.directions.values())
+
+    @property
+    def chrf(self) -> float:
+        """The mean over directions."""
+        return statistics.fmean(score.chrf for score in self.directions.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For summary.json and evaluation.json."""
+        return {
+            "bleu": self.bleu,
+            "chrf": self.chrf,
+            "beam": self.decoding.beam,
+            "length_penalty": self.decoding.length_penalty,
+            "truncated": self.num_truncated,
+            "bleu_signatures": self.bleu_signatures,
+            "chrf_signature": self.chrf_signature,
+            "directions": {
+                f"{source}-{target}": {
+                    "bleu": score.bleu,
+                    "chrf": score.chrf,
+                    "sentences": score.num_sentences,
+                }
+                for (source, target), score in self.directions.items()
+            },
+        }
+
+
+def sample_words(max_sentences: int | None) -> str:
+    """Of which sentences of the validation split a score is."""
+    many = "all sentences" if max_sentences is None else f"the first {max_sentences:,} sentences"
+    return f"{many} of each direction"
+
+
+Texts = Mapping[tuple[str, str], tuple[Sequence[str], Sequence[str]]]
+
+
+def validation_texts(
+    prepared: PreparedPairs,
+    directions: Sequence[tuple[str, str]] | None = None,
+    max_sentences: int | None = None,
+) -> Texts:
+    """The first pairs of each direction of the validation split, as text.
+
+    Args:
+        prepared: the data.
+        directions: None: all that the split has.
+        max_sentences: of each direction; None: all.
+
+    Raises:
+        UserError: the split has no pair of a direction.
+    """
+    chosen = prepared.directions("valid") if directions is None else directions
+    pairs = {direction: prepared.pairs("valid", *direction) for direction in chosen}
+    return {
+        direction: (
+            list(islice(found.sources, max_sentences)),
+            list(islice(found.references, max_sentences)),
+        )
+        for direction, found in pairs.items()
+    }
+
+
+def evaluate_translation(
+    model: EncoderDecoder,
+    codec: Codec,
+    texts: Texts,
+    decoding: Decoding | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TranslationScores:
+    """Translate sentences and compare them with their references, through sacrebleu.
+
+    Args:
+        model: every rank calls this together, since MoE layers exchange tokens.
+        codec: of the model.
+        texts: by source and target language, the sources and their references, the same on every
+            rank; at least one direction, and at least one sentence in each.
+        decoding: None: beam 4.
+        progress: told how many more sentences have been translated, and how many there are.
+
+    Returns:
+        The same on every rank.
+    """
+    decoding = decoding or Decoding()
+    max_len = model.encoder.max_len
+    ids: list[list[int]] = []
+    owners: list[tuple[tuple[str, str], int]] = []
+    num_truncated = 0
+    for direction, (sources, _) in texts.items():
+        fitted = fit(sources, codec, direction[1], max_len, "truncate")
+        ids += fitted.ids
+        owners += [(direction, number) for number in fitted.sentence]
+        num_truncated += len(fitted.too_long)
+    answers = {direction: [""] * len(sources) for direction, (sources, _) in texts.items()}
+    found = translate_ids(model, codec, ids, decoding, progress)
+    for (direction, number), translation in zip(owners, found, strict=True):
+        answers[direction][number] = one_line(codec.decode(translation.tokens))
+    chrf, signatures = sacrebleu.CHRF(), dict[str, str]()
+    scores, examples = {}, {}
+    for direction, (sources, references) in texts.items():
+        tokenizer = bleu_tokenizer(direction[1])
+        bleu = sacrebleu.BLEU(tokenize=tokenizer)
+        scores[direction] = DirectionScore(
+            bleu.corpus_score(answers[direction], [list(references)]).score,
+            chrf.corpus_score(answers[direction], [list(references)]).score,
+            len(sources),
+        )
+        signatures[tokenizer] = str(bleu.get_signature())
+        examples[direction] = sources[0], references[0], answers[direction][0]
+    signature = str(chrf.get_signature())
+    return TranslationScores(
+        scores, signatures, signature, decoding, num_truncated, examples, answers
+    )
+
+
+def translation_tables(title: str, scores: TranslationScores) -> list[Table]:
+    """A line for each of a few directions, or matrices of BLEU and chrF, with means."""
+    directions = scores.directions
+    if len(directions) <= LISTED_DIRECTIONS:
+        rows = [
+            [f"{source} -> {target}", f"{s.bleu:.1f}", f"{s.chrf:.1f}", f"{s.num_sentences:,}"]
+            for (source, target), s in directions.items()
+        ]
+        if len(directions) > 1:
+            total = sum(score.num_sentences for score in directions.values())
+            rows.append(["mean", f"{scores.bleu:.1f}", f"{scores.chrf:.1f}", f"{total:,}"])
+        return [table(title, ["", "BLEU", "chrF", "sentences"], rows)]
+    return [
+        _matrix(f"{title}: {name}, from (line) to (column)", directions, value)
+        for name, value in (("BLEU", lambda s: s.bleu), ("chrF", lambda s: s.chrf))
+    ]
+
+
+def _matrix(
+    title: str,
+    directions: Mapping[tuple[str, str], DirectionScore],
+    value: Callable[[DirectionScore], float],
+) -> Table:
+    order = dict.fromkeys([source for source, _ in directions] + [t for _, t in directions])
+    sources, targets = (
+        [language for language in order if language in {pair[side] for pair in directions}]
+        for side in (0, 1)
+    )
+
+    def mean(source: str | None, target: str | None) -> str:
+        chosen = [
+            value(score)
+            for (one, other), score in directions.items()
+            if source in (None, one) and target in (None, other)
+        ]
+        return f"{statistics.fmean(chosen):.1f}" if chosen else ""
+
+    rows = [
+        [source or "mean", *(mean(source, target) for target in targets), mean(source, None)]
+        for source in [*sources, None]
+    ]
+    return table(title, ["", *targets, "mean"], rows)
+
+
+def signature_lines(scores: TranslationScores) -> list[str]:
+    """sacrebleu's signatures, a line each, and how the translations were found."""
+    decoding = scores.decoding
+    lines = [f"BLEU  {signature}" for signature in scores.bleu_signatures.values()]
+    lines.append(f"chrF  {scores.chrf_signature}")
+    how = f"beam {decoding.beam}, length penalty {decoding.length_penalty:g}"
+    if scores.num_truncated:
+        how += f"; sources cut to the model's positions: {scores.num_truncated:,}"
+    return [*lines, how]

@@ -1,0 +1,61 @@
+"""The command `magnetar`: one program, a subcommand for each thing that it does."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from magnetar import __version__
+
+# name: module of this folder with a `main`, and what the overview says of it
+COMMANDS = {
+    "prepare": ("prepare_data", "text, JSON lines or Parquet to token files"),
+    "prepare-pairs": ("prepare_pairs", "parallel tables to a shared vocabulary and token files"),
+    "train": ("train", "train a model, or continue a run"),
+    "supervise": ("supervise", "train, and start again after a crash"),
+    "evaluate": ("evaluate", "perplexity, or BLEU and chrF, of a run or an export"),
+    "generate": ("generate", "text that a decoder continues"),
+    "translate": ("translate", "translations, a sentence a line"),
+    "plot": ("plot", "the curves of one run, or several runs in one picture"),
+    "convert": ("convert", "inspect, export, import, reshard, average, upcycle ..."),
+    "doctor": ("doctor", "check every machine before a run starts"),
+    "config": ("config", "check a JSON, or write the pages that describe the keys"),
+    "profile-admin": ("profile_admin", 'the profile that norm "admin" starts from'),
+    "verses": ("verses", "the parallel text of the translation demo"),
+}
+
+
+def overview() -> str:
+    """The text of `magnetar --help`."""
+    lines = [f"  {name:14}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: magnetar COMMAND ...",
+            "",
+            "Sparse and very deep Transformers on DeepSpeed.",
+            "",
+            *lines,
+            "",
+            "`magnetar COMMAND --help` explains a command; `magnetar --version` is the version.",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        sys.exit(0)
+    if words[0] == "--version":
+        print(f"magnetar {__version__}")
+        sys.exit(0)
+    name, *rest = words
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        way_out = f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(COMMANDS)}"
+        print(f"error: magnetar has no command {name!r}: {way_out}", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(f"magnetar.launchers.{COMMANDS[name][0]}")
+    sys.exit(module.main(rest))

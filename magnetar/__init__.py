@@ -1,0 +1,3 @@
+"""Sparse and very deep Transformers on DeepSpeed."""
+
+__version__ = "0.2.0"

@@ -1,0 +1,284 @@
+"""Self-attention and cross-attention, with a cache of keys and values for decoding.
+
+Letters: B batch, T queries, S keys, D d_model, H num_heads, d = D / H.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magnetar.models.layers.feed_forward import Linear
+from magnetar.models.layers.init import RandomSource
+from magnetar.models.layers.multiway import Multiway, per_modality, pools
+from magnetar.models.layers.norms import layer_norm
+from magnetar.models.layers.positions import Rotary
+
+
+def expect_many_shapes() -> None:
+    """Have PyTorch leave cuDNN's attention aside from now on, in this process.
+
+    It makes a plan for each new shape, which takes as long as a training step: bins of sentence
+    pairs and the steps of a search have hundreds.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+class LayerCache:
+    """Keys and values that one layer has computed so far.
+
+    Attributes:
+        own: of the layer's own positions, (B, H, S, d) each; None before the first step.
+        cross: of the encoder's output, which stay the same; None before the first step.
+    """
+
+    def __init__(self) -> None:
+        """An empty cache."""
+        self.own: tuple[Tensor, Tensor] | None = None
+        self.cross: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, H, T, d) and return all (B, H, S, d)."""
+        if self.own is not None:
+            keys = torch.cat([self.own[0], keys], dim=2)
+            values = torch.cat([self.own[1], values], dim=2)
+        self.own = keys, values
+        return keys, values
+
+
+class Cache:
+    """Keys and values of every layer of a decoder, and how many positions they stand for."""
+
+    def __init__(self, num_layers: int) -> None:
+        """An empty cache; `length` counts the positions that it holds."""
+        self.layers = [LayerCache() for _ in range(num_layers)]
+        self.length = 0
+
+    @property
+    def source_len(self) -> int | None:
+        """Positions of the encoder's output; None before the first step, or without encoder."""
+        cross = self.layers[0].cross
+        return None if cross is None else cross[0].size(2)
+
+    def select(self, rows: Tensor, own_only: bool = False) -> None:
+        """Keep these rows (B',) of the batch, in this order: what beam search needs.
+
+        own_only: each row keeps its source, so that nothing changes in the encoder's keys and
+        values.
+        """
+        for layer in self.layers:
+            for name in ("own",) if own_only else ("own", "cross"):
+                pair = getattr(layer, name)
+                if pair is not None:
+                    setattr(layer, name, tuple(tensor.index_select(0, rows) for tensor in pair))
+
+
+class _Attention(nn.Module, ABC):
+    """What self-attention and cross-attention share: heads, norms, output projection."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        dropout: float,
+        inner_norm: bool,
+        gain: float,
+        *,
+        head_scale: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        multiway: bool = False,
+    ) -> None:
+        """Build the layer.
+
+        Args:
+            d_model: width of the residual stream.
+            num_heads: heads; divides d_model.
+            dropout: probability of dropping an attention weight in training.
+            inner_norm: a LayerNorm before the output projection (Sub-LN).
+            gain: initial gain of the value and output projections.
+            head_scale: a learned factor of each head's output (NormFormer).
+            qk_norm: a LayerNorm on each head's queries and keys (arXiv 2309.14322).
+            norm_eps: epsilon of the LayerNorms.
+            multiway: a pool of projections for each modality.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.gain = gain
+        d_head = d_model // num_heads
+        self.q_norm = nn.LayerNorm(d_head, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(d_head, norm_eps) if qk_norm else nn.Identity()
+        self.head_scale = nn.Parameter(torch.ones(num_heads)) if head_scale else None
+        self.inner_norm = layer_norm(d_model, norm_eps, multiway) if inner_norm else nn.Identity()
+        self.out_proj = _linear(d_model, d_model, multiway)
+        self._build_projections(d_model, multiway)
+
+    @abstractmethod
+    def _build_projections(self, d_model: int, multiway: bool) -> None:
+        """Make the projections of queries, keys and values."""
+
+    def _init_projection(self, source: RandomSource, name: str, gains: tuple[float, ...]) -> None:
+        """Xavier-normal, each of the stacked matrices with its gain; biases 0."""
+        for path, linear in pools(getattr(self, name), name):
+            matrices = linear.weight.data.chunk(len(gains))  # type: ignore[operator]
+            for part, (matrix, gain) in enumerate(zip(matrices, gains, strict=True)):
+                source.xavier_normal_(matrix, f"{path}.weight", gain, part=part)
+            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+
+    def _heads(self, x: Tensor, num_parts: int) -> tuple[Tensor, ...]:
+        """(B, T, num_parts * D) -> num_parts tensors (B, H, T, d)."""
+        parts = x.unflatten(-1, (num_parts, self.num_heads, -1))  # (B, T, parts, H, d)
+        return parts.transpose(1, 3).unbind(2)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        split_position: int | None = None,
+    ) -> Tensor:
+        """Queries (B, H, T, d), keys and values (B, H, S, d) -> (B, T, D)."""
+        heads = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        if self.head_scale is not None:
+            heads = heads * self.head_scale.view(-1, 1, 1)
+        merged = heads.transpose(1, 2).flatten(-2)
+        merged = per_modality(self.inner_norm, merged, split_position)
+        return per_modality(self.out_proj, merged, split_position)
+
+
+def _linear(d_in: int, d_out: int, multiway: bool) -> nn.Module:
+    linear = Linear(d_in, d_out)
+    return Multiway(linear) if multiway else linear
+
+
+class SelfAttention(_Attention):
+    """Multi-head attention of a sequence to itself."""
+
+    def _build_projections(self, d_model: int, multiway: bool) -> None:
+        self.qkv_proj = _linear(d_model, 3 * d_model, multiway)
+
+    def init_weights(self, source: RandomSource) -> None:
+        """Xavier-normal: gain 1 for query and key, `gain` for value and output; biases 0."""
+        self._init_projection(source, "qkv_proj", (1.0, 1.0, self.gain))
+        self._init_projection(source, "out_proj", (self.gain,))
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        rotary: Rotary | None = None,
+        first_position: int = 0,
+        cache: LayerCache | None = None,
+        split_position: int | None = None,
+    ) -> Tensor:
+        """Attend to the positions that the mask leaves.
+
+        Args:
+            x: (B, T, D).
+            mask: added to the attention logits, broadcast to (B, H, T, S); None: nothing.
+            is_causal: see only the positions up to one's own; only without a mask.
+            rotary: turns queries and keys.
+            first_position: position of x's first token.
+            cache: earlier keys and values, to which those of x are added.
+            split_position: see `models.layers.multiway`.
+
+        Returns:
+            (B, T, D), in the dtype of x.
+        """
+        q, k, v = self._heads(per_modality(self.qkv_proj, x, split_position), 3)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotary(q, k, first_position)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self._attend(q, k, v, mask, is_causal, split_position)
+
+
+class CrossAttention(_Attention):
+    """Multi-head attention of a decoder to the encoder's output."""
+
+    def _build_projections(self, d_model: int, multiway: bool) -> None:
+        assert not multiway, "cross-attention sees two sequences, not two modalities"
+        self.q_proj = Linear(d_model, d_model)
+        self.kv_proj = Linear(d_model, 2 * d_model)
+
+    def init_weights(self, source: RandomSource) -> None:
+        """Xavier-normal: gain 1 for query and key, `gain` for value and output; biases 0."""
+        self._init_projection(source, "q_proj", (1.0,))
+        self._init_projection(source, "kv_proj", (1.0, self.gain))
+        self._init_projection(source, "out_proj", (self.gain,))
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Attend to the encoder's output.
+
+        Args:
+            x: (B, T, D).
+            memory: (B, S, D); may be None once the cache holds its keys and values.
+            mask: added to the attention logits, broadcast to (B, H, T, S); None: nothing.
+            cache: where keys and values of the memory are kept.
+
+        Returns:
+            (B, T, D), in the dtype of x.
+        """
+        (q,) = self._heads(self.q_proj(x), 1)
+        if cache is not None and cache.cross is not None:
+            k, v = cache.cross
+        else:
+            assert memory is not None, "the first step needs the encoder's output"
+            k, v = self._heads(self.kv_proj(memory), 2)
+            k = self.k_norm(k)
+        if cache is not None:
+            cache.cross = k, v
+        return self._attend(self.q_norm(q), k, v, mask, is_causal=False)
+
+
+def attention_mask(
+    bias: Tensor | None,
+    padding: Tensor | None,
+    causal_from: int | None,
+    shape: tuple[int, int],
+    like: Tensor,
+) -> Tensor | None:
+    """What is added to attention logits; None where plain (causal) attention needs nothing.
+
+    Hidden keys get the lowest finite number: a row that sees nothing at all must stay a number.
+
+    Args:
+        bias: (1, H, T, S), or None.
+        padding: (B, S) bool, keys that nobody sees, or None.
+        causal_from: position of the first query where only the past is seen, else None.
+        shape: (T, S).
+        like: a tensor of the mask's dtype and device.
+
+    Returns:
+        Broadcasts to (B, H, T, S).
+    """
+    if bias is None and padding is None and not causal_from:
+        return None
+    hidden = torch.zeros(1, 1, *shape, dtype=torch.bool, device=like.device)
+    if causal_from is not None:
+        queries = torch.arange(causal_from, causal_from + shape[0], device=like.device)
+        hidden = hidden | (torch.arange(shape[1], device=like.device) > queries.unsqueeze(1))
+    if padding is not None:
+        hidden = hidden | padding[:, None, None, :]
+    values = like.new_zeros(1) if bias is None else bias.to(like.dtype)
+    return values.masked_fill(hidden, torch.finfo(like.dtype).min)

@@ -1,0 +1,96 @@
+"""The dense feed-forward network.
+
+Letters: D d_model, F d_ff.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magnetar.models.layers.init import RandomSource
+
+
+class Linear(nn.Linear):
+    """A matrix that sees one matrix of tokens, whatever the shape of its input.
+
+    DeepSpeed puts a function of its own in the place of F.linear under ZeRO 3. Of inputs with three
+    dimensions it rounds the product, adds the bias and rounds again; of two it does what torch
+    does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out)."""
+        flat = x.reshape(-1, self.in_features)
+        return F.linear(flat, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+
+
+class WideLinear(nn.Linear):
+    """A matrix that multiplies in float32, whatever the type of its weight and its input."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(N, d_in) of any float dtype -> (N, d_out) float32."""
+        return F.linear(h.float(), self.weight.float())
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "swish": F.silu,
+    "swiglu": F.silu,
+}
+# activation(w1 x) * (w3 x) in place of activation(w1 x) (arXiv 2002.05202).
+GATED_ACTIVATIONS = {"swiglu"}
+
+
+class FeedForward(nn.Module):
+    """w2(LN(activation(w1 x))), the LayerNorm only with Sub-LN and NormFormer.
+
+    A gated activation has a third matrix: w2(LN(activation(w1 x) * (w3 x))).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: str,
+        inner_norm: bool,
+        gain: float,
+        *,
+        norm_eps: float = 1e-5,
+        activation_dropout: float = 0.0,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            d_model: width of the residual stream.
+            d_ff: inner width.
+            activation: a key of ACTIVATIONS.
+            inner_norm: a LayerNorm before the second matrix.
+            gain: initial gain of all matrices.
+            norm_eps: epsilon of the LayerNorm.
+            activation_dropout: probability of dropping an activation in training.
+        """
+        super().__init__()
+        self.gain = gain
+        self.activation = ACTIVATIONS[activation]
+        self.w1 = Linear(d_model, d_ff)
+        self.w3 = Linear(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
+        self.dropout = nn.Dropout(activation_dropout)
+        self.inner_norm = nn.LayerNorm(d_ff, norm_eps) if inner_norm else nn.Identity()
+        self.w2 = Linear(d_ff, d_model)
+
+    def init_weights(self, source: RandomSource) -> None:
+        """Xavier-normal with `gain`; biases 0."""
+        for name in ("w1", "w2", "w3"):
+            linear = getattr(self, name)
+            if linear is not None:
+                source.xavier_normal_(linear.weight.data, f"{name}.weight", self.gain)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        h = self.activation(self.w1(x))
+        if self.w3 is not None:
+            h = h * self.w3(x)
+        return self.w2(self.inner_norm(self.dropout(h)))

@@ -1,0 +1,1 @@
+"""The MoE layer: router, dispatch, experts and their exchange between ranks."""

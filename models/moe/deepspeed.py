@@ -1,0 +1,117 @@
+"""The MoE layer as DeepSpeed has to see it: with its marks, its groups and its timers.
+
+DeepSpeed makes the process groups, reduces the experts' gradients over the ranks that hold the same
+experts, and times the layer. It knows a MoE layer by its class: under ZeRO 0, 1 and 2 by
+`deepspeed.moe.layer.MoE`, which it refuses under ZeRO 3, where it wants an `AutoEPMoELayer`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed.comm
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.moe.sharded_moe import MOELayer
+from deepspeed.utils import groups
+from deepspeed.utils.timer import SynchronizedWallClockTimer
+from torch import nn
+
+from magnetar.models.moe.layer import MoE, SparseFeedForward
+from magnetar.models.moe.nodes import peers_of
+
+
+class TimedSparseFeedForward(SparseFeedForward, MOELayer):
+    """Fills in the times that DeepSpeed's wall_clock_breakdown prints; free when that is off.
+
+    Its collectives are DeepSpeed's, so that comms_logger sees them.
+    """
+
+    comm = deepspeed.comm
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        """See SparseFeedForward; DeepSpeed's layer would build another gate."""
+        super().__init__(*arguments, **keywords)
+        self.time_moe = self.time_falltoall = self.time_salltoall = 0.0
+        self.timers = SynchronizedWallClockTimer()
+        self.wall_clock_breakdown = False
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        if not self.wall_clock_breakdown:
+            yield
+            return
+        timer = self.timers(name)
+        timer.start()
+        yield
+        timer.stop()
+        setattr(self, name, timer.elapsed(reset=True))
+
+
+class GroupedMoE(MoE):
+    """A MoE layer whose experts carry DeepSpeed's marks, and E for SparseClip.
+
+    Attributes:
+        ep_group_name: DeepSpeed's name of the groups of ranks that share one set of experts.
+    """
+
+    layer_class = TimedSparseFeedForward
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        """See MoE; DeepSpeed's layers would build experts of their own."""
+        super().__init__(*arguments, **keywords)
+        self.ep_group_name = f"ep_size_{self.ep_size}"
+        for parameter in self.deepspeed_moe.experts.parameters():
+            vars(parameter).update(
+                allreduce=False, group_name=self.ep_group_name, num_experts=self.num_experts
+            )
+
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, folding_group_handles: None = None
+    ) -> None:
+        """Take part in making the groups; DeepSpeed calls it on every rank.
+
+        How experts lie on nodes is a key of `moe` here, and not one of DeepSpeed's.
+        """
+        moe = self.deepspeed_moe.moe
+        if self.ep_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=moe.placement == "across_nodes"
+            )
+        self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
+        if self.ep_size > 1:
+            self.deepspeed_moe.peers = peers_of(self.ep_group, moe)
+
+
+class ReplicatedMoE(GroupedMoE, DeepSpeedMoE):
+    """The layer under ZeRO 0, 1 and 2, where parameters are whole on each rank that holds them."""
+
+
+class PartitionedMoE(GroupedMoE, AutoEPMoELayer):
+    """The layer under ZeRO 3, where parameters are divided among the ranks."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        """See MoE."""
+        super().__init__(*arguments, **keywords)
+        for parameter in self.deepspeed_moe.experts.parameters():
+            vars(parameter).update(
+                ds_zero_placement_family="autoep_expert",
+                ds_zero_partition_group_name=self.ep_group_name,
+            )
+
+
+def moe_class(zero_stage: int, trains_experts: bool = True) -> type[MoE]:
+    """The class of MoE layers that DeepSpeed trains under a ZeRO stage.
+
+    A model with its MoE layers whose experts are all frozen is refused under ZeRO 1 and 2.
+    """
+    if zero_stage == 3:
+        return PartitionedMoE
+    return ReplicatedMoE if trains_experts else GroupedMoE
+
+
+def join_expert_groups(model: nn.Module) -> None:
+    """Make the groups of a model that gets no engine; every rank calls it."""
+    for module in model.modules():
+        if isinstance(module, GroupedMoE):
+            module.set_deepspeed_parallelism()

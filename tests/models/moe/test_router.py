@@ -1,0 +1,343 @@
+"""The routers against arXiv 2204.09179, eq. 6-9, in float64 loops."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from magnetar.models.layers.init import RandomSource
+from magnetar.models.moe.router import LinearRouter, XMoERouter, balance_loss, route
+from tests.models import brute_force
+
+N, D, E, D_ROUTER = 40, 12, 6, 5
+ROUNDING = 1e-5  # float32 rounding of sums of 12 terms, times 1 / tau of at most 14
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
+
+
+def xmoe_router(top_k: int = 2, gate: str = "softmax", **more: Any) -> XMoERouter:
+    router = XMoERouter(D, E, top_k, gate, D_ROUTER, **more)
+    router.init_weights(RandomSource(3, "router"))
+    return router
+
+
+def linear_router(top_k: int = 2, gate: str = "softmax", **more: Any) -> LinearRouter:
+    router = LinearRouter(D, E, top_k, gate, **more)
+    router.init_weights(RandomSource(3, "router"))
+    return router
+
+
+def float64_cosines(router: XMoERouter, h: Tensor) -> Tensor:
+    parameters = (router.projection.weight, router.centroids)
+    return brute_force.cosine_scores(h.double(), *(p.detach().double() for p in parameters))
+
+
+def test_scores_equal_equation_6() -> None:
+    router, h = xmoe_router(), tokens()
+    torch.testing.assert_close(
+        router.cosine_scores(h).double(), float64_cosines(router, h), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_scores_depend_on_the_direction_of_a_token_and_not_on_its_length(factor: float) -> None:
+    router, h = xmoe_router(), tokens()
+    lengths = torch.linspace(1, factor, N).unsqueeze(-1)
+    torch.testing.assert_close(
+        router.cosine_scores(h * lengths), router.cosine_scores(h), rtol=0, atol=1e-6
+    )
+
+
+def test_scores_depend_on_the_direction_of_a_centroid_and_not_on_its_length() -> None:
+    router, h = xmoe_router(), tokens()
+    before = router.cosine_scores(h)
+    router.centroids.data *= torch.logspace(-3, 3, E).unsqueeze(-1)
+    torch.testing.assert_close(router.cosine_scores(h), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("gate", "tau_0"), [("softmax", 0.3), ("sigmoid", 0.07)])
+def test_the_temperature_starts_at_tau_0_has_shape_1_and_a_gradient(
+    gate: str, tau_0: float
+) -> None:
+    router = xmoe_router(top_k=1, gate=gate)
+    assert router.temperature.shape == (1,)
+    assert router.temperature.item() == pytest.approx(tau_0, rel=1e-6)
+    router(tokens()).weights.sum().backward()
+    tau = torch.full((1,), tau_0, dtype=torch.float64, requires_grad=True)
+    cosines = float64_cosines(router, tokens())
+    _, weights = brute_force.gate(cosines / tau, 1, gate)
+    sum(weight for (weight,) in weights).backward()
+    assert router.temperature.grad is not None
+    assert router.temperature.grad.item() == pytest.approx(tau.grad.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("gate", "tau_0"), [("softmax", 0.3), ("sigmoid", 0.07)])
+def test_balance_probabilities_use_tau_0_whatever_tau_has_become(gate: str, tau_0: float) -> None:
+    router, h = xmoe_router(gate=gate), tokens()
+    router.temperature.data.fill_(0.9)
+    routing = router(h)
+    expected = brute_force.softmax(float64_cosines(router, h) / tau_0)
+    torch.testing.assert_close(routing.balance_probs.double(), expected, rtol=0, atol=ROUNDING)
+    grads = torch.autograd.grad(
+        routing.balance_probs.square().sum(), list(router.parameters()), allow_unused=True
+    )
+    by_name = dict(zip(dict(router.named_parameters()), grads, strict=True))
+    assert by_name["temperature"] is None
+    assert by_name["centroids"].abs().sum() > 0
+    assert by_name["projection.weight"].abs().sum() > 0
+
+
+def test_a_vanishing_temperature_can_still_be_raised_by_the_loss() -> None:
+    router = XMoERouter(12, 4, 1, "softmax", 8)
+    router.init_weights(RandomSource(0, "router"))
+    router.temperature.data.fill_(1e-3)
+    router(torch.randn(20, 12)).weights.sum().backward()
+    assert router.temperature.grad is not None
+    assert router.temperature.grad.item() != 0
+
+
+@pytest.mark.parametrize("tau", [-1.0, 0.0, 1e-4])
+def test_a_vanishing_temperature_leaves_finite_weights(tau: float) -> None:
+    router = xmoe_router(top_k=1)
+    router.temperature.data.fill_(tau)
+    routing = router(tokens())
+    _, weights = brute_force.gate(float64_cosines(router, tokens()) / 0.01, 1, "softmax")
+    # At 1 / tau = 100 a score's rounding of 1e-7 is 1e-5 in the exponent.
+    torch.testing.assert_close(
+        routing.weights.double(), torch.tensor(weights, dtype=torch.float64), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [1, 2, 3, E])
+@pytest.mark.parametrize("kind", ["xmoe", "linear"])
+def test_gates_equal_a_loop_over_tokens(kind: str, top_k: int, gate: str, normalize: bool) -> None:
+    h = tokens(1)
+    router: XMoERouter | LinearRouter
+    if kind == "xmoe":
+        router = xmoe_router(top_k, gate, normalize=normalize)
+        router.temperature.data.fill_(0.17)  # neither tau_0
+        scores = float64_cosines(router, h) / 0.17
+    else:
+        router = linear_router(top_k, gate, normalize=normalize)
+        scores = torch.stack([router.wg.weight.detach().double() @ token for token in h.double()])
+    routing = router(h)
+    experts, weights = brute_force.gate(scores, top_k, gate, normalize)
+    assert routing.experts.tolist() == experts
+    assert routing.used is None
+    expected = torch.tensor([[float(w) for w in row] for row in weights], dtype=torch.float64)
+    torch.testing.assert_close(routing.weights.double(), expected, rtol=0, atol=ROUNDING)
+    probs = brute_force.softmax(scores)
+    entropy = -(probs * probs.log()).sum(-1)
+    torch.testing.assert_close(routing.entropy.double(), entropy, rtol=0, atol=ROUNDING)
+    first = torch.stack([row.max() for row in probs])
+    torch.testing.assert_close(routing.first_probs.double(), first, rtol=0, atol=ROUNDING)
+    log_z = scores.exp().sum(-1).log()
+    torch.testing.assert_close(routing.log_z.double(), log_z, rtol=0, atol=ROUNDING)
+    if kind == "linear":
+        torch.testing.assert_close(routing.balance_probs.double(), probs, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_the_weights_of_a_token_fall_and_sum_to_1(top_k: int, gate: str) -> None:
+    weights = xmoe_router(top_k, gate)(tokens()).weights
+    torch.testing.assert_close(weights.sum(-1), torch.ones(N), rtol=0, atol=1e-6)
+    assert (weights[:, :-1] > weights[:, 1:]).all()
+
+
+def test_without_normalised_tokens_scores_grow_with_a_tokens_length() -> None:
+    router, h = xmoe_router(normalize_tokens=False), tokens()
+    expected = brute_force.cosine_scores(
+        h.double(),
+        router.projection.weight.detach().double(),
+        router.centroids.detach().double(),
+        normalize_tokens=False,
+    )
+    torch.testing.assert_close(router.cosine_scores(h).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(router.cosine_scores(7 * h), 7 * router.cosine_scores(h))
+    before = router.cosine_scores(h)
+    router.centroids.data *= torch.logspace(-3, 3, E).unsqueeze(-1)
+    torch.testing.assert_close(router.cosine_scores(h), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_without_a_temperature_gate_and_balance_loss_see_the_scores_themselves(gate: str) -> None:
+    router, h = xmoe_router(1, gate, learned_temperature=False), tokens()
+    assert set(router.state_dict()) == {"projection.weight", "centroids"}
+    assert router.temperature is None
+    routing, scores = router(h), float64_cosines(router, h)
+    experts, weights = brute_force.gate(scores, 1, gate)
+    assert routing.experts.tolist() == experts
+    expected = torch.tensor([[float(w) for w in row] for row in weights], dtype=torch.float64)
+    torch.testing.assert_close(routing.weights.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        routing.balance_probs.double(), brute_force.softmax(scores), rtol=0, atol=1e-6
+    )
+
+
+DRAWS = 20000
+KEYS = torch.arange(DRAWS)
+
+
+def one_token_many_times(tau: float) -> Tensor:
+    return torch.tensor([0.9, -0.3, 0.5, 0.7]).div(tau).expand(DRAWS, 4)
+
+
+def test_a_sampled_second_expert_follows_the_softmax_over_the_others() -> None:
+    scores = one_token_many_times(tau=0.5)
+    routing = route(scores, 2, "softmax", scores, "sampled", normalize=False, keys=KEYS)
+    probs = scores[0].softmax(-1)
+    assert (routing.experts[:, 0] == 0).all()
+    others = probs.clone()
+    others[0] = 0
+    shares = routing.experts[:, 1].bincount(minlength=4) / DRAWS
+    # A share of 20000 draws has a standard deviation of at most 0.0036.
+    torch.testing.assert_close(shares, others / others.sum(), rtol=0, atol=0.015)
+    torch.testing.assert_close(routing.weights, probs[routing.experts], rtol=1e-6, atol=0)
+    assert routing.used is None
+
+
+def test_a_sampled_second_expert_weighs_the_sigmoid_of_its_own_score() -> None:
+    scores = one_token_many_times(tau=0.5)
+    routing = route(scores, 2, "sigmoid", scores, "sampled", normalize=False, keys=KEYS)
+    assert set(routing.experts[:, 1].tolist()) == {1, 2, 3}
+    expected = 1 / (1 + (-scores[0][routing.experts]).exp())
+    torch.testing.assert_close(routing.weights, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e30])
+def test_a_second_expert_is_sampled_even_where_every_other_probability_is_0(spread: float) -> None:
+    scores = torch.tensor([[0.0, -spread, -1.1 * spread]])
+    routing = route(scores, 2, "softmax", scores, "sampled", keys=KEYS[:1])
+    assert routing.experts.tolist() == [[0, 1]]
+    assert routing.weights.isfinite().all()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_random_second_expert_is_used_with_twice_its_weight_as_probability(
+    normalize: bool,
+) -> None:
+    scores = one_token_many_times(tau=0.3)
+    routing = route(scores, 2, "softmax", scores, "random", normalize, KEYS)
+    first, second = scores[0].softmax(-1)[[0, 3]].tolist()
+    if normalize:
+        first, second = first / (first + second), second / (first + second)
+    assert routing.experts.tolist() == [[0, 3]] * DRAWS
+    assert routing.used is not None
+    assert routing.used[:, 0].all()
+    assert routing.used[:, 1].double().mean().item() == pytest.approx(2 * second, abs=0.015)
+    assert 2 * second < 0.8, "nothing is drawn"
+    expected = torch.tensor([first, second]) * routing.used
+    torch.testing.assert_close(routing.weights, expected, rtol=0, atol=1e-6)
+
+
+def test_a_random_second_expert_of_half_the_weight_is_always_used() -> None:
+    scores = torch.zeros(1000, 2)
+    routing = route(scores, 2, "softmax", scores, "random", keys=KEYS[:1000])
+    assert routing.used is not None
+    assert routing.used.all()
+
+
+@pytest.mark.parametrize("make", [xmoe_router, linear_router])
+@pytest.mark.parametrize("policy", ["sampled", "random"])
+def test_the_second_experts_policy_is_for_training(make: Any, policy: str) -> None:
+    router, plain, h = make(second_expert=policy), make(), tokens()
+    assert not torch.equal(router(h, KEYS[:N]).weights, plain(h).weights)
+    router.eval()
+    for ours, theirs in zip(router(h), plain(h), strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_one_softmax_weight_is_the_probability_itself_and_not_normalised() -> None:
+    routing = xmoe_router(1)(tokens())
+    assert routing.weights.max() < 0.99
+    scores = torch.tensor([[0.0, math.log(3.0)]])
+    assert route(scores, 1, "softmax", scores).weights.item() == pytest.approx(0.75, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [xmoe_router, linear_router])
+def test_bf16_tokens_and_weights_are_routed_in_float32(make) -> None:
+    router, h = make().bfloat16(), tokens().bfloat16()
+    routing = router(h)
+    assert routing.weights.dtype == routing.balance_probs.dtype == torch.float32
+    assert routing.entropy.dtype == torch.float32
+    # The same numbers, once rounded to bf16, routed by the same router in float32.
+    exact = router.float()(h.float())
+    assert torch.equal(routing.weights, exact.weights)
+    assert torch.equal(routing.experts, exact.experts)
+    assert torch.equal(routing.balance_probs, exact.balance_probs)
+
+
+def test_a_sigmoid_that_underflows_does_not_divide_by_zero() -> None:
+    scores = torch.full((3, 4), -300.0, requires_grad=True)
+    weights = route(scores, 2, "sigmoid", scores).weights
+    weights.sum().backward()
+    assert weights.isfinite().all()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num_experts", [1, 3, 8])
+def test_balance_loss_equals_a_double_loop(num_experts: int) -> None:
+    probs = torch.randn(N, num_experts, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    first = probs.argmax(-1)
+    first_choices = first.bincount(minlength=num_experts)
+    expected = brute_force.balance_loss(probs.double(), first.tolist()).item()
+    assert balance_loss(probs.sum(0), first_choices).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_balance_losses_of_unequal_parts_add_up_to_the_whole_batchs() -> None:
+    probs = torch.randn(N, E, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    first_choices = probs.argmax(-1).bincount(minlength=E)
+    parts = [balance_loss(part.sum(0), first_choices).item() for part in probs.split([7, 33, 0])]
+    assert parts[2] == 0
+    whole = balance_loss(probs.sum(0), first_choices).item()
+    assert sum(parts) == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_balance_loss_of_no_token_is_0() -> None:
+    assert balance_loss(torch.zeros(E), torch.zeros(E, dtype=torch.int64)).item() == 0
+
+
+def test_balance_loss_is_1_when_even_more_when_skewed_and_e_when_collapsed() -> None:
+    even = torch.full((E,), 7.0)
+    assert balance_loss(even, even.long()).item() == pytest.approx(1.0, abs=1e-6)
+    skewed = torch.tensor([5.0] + [1.0] * (E - 1))  # half of ten tokens
+    loss = balance_loss(skewed, skewed.long()).item()
+    assert loss == pytest.approx(E * (0.25 + 0.25 / (E - 1)), rel=1e-6)
+    assert 1.0 < loss < E
+    collapsed = N * torch.eye(E)[0]
+    assert balance_loss(collapsed, collapsed.long()).item() == pytest.approx(E, rel=1e-6)
+
+
+def test_lowering_the_balance_loss_evens_out_the_router() -> None:
+    router, h = xmoe_router(1), tokens()
+    h[:, 0] += 8.0  # a common direction, so that few experts get most tokens
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+
+    def busiest() -> float:
+        return router(h).experts.flatten().bincount(minlength=E).max().item() / N
+
+    before = busiest()
+    for _ in range(40):
+        routing = router(h)
+        first_choices = routing.experts[:, 0].bincount(minlength=E)
+        optimizer.zero_grad()
+        balance_loss(routing.balance_probs.sum(0), first_choices).backward()
+        optimizer.step()
+    assert before > 0.5
+    assert busiest() < 0.7 * before
+
+
+@pytest.mark.parametrize("make", [xmoe_router, linear_router])
+def test_no_name_of_a_router_contains_expert(make) -> None:
+    # DeepSpeed's checkpoint writer takes such a name for an expert's own weight.
+    names = list(make().state_dict())
+    assert names
+    assert not [name for name in names if "expert" in name]
