@@ -15,6 +15,7 @@ from magnetar.convert.folders import (
     watched,
 )
 from magnetar.convert.sources import read_folder
+from magnetar.data.atomic import atomic_folder
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun, exported_run
 from magnetar.engine.checkpoint.format import WEIGHT, Checkpoint, CheckpointWriter, Piece
@@ -23,7 +24,7 @@ from magnetar.engine.checkpoint.translation_run import VOCABULARY
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.weights.files import LazyTensors, as_type, grouped
-from magnetar.models.weights.load_save import CONFIG_FILE, appearing_whole
+from magnetar.models.weights.load_save import CONFIG_FILE
 
 PART_BYTES = 1 << 26  # of a checkpoint's file, whose tensors are in memory at once
 
@@ -50,7 +51,7 @@ def import_weights(path: Path, out: Path) -> list[str]:
         )
     run, config = exported_run(path, model, about)
     tensors = as_type(tensors, torch.float32)
-    with appearing_whole(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "checkpoints").mkdir()
         checkpoint = _write_checkpoint(folder, run, tensors)
         for name in watched("checking", list(tensors.specs)):

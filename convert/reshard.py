@@ -22,6 +22,7 @@ from magnetar.convert.folders import (
     watched,
 )
 from magnetar.convert.sources import find_checkpoint, source_of
+from magnetar.data.atomic import atomic_folder
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     Checkpoint,
@@ -35,7 +36,6 @@ from magnetar.engine.checkpoint.save_load import part_name
 from magnetar.engine.memory_planner import GIB, Layout, nearest_layout, parameters_of, problems_of
 from magnetar.engine.metrics import keep_records_up_to
 from magnetar.models.config import ModelConfig
-from magnetar.models.weights.load_save import appearing_whole
 
 # Of one file at most. What a file holds is in memory while it is written.
 PART_BYTES = 1 << 30
@@ -61,7 +61,7 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
     config = _config_for(checkpoint, source.config, layout, gpu_memory)
     _require_whole(checkpoint)
     try:
-        with appearing_whole(out) as folder:
+        with atomic_folder(out) as folder:
             written = _write(checkpoint, folder, config_in(config, out), layout)
             _compare(checkpoint, written)
             _copy_metrics(checkpoint, folder)

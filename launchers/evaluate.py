@@ -74,13 +74,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _tell(options: argparse.Namespace, answer: dict[str, Any]) -> bool:
     """Write the answer beside the run and, with --json, print it; whether it was printed."""
-    from magnetar.engine.checkpoint.run_folder import write_whole
+    from magnetar.data.atomic import write_atomically
 
     text, file = json.dumps(answer, indent=1) + "\n", options.run / "evaluation.json"
     if options.json:
         print(text, end="")
     try:
-        write_whole(file, text)
+        write_atomically(file, text)
     except OSError as error:  # the answer is worth more than its file
         print(
             f"warning: {file} is not written ({error.strerror}): keep the answer with --json",

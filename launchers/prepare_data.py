@@ -18,7 +18,7 @@ import rich.progress
 import rich.table
 from rich.console import Console
 
-from magnetar.data.atomic import Reporter
+from magnetar.data.prepared_folder import Reporter
 from magnetar.data.text.corpus import Documents
 from magnetar.data.text.prepare import DEFAULT_VALID_FRACTION, PrepareConfig, prepare
 from magnetar.data.text.token_files import Manifest

@@ -3,8 +3,8 @@
 One process reads the text and cuts it into shards; workers tokenise shards; the parent joins them
 in order.
 
-A run that was stopped is started again with the same command (see data.atomic): it keeps the
-vocabulary and every finished shard.
+A run that was stopped is started again with the same command (see data.prepared_folder): it keeps
+the vocabulary and every finished shard.
 
 Memory, for input of any size: one piece of text (see data.text.corpus), two shards a worker (each
 of data.text.shards.SHARD_CHARS characters), and the sample that the vocabulary learns from. Disk:
@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from magnetar.data.atomic import (
+from magnetar.data.atomic import write_atomically
+from magnetar.data.errors import UserError
+from magnetar.data.prepared_folder import (
     SILENT,
     Reporter,
     files_digest,
     made_whole,
     refuse_other,
     remove_scaffolding,
-    write_atomically,
 )
-from magnetar.data.errors import UserError
 from magnetar.data.text.corpus import Documents, Piece, matching_files, read_pieces, sotu_files
 from magnetar.data.text.shards import join, tokenise
 from magnetar.data.text.token_files import (
@@ -103,7 +103,7 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
             splits={split: join(stems[split], partial / f"{split}.bin") for split in SPLITS},
             settings=settings,
         )
-        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2))
+        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
     return manifest
 
 

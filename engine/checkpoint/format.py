@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from magnetar.data.atomic import rename_durably, sync, write_atomically
 from magnetar.data.errors import UserError
 from magnetar.models.weights.files import read_json
 
@@ -330,14 +331,12 @@ class CheckpointWriter:
             raise _system_error(error, path) from error
         # safetensors writes for the owner alone; a person's umask says who else may read.
         path.chmod(0o666 & ~_umask())
-        _flush(path)
+        sync(path)
         note = {
             "file": {"bytes": path.stat().st_size, "sha256": sha256(path)},
             "pieces": [[p.name, p.start, p.stop, list(p.values)] for p in pieces],
         }
-        partial_note = path.with_suffix(".partial")
-        partial_note.write_text(json.dumps(note))
-        partial_note.rename(path.with_suffix(".json"))
+        write_atomically(path.with_suffix(".json"), json.dumps(note))
 
     def has_part(self, name: str) -> bool:
         """Whether a part is on the disk."""
@@ -375,12 +374,9 @@ class CheckpointWriter:
             tensors[name] = {"shape": list(shape), "states": states[name], "pieces": pieces[name]}
         manifest = {"format": FORMAT, **about, "files": files, "tensors": tensors}
         manifest["sha256"] = manifest_digest(manifest)
-        path = self.partial / MANIFEST
-        path.write_text(json.dumps(manifest, indent=1) + "\n")
-        _flush(path)
+        write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         self._make_way()
-        self.partial.rename(self.final)
-        _flush(self.final.parent)
+        rename_durably(self.partial, self.final)
         return read_checkpoint(self.final)
 
     def _make_way(self) -> None:
@@ -435,15 +431,6 @@ def _umask() -> int:
     status = Path("/proc/self/status").read_text()
     (umask,) = re.findall(r"^Umask:\s*(\d+)", status, re.MULTILINE)
     return int(umask, 8)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def evenly_cut(numel: int, part: int, num_parts: int) -> tuple[int, int]:

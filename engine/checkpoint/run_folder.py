@@ -10,13 +10,12 @@ runs/NAME/
     evaluation.json  the last answer of magnetar evaluate
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from magnetar.data.atomic import lock
 from magnetar.data.errors import UserError
 from magnetar.engine.config.schema import GuardsConfig, RunConfig, check_config
 from magnetar.models.config import ModelConfig
@@ -155,22 +154,10 @@ def claim_run_folder(run_dir: Path) -> IO[str]:
         OSError: if it cannot be made or written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / "lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(run_dir / "lock")
     except BlockingIOError as error:
         raise UserError(
             f"training.run_dir={run_dir} is in use by another run: wait until it ends, or name "
             "another folder (--set magnetar.training.run_dir=...)"
         ) from error
-    return lock
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that there is the old content or the new one, and never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -10,7 +10,6 @@ The bytes are those of safetensors' own `save_file`, which wants all tensors of 
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,8 +223,6 @@ def _write_file(
             assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not {spec}"
             digests[name] = _digest(tensor)
             file.write(_bytes(tensor))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _bytes(tensor: Tensor) -> memoryview:

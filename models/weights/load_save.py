@@ -8,9 +8,7 @@ model.safetensors    every parameter under its name in the state dict, every exp
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from magnetar.data.atomic import atomic_folder
 from magnetar.models.config import ModelConfig
 from magnetar.models.moe.config import ON_ONE_RANK
 from magnetar.models.moe.layer import MoE
@@ -87,39 +86,13 @@ def write_weights(
     shapes = tensor_shapes(config)
     check_tensors(shapes, tensors.shapes)
     in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
-    with appearing_whole(folder) as path:
+    with atomic_folder(folder) as path:
         digests = write_files(path, in_order, shard_bytes, watch)
         keys = {"model": config.model_dump(mode="json"), **(about or {}), "sha256": digests}
         text = json.dumps(keys, indent=1)
         (path / CONFIG_FILE).write_text(text + "\n")
         for name, content in (other_files or {}).items():
             (path / name).write_bytes(content)
-
-
-@contextmanager
-def appearing_whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then gets its own name; nothing remains if that fails.
-
-    Args:
-        folder: see `require_free`.
-
-    Raises:
-        OSError: naming the folder, if it cannot be written.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = ""
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-            path = Path(partial, "whole")
-            path.mkdir()
-            yield path
-            os.replace(path, folder)  # onto an empty folder, if it is there
-    except OSError as error:
-        # What is written to an open file fails without a name, or with that of the partial folder.
-        name = str(error.filename or "")
-        if error.errno is None or (name and partial and not name.startswith(partial)):
-            raise
-        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def require_free(folder: Path) -> None:
