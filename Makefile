@@ -96,8 +96,8 @@ test: $(INSTALLED)
 invariance: $(INSTALLED)
 	@$(BIN)/python -m magnetar prepare --corpus sotu --out prepared/sotu \
 	  --vocab-size 2000 --workers 2
-	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.invariance --out docs/invariance.md
-	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.resume --out docs/resume.md
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.faults.invariance --out docs/invariance.md
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.faults.resume --out docs/resume.md
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.moe_layer --out benchmarks/results/moe_layer.json $(ARGS)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import TwoHosts, missing, two_hosts
 from magnetar.launchers.doctor import main
+from tests.faults.hosts import TwoHosts, missing, two_hosts
 from tests.ranks import ROOT, free_port
 from tests.runs import environment, make_corpus, write_config
 

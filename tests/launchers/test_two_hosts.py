@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import TwoHosts, missing, two_hosts
+from tests.faults.hosts import TwoHosts, missing, two_hosts
 from tests.ranks import ROOT
 from tests.runs import launch, make_corpus, records, write_config
 

@@ -24,7 +24,7 @@ from magnetar.engine.optim.adam import (
 )
 from magnetar.models.transformer import build_model
 from tests.engine.programs import BASE, with_keys
-from tests.ranks import run_on_ranks
+from tests.ranks import ROOT, run_on_ranks
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 
@@ -202,7 +202,7 @@ def test_a_partition_that_the_kernels_cannot_count_is_refused() -> None:
 
 
 def test_the_version_is_that_of_the_requirements() -> None:
-    lines = Path(__file__).parents[2].joinpath("requirements.txt").read_text()
+    lines = (ROOT / "requirements.txt").read_text()
     assert f"{optimizers.PACKAGE}=={optimizers.VERSION}\n" in lines
 
 
