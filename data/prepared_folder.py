@@ -38,7 +38,7 @@ SILENT = Reporter()
 
 
 @contextmanager
-def made_whole(
+def resumable_folder(
     out: Path, settings: dict[str, Any], workers: int, reporter: Reporter
 ) -> Iterator[Path]:
     """The partial folder, which is renamed to `out` at the end of the `with` block.

@@ -38,9 +38,9 @@ from magnetar.data.prepared_folder import (
     SILENT,
     Reporter,
     files_digest,
-    made_whole,
     refuse_other,
     remove_scaffolding,
+    resumable_folder,
 )
 from magnetar.data.text.corpus import Piece, matching_files
 from magnetar.data.text.shards import join, tokenise
@@ -97,7 +97,7 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
             "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
         )
     reader = Reader(config.tables, files, {table.name: table for table in tables}, reporter)
-    with made_whole(config.out, settings, config.workers, reporter) as partial:
+    with resumable_folder(config.out, settings, config.workers, reporter) as partial:
         codec = _vocabulary(config, languages, reader, partial, reporter)
         columns = [
             _column(table.name, split, language) for table, split, language in _columns(tables)

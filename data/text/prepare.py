@@ -24,9 +24,9 @@ from magnetar.data.prepared_folder import (
     SILENT,
     Reporter,
     files_digest,
-    made_whole,
     refuse_other,
     remove_scaffolding,
+    resumable_folder,
 )
 from magnetar.data.text.corpus import Documents, Piece, matching_files, read_pieces, sotu_files
 from magnetar.data.text.shards import join, tokenise
@@ -86,7 +86,7 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
         remove_scaffolding(config.out)
         reporter.message(f"{config.out} is up to date")
         return open_prepared(config.out).manifest
-    with made_whole(config.out, settings, config.workers, reporter) as partial:
+    with resumable_folder(config.out, settings, config.workers, reporter) as partial:
         tokenizer = _vocabulary(config, sources, partial, reporter)
         pieces = _split_pieces(config, sources, "tokenising", reporter)
         stems, num_kept = tokenise(

@@ -117,11 +117,6 @@ class Saver:
             about = self._about(step, state)
             self.committing = _thread(self._commit, writer, about)
 
-    def is_writing(self) -> bool:
-        """Whether this rank still writes or commits; any rank may ask, at any time."""
-        threads = (self.writing, self.committing)
-        return any(thread is not None and thread.is_alive() for thread in threads)
-
     def wait(self) -> None:
         """Return when the last checkpoint is complete; every rank calls this.
 
