@@ -23,7 +23,7 @@ def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) 
     """Write the dense model to a new folder; the lines that say so.
 
     Args:
-        path: the MoE model; see `open_source`.
+        path: the MoE model; see `open_run`.
         out: must not exist, or be empty.
         expert: index of the expert that remains; None: the mean of all.
         shard_bytes: see `write_files`.

@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -16,13 +16,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from magnetar.convert.sources import Source, open_source, source_of
 from magnetar.data.errors import UserError
-from magnetar.data.text.token_files import read_manifest
-from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
-from magnetar.engine.checkpoint.format import MANIFEST, checkpoint_folders, require_whole
-from magnetar.engine.checkpoint.open_run import choose_checkpoint
-from magnetar.engine.checkpoint.translation_run import VOCABULARY
+from magnetar.engine.checkpoint.format import MANIFEST, checkpoint_folders
+from magnetar.engine.checkpoint.open_run import SavedModel, open_run
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.files import LazyTensors
 from magnetar.models.weights.load_save import CONFIG_FILE, require_free, write_weights
@@ -131,23 +127,20 @@ def equal_bits(one: Tensor, other: Tensor) -> bool:
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> Source:
-    """A source whose files are what was saved, for a folder that is still to be made.
+def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> SavedModel:
+    """A model to convert whose files are what was saved, and a free place for the result.
 
     Args:
-        path: see `open_source`.
-        out: see `require_new`.
-        checkpoint: name of a checkpoint of the run; None: the newest complete one.
+        path: Folder of a run, of a checkpoint, or of weights.
+        out: Folder to make; see `require_new`.
+        checkpoint: Name of the run's checkpoint. None for the newest one.
 
     Raises:
-        UserError: see `open_source`; or if a file is damaged, or the folder holds something.
+        UserError: See `open_run`; or a file is damaged, or the folder holds something.
     """
     require_new(out, path)
-    source = (
-        open_source(path) if checkpoint is None else source_of(choose_checkpoint(path, checkpoint))
-    )
-    if source.checkpoint is not None:
-        require_whole(source.checkpoint)
+    source = open_run(path, checkpoint)
+    source.require_whole()
     return source
 
 
@@ -217,48 +210,7 @@ def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) ->
         raise UserError(f"{what}: {listed}") from None
 
 
-def vocabulary(source: Source, given: Path | None = None) -> Tokenizer | None:
-    """The tokenizer of a model, None if it is not where it was.
-
-    Args:
-        source: a folder that holds it, or the checkpoint of a run that says which data it read.
-        given: where it is instead; see `load_tokenizer`.
-
-    Raises:
-        UserError: if it is another one than the run was trained with, or cannot be read.
-    """
-    place = given or _its_place(source)
-    if place is None:
-        return None
-    tokenizer = load_tokenizer(place)
-    if source.checkpoint is not None:
-        trained_with = source.checkpoint.manifest["tokenizer_fingerprint"]
-        if tokenizer.fingerprint != trained_with:
-            raise UserError(
-                f"{place} is another vocabulary (sha256 {tokenizer.fingerprint[:12]}) than "
-                f"{source.path} was trained with ({trained_with[:12]}): give that one with "
-                "--tokenizer"
-            )
-    return tokenizer
-
-
-def _its_place(source: Source) -> Path | None:
-    if source.checkpoint is None:
-        files = [source.path / name for name in get_args(TokenizerFile)]
-    else:
-        data = source.checkpoint.manifest["config"]["magnetar"]["data"]
-        prepared = Path(data["path"])
-        if data.get("pairs"):  # the run's folder has the vocabulary, too
-            run_dir = source.checkpoint.path.parents[1]
-            files = [folder / VOCABULARY for folder in (run_dir, prepared)]
-        elif (prepared / "manifest.json").is_file():
-            files = [prepared / read_manifest(prepared).tokenizer_file]
-        else:
-            return None
-    return next((file for file in files if file.is_file()), None)
-
-
-def vocabulary_file(source: Source) -> dict[str, bytes]:
-    """Name and content of a model's tokenizer file; nothing if it is not where it was."""
-    tokenizer = vocabulary(source)
+def vocabulary_file(source: SavedModel) -> dict[str, bytes]:
+    """Name and content of a model's tokenizer file. Empty if it is not where it was."""
+    tokenizer = source.find_tokenizer(None, "--tokenizer")
     return {} if tokenizer is None else {tokenizer.file_name: tokenizer.file_content}

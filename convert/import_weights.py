@@ -1,7 +1,6 @@
 """A folder that `export` has written as a run's folder again: one checkpoint, weights alone."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,15 +11,15 @@ from magnetar.convert.folders import (
     how_to_start,
     how_to_train_on,
     require_new,
+    vocabulary_file,
     watched,
 )
-from magnetar.convert.sources import read_folder
 from magnetar.data.atomic import atomic_folder
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun, exported_run
+from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun, read_entry
 from magnetar.engine.checkpoint.format import WEIGHT, Checkpoint, CheckpointWriter, Piece
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.save_load import part_name
-from magnetar.engine.checkpoint.translation_run import VOCABULARY
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.weights.files import LazyTensors, as_type, grouped
@@ -42,15 +41,21 @@ def import_weights(path: Path, out: Path) -> list[str]:
             something.
     """
     require_new(out, path)
-    model, tensors, about = read_folder(path)
-    if RUN_KEY not in about:
+    source = open_run(path)
+    if source.checkpoint is not None:
+        raise UserError(
+            f"{path} is a run or a checkpoint, and not what export has written: train on from it, "
+            "or name a folder of weights"
+        )
+    config = source.run_config
+    if config is None:
         raise UserError(
             f"{path / CONFIG_FILE} has no {RUN_KEY!r}, so it does not say which training these "
             "weights are from: start a run of your own from them, with "
             f"{how_to_start(path, {})}"
         )
-    run, config = exported_run(path, model, about)
-    tensors = as_type(tensors, torch.float32)
+    run = read_entry(path, source.about)
+    tensors = as_type(source.tensors, torch.float32)
     with atomic_folder(out) as folder:
         (folder / "checkpoints").mkdir()
         checkpoint = _write_checkpoint(folder, run, tensors)
@@ -59,8 +64,9 @@ def import_weights(path: Path, out: Path) -> list[str]:
                 raise UserError(f"{out}: {name} is not what was written: use another disk")
         text = json.dumps(config_in(run.config, out), indent=1)
         (folder / CONFIG_FILE).write_text(text + "\n")
-        if config.data.pairs is not None and (path / VOCABULARY).is_file():
-            shutil.copyfile(path / VOCABULARY, folder / VOCABULARY)
+        if config.data.pairs is not None:  # a run of pairs keeps its vocabulary
+            for name, content in vocabulary_file(source).items():
+                (folder / name).write_bytes(content)
     return [
         f"imported  {path}",
         f"wrote     {out / 'checkpoints' / checkpoint.path.name}, weights alone: Adam starts anew, "

@@ -21,7 +21,6 @@ from magnetar.convert.folders import (
     vocabulary_file,
     watched,
 )
-from magnetar.convert.sources import find_checkpoint, source_of
 from magnetar.data.atomic import atomic_folder
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
@@ -32,6 +31,7 @@ from magnetar.engine.checkpoint.format import (
     evenly_cut,
     require_whole,
 )
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.save_load import part_name
 from magnetar.engine.memory_planner import GIB, Layout, nearest_layout, parameters_of, problems_of
 from magnetar.engine.metrics import keep_records_up_to
@@ -56,8 +56,14 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
             model, a folder that holds something, or a disk that does not take the files.
     """
     require_new(out, path)
-    checkpoint = find_checkpoint(path)
-    source = source_of(checkpoint)
+    source = open_run(path)
+    checkpoint = source.checkpoint
+    if checkpoint is None:
+        raise UserError(
+            f"{path} is a folder of weights, which are of no step and no layout: name a run, or a "
+            "checkpoint step_..."
+        )
+    _ = source.tensors  # names and shapes first: comparing hashes takes longer
     config = _config_for(checkpoint, source.config, layout, gpu_memory)
     _require_whole(checkpoint)
     try:

@@ -28,7 +28,7 @@ def shrink(
     """Write the shallower model to a new folder; the lines that say so.
 
     Args:
-        path: the deeper model; see `open_source`.
+        path: the deeper model; see `open_run`.
         out: must not exist, or be empty.
         layers: by option ("--layers", "--encoder-layers", "--decoder-layers") what it says.
         shard_bytes: see `write_files`.

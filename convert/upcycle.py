@@ -37,7 +37,7 @@ def upcycle(
     """Write the upcycled model to a new folder; the lines that say so.
 
     Args:
-        path: the dense model; see `open_source`.
+        path: the dense model; see `open_run`.
         out: must not exist, or be empty.
         moe: the keys of `model.moe`.
         seed: of the routers.

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -188,8 +189,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         )
     if config.data.pairs is not None:
         expect_many_shapes()
-    if starts_from_weights(config):
-        load_starting_weights(model, config)
+    if starts_from_weights(config) and config.training.init_from is not None:
+        load_starting_weights(model, Path(config.training.init_from))
     elif needs_profile(config):
         start_omegas(model, config)
     if config.training.activation_checkpointing:

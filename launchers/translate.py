@@ -27,7 +27,7 @@ from magnetar.data.errors import UserError
 from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
-    from magnetar.engine.checkpoint.translation_run import TranslationRun
+    from magnetar.engine.checkpoint.open_run import SavedModel
     from magnetar.engine.translation.long_sentences import TooLong
     from magnetar.engine.translation.translate import Decoding
 
@@ -243,13 +243,13 @@ class Translator:
     """
 
     def __init__(
-        self, run: "TranslationRun", options: argparse.Namespace, decoding: "Decoding"
+        self, run: "SavedModel", options: argparse.Namespace, decoding: "Decoding"
     ) -> None:
         """Nothing is done yet."""
         self.run, self.target, self.decoding = run, options.target, decoding
         self.how: TooLong = options.too_long or "split"
-        if options.too_long is None and run.config is not None and run.config.data.pairs:
-            self.how = run.config.data.pairs.too_long_inference
+        if options.too_long is None and run.run_config is not None and run.run_config.data.pairs:
+            self.how = run.run_config.data.pairs.too_long_inference
         self.num_done, self.too_long = 0, list[int]()
 
     def lines(
@@ -259,7 +259,7 @@ class Translator:
         from magnetar.engine.translation.long_sentences import fit
         from magnetar.engine.translation.translate import joined, one_line, translate_ids
 
-        model, codec, first = self.run.model, self.run.codec, self.num_done
+        model, codec, first = self.run.translator, self.run.codec, self.num_done
         fitted = fit(texts, codec, self.target, model.encoder.max_len, self.how, first)
         parts: list[list[str]] = [[] for _ in texts]
         # A line's draws depend on its number in all of the input, and on no window.
@@ -279,19 +279,17 @@ class Translator:
         """What is to be said about long ones, or ""."""
         from magnetar.engine.translation.long_sentences import told
 
-        return told(self.too_long, self.num_done, self.run.model.encoder.max_len, self.how)
+        return told(self.too_long, self.num_done, self.run.translator.encoder.max_len, self.how)
 
 
-def warn_of_untrained(run: "TranslationRun", options: argparse.Namespace) -> None:
+def warn_of_untrained(run: "SavedModel", options: argparse.Namespace) -> None:
     """Say so where the run has not learnt the direction, as far as its config or data tell."""
-    from magnetar.engine.checkpoint.translation_run import open_pairs_of
-
-    if run.config is None or run.config.data.pairs is None:
+    if run.run_config is None or run.run_config.data.pairs is None:
         return
-    learnt = run.config.data.pairs.directions
+    learnt = run.run_config.data.pairs.directions
     if learnt is None:
         try:
-            found = open_pairs_of(run, options.run).directions("train")
+            found = run.pairs(None).directions("train")
         except (UserError, OSError):  # the data need not be there
             return
         learnt = ["-".join(direction) for direction in found]
@@ -310,11 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     quiet_deepspeed()
     from magnetar.data.pairs.codec import check_language
-    from magnetar.engine.checkpoint.translation_run import open_translation_run
+    from magnetar.engine.checkpoint.open_run import open_run
     from magnetar.engine.translation.translate import Decoding
     from magnetar.models.decoding.beam_search import Sampling
 
-    run = open_translation_run(options.run, options.checkpoint, options.data)
+    run = open_run(options.run, options.checkpoint, options.data)
     for option, language in (("--from", options.source), ("--to", options.target)):
         try:
             check_language(language, run.codec.languages)

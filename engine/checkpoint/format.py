@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -436,10 +436,3 @@ def _umask() -> int:
 def evenly_cut(numel: int, part: int, num_parts: int) -> tuple[int, int]:
     """The part-th of num_parts stretches of nearly equal length."""
     return numel * part // num_parts, numel * (part + 1) // num_parts
-
-
-def whole_tensors(checkpoint: Checkpoint, state: str = WEIGHT) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a state, one after the other."""
-    for name in checkpoint.shapes:
-        if state in checkpoint.states(name):
-            yield name, checkpoint.tensor(name, state)

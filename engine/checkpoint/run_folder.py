@@ -21,6 +21,8 @@ from magnetar.engine.config.schema import GuardsConfig, RunConfig, check_config
 from magnetar.models.config import ModelConfig
 from magnetar.models.moe.config import ON_ONE_RANK
 
+# Keys of a model that belong to the layout: where experts lie, and how tokens reach them.
+LAYOUT_KEYS = {f"moe.{key}" for key in ON_ONE_RANK}
 # What may change when a run goes on: how long it is, how often it reports, where it runs.
 _FREE_KEYS = {
     "magnetar.data.pairs.too_long_inference",
@@ -37,7 +39,7 @@ _FREE_KEYS = {
     "magnetar.training.activation_checkpointing",  # memory against time: the numbers stay
     "magnetar.training.compile",
     # Where experts lie: a checkpoint belongs to no layout.
-    *(f"magnetar.model.moe.{key}" for key in ON_ONE_RANK),
+    *(f"magnetar.model.{key}" for key in LAYOUT_KEYS),
     *(f"magnetar.guards.{key}" for key in GuardsConfig.model_fields),
 }
 _TRAINED_SECTIONS = (

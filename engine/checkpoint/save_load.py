@@ -27,10 +27,8 @@ from magnetar.engine.checkpoint.format import (
     damaged_files,
     looked_at,
     remove_old,
-    require_whole,
-    whole_tensors,
 )
-from magnetar.engine.checkpoint.run_folder import differing, flat_keys
+from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
 from magnetar.engine.checkpoint.zero_shards import (
     Share,
     adam_step,
@@ -43,13 +41,8 @@ from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.optim.adam import EightBitMoment, Moment
 from magnetar.engine.run_data import RunData
 from magnetar.models.config import ModelConfig
-from magnetar.models.layers.attention import expect_many_shapes
-from magnetar.models.moe.config import ON_ONE_RANK
-from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model
-from magnetar.models.weights.load_save import check_tensors, load_tensors, tensor_shapes
+from magnetar.models.weights.load_save import check_tensors, tensor_shapes
 
-# Where experts lie, and how tokens reach them, belongs to the layout, not to the model.
-_LAYOUT_KEYS = {f"moe.{key}" for key in ON_ONE_RANK}
 _POLL_SECONDS = 0.05
 
 
@@ -317,7 +310,7 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> 
     ):
         different = [
             f"{key} {value} there and {own} here"
-            for key, value, own in differing(saved, now, _LAYOUT_KEYS)
+            for key, value, own in differing(saved, now, LAYOUT_KEYS)
         ]
         if different:
             raise UserError(
@@ -341,7 +334,7 @@ def load_checkpoint(engine: Any, config: RunConfig, checkpoint: Checkpoint) -> d
     Raises:
         UserError: on every rank alike, if another version has named the tensors.
     """
-    _require_same_tensors(checkpoint, config.model)
+    require_same_tensors(checkpoint, config.model)
     persistent = getattr(engine.optimizer, "persistent_parameters", [])  # ZeRO 3 keeps these whole
     if persistent:
         persistent[0].partition(persistent)
@@ -389,24 +382,7 @@ def _set_counters(engine: Any, step: int, about: dict[str, Any]) -> None:
         setattr(engine.optimizer.loss_scaler, name, value)
 
 
-def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
-    """The model of a checkpoint with its weights, every expert in this one process, to be used.
-
-    Raises:
-        UserError: if a file is not what the manifest says, or another version has saved it.
-    """
-    require_whole(checkpoint)
-    config = ModelConfig.model_validate(checkpoint.manifest["config"]["magnetar"]["model"])
-    if config.moe is not None:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
-    _require_same_tensors(checkpoint, config)
-    model = empty_model(config)
-    load_tensors(model, dict(whole_tensors(checkpoint)))
-    expect_many_shapes()
-    return model
-
-
-def _require_same_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+def require_same_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Refuse other names or shapes than the config's model has."""
     try:
         check_tensors(tensor_shapes(config), checkpoint.shapes)

@@ -192,7 +192,19 @@ def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
     Raises:
         ValueError: see `load_weights`.
     """
-    config, tensors = load_weights(Path(folder))
+    return model_of_tensors(*load_weights(Path(folder)))
+
+
+def model_of_tensors(
+    config: ModelConfig, tensors: Mapping[str, Tensor]
+) -> Transformer | EncoderDecoder:
+    """A model with the given tensors, in evaluation mode.
+
+    Args:
+        config: Config of the model.
+        tensors: Every tensor by its name, tied ones at least once. The model has their type if they
+            have one, and float32 otherwise.
+    """
     model = empty_model(on_one_rank(config))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)

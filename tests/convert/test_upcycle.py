@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.save_load import load_model as load_checkpoint_model
+from magnetar.engine.checkpoint.open_run import load_model as load_checkpoint_model
 from magnetar.engine.checkpoint.starting_weights import (
     load_starting_weights,
     require_starting_weights,
