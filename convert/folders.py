@@ -1,4 +1,4 @@
-"""Folders of weights as conversions read and write them: checked before and after."""
+"""Sources and results of conversions: both are checked before anything is written."""
 
 import copy
 import json
@@ -28,11 +28,12 @@ def require_new(out: Path, source: Path | None = None) -> None:
     """Refuse an --out that cannot become a folder of its own.
 
     Args:
-        out: must not exist, or be empty; not in the source, nor among a run's checkpoints.
-        source: the folder that is converted.
+        out: Folder to make. It must not exist, or be empty, and must not lie in the source or among
+            the checkpoints of a run.
+        source: Folder that is converted.
 
     Raises:
-        UserError: naming it, and what is in the way.
+        UserError: The folder cannot be made. The message names what is in the way.
     """
     if out == Path():
         raise UserError(
@@ -60,7 +61,7 @@ def require_new(out: Path, source: Path | None = None) -> None:
 
 
 def _taken_by(folder: Path, source: Path | None) -> str | None:
-    """What a folder is that takes nothing else; None: it may."""
+    """What a folder is, if nothing may be written into it; otherwise None."""
     if source is not None and folder == Path(os.path.realpath(source)):
         return "what is converted"
     run = folder.parent
@@ -72,7 +73,7 @@ def _taken_by(folder: Path, source: Path | None) -> str | None:
 
 
 def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
-    """The names, with a bar while they go by; none where stderr is no terminal."""
+    """The names, with a progress bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     return track(
         names, description=doing, console=console, transient=True, disable=not console.is_terminal
@@ -80,7 +81,7 @@ def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
 
 
 def how_to_load(out: Path, architecture: str) -> list[str]:
-    """Python that loads a folder of weights."""
+    """Lines of Python that load a folder of weights."""
     tokens = "source, target" if architecture == "encoder_decoder" else "tokens"
     return [
         "from magnetar.models.weights.load_save import load_model",
@@ -90,7 +91,7 @@ def how_to_load(out: Path, architecture: str) -> list[str]:
 
 
 def how_to_train_on(config_file: Path, num_ranks: int) -> str:
-    """The command, to be pasted into a shell, with which a run goes on."""
+    """The shell command that trains a run on."""
     return (
         f"deepspeed --num_gpus {num_ranks} --module magnetar.launchers.train --deepspeed_config "
         f"{shlex.quote(str(config_file))}"
@@ -98,11 +99,11 @@ def how_to_train_on(config_file: Path, num_ranks: int) -> str:
 
 
 def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
-    """What makes a run's config start from a folder of weights: arguments for a shell.
+    """Shell arguments that make a run start from a folder of weights.
 
     Args:
-        weights: the folder.
-        model_keys: of `magnetar.model`, by dotted path, which the run must have otherwise.
+        weights: Folder of weights.
+        model_keys: Dotted key of `magnetar.model` -> value that the run must have.
     """
     values = [f"magnetar.model.{key}={json.dumps(value)}" for key, value in model_keys.items()]
     values.append(f"magnetar.training.init_from={weights}")
@@ -110,7 +111,7 @@ def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
 
 
 def config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """A run's config with its output in another folder."""
+    """A run's config with its outputs in another folder."""
     moved, old = copy.deepcopy(dict(config)), config["magnetar"]["training"]["run_dir"]
     moved["magnetar"]["training"]["run_dir"] = str(run_dir)
     for monitor in ("tensorboard", "csv_monitor"):
@@ -120,7 +121,7 @@ def config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether float32 tensors are equal to the last bit, what is no number too."""
+    """Whether two float32 tensors have equal bits, those of a NaN too."""
     return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
@@ -155,7 +156,7 @@ def write_folder(
     """`write_weights`, with progress on a terminal.
 
     Raises:
-        UserError: if the folder holds something, or what was written is not what stands there.
+        UserError: The folder holds something, or what is read back is not what was written.
     """
     try:
         write_weights(
@@ -172,10 +173,10 @@ def write_folder(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 500MB, 2GiB or 1000000.
+    """Number of bytes of a size such as 5GB, 500MB, 2GiB or 1000000.
 
     Raises:
-        UserError: if it is none, or nothing.
+        UserError: The text is no size, or the size is 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = found[2].upper() if found else ""
@@ -192,12 +193,12 @@ def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) ->
     """A model's config with other keys.
 
     Args:
-        config: as it is.
-        changes: keys in a JSON's types.
-        what: the message begins with this.
+        config: Config before the changes.
+        changes: Key -> value in JSON's types.
+        what: Beginning of the message.
 
     Raises:
-        UserError: if they contradict each other, or what the model is.
+        UserError: The changes contradict each other or the model.
     """
     try:
         return ModelConfig.model_validate(config.model_dump(mode="json") | dict(changes))

@@ -24,7 +24,7 @@ MAY_IMPORT_DEEPSPEED = {
     "engine/doctor/environment.py",
     "engine/build.py",
     "engine/evaluate.py",
-    "engine/checkpoint/zero_shards.py",
+    "engine/zero.py",
     "engine/train_step.py",
     "engine/cluster/process_groups.py",
     "engine/profile_admin.py",

@@ -301,8 +301,7 @@ class SavedModel:
                 self.fingerprint,
                 way_out,
             )
-        assert self.config.vocab_size is not None
-        if tokenizer.vocab_size > self.config.vocab_size:
+        elif tokenizer.vocab_size > (self.config.vocab_size or 0):
             raise UserError(
                 f"the vocabulary of {files[0]} has {tokenizer.vocab_size} entries, and the model "
                 f"of {self.named} {self.config.vocab_size}: {way_out}"

@@ -111,7 +111,8 @@ def test_weights_of_another_model_are_refused_by_key(tmp_path: Path, corpus: Pat
 
 def test_weights_saved_before_a_key_existed_have_its_default(tmp_path: Path, corpus: Path) -> None:
     source = tmp_path / "folder"
-    config = write_config(tmp_path, corpus, "run", {"magnetar.training.init_from": str(source)})
+    changes = {"magnetar.training.init_from": str(source), "magnetar.model.vocab_size": 300}
+    config = write_config(tmp_path, corpus, "run", changes)
     run = load_config(config, [], 2)
     saved = run.model.model_dump(mode="json")
     del saved["norm_eps"], saved["qk_norm"], saved["moe"]["normalize_weights"]
@@ -128,7 +129,8 @@ def test_weights_of_another_vocabulary_of_the_same_size_are_refused(
     tmp_path: Path, corpus: Path
 ) -> None:
     source = tmp_path / "folder"
-    config = write_config(tmp_path, corpus, "run", {"magnetar.training.init_from": str(source)})
+    changes = {"magnetar.training.init_from": str(source), "magnetar.model.vocab_size": 300}
+    config = write_config(tmp_path, corpus, "run", changes)
     run = load_config(config)
     source.mkdir()
     (source / "model.safetensors").write_text("")
