@@ -102,19 +102,19 @@ BITS := $(patsubst %,tests/models/test_%.py,moe noise dispatch norms linear weig
   tests/engine/test_checkpoint.py tests/engine/test_engine.py tests/engine/test_sparse_clip.py \
   tests/engine/test_optimizers.py
 # Slow ones of them, in which ranks train in each type.
-BITS_OF_RANKS := $(addprefix tests/engine/, \
-  test_guarded_runs.py::test_bad_gradients_change_nothing_and_many_lead_around_their_batches \
-  test_optimizers.py::test_a_run_in_small_groups_is_resumed_with_the_same_bits)
-IMITATED = $(PYTEST) -m "not slow" $(BITS) && $(PYTEST) $(BITS_OF_RANKS)
+GUARDED := tests/engine/test_guarded_runs.py::test_bad_gradients_change_nothing_and_many_lead_around_their_batches
+RESUMED := tests/engine/test_optimizers.py::test_a_run_in_small_groups_is_resumed_with_the_same_bits
 
 # What oneDNN, ATen and MKL may use of the processor, the tests' threads, and what
 # tests/machine.py takes away. First an old x86 processor, or one that is none, to which no package
 # with compiled kernels has come; then a usual one.
 imitations: $(INSTALLED)
 	export ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
-	  MAGNETAR_TEST_THREADS=2 MAGNETAR_TEST_WITHOUT="fp16 bf16 triton bitsandbytes"; $(IMITATED)
+	  MAGNETAR_TEST_THREADS=2 MAGNETAR_TEST_WITHOUT="fp16 bf16 triton bitsandbytes"; \
+	  $(PYTEST) -m "not slow" $(BITS) && $(BIN)/python -m pytest $(GUARDED)
 	export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-	  MAGNETAR_TEST_THREADS=1 MAGNETAR_TEST_WITHOUT=fp16; $(IMITATED)
+	  MAGNETAR_TEST_THREADS=1 MAGNETAR_TEST_WITHOUT=fp16; \
+	  $(PYTEST) -m "not slow" $(BITS) && $(BIN)/python -m pytest $(RESUMED)
 
 invariance: $(INSTALLED)
 	@$(BIN)/python -m launchers.prepare_data --corpus sotu --out prepared/sotu \
