@@ -37,7 +37,7 @@ help:
 	@echo "make lint     format, lint, types, generated pages"
 	@echo "make check    lint and the fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
-	@echo "make imitations  the tests that compare bits or types, as on other machines (3 minutes)"
+	@echo "make imitations  the tests that compare bits or types, as on other machines"
 	@echo "make invariance  every layout's numbers side by side, on the CPU, into docs/ (half an hour)"
 	@echo "make bench    one MoE layer, and a whole training step, beside the dense one and every peer"
 	@echo "              that is installed, into benchmarks/results (ARGS=\"--experts 64\" changes"
