@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from models.kernels import weight_gradient as kernel
 from models.kernels.weight_gradient import weight_gradient

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from models.kernels.dispatch import CombineRows, GatherRows
 from models.kernels.experts import SparseNetwork
