@@ -67,16 +67,13 @@ class Saver:
         self.engine, self.config, self.prepared = engine, config, prepared
         self.folder = Path(config.training.run_dir) / "checkpoints"
         self.is_first_rank = dist.get_rank() == 0
-        self.whole = {
-            engine.global_steps
-        }  # steps of checkpoints that this process has read or written
+        # Steps of checkpoints that this process has read or written.
+        self.whole = {engine.global_steps}
         self.problem = ""
         self.aborted = threading.Event()
         self.writing: threading.Thread | None = None
         self.committing: threading.Thread | None = None
-        self.memory = torch.empty(
-            0
-        )  # for the copy; the first save allocates it, and later ones reuse it
+        self.memory = torch.empty(0)  # for the copy; the first save allocates it
         self.copied = threading.Event()
         self.copied.set()
         engine.basic_optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
@@ -119,7 +116,7 @@ class Saver:
         """Return when the last checkpoint is complete; every rank calls this.
 
         Raises:
-            UserError: A rank could not write it. Every rank raises this, and older checkpoints stay.
+            UserError: A rank could not write it. Every rank raises it. Older checkpoints stay.
         """
         if self.writing is None:
             return
@@ -149,7 +146,7 @@ class Saver:
         self.copied.wait()
 
     def _pieces(self) -> list[tuple[str, int, dict[str, Moment]]]:
-        """Views of what this rank saves: name, start and values as in a Piece; moments may be 8-bit."""
+        """Views of what this rank saves, as in a Piece, but moments may be 8-bit."""
         return [
             (name, place, {s: v.narrow(0, index - share.start, n) for s, v in values.items()})
             for share in shares(self.engine)
