@@ -15,8 +15,9 @@ from magnetar.convert.folders import (
 )
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import checkpoint_folders
-from magnetar.engine.checkpoint.open_run import SavedModel, is_run, require_vocabulary
+from magnetar.engine.checkpoint.open_run import SavedModel, is_run
 from magnetar.engine.checkpoint.run_folder import differing, flat_keys
+from magnetar.engine.checkpoint.vocabulary import require_vocabulary
 from magnetar.models.weights.files import LazyTensors, Spec
 
 

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import Codec, tagged_languages
 from magnetar.data.pairs.folder import PreparedPairs, open_pairs
-from magnetar.data.text.token_files import Prepared, open_prepared, read_manifest
-from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
+from magnetar.data.text.token_files import Prepared, open_prepared
+from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile
 from magnetar.engine.checkpoint.exported_run import RUN_KEY, read_entry
 from magnetar.engine.checkpoint.format import (
     MANIFEST,
@@ -31,6 +31,11 @@ from magnetar.engine.checkpoint.format import (
 )
 from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
 from magnetar.engine.checkpoint.save_load import require_same_tensors
+from magnetar.engine.checkpoint.vocabulary import (
+    fitting_tokenizer,
+    require_vocabulary,
+    vocabulary_in,
+)
 from magnetar.engine.config.schema import RunConfig, check_config
 from magnetar.models.config import ModelConfig
 from magnetar.models.layers.attention import expect_many_shapes
@@ -218,7 +223,7 @@ class SavedModel:
             prepared.manifest.tokenizer_fingerprint,
             f"{self.named} was trained with",
             self.fingerprint,
-            f"prepare it again with --tokenizer and {_vocabulary_in(own, self.fingerprint)}",
+            f"prepare it again with --tokenizer and {vocabulary_in(own, self.fingerprint)}",
         )
         return prepared
 
@@ -291,22 +296,9 @@ class SavedModel:
         files = [file for file in self._vocabulary_files(place) if file.exists()]
         if not files:
             return None
-        tokenizer = load_tokenizer(files[0])
-        way_out = f"give the one that it was trained with, with {option}"
-        if self.fingerprint is not None:
-            require_vocabulary(
-                f"{files[0]} is",
-                tokenizer.fingerprint,
-                f"{self.named} was trained with",
-                self.fingerprint,
-                way_out,
-            )
-        elif tokenizer.vocab_size > (self.config.vocab_size or 0):
-            raise UserError(
-                f"the vocabulary of {files[0]} has {tokenizer.vocab_size} entries, and the model "
-                f"of {self.named} {self.config.vocab_size}: {way_out}"
-            )
-        return tokenizer
+        return fitting_tokenizer(
+            files[0], self.named, self.fingerprint, self.config.vocab_size or 0, option
+        )
 
     def _vocabulary_files(self, place: Path | None) -> list[Path]:
         """Where the vocabulary may be, the likeliest first."""
@@ -449,26 +441,6 @@ def _siblings(path: Path) -> str:
     return f"{path.parent} holds {shown}{more}"
 
 
-def require_vocabulary(what: str, found: str, whose: str, expected: str, way_out: str) -> None:
-    """Refuse another vocabulary than a model was trained with: each id would be another piece.
-
-    Args:
-        what: Beginning of the message, such as "runs/a/tokenizer.model is".
-        found: sha256 of its vocabulary, in hexadecimal.
-        whose: Other side of the comparison, such as "runs/b was trained with".
-        expected: sha256 of the vocabulary of that, in hexadecimal.
-        way_out: End of the message: what to do.
-
-    Raises:
-        UserError: The two differ.
-    """
-    if found != expected:
-        raise UserError(
-            f"{what} another vocabulary (sha256 {found[:12]}) than {whose} ({expected[:12]}): "
-            f"{way_out}"
-        )
-
-
 def _of_another_version(what: str, problems: Iterable[str]) -> UserError:
     listed = "\n  ".join(problems)
     return UserError(
@@ -503,14 +475,3 @@ def _require_consistent_export(
                 fingerprint,
                 "copy the folder again, or export it again",
             )
-
-
-def _vocabulary_in(folder: Path, fingerprint: str) -> str:
-    """The run's vocabulary in a message: its file, if that is still in a prepared folder."""
-    try:
-        manifest = read_manifest(folder)
-    except UserError:
-        manifest = None
-    if manifest is None or manifest.tokenizer_fingerprint != fingerprint:
-        return "the vocabulary that the run was trained with"
-    return str(folder / manifest.tokenizer_file)

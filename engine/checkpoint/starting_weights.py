@@ -6,8 +6,9 @@ from torch import nn
 
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import complete_checkpoints
-from magnetar.engine.checkpoint.open_run import open_run, require_vocabulary
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
+from magnetar.engine.checkpoint.vocabulary import require_vocabulary
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.weights.load_save import load_tensors
 
