@@ -251,8 +251,8 @@ class PairBatches:
         """Bin `index`, from 0 to bins - 1, of an optimizer step.
 
         Returns:
-            Inputs and targets. Inputs are the arguments of EncoderDecoder.forward: source (R, S) and
-            decoder input (R, T') int64, and the padding of both, bool. Targets are (R, T') int64.
+            Inputs and targets. Inputs are the arguments of EncoderDecoder.forward: source (R, S)
+            and decoder input (R, T') int64, and the padding of both, bool. Targets: (R, T') int64.
         """
         assert 0 <= index < self.bins
         streams, pairs = self.pair_indices(step * self.bins + index)

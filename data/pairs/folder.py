@@ -294,8 +294,8 @@ def open_pairs(path: Path) -> PreparedPairs:
     """The pairs of a folder; reads the manifest and maps the rest.
 
     Raises:
-        UserError: if the folder, the manifest or a file in it is missing, cut short, or does not fit
-            the others.
+        UserError: if the folder, the manifest or a file in it is missing, cut short, or does not
+            fit the others.
     """
     # A file for each direction stays open: 33 languages have more than the usual 1,024.
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)

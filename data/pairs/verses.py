@@ -27,7 +27,7 @@ def write_verses(out: Path, languages: Sequence[str], max_chars: int) -> tuple[i
         max_chars: length of the longest verse to take, in every language.
 
     Raises:
-        UserError: if the package is not installed, a language is not there, or no verse is so short.
+        UserError: if the package is not installed, a language is missing, or no verse is so short.
     """
     unknown = [name for name in languages if name not in TRANSLATIONS]
     if unknown or len(set(languages)) < 2 or len(set(languages)) < len(languages):

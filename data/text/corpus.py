@@ -115,8 +115,8 @@ def read_pieces(
         on_bytes: function that is called with the bytes of the file (as stored) read since its last
             call.
 
-        Raises:
-            UserError: if a file holds no document, is not UTF-8, is damaged, or lacks the key.
+    Raises:
+        UserError: if a file holds no document, is not UTF-8, is damaged, or lacks the key.
     """
     assert documents in get_args(Documents)
     for path in files:
