@@ -7,6 +7,7 @@ reports
   preposition or a relative word ("of", "where", "whose" ...) and so cannot stand alone,
 - an entry of Args that names no parameter,
 - a sentence of more than `MAX_WORDS` words,
+- a docstring whose first sentence takes more than a line,
 - words that make the reader guess (`RIDDLES`).
 
 CONTRIBUTING.md says how an entry reads instead.
@@ -152,6 +153,8 @@ def _docstring_findings(
     node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
 ) -> Iterator[tuple[str, str]]:
     docstring = ast.get_docstring(node) or ""
+    if "\n" in (first := docstring.partition("\n\n")[0].strip()):
+        yield "the first sentence takes more than a line", first
     for entry in entries(docstring):
         about = f"{', '.join(entry.names) or entry.section}: {entry.text}"
         for reason in _reasons(entry.text):

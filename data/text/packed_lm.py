@@ -96,10 +96,10 @@ class PackedLM:
         return (self.split.num_tokens - 1) // self.seq_len
 
     def num_targets(self, max_sequences: int | None = None) -> int:
-        """Number of tokens that `valid_batches` predicts: all but the first, or those of a few
-        windows.
+        """Number of tokens that `valid_batches` predicts.
 
-        A masked model predicts only some of them.
+        It is all but the first, or those of a few windows. A masked model predicts only some of
+        them.
         """
         every = self.split.num_tokens - 1
         return every if max_sequences is None else min(every, max_sequences * self.seq_len)
