@@ -214,7 +214,7 @@ def show_profile(job: Job) -> None:
 
 
 def say(line: str) -> None:
-    """To whoever waits."""
+    """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)
 
 

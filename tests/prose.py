@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("engine", "models", "data", "convert", "launchers", "benchmarks")
+ROOMS = ("engine", "models", "data", "convert", "launchers", "benchmarks", "tests/faults")
 # Folders and files that are not checked yet. The list only ever gets shorter.
 NOT_YET = (
     "engine/admin.py",

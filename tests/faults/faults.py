@@ -26,10 +26,10 @@ class Case(NamedTuple):
     """A fault.
 
     Attributes:
-        fault: in words.
-        documented: what comes of it.
-        within: seconds in which it must have.
-        case: does it.
+        fault: the fault in words.
+        documented: the documented consequence.
+        within: time limit of the consequence in seconds.
+        case: function that does it.
     """
 
     fault: str
