@@ -190,7 +190,7 @@ def _files(
         of_element = _FLOAT32_BYTES * len(states)
         for start, stop in _cut(first, last, PART_BYTES // of_element):
             numel = stop - start
-            if pieces and size + numel * of_element > PART_BYTES:
+            if pieces and size + numel * of_element > PART_BYTES:  # the file is full
                 yield pieces
                 pieces, size = [], 0
             values = {state: checkpoint.read(name, state, start, stop) for state in states}

@@ -88,6 +88,7 @@ def snake(source: IntArray, target: IntArray) -> IntArray:
     """
     row = -(-source // LENGTH_MULTIPLE)
     up = row % 2 == 0
+    # Source in the high 32 bits; target below, mirrored in every other row of source lengths.
     return source << 32 | np.where(up, target, (1 << 31) - target)
 
 
@@ -109,7 +110,8 @@ def spread_pattern(sizes: IntArray) -> tuple[IntArray, IntArray]:
         before.
     """
     cell = np.repeat(np.arange(len(sizes)), sizes)
-    rank = np.arange(len(cell)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rank = np.arange(len(cell)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within its cell
+    # The i-th of n pairs of a cell belongs at (i + 1/2) / n of the pass.
     order = np.argsort((rank + 0.5) / np.repeat(sizes, sizes), kind="stable")
     return cell[order], rank[order]
 
@@ -130,6 +132,7 @@ def round_rates(
     """
     masses = np.array(weights) / max(weights) * np.array(sizes, dtype=np.float64)
     same = np.array([[one == other for other in directions] for one in directions])
+    # m * M^(1/T - 1): the tables of a direction share its M^(1/T) in proportion to their m.
     rates = masses * (same @ masses) ** (1 / temperature - 1)
     return rates / rates.sum() * min(MAX_ROUND_PAIRS, sum(sizes))
 
@@ -162,6 +165,7 @@ def cut_bins(cells: IntArray, counts: IntArray, bin_tokens: int) -> IntArray:
             assert capacity >= 1
             if rows:
                 sizes.append(np.array([rows]))
+            # Full bins of this cell at once; the rest, 1 to `capacity` pairs, opens a bin.
             sizes.append(np.full((left - 1) // capacity, capacity))
             rows = left - (left - 1) // capacity * capacity
             longest_source, longest_target = source, target
@@ -261,6 +265,7 @@ class PairBatches:
 
     def pair_indices(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Stream and pair of each row of a bin, (R,) each. Bins are numbered from 0."""
+        # Rounds are only counted up to this bin, which takes no shuffling; one is planned.
         while self._first_bins[-1] <= number:
             num_bins = len(self._starts(len(self._first_bins) - 1)) - 1
             self._first_bins.append(self._first_bins[-1] + num_bins)
@@ -280,6 +285,7 @@ class PairBatches:
 
     def _places(self, which: int) -> tuple[list[int], list[int]]:
         """The start and the end of a round in each stream."""
+        # Rounding the running total, not the rate: a stream of 0.3 pairs a round gets 3 in 10.
         start, stop = (np.floor(self._rates * n + 0.5).astype(np.int64) for n in (which, which + 1))
         return start.tolist(), stop.tolist()
 
@@ -321,7 +327,7 @@ class _Layout:
         return self._counts_before(stop) - self._counts_before(start)
 
     def _counts_before(self, place: int) -> IntArray:
-        passes, rest = divmod(place, self.size)
+        passes, rest = divmod(place, self.size)  # every pass has the same pattern
         part = np.bincount(self._pattern[:rest], minlength=self._num_cells)
         return passes * self._sizes + part
 

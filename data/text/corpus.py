@@ -231,6 +231,7 @@ def _text_pieces(stream: io.TextIOWrapper, documents: Documents) -> Iterator[Pie
         return
     lines: list[str] = []
     num_chars, starts = 0, True
+    # readline with a limit: a file without line ends must not be read into memory as one line.
     for line in iter(lambda: stream.readline(PIECE_CHARS), ""):
         if documents == "blank-line" and not line.strip():
             if lines:
@@ -245,7 +246,7 @@ def _text_pieces(stream: io.TextIOWrapper, documents: Documents) -> Iterator[Pie
     last = "".join(lines)
     if documents == "blank-line":
         last = last.rstrip("\r\n")
-    if last.strip() or not starts:
+    if last.strip() or not starts:  # a document that has begun must be ended
         yield Piece(last, starts, True)
 
 

@@ -105,8 +105,10 @@ def masked_positions(length: int, masking: Masking, key: np.uint64) -> IntArray:
     """
     left = num_masked(length, masking.probability)
     if masking.mean_span_length is None:
+        # The positions of the smallest of `length` random words: a draw without replacement.
         return np.sort(np.argsort(_words(key, _STARTS, length), kind="stable")[:left])
     is_masked = np.zeros(length, dtype=np.bool_)
+    # `left` spans are always enough, since each covers one position at least.
     sizes = _geometric(_words(key, _SPANS, left), masking.mean_span_length)
     for size, word in zip(sizes, _words(key, _STARTS, left), strict=True):
         free = np.flatnonzero(~is_masked)

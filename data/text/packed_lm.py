@@ -134,10 +134,13 @@ def sample_order(index: npt.ArrayLike, num_samples: int, seed: int) -> IntArray:
     assert flat.size == 0 or flat.min() >= 0
     epoch, position = np.divmod(flat, num_samples)
     key = mixed(epoch.astype(np.uint64) + mixed(np.array([seed % 2**64], dtype=np.uint64)))
+    # Two halves of equal width, so the network permutes a power of four, less than 4n on the whole.
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     word = position.astype(np.uint64)
     pending = np.ones(flat.shape, dtype=bool)
     while pending.any():
+        # A word beyond n is permuted again. The cycle that it lies on leads back below n, and each
+        # word below n is reached from one start only, so the result is a permutation of n.
         word[pending] = _feistel(word[pending], key[pending], half_bits)
         pending = word >= num_samples
     return word.astype(np.int64).reshape(np.shape(index))
@@ -149,7 +152,10 @@ def _feistel(word: WordArray, key: WordArray, half_bits: int) -> WordArray:
     left, right = word >> shift, word & mask
     for round_index in range(NUM_FEISTEL_ROUNDS):
         round_key = mixed(key + np.uint64(round_index))
-        left, right = right, left ^ (mixed(right + round_key) & mask)
+        left, right = (
+            right,
+            left ^ (mixed(right + round_key) & mask),
+        )  # invertible whatever mixed is
     return (left << shift) | right
 
 
@@ -218,7 +224,7 @@ def valid_batches(
         max_sequences: number of windows to read, from the first; None: the whole split.
     """
     seq_len, num_tokens = dataset.seq_len, dataset.split.num_tokens
-    num_windows = -(-(num_tokens - 1) // seq_len)
+    num_windows = -(-(num_tokens - 1) // seq_len)  # rounded up: the last window may be short
     if max_sequences is not None:
         num_windows = min(num_windows, max_sequences)
     for first in range(0, num_windows, batch_size * world_size):

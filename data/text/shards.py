@@ -109,6 +109,7 @@ def tokenise(
         for name, shard in _shards(pieces, splits):
             stem = folder / name
             stems[name.rpartition("-")[0]].append(stem)
+            # The text is read and cut again even if the shard exists: its cuts define the rest.
             if stem.with_suffix(".json").exists():
                 num_kept += 1
             else:
@@ -126,7 +127,7 @@ def tokenise(
         try:
             for arguments in todo():
                 running.append(pool.submit(tokenise_shard, *arguments))
-                if len(running) >= 2 * workers:
+                if len(running) >= 2 * workers:  # bounds the text in memory
                     running.popleft().result()
             while running:
                 running.popleft().result()

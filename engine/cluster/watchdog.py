@@ -116,6 +116,7 @@ class Watchdog:
             if time.monotonic() - since <= self.limit:
                 continue
             found: list[Finding] = []
+            # In a thread of its own, because a question to a dead rank 0 may never return.
             asking = threading.Thread(target=self._ask, args=(found,), daemon=True)
             asking.start()
             asking.join(8 * self._period)
@@ -127,7 +128,7 @@ class Watchdog:
             if self._ended.is_set() or self.since != since:
                 continue  # the rank was slow, but does not hang
             self._report(found[0].text)
-            os._exit(STATUS)
+            os._exit(STATUS)  # sys.exit would wait for the main thread, which hangs
 
     def _ask(self, found: list[Finding]) -> None:
         """Append the silent ranks, and the places where the others wait, to `found`."""

@@ -63,7 +63,7 @@ def measure(sizes: Sizes, seconds: float) -> None:
         sizes: sizes of the messages.
         seconds: time limit after which this rank ends, even inside a collective.
     """
-    signal.alarm(round(seconds))
+    signal.alarm(round(seconds))  # the default action ends the process even inside a collective
     device = start_distributed()
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     ep_size = sizes.ep_size or num_ranks
@@ -122,7 +122,7 @@ def _seconds(collective: Callable[[], None]) -> float:
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
     """Rounds in which every pair of `count` players meets once (circle method)."""
-    players = [*range(count)] + [-1] * (count % 2)
+    players = [*range(count)] + [-1] * (count % 2)  # -1: a bye
     for _ in range(len(players) - 1):
         half = len(players) // 2
         pairs = zip(players[:half], reversed(players[half:]), strict=True)
