@@ -72,7 +72,7 @@ def fitting_layout(config: RunConfig, num_ranks: int) -> Layout:
     for ranks in range(num_ranks, 0, -1):
         cut = _cut(config, wanted, ranks)
         if cut is not None:
-            # The largest divisor of the old ep_size that divides the ranks also divides the experts.
+            # A divisor of the old ep_size also divides the number of experts.
             return Layout(ranks, math.gcd(wanted.ep_size, ranks), *cut)
     raise UserError(
         f"{TRAIN}={config.deepspeed[TRAIN]} in {wanted.accumulation} bins a rank cannot be "

@@ -278,8 +278,7 @@ class Supervisor:
             command += [] if options.num_gpus is None else ["--num_gpus", str(options.num_gpus)]
         else:
             named = "@".join(f"{h}:{','.join(map(str, s))}" for h, s in place.slots.items())
-            # The supervisor has asked the hosts already; the launcher's own check would end the run
-            # at the first silent one.
+            # The supervisor has just asked every host; the launcher would ask the first one again.
             command += ["--hostfile", str(options.hostfile), "--include", named, "--no_ssh_check"]
             command += ["--master_addr", self._master_addr(place)]
             command += ["--force_multi"] if place.is_remote else []
