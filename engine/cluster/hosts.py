@@ -40,9 +40,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise UserError(f"--hostfile {path}, line {number}: {line!r} {what}: mend the line")
         if _NAME.fullmatch(match[1]) is None:
             raise UserError(
-                f"--hostfile {path}, line {number}: {match[1]!r} is no name of one host: use "
+                f"--hostfile {path}, line {number}: {match[1]!r} is not the name of one host: use "
                 "letters, digits, dots and hyphens, with USER@ in front if need be; options of ssh "
-                "and IPv6 addresses belong into ~/.ssh/config"
+                "and IPv6 addresses belong in ~/.ssh/config"
             )
         hosts[match[1]] = int(match[2])
     if not hosts:

@@ -121,7 +121,7 @@ def _not_reached(rank: int, host: str, port: int, error: Exception) -> str:
     reason = str(error).splitlines()[0]
     return (
         f"rank {rank} on {socket.gethostname()} did not meet rank 0 at {host}:{port}: it has not "
-        f"started, or no way leads there (a firewall, another network): {reason}"
+        f"started, or it cannot be reached (a firewall, another network): {reason}"
     )
 
 
@@ -141,7 +141,7 @@ def _serve(host: str, port: int, world_size: int) -> tuple[str, int, dist.TCPSto
     except dist.DistError as error:
         listener.detach()
         raise MachineError(
-            f"not all {world_size} ranks have come to {address}:{port} within "
+            f"not all {world_size} ranks reached {address}:{port} within "
             f"{_TIME_TO_MEET}: {str(error).splitlines()[0]}"
         ) from None
     listener.detach()  # it is the store's, which closes it
@@ -194,8 +194,8 @@ def _refused(host: str, port: int, problems: set[int | None]) -> str:
     addresses = ", ".join(sorted(_interfaces()))
     if errno.ENETUNREACH in problems:
         return (
-            f"MASTER_ADDR={host} means this machine to itself alone, and the run has ranks on "
-            f"others: use an address that they can reach, of {addresses}"
+            f"MASTER_ADDR={host} is a loopback address, and the run has ranks on other "
+            f"machines: use an address that they can reach, one of {addresses}"
         )
     if errno.EADDRNOTAVAIL in problems:
         return (

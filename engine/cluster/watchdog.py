@@ -121,7 +121,9 @@ class Watchdog:
             asking.start()
             asking.join(8 * self._period)
             if not found:
-                found = [Finding("rank 0 does not answer, by which the ranks tell where they are")]
+                found = [
+                    Finding("rank 0, which serves the store of the heartbeats, does not answer")
+                ]
             if found[0].teller not in (None, self.rank):
                 # It ends this rank, too; if it does not, it has found nothing wrong itself.
                 self._ended.wait(4 * self._period)

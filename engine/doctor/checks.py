@@ -186,7 +186,7 @@ def _same(
 
 def _json(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
     if wanted.config is not None:
-        yield from _same(reports, "config", "JSON", wanted.config, "says something else")
+        yield from _same(reports, "config", "JSON", wanted.config, "has other content")
 
 
 def _data(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
@@ -233,7 +233,9 @@ def _gpus(reports: Sequence[Answer], _: Wanted) -> Iterator[Finding]:
         found, slots = told["found"], answer.node.slots
         if len(found) < slots:
             text = f"slots={slots}, and {len(found)} GPUs"
-            remedy = f"write slots={len(found)} in the hostfile, or look why nvidia-smi lists fewer"
+            remedy = (
+                f"write slots={len(found)} in the hostfile, or find out why nvidia-smi lists fewer"
+            )
             yield Finding("problem", name, "GPUs", text, remedy)
         used = {index: gpu for index, gpu in enumerate(found[:slots]) if gpu["used"] > _USED_GPU}
         for index, gpu in used.items():
@@ -275,8 +277,8 @@ def _jit(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
                 yield Finding("warning", answer.node.name, "JIT", text, remedy)
                 continue
             text = (
-                f"{lock['path']} is {lock['seconds'] / 60:.0f} minutes old and nobody's: every run "
-                "that compiles this waits for ever"
+                f"{lock['path']} is {lock['seconds'] / 60:.0f} minutes old and no process holds "
+                "it: every run that compiles this waits forever"
             )
             yield Finding("problem", answer.node.name, "JIT", text, f"rm {lock['path']}")
         told = answer.report["machine"]

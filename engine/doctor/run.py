@@ -140,12 +140,12 @@ def examine(options: Options) -> Examination:
                 "",
                 "reach",
                 f"the ranks cannot work together: {error}",
-                "look whether a firewall lets these machines reach each other at every port; "
+                "check that no firewall keeps these machines from each other at any port; "
                 "NCCL_DEBUG=INFO tells more, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the "
                 "network",
             )
         )
-        result.skipped = "the ranks did not come so far"
+        result.skipped = "the ranks failed before the measurement"
         return result
     result.findings += _findings_of(result.measured, names)
     return result
@@ -235,6 +235,6 @@ def _findings_of(measured: dict[str, Any], names: Sequence[str]) -> list[Finding
         if not link.is_inside:
             where = f"{names[a]} and {names[b]}"
         text = f"{where}: {link.bandwidth / 1e9:.2f} GB/s each way, others {median / 1e9:.2f}"
-        remedy = "look at the cable, the port of the switch, or who else uses the link"
+        remedy = "check the cable, the port of the switch, and other users of the link"
         found.append(Finding("warning", names[a], "reach", f"slow link: {text}", remedy))
     return found

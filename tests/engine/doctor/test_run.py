@@ -103,7 +103,7 @@ def test_ranks_that_cannot_work_together_are_a_problem(
     assert finding.text == (
         "the ranks cannot work together: the launcher ended with status 1:\nValueError: x"
     )
-    assert found.skipped == "the ranks did not come so far"
+    assert found.skipped == "the ranks failed before the measurement"
 
 
 def test_what_a_failed_launcher_printed_is_handed_on(tmp_path: Path) -> None:
