@@ -194,7 +194,7 @@ def main() -> None:
     reports.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # a process group that nobody leaves has a lot to say at the end
+    os._exit(0)  # without destructors: an open process group would print warnings
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ _FOREIGN = (
     ),
     ("output_projection.bias", "a bias of the output: Magnetar's output is one matrix without"),
 )
-# fairseq builds positions for this many tokens if nobody asks for another number.
+# fairseq builds positions for this many tokens by default.
 _FAIRSEQ_POSITIONS = 1024
 
 

@@ -326,7 +326,7 @@ class Launched:
                 content = os.read(descriptor, 65536)
             except BlockingIOError:
                 return
-            except OSError:  # a terminal that nobody has open any more
+            except OSError:  # all writers of the terminal have closed it
                 content = b""
             if not content:
                 if descriptor in self._selector.get_map():

@@ -225,10 +225,10 @@ class Supervisor:
         options = self.options
         if options.hostfile is None:
             return Place({}), list(options.settings)
-        everybody = self._place(set())
+        all_hosts = self._place(set())
         silent: set[str] = set()
-        if everybody.is_remote:
-            answers = on_hosts(everybody.slots, ["true"], options.ssh_port)
+        if all_hosts.is_remote:
+            answers = on_hosts(all_hosts.slots, ["true"], options.ssh_port)
             silent = {host for host, answer in answers.items() if answer is None}
         place = self._place(silent)
         for host in place.left_out:
