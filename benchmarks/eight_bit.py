@@ -2,8 +2,8 @@
 
     python -m benchmarks.eight_bit --out benchmarks/results/eight_bit.json
 
-Trains benchmarks/layouts.json made wider, on the text of `make train`, once with each optimizer and
-once more with fp32 AdamW and another seed, which shows the distance of two curves by chance.
+Trains a wider benchmarks/layouts.json on the text of `make train`, once with each optimizer. A
+third run, fp32 AdamW with another seed, shows the distance of two curves by chance.
 Everything else is equal: initial weights (except for the other seed), batches, schedule, clipping.
 `--set` changes the model or the layout of all runs; on a CPU make the model small.
 """

@@ -50,7 +50,7 @@ NOT_YET = (
     "models",
 )
 
-MAX_WORDS = 45
+MAX_WORDS = 30
 FRAGMENT = re.compile(
     r"(of|for|as|by|where|whose|whom|which|likewise|at most|in how|"
     r"(with|in|of|to|from|at|by|on|for|among) (which|whose|whom))\b",
@@ -116,7 +116,10 @@ def _entry(section: str, text: str) -> Entry:
 
 
 def sentences(docstring: str) -> Iterator[str]:
-    """Every sentence of a docstring; lists, tables and code end one as a full stop does."""
+    """Every sentence of a docstring, without blocks of code; a list or table ends a sentence."""
+    docstring = "\n\n".join(
+        paragraph for paragraph in docstring.split("\n\n") if not paragraph.startswith("    ")
+    )
     paragraphs = re.split(r"\n\s*(?:\n|(?=[-*|] |\d\. |\w[\w, ]*:\s))", docstring)
     for paragraph in paragraphs:
         yield from re.split(r"(?<=[.;:!?])\s+", " ".join(paragraph.split()))

@@ -187,8 +187,8 @@ class PairBatches:
     """The training bins of prepared pairs.
 
     Bin `index` of step `step` is a function of (seed, step, index) and of the arguments below
-    alone, so the data depend neither on the number of ranks nor on accumulation, and resuming
-    needs one number, the step.
+    alone. So the data depend neither on the number of ranks nor on accumulation, and resuming needs
+    only the step.
 
     Attributes:
         directions: source and target language of every direction that is learnt.

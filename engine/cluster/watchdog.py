@@ -1,9 +1,9 @@
 """The watchdog finds a rank that hangs, for which all others would wait forever.
 
 A thread of every rank writes a heartbeat and the current action of its rank to the rendezvous
-store. When a rank has not advanced for the time limit, its thread reads the entries of the others,
-names the rank that all wait for, and ends its own process with status 3. The launcher then ends the
-rest.
+store. When a rank has not advanced for the time limit, its thread reads the entries of the others
+and names the rank that all wait for. Then it ends its own process with status 3, and the launcher
+ends the rest.
 """
 
 import json
