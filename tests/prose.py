@@ -50,9 +50,9 @@ NOT_YET = (
     "models",
 )
 
-MAX_WORDS = 30
+MAX_WORDS = 40
 FRAGMENT = re.compile(
-    r"(of|for|as|by|where|whose|whom|which|likewise|at most|in how|"
+    r"(of|for|as|by|where|whose|likewise|at most|in how|"
     r"(with|in|of|to|from|at|by|on|for|among) (which|whose|whom))\b",
     re.IGNORECASE,
 )
@@ -116,9 +116,11 @@ def _entry(section: str, text: str) -> Entry:
 
 
 def sentences(docstring: str) -> Iterator[str]:
-    """Every sentence of a docstring, without blocks of code; a list or table ends a sentence."""
+    """Every sentence of a docstring, without code, tables of files and the legend of letters."""
     docstring = "\n\n".join(
-        paragraph for paragraph in docstring.split("\n\n") if not paragraph.startswith("    ")
+        paragraph
+        for paragraph in docstring.split("\n\n")
+        if not paragraph.startswith(("    ", "Letters", "magnetar ", "runs/"))
     )
     paragraphs = re.split(r"\n\s*(?:\n|(?=[-*|] |\d\. |\w[\w, ]*:\s))", docstring)
     for paragraph in paragraphs:

@@ -62,7 +62,7 @@ def test_an_argument_that_is_none_is_found(tmp_path):
 
 
 def test_long_sentences_riddles_and_descriptions_are_found(tmp_path):
-    text = '"""Whoever reads this, ' + "reads " * 30 + 'on."""\n'
+    text = '"""Whoever reads this, ' + "reads " * 40 + 'on."""\n'
     assert {reason.split()[0] for reason in reasons(tmp_path, text)} == {"'Whoever'", "a"}
     text = 'x: int = Field(description="Of the draw.")\n'
     assert reasons(tmp_path, text) == ["begins with 'Of'"]
