@@ -122,7 +122,7 @@ def sentences(docstring: str) -> Iterator[str]:
         for paragraph in docstring.split("\n\n")
         if not paragraph.startswith(("    ", "Letters", "magnetar ", "runs/"))
     )
-    paragraphs = re.split(r"\n\s*(?:\n|(?=[-*|] |\d\. |\w[\w, ]*:\s))", docstring)
+    paragraphs = re.split(r"\n\s*(?:\n|(?=[-*|] |\d\. |\w[\w, ]*:\s|\S+ {2,}\S))", docstring)
     for paragraph in paragraphs:
         yield from re.split(r"(?<=[.;:!?])\s+", " ".join(paragraph.split()))
 
