@@ -1,4 +1,4 @@
-"""Sources and results of conversions: both are checked before anything is written."""
+"""Reading and writing of folders of weights, with checks before and after."""
 
 import copy
 import json
@@ -28,12 +28,12 @@ def require_new(out: Path, source: Path | None = None) -> None:
     """Refuse an --out that cannot become a folder of its own.
 
     Args:
-        out: Folder to make. It must not exist, or be empty, and must not lie in the source or among
-            the checkpoints of a run.
-        source: Folder that is converted.
+        out: new folder; it must not exist, or be empty, and not lie in the source or among a run's
+            checkpoints.
+        source: the folder that is converted.
 
     Raises:
-        UserError: The folder cannot be made. The message names what is in the way.
+        UserError: if something is in the way; it says what.
     """
     if out == Path():
         raise UserError(
@@ -61,7 +61,7 @@ def require_new(out: Path, source: Path | None = None) -> None:
 
 
 def _taken_by(folder: Path, source: Path | None) -> str | None:
-    """What a folder is, if nothing may be written into it; otherwise None."""
+    """A name for a folder that must not take other files, such as a run's; None for any other."""
     if source is not None and folder == Path(os.path.realpath(source)):
         return "what is converted"
     run = folder.parent
@@ -73,7 +73,7 @@ def _taken_by(folder: Path, source: Path | None) -> str | None:
 
 
 def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
-    """The names, with a progress bar on stderr if that is a terminal."""
+    """The names, with a progress bar if stderr is a terminal."""
     console = Console(stderr=True)
     return track(
         names, description=doing, console=console, transient=True, disable=not console.is_terminal
@@ -91,7 +91,7 @@ def how_to_load(out: Path, architecture: str) -> list[str]:
 
 
 def how_to_train_on(config_file: Path, num_ranks: int) -> str:
-    """The shell command that trains a run on."""
+    """The shell command that continues a run."""
     return (
         f"deepspeed --num_gpus {num_ranks} --module magnetar.launchers.train --deepspeed_config "
         f"{shlex.quote(str(config_file))}"
@@ -99,11 +99,11 @@ def how_to_train_on(config_file: Path, num_ranks: int) -> str:
 
 
 def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
-    """Shell arguments that make a run start from a folder of weights.
+    """The shell arguments with which a run starts from a folder of weights.
 
     Args:
-        weights: Folder of weights.
-        model_keys: Dotted key of `magnetar.model` -> value that the run must have.
+        weights: the folder.
+        model_keys: keys of `magnetar.model` that the run must change, by dotted path.
     """
     values = [f"magnetar.model.{key}={json.dumps(value)}" for key, value in model_keys.items()]
     values.append(f"magnetar.training.init_from={weights}")
@@ -121,7 +121,7 @@ def config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two float32 tensors have equal bits, those of a NaN too."""
+    """Whether float32 tensors are equal to the last bit, NaN included."""
     return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
@@ -156,7 +156,7 @@ def write_folder(
     """`write_weights`, with progress on a terminal.
 
     Raises:
-        UserError: The folder holds something, or what is read back is not what was written.
+        UserError: if the folder holds something, or the disk does not hold what was written.
     """
     try:
         write_weights(
@@ -176,7 +176,7 @@ def parse_size(text: str) -> int:
     """Number of bytes of a size such as 5GB, 500MB, 2GiB or 1000000.
 
     Raises:
-        UserError: The text is no size, or the size is 0.
+        UserError: if the text is not a size, or the size is 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = found[2].upper() if found else ""
@@ -190,15 +190,15 @@ def parse_size(text: str) -> int:
 
 
 def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) -> ModelConfig:
-    """A model's config with other keys.
+    """A model's config with changed keys.
 
     Args:
-        config: Config before the changes.
-        changes: Key -> value in JSON's types.
-        what: Beginning of the message.
+        config: the config to change.
+        changes: new values of keys, in a JSON's types.
+        what: start of the message.
 
     Raises:
-        UserError: The changes contradict each other or the model.
+        UserError: if the keys contradict each other or the rest of the model.
     """
     try:
         return ModelConfig.model_validate(config.model_dump(mode="json") | dict(changes))

@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         content: The new content. Text is encoded as UTF-8.
 
     Raises:
-        OSError: The file cannot be written. The old content stays.
+        OSError: if the file cannot be written. The old content stays.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     with partial.open("wb") as file:
@@ -54,7 +54,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         folder: The folder to make. It must not exist, or be empty.
 
     Raises:
-        OSError: The folder cannot be written. The error names it.
+        OSError: if the folder cannot be written. The error names it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     parent = ""
@@ -100,7 +100,7 @@ def lock(path: Path) -> IO[str]:
         The open file. The lock ends when the file is closed or the process ends.
 
     Raises:
-        BlockingIOError: Another process holds the lock.
+        BlockingIOError: if another process holds the lock.
     """
     file = path.open("w")
     try:

@@ -50,8 +50,8 @@ def resumable_folder(
         reporter: Callbacks for what a person is told.
 
     Raises:
-        UserError: The disk is full, another run writes there, a worker was killed, or the partial
-            folder was made by something else.
+        UserError: if the disk is full, another run writes there, a worker was killed, or something
+            else made the partial folder.
     """
     partial = out.with_name(out.name + PARTIAL_SUFFIX)
     try:
@@ -105,7 +105,7 @@ def refuse_other(out: Path, made_from: dict[str, Any], settings: dict[str, Any])
         settings: The settings of this run.
 
     Raises:
-        UserError: The settings differ. The message names the first that does.
+        UserError: if the settings differ. The message names the first that does.
     """
     key = _first_difference(made_from, settings)
     if key is not None:

@@ -56,7 +56,7 @@ def read_entry(folder: Path, entry: Any) -> ExportedRun:
         entry: Value of the key.
 
     Raises:
-        UserError: An entry is missing, unknown or of another type.
+        UserError: if an entry is missing, unknown or of another type.
     """
     try:
         return ExportedRun.model_validate(entry)

@@ -138,7 +138,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint of a folder; only its manifest is read.
 
     Raises:
-        UserError: The manifest is missing, altered, of another version or of another step.
+        UserError: if the manifest is missing, altered, of another version or of another step.
     """
     manifest, problem = _read_manifest(path)
     if manifest is None:
@@ -213,7 +213,7 @@ def require_whole(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint with a damaged file.
 
     Raises:
-        UserError: A file is damaged. The message names each.
+        UserError: if a file is damaged; the message names each.
     """
     damaged = damaged_files(checkpoint)
     if damaged:
@@ -240,7 +240,7 @@ def looked_at(path: Path) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint of a folder, or a line for each file that is missing or of another size.
 
     Raises:
-        UserError: It is of another version.
+        UserError: if it is of another version.
     """
     manifest, problem = _read_manifest(path)
     if manifest is None:
@@ -254,7 +254,7 @@ def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """The run's checkpoints whose files are all there in their sizes, oldest first.
 
     Raises:
-        UserError: A checkpoint is of another version.
+        UserError: if a checkpoint is of another version.
     """
     found = (looked_at(path)[0] for path in checkpoint_folders(run_dir))
     return [checkpoint for checkpoint in found if checkpoint is not None]
@@ -264,7 +264,7 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
     """The newest checkpoint of a run.
 
     Raises:
-        UserError: The run has none, or a file of it is missing or truncated.
+        UserError: if the run has none, or a file of it is missing or truncated.
     """
     folders = checkpoint_folders(run_dir)
     if not folders:
@@ -320,7 +320,7 @@ class CheckpointWriter:
             pieces: Content of the file.
 
         Raises:
-            OSError: The file cannot be written.
+            OSError: if the file cannot be written.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
         path = self.partial / name
@@ -357,8 +357,8 @@ class CheckpointWriter:
             about: Other entries of the manifest: step, layout, config, ...
 
         Raises:
-            OSError: The manifest cannot be written.
-            ValueError: The parts do not make up each tensor exactly once.
+            OSError: if the manifest cannot be written.
+            ValueError: if the parts do not make up each tensor exactly once.
         """
         files: dict[str, Any] = {}
         pieces: dict[str, list[tuple[int, int, str]]] = {name: [] for name in shapes}

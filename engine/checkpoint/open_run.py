@@ -101,7 +101,7 @@ class SavedModel:
         """Config of the training. None if the folder does not say.
 
         Raises:
-            UserError: This version cannot read it, or an export contradicts itself.
+            UserError: if this version cannot read it, or an export contradicts itself.
         """
         if not self.about:
             return None
@@ -120,7 +120,7 @@ class SavedModel:
         """Config of the training of a model that has learnt running text.
 
         Raises:
-            UserError: The model has learnt pairs, or the weights come from no run.
+            UserError: if the model has learnt pairs, or the weights come from no run.
         """
         if self.has_learnt_pairs:
             raise UserError(
@@ -139,7 +139,7 @@ class SavedModel:
         """Every tensor in the model's order and in the type that was saved, tied ones once.
 
         Raises:
-            UserError: A name or a shape is not the model's, or a file is missing. On reading a
+            UserError: if a name or a shape is not the model's, or a file is missing. On reading a
                 tensor of a folder of weights: it was altered.
         """
         if self.checkpoint is not None:
@@ -213,7 +213,7 @@ class SavedModel:
         """Prepared text: the one named by `data`, or the one the run was trained on.
 
         Raises:
-            UserError: It is missing or damaged, or made with another vocabulary.
+            UserError: if it is missing or damaged, or made with another vocabulary.
         """
         own = Path(self.text_config.data.path)
         prepared = open_prepared(self.data or self._require_own_data(own))
@@ -234,7 +234,7 @@ class SavedModel:
             data: Prepared folder. None for the one the run was trained on.
 
         Raises:
-            UserError: It is missing or damaged, or made with another vocabulary.
+            UserError: if it is missing or damaged, or made with another vocabulary.
         """
         if data is None:
             if self.run_config is None:
@@ -266,7 +266,7 @@ class SavedModel:
         """The vocabulary: the one named by `data`, or the run's own.
 
         Raises:
-            UserError: It is missing, or not the one that the model was trained with.
+            UserError: if it is missing, or not the one that the model was trained with.
         """
         return self.require_tokenizer(self.data, "--data")
 
@@ -291,7 +291,7 @@ class SavedModel:
             option: Option of the command that names another place, for messages.
 
         Raises:
-            UserError: It cannot be read, or is not the one that the model was trained with.
+            UserError: if it cannot be read, or is not the one that the model was trained with.
         """
         files = [file for file in self._vocabulary_files(place) if file.exists()]
         if not files:
@@ -315,7 +315,7 @@ class SavedModel:
         """The vocabulary of a model that translates, with its languages.
 
         Raises:
-            UserError: The model does not translate. See also `tokenizer`.
+            UserError: if the model does not translate. See also `tokenizer`.
         """
         is_encoder_decoder = self.config.architecture == "encoder_decoder"
         if not (self.has_learnt_pairs if self.about else is_encoder_decoder):
@@ -342,7 +342,7 @@ def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None
         data: Folder or file of the data or the vocabulary. None for the run's own.
 
     Raises:
-        UserError: The folder is none of these, a checkpoint is missing or has lost a file, or
+        UserError: if the folder is none of these, a checkpoint is missing or has lost a file, or
             this version cannot read the model's config.
     """
     if is_run(path) or not has_weights(path):
@@ -373,7 +373,7 @@ def of_checkpoint(
         data: Folder or file of the data or the vocabulary. None for the run's own.
 
     Raises:
-        UserError: This version cannot read the model's config.
+        UserError: if this version cannot read the model's config.
     """
     section = checkpoint.manifest["config"]["magnetar"]["model"]
     try:  # keys that were added since have their defaults
@@ -408,7 +408,7 @@ def choose_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         name: Name of the run's checkpoint. None for the newest one.
 
     Raises:
-        UserError: The folder is neither, or the checkpoint is missing or has lost a file.
+        UserError: if the folder is neither, or the checkpoint is missing or has lost a file.
     """
     if not path.is_dir():
         raise UserError(f"run folder {path} does not exist: {_siblings(path)}")

@@ -91,7 +91,7 @@ def check_run_folder(config: RunConfig) -> None:
     """Refuse a run folder that another config has begun.
 
     Raises:
-        UserError: A key differs. The message names each with both values. Or the folder holds a
+        UserError: if a key differs. The message names each with both values. Or the folder holds a
             run, and `resume` is "never".
     """
     run_dir = Path(config.training.run_dir)
@@ -156,8 +156,8 @@ def claim_run_folder(run_dir: Path) -> IO[str]:
         The lock's file. The lock ends when it is closed or the process ends.
 
     Raises:
-        UserError: Another process trains in the folder.
-        OSError: The folder cannot be made or written.
+        UserError: if another process trains in the folder.
+        OSError: if the folder cannot be made or written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     try:

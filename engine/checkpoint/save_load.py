@@ -97,7 +97,7 @@ class Saver:
             state: State of the trainer, in JSON's types.
 
         Raises:
-            UserError: A rank could not write the checkpoint before. Every rank raises it.
+            UserError: if a rank could not write the checkpoint before. Every rank raises it.
         """
         self.wait()
         writer = CheckpointWriter(self.folder / f"step_{step:08d}")
@@ -116,7 +116,7 @@ class Saver:
         """Return when the last checkpoint is complete; every rank calls this.
 
         Raises:
-            UserError: A rank could not write it. Every rank raises it. Older checkpoints stay.
+            UserError: if a rank could not write it. Every rank raises it. Older checkpoints stay.
         """
         if self.writing is None:
             return
@@ -253,7 +253,7 @@ def newest_whole_checkpoint(run_dir: Path) -> Checkpoint | None:
     taken.
 
     Raises:
-        UserError: There are checkpoints, and none is whole. Every rank raises it.
+        UserError: if there are checkpoints, and none is whole. Every rank raises it.
     """
     # One rank looks for all: two could see different folders while one is being renamed.
     found: list[Any] = [None]
@@ -302,7 +302,7 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> 
     """Refuse to resume from a checkpoint of another model or other data.
 
     Raises:
-        UserError: A key differs. The message names each.
+        UserError: if a key differs; the message names each.
     """
     manifest = checkpoint.manifest
     saved_model = dict(flat_keys(with_defaults(manifest["config"]["magnetar"]["model"])))
@@ -336,7 +336,7 @@ def load_checkpoint(engine: Any, config: RunConfig, checkpoint: Checkpoint) -> d
     """Read this rank's shards and the counters; return the trainer's state.
 
     Raises:
-        UserError: Another version has named the tensors. Every rank raises it.
+        UserError: if another version has named the tensors. Every rank raises it.
     """
     require_same_tensors(checkpoint, config.model)
     with small_parameters_sharded(engine):

@@ -48,7 +48,7 @@ def require_starting_weights(config: RunConfig, fingerprint: str | None = None) 
             compared. Weights that come from no run, such as imported ones, have none.
 
     Raises:
-        UserError: The weights are missing, or a key differs. The message names each.
+        UserError: if the weights are missing, or a key differs; the message names each.
     """
     if not starts_from_weights(config):
         return

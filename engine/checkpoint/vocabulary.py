@@ -18,7 +18,7 @@ def require_vocabulary(what: str, found: str, whose: str, expected: str, way_out
         way_out: End of the message: what to do.
 
     Raises:
-        UserError: The two differ.
+        UserError: if the two differ.
     """
     if found != expected:
         raise UserError(
@@ -40,7 +40,7 @@ def fitting_tokenizer(
         option: Option of the command that names another vocabulary, for messages.
 
     Raises:
-        UserError: It cannot be read, or is not the one that the model was trained with.
+        UserError: if it cannot be read, or is not the one that the model was trained with.
     """
     tokenizer = load_tokenizer(file)
     way_out = f"give the one that it was trained with, with {option}"
