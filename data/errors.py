@@ -5,8 +5,8 @@ class UserError(ValueError):
     """Bad input: a key, a value or a file that a user can change.
 
     Its message names the key or file, the value, the rule and a way out. The launchers print it
-    without a traceback and exit with status 2; anything else is a defect of ours and keeps its
-    traceback.
+    without a traceback and exit with status 2. Anything else is a defect of ours: its traceback is
+    written into a file, and the status is 1.
 
     Attributes:
         on_every_rank: True if every rank raises it together, so that one of them prints it.

@@ -66,10 +66,10 @@ def _place(error: BaseException) -> str:
 
 def _typed() -> str:
     """The command that runs: `magnetar train`, say."""
-    program = Path(sys.argv[0]).stem
-    if program in ("magnetar", "__main__"):
+    program = Path(sys.argv[0])
+    if program.name == "magnetar" or program.parts[-2:] == ("magnetar", "__main__.py"):
         return " ".join(["magnetar", *sys.argv[1:2]])
-    return command_of(program)
+    return command_of(program.stem)
 
 
 def _report(error: BaseException) -> str:
@@ -119,6 +119,6 @@ def defect_message(error: BaseException, where: str) -> str:
     what = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return (
         f"{_typed()} failed in {_place(error)}: {what}. This is a defect of Magnetar, not of your "
-        f"input. The full traceback, the versions and the command line are {where}: please "
-        f"report it with that file. {TRACEBACK}=1 prints the traceback here."
+        f"input. Traceback, versions and command line are {where}: please report it with them. "
+        f"{TRACEBACK}=1 prints the traceback here."
     )

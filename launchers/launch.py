@@ -157,7 +157,7 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
     return words + [part for text in options.set for part in ("--set", text)], variables
 
 
-def _start(words: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
+def _start(words: list[str], variables: Mapping[str, str]) -> NoReturn:
     """Become the launcher. Programs beside this Python, such as ninja, are found first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     sys.stdout.flush()

@@ -105,7 +105,7 @@ def test_a_defect_ends_with_a_paragraph_and_its_traceback_is_in_a_file(
     (report,) = reports.iterdir()
     assert printed.startswith("error: magnetar plot failed in end_of (")
     assert f"{type(error).__name__}: {error}. This is a defect of Magnetar, not of your" in printed
-    assert f"command line are in {report}: please report it" in printed
+    assert f"command line are in {report}: please report it with them." in printed
     assert printed.count("\n") == 1
     text = report.read_text()
     assert "Traceback (most recent call last)" in text
