@@ -1,4 +1,4 @@
-"""Writes the small parallel corpus of `make translate-demo` as tables for launchers.prepare_pairs.
+"""Writes the small parallel corpus of `make translate-demo` as tables for magnetar prepare-pairs.
 
 magnetar verses --languages en es --out prepared/verses
 """
