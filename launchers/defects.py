@@ -58,7 +58,7 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ends = ("user_errors", "reports_in")  # the frames that every exception passes through
     ours = [frame for frame in frames if frame.filename.startswith(str(_PACKAGE))]
-    ours = [frame for frame in ours if frame.name not in ends]
+    ours = [frame for frame in ours if frame.name not in ends and not frame.name.startswith("<")]
     frame = (ours or list(frames))[-1]
     file = frame.filename.removeprefix(f"{_PACKAGE.parent}{os.sep}")
     return f"{frame.name} ({file}, line {frame.lineno})"

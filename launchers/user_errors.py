@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -106,13 +107,14 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()  # or a closed pipe would be found when it is too late to say so
     except UserError as error:
         _end(str(error), is_everybodys=error.on_every_rank or not _ranks_have_joined())
     except MachineError as error:
         is_everybodys = error.on_every_rank or not _ranks_have_joined()
         _end(str(error), is_everybodys, _FAULT_OF_A_MACHINE)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and error.filename is None:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
             _leave_closed_pipe()
         if error.errno not in _WAYS_OUT:
             _end_of_defect(error)
@@ -132,6 +134,15 @@ def user_errors() -> Iterator[None]:
         _leave(130)
     except Exception as error:
         _end_of_defect(error)
+
+
+def _output_is_closed() -> bool:
+    """Whether the standard output is a pipe that nobody reads any more."""
+    with suppress(OSError, ValueError):  # an output that is no file
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
 
 
 def _leave_closed_pipe() -> NoReturn:
