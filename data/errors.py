@@ -5,8 +5,8 @@ class UserError(ValueError):
     """Bad input: a key, a value or a file that a user can change.
 
     Its message names the key or file, the value, the rule and a way out. The launchers print it
-    without a traceback and exit with status 2; anything else is a defect of ours and keeps its
-    traceback.
+    without a traceback and exit with status 2. Anything else is a defect of ours: its traceback is
+    written into a file, and the status is 1.
 
     Attributes:
         on_every_rank: True if every rank raises it together, so that one of them prints it.
@@ -31,3 +31,20 @@ class MachineError(RuntimeError):
     def __init__(self, message: str, on_every_rank: bool = False) -> None:
         super().__init__(message)
         self.on_every_rank = on_every_rank
+
+
+def missing_package(what: str, package: str, extra: str, otherwise: str = "") -> UserError:
+    """The refusal of what needs a package that not everybody installs.
+
+    Args:
+        what: what needs it: a file, an option, a key.
+        package: its name, with a version if only one will do.
+        extra: the extra of magnetar that installs it.
+        otherwise: a way out without the package, "use type \"AdamW\"" say.
+    """
+    name = package.partition("==")[0]
+    way_out = f", or {otherwise}" if otherwise else ""
+    return UserError(
+        f"{what} needs the package {name}, which is not installed: run pip install "
+        f"'magnetar[{extra}]' or pip install {package}{way_out}"
+    )

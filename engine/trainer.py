@@ -45,6 +45,7 @@ from magnetar.engine.progress import ProgressLine
 from magnetar.engine.report.samples import describe, finish, validation_words
 from magnetar.engine.run_data import RunData, open_run_data, training_set, validation_set
 from magnetar.engine.train_step import loss_weights, train_step
+from magnetar.engine.translation.translate import require_sacrebleu
 
 
 def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]:
@@ -94,6 +95,8 @@ def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]
     run_dir = config.training.run_dir
     require_monitor_packages(resolved)
     require_optimizer_package(resolved)
+    if config.data.pairs is not None:
+        require_sacrebleu()
     for monitor, name in (("tensorboard", "tensorboard"), ("csv_monitor", "csv")):
         section = resolved.get(monitor, {})
         if section.get("enabled") and not section.get("output_path"):

@@ -19,7 +19,14 @@ from rich.console import Console
 from rich.progress import track
 
 from magnetar.data.errors import UserError
-from magnetar.launchers.translate import MAX_LENGTH_PENALTY
+from magnetar.launchers.command_line import (
+    CommandParser,
+    add_run_options,
+    given_values,
+    option_of,
+    require_at_least_1,
+)
+from magnetar.launchers.translate import MAX_LENGTH_PENALTY, translation_bar
 from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
@@ -30,23 +37,20 @@ _OF_TRANSLATION = ("directions", "max_sentences", "beam", "length_penalty", "wri
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="magnetar evaluate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add(
-        "run",
-        type=Path,
-        help="the run's folder, such as runs/quickstart, or what convert export made of it",
+    parser = CommandParser(prog="magnetar evaluate", description=__doc__)
+    add_run_options(
+        parser,
+        "the run's folder, such as runs/quickstart, or what convert export made of it",
+        "a prepared folder (default: the run's own)",
     )
-    add("--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)")
-    add("--data", type=Path, metavar="DIR", help="a prepared folder (default: the run's own)")
+    add = parser.add_argument
     add("--batch-size", type=int, default=16, metavar="N", help="sequences at once (%(default)s)")
     add("--sequences", type=int, metavar="N", help="only the first N sequences (default: all)")
     add("--json", action="store_true", help="print one JSON object")
     of_translation = parser.add_argument_group("for a run that translates")
     add = of_translation.add_argument
     add("--directions", nargs="+", metavar="FROM-TO", help="such as en-de (default: all)")
-    add("--max-sentences", type=int, metavar="N", help="of each direction (default: all)")
+    add("--max-sentences", type=int, metavar="N", help="sentences of each direction (default: all)")
     add("--beam", type=int, metavar="N", help="hypotheses; 1: greedy (4)")
     add("--length-penalty", type=float, metavar="A", help="see magnetar translate (1.0)")
     add(
@@ -56,10 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="new folder for en-de.translations.txt, en-de.references.txt and so on, for sacrebleu",
     )
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "sequences", "max_sentences", "beam"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    require_at_least_1(options, ("batch_size", "sequences", "max_sentences", "beam"))
     if options.length_penalty is not None and not 0 <= options.length_penalty <= MAX_LENGTH_PENALTY:
         raise UserError(
             f"--length-penalty {options.length_penalty:g} must be 0 to {MAX_LENGTH_PENALTY}"
@@ -107,8 +108,7 @@ def _check_kind(options: argparse.Namespace, translates: bool) -> None:
         if getattr(options, name) is not None:
             kind = "translates" if translates else "does not translate"
             raise UserError(
-                f"--{name.replace('_', '-')} says nothing about {options.run}, which {kind}: leave "
-                "it out"
+                f"{option_of(name)} says nothing about {options.run}, which {kind}: leave it out"
             )
 
 
@@ -124,7 +124,6 @@ def evaluate_translations(options: argparse.Namespace) -> None:
         translation_tables,
         validation_texts,
     )
-    from magnetar.launchers.translate import translation_bar
 
     # The prepared folder, which is needed here anyhow, holds the vocabulary too.
     run = open_translation_run(options.run, options.checkpoint, options.data)
@@ -133,13 +132,9 @@ def evaluate_translations(options: argparse.Namespace) -> None:
     asked = options.directions or (learnt.directions if learnt else None)
     directions = [parse_direction(name, prepared.languages) for name in asked] if asked else None
     texts = validation_texts(prepared, directions, options.max_sentences)
-    given = {"beam": options.beam, "length_penalty": options.length_penalty}
-    decoding = Decoding(
-        batch_size=options.batch_size,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    given = given_values(options, ("batch_size", "beam", "length_penalty"))
     with translation_bar() as progress:
-        scores = evaluate_translation(run.model, run.codec, texts, decoding, progress)
+        scores = evaluate_translation(run.model, run.codec, texts, Decoding(**given), progress)
     if options.write_translations is not None:
         _write_translations(options.write_translations, texts, scores)
     answer = {

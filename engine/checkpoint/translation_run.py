@@ -160,7 +160,7 @@ def _no_translation(path: Path, architecture: str) -> str:
     use = "generate" if architecture == "decoder" else "evaluate"
     return (
         f"{path} is no translation run: a model that translates has learnt sentence pairs "
-        f"(data.pairs): use `python -m launchers.{use} {path}`, or name another run"
+        f"(data.pairs): use `magnetar {use} {path}`, or name another run"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, missing_package
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,10 +40,8 @@ def require_optimizer_package(deepspeed: dict[str, Any]) -> None:
         UserError: naming the package.
     """
     if deepspeed["optimizer"]["type"] == EIGHT_BIT and find_spec(PACKAGE) is None:
-        raise UserError(
-            f'optimizer.type="{EIGHT_BIT}" needs the package {PACKAGE}, which is not installed: '
-            f'run pip install {PACKAGE}=={VERSION}, or use type "AdamW"'
-        )
+        what = f'optimizer.type="{EIGHT_BIT}"'
+        raise missing_package(what, f"{PACKAGE}=={VERSION}", "8bit", 'use type "AdamW"')
 
 
 def small_groups(param_groups: Iterable[dict]) -> list[dict]:

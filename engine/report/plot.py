@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, missing_package
 
 Record = dict[str, float]
 
@@ -93,8 +93,10 @@ def plot_run(run_dir: Path, out: Path) -> None:
 
 def _figure(num_panels: int) -> tuple[Any, Any]:
     """A figure and its panels: two or three in a row."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise missing_package("a picture", "matplotlib", "plot") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

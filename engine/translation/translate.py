@@ -3,14 +3,15 @@
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
-import sacrebleu
 import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from magnetar.data.errors import missing_package
 from magnetar.data.pairs.codec import Codec
 from magnetar.data.pairs.folder import PreparedPairs
 from magnetar.engine.progress import table
@@ -263,6 +264,16 @@ def validation_texts(
     }
 
 
+def require_sacrebleu() -> None:
+    """Refuse to evaluate translations if nothing can score them.
+
+    Raises:
+        UserError: sacrebleu is not installed.
+    """
+    if find_spec("sacrebleu") is None:
+        raise missing_package("BLEU and chrF", "sacrebleu", "translate")
+
+
 def evaluate_translation(
     model: EncoderDecoder,
     codec: Codec,
@@ -283,6 +294,9 @@ def evaluate_translation(
     Returns:
         The same on every rank.
     """
+    require_sacrebleu()
+    import sacrebleu  # in a user's installation it may be missing
+
     decoding = decoding or Decoding()
     max_len = model.encoder.max_len
     ids: list[list[int]] = []

@@ -182,7 +182,7 @@ def test_everything_promised_is_there(trained: Path, prepared: PreparedPairs) ->
         "before training",
         "after ",
         "reference",
-        "magnetar.launchers.translate",
+        "magnetar translate",
         "--from en --to de",
         "too long",
         "dropped",
@@ -192,7 +192,7 @@ def test_everything_promised_is_there(trained: Path, prepared: PreparedPairs) ->
 
 @pytest.mark.slow
 def test_what_continues_text_sends_its_user_to_what_translates(trained: Path) -> None:
-    with pytest.raises(UserError, match=r"has learnt sentence pairs: use .* launchers\.translate"):
+    with pytest.raises(UserError, match=r"has learnt sentence pairs: use .*magnetar translate"):
         open_text_model(trained)
 
 
@@ -232,7 +232,7 @@ def test_data_of_the_other_kind_is_refused(prepared: PreparedPairs, tmp_path: Pa
     assert (
         f"{corpus} holds running text, and magnetar.data.pairs asks for sentence pairs" in message
     )
-    assert "magnetar.launchers.prepare_pairs" in message
+    assert "magnetar prepare-pairs" in message
     message = user_error(
         write_config(tmp_path, prepared.path, changes={"magnetar.model.moe": None})
     )

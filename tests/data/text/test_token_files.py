@@ -87,7 +87,7 @@ def test_the_dtype_is_the_narrowest_that_holds_the_vocabulary(size, dtype):
 
 
 def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match=r"none does not exist: run `python -m launchers\.prepare"):
+    with pytest.raises(UserError, match=r"none does not exist: run `magnetar prepare "):
         open_prepared(tmp_path / "none")
 
 

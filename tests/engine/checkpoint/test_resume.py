@@ -115,7 +115,7 @@ def test_a_run_that_never_saves_leaves_its_numbers_and_starts_anew(
         assert "tokens, saving nothing" in done.stdout
         assert 'none, by magnetar.training.save_every="never"' in done.stdout
         assert "resuming" not in done.stdout
-        assert "magnetar.launchers.generate" not in done.stdout
+        assert "magnetar generate" not in done.stdout
         assert not (tmp_path / "run" / "checkpoints").exists()
         assert records(tmp_path / "run") == records(tmp_path / "saved")
     saved, unsaved = (

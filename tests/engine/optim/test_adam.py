@@ -199,7 +199,7 @@ def test_8_bits_go_with_every_stage_and_precision() -> None:
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install bitsandbytes==0\.50\.2, or use type"):
+    with pytest.raises(UserError, match=r"\[8bit\]' or pip install bitsandbytes==0\.50\.2, or"):
         require_optimizer_package({"optimizer": {"type": "AdamW8bit"}})
     require_optimizer_package({"optimizer": {"type": "AdamW"}})
 

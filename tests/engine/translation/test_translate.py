@@ -7,6 +7,7 @@ import pytest
 import sacrebleu
 import torch
 
+from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import Codec
 from magnetar.engine.translation.translate import (
     Decoding,
@@ -17,6 +18,7 @@ from magnetar.engine.translation.translate import (
     evaluate_translation,
     joined,
     one_line,
+    require_sacrebleu,
     signature_lines,
     translate_ids,
     translation_tables,
@@ -206,3 +208,11 @@ def test_two_ranks_with_half_of_the_experts_each_find_what_one_finds(
     for found, examples in run_on_ranks("tests.engine.translations:scores_on_a_rank", 2, folder):
         assert found == expected.to_dict()
         assert examples == expected.examples
+
+
+def test_without_sacrebleu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magnetar.engine.translation.translate.find_spec", lambda _: None)
+    with pytest.raises(
+        UserError, match=r"run pip install 'magnetar\[translate\]' or pip install s"
+    ):
+        require_sacrebleu()
