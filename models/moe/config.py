@@ -40,18 +40,30 @@ ExpertCount = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 ExpertCounts = Annotated[ExpertCount | list[ExpertCount], WrapValidator(one_problem)]
 
 
-# The keys of where experts lie and how tokens reach them, as they are with one rank.
-ON_ONE_RANK: dict[str, Any] = {
-    "ep_size": 1,
-    "placement": "within_nodes",
-    "exchange": "auto",
-    "exchange_chunks": None,
+# The keys that say on which ranks the experts are, with their values on a single rank.
+ON_ONE_RANK: dict[str, Any] = {"ep_size": 1, "placement": "within_nodes"}
+
+# Keys of earlier versions. Stored configs hold them with one of these values, which describe what
+# happens today; any other value is refused.
+RETIRED_KEYS: dict[str, tuple[Any, ...]] = {
+    "exchange": ("auto", "flat"),
+    "exchange_chunks": (None, 1),
 }
-EXCHANGE_CHUNKS = 1  # where none are asked for, and experts can be so divided
+
+
+def without_retired_keys(moe: Any) -> Any:
+    """A `moe` section of any version without the retired keys that ask for nothing special."""
+    if not isinstance(moe, dict):
+        return moe
+    return {
+        key: value
+        for key, value in moe.items()
+        if key not in RETIRED_KEYS or value not in RETIRED_KEYS[key] or isinstance(value, bool)
+    }
 
 
 class MoEConfig(StrictModel):
-    """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
+    """The MoE layers: which layers have experts, how many, and how tokens are routed to them."""
 
     num_experts: ExpertCounts = Field(
         description="Experts in each MoE layer, over the whole job. A list: those of the first MoE "
@@ -78,23 +90,6 @@ class MoEConfig(StrictModel):
         "so that those with the same experts are neighbours: tokens travel between nodes and "
         "experts' gradients inside them, which is less where experts are large and tokens few. "
         "It changes no number. Only with ep_size > 1.",
-    )
-    exchange: Literal["auto", "flat", "hierarchical"] = Field(
-        default="auto",
-        description="How tokens travel to experts on several nodes. `flat`: each rank sends to "
-        "each. `hierarchical`: inside the node first, to the rank of the same place as the "
-        "expert's, and from there to the other node, in fewer and larger messages. It needs as "
-        "many ranks on each node, several of them; elsewhere tokens travel flat. `auto`: "
-        "hierarchical where flat messages would be small, up to 1 MiB, or 8 KiB on CPUs. It "
-        "changes no number. Only with ep_size > 1.",
-    )
-    exchange_chunks: int | None = Field(
-        default=None,
-        ge=1,
-        description="Parts in which tokens travel to the experts of other ranks and back, each "
-        "while another is computed; it changes no number. It must divide num_experts / ep_size. "
-        "Only with ep_size > 1. null: chosen. Where the experts have no kernels (on CPUs, with a "
-        "gated activation or activation_dropout) nothing is overlapped.",
     )
     router: Literal["xmoe", "linear"] = Field(
         default="xmoe",
@@ -203,6 +198,11 @@ class MoEConfig(StrictModel):
         "2202.08906: 1e-3), averaged over MoE layers.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_any_version(cls, section: Any) -> Any:
+        return without_retired_keys(section)
+
     @model_validator(mode="after")
     def _no_contradictions(self) -> "MoEConfig":
         wrong = []
@@ -223,14 +223,6 @@ class MoEConfig(StrictModel):
                 for name, usual in ON_ONE_RANK.items()
                 if (value := getattr(self, name)) != usual
             ]
-        elif any(
-            count // self.ep_size % (self.exchange_chunks or 1) for count in self.expert_counts
-        ):
-            local = math.gcd(*self.expert_counts) // self.ep_size
-            wrong.append(
-                f"exchange_chunks={self.exchange_chunks} must divide num_experts / ep_size: use "
-                f"one of {[size for size in range(1, local + 1) if local % size == 0]}"
-            )
         fewest = min(self.expert_counts)
         if self.top_k > fewest:
             wrong.append(
@@ -311,12 +303,6 @@ class MoELayerConfig(MoEConfig):
     """The keys of one MoE layer."""
 
     num_experts: int = Field(ge=1, description="Experts of the layer, over the whole job.")
-
-    @property
-    def num_exchange_chunks(self) -> int:
-        """Parts of the exchange, asked for or chosen."""
-        local = self.num_experts // self.ep_size
-        return self.exchange_chunks or math.gcd(EXCHANGE_CHUNKS, local)
 
     @property
     def router_width(self) -> int:
