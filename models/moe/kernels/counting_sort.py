@@ -139,7 +139,7 @@ def sorted_positions(
         assignment_of,
         offsets,
         counts,
-        None if order is None else order.places,
+        None if order is None else order.positions,
         num_tokens * top_k,
         num_blocks,
         E=num_experts,
