@@ -1,6 +1,8 @@
-"""The experts of one rank: stacked tensors behind grouped matmuls.
+"""The experts of one rank: stacked weights and grouped matmuls.
 
 Letters: L local experts, D d_model, F d_ff, R rows (tokens sent to this rank's experts).
+
+`Experts.forward` is the plain path; moe/kernels/expert_ffn.py has the kernel path.
 """
 
 from typing import Any
@@ -29,7 +31,7 @@ class _ExpandRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         segment_ids, counts = ctx.saved_tensors
         if grad.is_cuda:
-            # index_add_ would add with atomics there: another order, other bits, every run.
+            # On a GPU index_add_ adds with atomics, in another order in every run.
             sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, initial=0.0)
             return sums.to(grad.dtype), None, None
         sums = grad.new_zeros(counts.numel(), grad.size(1))
@@ -60,7 +62,7 @@ class Experts(nn.Module):
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
     ) -> None:
-        """Build the experts; the arguments are those of a dense `FeedForward`."""
+        """Build the experts; see `FeedForward` for the arguments."""
         super().__init__()
         self.num_local_experts = num_local_experts
         self.gain = gain
@@ -98,7 +100,7 @@ class Experts(nn.Module):
             nn.init.zeros_(self.norm_bias)
 
     def uses_kernels(self, rows: Tensor) -> bool:
-        """Whether Triton's kernels do the work on rows like these."""
+        """Whether the kernel path runs for rows of this device and dtype."""
         dropout = self.activation_dropout if self.training else 0.0
         return kernels.usable(rows) and not self.gated and dropout == 0
 
@@ -131,9 +133,10 @@ class Experts(nn.Module):
         assert not defer_bias
         if offsets is None:
             offsets = counts.cumsum(0).to(torch.int32)
-        segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
+        segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))  # (R,)
 
-        # A token at a time has few rows: what costs something for every expert then rules.
+        # In decoding there are a few rows at a time, and the cost of the experts without rows
+        # dominates: multiply only for those that have some.
         is_few = not self.training and 0 < rows.size(0) < 8 * self.num_local_experts
         sizes = counts.tolist() if is_few and not rows.is_cuda else None
 
@@ -147,24 +150,24 @@ class Experts(nn.Module):
 
         h = self.activation(linear(rows, self.w1, self.b1))  # (R, F)
         if self.gated:
-            h = h * linear(rows, self.w3, self.b3)
+            h = h * linear(rows, self.w3, self.b3)  # (R, F)
         h = F.dropout(h, self.activation_dropout, self.training)
         w2: Tensor = self.w2
         b2: Tensor = self.b2
         if self.inner_norm and self.num_local_experts == 1:
-            # As the dense network does it, to the last bit.
+            # The dense network's own call, for the same bits.
             norm = (self.norm_weight[0], self.norm_bias[0])
             h = F.layer_norm(h, (self.d_ff,), *norm, eps=self.norm_eps)
         elif self.inner_norm and is_few:
-            weight, bias = self.norm_weight[segment_ids], self.norm_bias[segment_ids]
+            weight, bias = self.norm_weight[segment_ids], self.norm_bias[segment_ids]  # (R, F)
             h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps) * weight + bias
         elif self.inner_norm:
-            # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part
-            # into the weights touches L*F*D numbers in place of R*F.
+            # (LN(h) * g + c) w2 = LN(h) (g * w2) + c w2. Folding g and c into w2 and b2 touches
+            # L*F*D numbers in place of R*F.
             h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps)
-            b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)
-            w2 = self.norm_weight.unsqueeze(-1) * w2
-        return linear(h, w2, b2)
+            b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)  # (L, D)
+            w2 = self.norm_weight.unsqueeze(-1) * w2  # (L, F, D)
+        return linear(h, w2, b2)  # (R, D)
 
     def _by_kernels(
         self,
@@ -202,7 +205,7 @@ def _split_experts(module: nn.Module, state: dict, prefix: str, _metadata: objec
 
 
 def _stack_experts(module: nn.Module, state: dict, prefix: str, *_unused: object) -> None:
-    """Load hook: one entry per expert -> (L, ...) tensors. What is missing stays missing."""
+    """Load hook: one entry per expert -> (L, ...) tensors. Missing entries stay missing."""
     assert isinstance(module, Experts)
     for name in PARAMETERS:
         keys = [

@@ -297,7 +297,7 @@ class _Cosines(torch.autograd.Function):
 def fused_cosines(
     h: Tensor, weight: Tensor, centroids: Tensor, *, normalize_tokens: bool = True
 ) -> Tensor:
-    """(N, E) float32, what XMoERouter.cosine_scores computes.
+    """(N, E) float32, what XMoERouter.scores computes.
 
     Args:
         h: (N, D) bf16.
