@@ -9,6 +9,8 @@ from magnetar.models.moe.config import MAX_WIDTH, MoEConfig, StrictModel
 MAX_LAYERS = 10_000
 MAX_LENGTH = 1 << 24
 
+NormName = Literal["pre", "post", "subln", "deepnorm", "normformer", "admin"]
+
 
 class ModelConfig(StrictModel):
     """The Transformer: its shape, its norms, its positions, its regularisation."""
@@ -52,7 +54,7 @@ class ModelConfig(StrictModel):
         le=MAX_LENGTH,
         description="Positions of the decoder of an `encoder_decoder`. null: max_seq_len.",
     )
-    norm: Literal["pre", "post", "subln", "deepnorm", "normformer", "admin"] = Field(
+    norm: NormName = Field(
         default="subln",
         description="Where the LayerNorms stand, how residuals are scaled and how weights start: "
         "`subln` (Magneto, arXiv 2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv "

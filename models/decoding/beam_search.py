@@ -25,17 +25,17 @@ from torch import Tensor
 
 from magnetar.models.layers.attention import Cache
 from magnetar.models.moe.layer import SparseFeedForward
-from magnetar.models.moe.noise import mixed, uniform
+from magnetar.models.moe.noise import splitmix64, uniform
 from magnetar.models.transformer import EncoderDecoder
 
 NEVER = float("-inf")
 
 
 class Translation(NamedTuple):
-    """What a source became.
+    """The translation of one source.
 
     Attributes:
-        tokens: without the end.
+        tokens: token ids without the end token.
         score: log p / n^length_penalty of the n tokens, the end among them; p without
             temperature and top_p.
     """
@@ -45,13 +45,13 @@ class Translation(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn.
+    """The distribution from which tokens are drawn.
 
     Attributes:
-        temperature: above 0; 1: the model's own distribution.
-        top_p: draw among the fewest tokens whose probabilities sum to at least this, and those
-            as likely as the last of them.
-        seed: of the draw.
+        temperature: divisor of the logits, above 0.
+        top_p: probability mass to draw from: the fewest tokens that sum to at least this, and
+            those as likely as the last of them.
+        seed: seed of the draw.
     """
 
     temperature: float = 1.0
@@ -60,7 +60,7 @@ class Sampling(NamedTuple):
 
 
 def default_max_len(source_len: int) -> int:
-    """Tokens that a translation may have, the end among them."""
+    """Largest number of tokens of a translation, the end token included."""
     return 2 * source_len + 20
 
 
@@ -112,7 +112,7 @@ def translate(
             search = _Search(limits, beam, length_penalty, eos_id)
         else:
             ids = torch.arange(source.size(0)) if sample_ids is None else sample_ids
-            keys = mixed(mixed(torch.tensor(sampling.seed)) + ids).to(source.device)
+            keys = splitmix64(splitmix64(torch.tensor(sampling.seed)) + ids).to(source.device)
             search = _Draws(limits, length_penalty, eos_id, sampling, keys)
         is_active = True
         while any_rank(is_active) if any_rank else is_active:

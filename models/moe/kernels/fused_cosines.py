@@ -4,9 +4,9 @@ Letters: N tokens, D d_model, R d_router, E experts.
 
     p = h W^T,  cosines = p / ||p||  .  c / ||c||       (arXiv 2204.09179, eq. 6)
 
-Float32 results of bf16 tokens, without a float32 copy of the tokens. A float32 weight is the sum of
-three bf16 numbers, to the last bit: its products with a bf16 token are exact in a tensor core, and
-only their sum is rounded, in float32. A bf16 weight is one such number.
+The results are float32, without a float32 copy of the bf16 tokens. A float32 weight is exactly the
+sum of three bf16 numbers. A tensor core multiplies each of them with a bf16 token exactly, so only
+the sum is rounded, in float32. A bf16 weight needs one such number.
 """
 
 # Triton evaluates the annotations of a kernel's arguments and knows none for pointers.
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 MAX_D_ROUTER = 256
 _BLOCK_TOKENS = 64  # the rows of one warpgroup's matrix instruction
-_EPS = tl.constexpr(1e-12)  # of F.normalize
+_EPS = tl.constexpr(1e-12)  # F.normalize's own
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Cosines(torch.autograd.Function):
-    """`fused_cosines`; kept for the backward are h, W's parts, unit vectors and lengths."""
+    """`fused_cosines`; the backward pass keeps h, W's parts, unit vectors and lengths."""
 
     @staticmethod
     def forward(
@@ -297,13 +297,13 @@ class _Cosines(torch.autograd.Function):
 def fused_cosines(
     h: Tensor, weight: Tensor, centroids: Tensor, *, normalize_tokens: bool = True
 ) -> Tensor:
-    """(N, E) float32, what XMoERouter.scores computes.
+    """XMoERouter.scores, (N, E) float32.
 
     Args:
         h: (N, D) bf16.
-        weight: (R, D) float32 or bf16, of the projection; R is at most MAX_D_ROUTER.
+        weight: (R, D) float32 or bf16, the projection; R is up to MAX_D_ROUTER.
         centroids: (E, R) float32 or bf16.
-        normalize_tokens: divide by ||W h||.
+        normalize_tokens: whether to divide by ||W h||.
     """
     assert h.dtype == torch.bfloat16
     assert {weight.dtype, centroids.dtype} <= {torch.float32, torch.bfloat16}
