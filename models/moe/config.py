@@ -22,7 +22,7 @@ class StrictModel(BaseModel):
 
 
 def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
-    """A union's problems are those of each of its types: only one of them is the user's."""
+    """Report one problem of a union, that of the type that the user meant."""
     try:
         return validate(value)
     except ValidationError as error:
@@ -30,7 +30,7 @@ def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
         raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
 
 
-# Larger than anybody trains: a slip of the keyboard must not ask for terabytes, or for hours of
+# Larger than anybody trains, so that a typing error does not ask for terabytes or hours of
 # building. Their products still fit 63 bits.
 MAX_EXPERTS = 1 << 16
 MAX_WIDTH = 1 << 20
@@ -84,12 +84,11 @@ class MoEConfig(StrictModel):
     )
     placement: Literal["within_nodes", "across_nodes"] = Field(
         default="within_nodes",
-        description="How a set of experts lies on several nodes. `within_nodes`: on ep_size ranks "
-        "one after the other, so with ep_size up to the ranks of a node tokens stay inside it, and "
-        "experts' gradients travel between nodes. `across_nodes`: on ranks as far apart as can be, "
-        "so that those with the same experts are neighbours: tokens travel between nodes and "
-        "experts' gradients inside them, which is less where experts are large and tokens few. "
-        "It changes no number. Only with ep_size > 1.",
+        description="Which ranks share a set of experts. `within_nodes`: consecutive ranks, so "
+        "with ep_size up to the ranks of a node tokens stay inside the node, and the experts' gradients "
+        "travel between nodes. `across_nodes`: ranks as far apart as possible, so tokens travel "
+        "between nodes and the experts' gradients stay inside, which is less traffic if experts "
+        "are large and tokens few. It changes no number. Only with ep_size > 1.",
     )
     router: Literal["xmoe", "linear"] = Field(
         default="xmoe",
@@ -154,15 +153,15 @@ class MoEConfig(StrictModel):
     )
     capacity_order: Literal["first_come", "batch_prioritized", "random"] = Field(
         default="first_come",
-        description="Who gets the places of a full expert: `first_come`: the earlier position. "
+        description="Which tokens a full expert keeps. `first_come`: the earlier position. "
         "`batch_prioritized`: the token whose first choice has the higher probability (arXiv "
         "2106.05974). `random`: drawn. Only with dispatch `capacity`.",
     )
     capacity_scope: Literal["global", "rank"] = Field(
         default="global",
-        description="Whose tokens share an expert's places. `global`: those of the micro-batches "
-        "of all ranks together, so that the number of ranks changes nothing. `rank`: each rank's "
-        "own, as in GShard, without an exchange of choices. Only with dispatch `capacity`.",
+        description="The tokens that compete for an expert's capacity. `global`: those of the "
+        "micro-batches of all ranks, so the number of ranks changes nothing. `rank`: each rank's "
+        "own, as in GShard, without gathering all choices. Only with dispatch `capacity`.",
     )
     eval_capacity_fraction: float | None = Field(
         default=None,
@@ -186,10 +185,11 @@ class MoEConfig(StrictModel):
     )
     balance_scope: Literal["micro_step", "batch"] = Field(
         default="micro_step",
-        description="Whose tokens the balance loss is about: those of each accumulation step by "
-        "itself, over all ranks, or those of the whole `batch`. That makes the loss independent "
-        "of gradient_accumulation_steps, and costs a third more compute where there are several: "
-        "a pass without gradients counts before the training pass. Not with dispatch `capacity`.",
+        description="The tokens of one balance loss, over all ranks. `micro_step`: those of each "
+        "accumulation step. `batch`: those of the whole batch. With `batch` and dispatch "
+        "`dropless` the numbers no longer depend on gradient_accumulation_steps, and several "
+        "steps cost a third more compute: a pass without gradients counts before the training "
+        "pass. Not with dispatch `capacity`.",
     )
     router_z_loss_weight: float = Field(
         default=0.0,
@@ -235,16 +235,13 @@ class MoEConfig(StrictModel):
                 f"dispatch={self.dispatch!r}: set capacity_factor (1.0, say) with dispatch "
                 "'capacity', and leave it out with 'dropless'"
             )
-        if self.dispatch == "dropless" and self.capacity_order != "first_come":
-            wrong.append(
-                f"capacity_order={self.capacity_order!r} belongs to dispatch 'capacity': leave it "
-                "out, or use dispatch 'capacity' with a capacity_factor"
-            )
-        if self.dispatch == "dropless" and self.capacity_scope != "global":
-            wrong.append(
-                f"capacity_scope={self.capacity_scope!r} belongs to dispatch 'capacity': leave it "
-                "out, or use dispatch 'capacity' with a capacity_factor"
-            )
+        if self.dispatch == "dropless":
+            wrong += [
+                f"{name}={getattr(self, name)!r} belongs to dispatch 'capacity': leave it out, or "
+                "use dispatch 'capacity' with a capacity_factor"
+                for name in ("capacity_order", "capacity_scope")
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
         if self.dispatch == "capacity" and self.balance_scope == "batch":
             wrong.append(
                 "balance_scope='batch' does not go with dispatch 'capacity', where each "
@@ -283,7 +280,7 @@ class MoEConfig(StrictModel):
 
     @property
     def expert_counts(self) -> list[int]:
-        """The numbers of experts that layers have: one for all of them, or one for each."""
+        """Numbers of experts: one for all layers, or one for each layer."""
         return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
 
     @property
