@@ -85,7 +85,7 @@ class MoEConfig(StrictModel):
     placement: Literal["within_nodes", "across_nodes"] = Field(
         default="within_nodes",
         description="Which ranks share a set of experts. `within_nodes`: consecutive ranks, so "
-        "with ep_size up to the ranks of a node tokens stay inside the node, and experts' gradients "
+        "with ep_size up to the ranks of a node tokens stay inside it, and experts' gradients "
         "travel between nodes. `across_nodes`: ranks as far apart as possible, so tokens travel "
         "between nodes and the experts' gradients stay inside, which is less traffic if experts "
         "are large and tokens few. It changes no number. Only with ep_size > 1.",
