@@ -69,13 +69,13 @@ def recorded_moments(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         return hook
 
     for name, stack in stacks(model).items():
-        found = list(sublayers(stack))
+        pairs = list(sublayers(stack))
         table = torch.zeros(
-            1 + len(found), 3, dtype=torch.float64, device=stack.embedding.weight.device
+            1 + len(pairs), 3, dtype=torch.float64, device=stack.embedding.weight.device
         )
         moments[name] = table
         hooks.append(stack.blocks[0].register_forward_pre_hook(watch(table[0])))
-        for row, (module, _) in zip(table[1:], found, strict=True):
+        for row, (module, _) in zip(table[1:], pairs, strict=True):
             hooks.append(module.register_forward_hook(watch(row)))
     try:
         yield moments
@@ -177,19 +177,19 @@ def _scale_embedding(
     stack: Transformer, omega: Tensor, prefix: str, changes: dict[str, Any]
 ) -> dict[str, Tensor]:
     """The tensors that multiply a stack's embedding by omega; adds the keys that change."""
-    found = {}
+    scaled = {}
     if stack.token_norm is not None:
         _scale_norm(stack.token_norm, omega)
     else:
         changes |= {"tie_embeddings": False}
         if stack.config.share_embeddings:
             changes |= {"share_embeddings": False}
-        found[f"{prefix}embedding.weight"] = stack.embedding.weight * omega
+        scaled[f"{prefix}embedding.weight"] = stack.embedding.weight * omega
     table = stack.sinusoids if stack.positions is None else stack.positions.weight
     if table is not None:
         changes |= {"positions": "learned"}
-        found[f"{prefix}positions.weight"] = table * omega
-    return found
+        scaled[f"{prefix}positions.weight"] = table * omega
+    return scaled
 
 
 def _scale_inputs(module: nn.Module, factor: Tensor) -> None:

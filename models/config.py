@@ -172,11 +172,11 @@ class ModelConfig(StrictModel):
             )
         wrong += self._contradictions()
         if self.moe is not None and isinstance(self.moe.num_experts, list) and not wrong:
-            given, needed = len(self.moe.num_experts), self.num_moe_layers
-            if given != needed:
+            num_counts, needed = len(self.moe.num_experts), self.num_moe_layers
+            if num_counts != needed:
                 wrong.append(
                     f"moe.num_experts={self.moe.num_experts} must have one number for each MoE "
-                    f"layer, of which moe.every={self.moe.every} makes {needed}, not {given}: "
+                    f"layer, of which moe.every={self.moe.every} makes {needed}, not {num_counts}: "
                     "give as many, or one number for all"
                 )
         if wrong:

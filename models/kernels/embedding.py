@@ -36,9 +36,9 @@ def _gradient_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     while first < end:
         index = first + tl.arange(0, ROWS)
-        place = tl.load(order + index, mask=index < end, other=0)
+        position = tl.load(order + index, mask=index < end, other=0)
         mask = (index < end)[:, None] & is_column[None, :]
-        at = grad + place[:, None] * D + column[None, :]
+        at = grad + position[:, None] * D + column[None, :]
         total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         first += ROWS
     at = out + token.to(tl.int64) * D + column

@@ -26,8 +26,9 @@ def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
     try:
         return validate(value)
     except ValidationError as error:
-        found = error.errors()[-1 if isinstance(value, list) else 0]
-        raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
+        problem = error.errors()[-1 if isinstance(value, list) else 0]
+        kind, context = problem["type"], problem.get("ctx")
+        raise PydanticKnownError(kind, context) from None  # type: ignore[arg-type]
 
 
 # Larger than anybody trains, so that a typing error does not ask for terabytes or hours of

@@ -106,10 +106,10 @@ def _forward_kernel(
         directions, _ = _unit_rows(tl.load(c_at, mask=c_mask, other=0.0).to(tl.float32))
         # Three tf32 products: an error of some 2^-22, float32's own, at a tensor core's speed;
         # "ieee" would multiply outside of them, some five times as long.
-        found = tl.dot(unit, tl.trans(directions), input_precision="tf32x3")
+        products = tl.dot(unit, tl.trans(directions), input_precision="tf32x3")
         tl.store(
             cosines + token[:, None] * E + expert[None, :],
-            found,
+            products,
             mask=is_token & is_expert[None, :],
         )
 
@@ -157,15 +157,15 @@ def _backward_kernel(
         unit = tl.load(units + token[:, None] * R + column[None, :], mask=mask, other=0.0)
         length = tl.load(lengths + token, mask=token < num_tokens, other=1.0)
         rest = _through_unit_rows(of_unit, unit, length)
-    place = grad_projected + token[:, None] * (GRAD_PARTS * R) + column[None, :]
+    p_at = grad_projected + token[:, None] * (GRAD_PARTS * R) + column[None, :]
     high = rest.to(tl.bfloat16)
-    tl.store(place, high, mask=mask)
+    tl.store(p_at, high, mask=mask)
     rest -= high.to(tl.float32)
     low = rest.to(tl.bfloat16)
-    tl.store(place + R, low, mask=mask)
+    tl.store(p_at + R, low, mask=mask)
     if GRAD_PARTS == 3:
         rest -= low.to(tl.float32)
-        tl.store(place + 2 * R, rest.to(tl.bfloat16), mask=mask)
+        tl.store(p_at + 2 * R, rest.to(tl.bfloat16), mask=mask)
     if OF_H:
         # Rounded to bf16 in the end: products below 2^-16 of the largest do not show.
         for start in range(0, D, BLOCK_D):
@@ -174,13 +174,13 @@ def _backward_kernel(
             w_at = parts + column[:, None] * D + inner[None, :]
             w_mask = is_column[:, None] & is_inner[None, :]
             w_tile = tl.load(w_at, mask=w_mask, other=0.0)
-            found = _dot(low, w_tile, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), INTERPRETED)
+            of_tokens = _dot(low, w_tile, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), INTERPRETED)
             if PARTS > 1:
                 w_low = tl.load(w_at + R * D, mask=w_mask, other=0.0)
-                found = _dot(high, w_low, found, INTERPRETED)
-            found = _dot(high, w_tile, found, INTERPRETED)
+                of_tokens = _dot(high, w_low, of_tokens, INTERPRETED)
+            of_tokens = _dot(high, w_tile, of_tokens, INTERPRETED)
             h_at = grad_h + token[:, None] * D + inner[None, :]
-            tl.store(h_at, found.to(tl.bfloat16), mask=is_token & is_inner[None, :])
+            tl.store(h_at, of_tokens.to(tl.bfloat16), mask=is_token & is_inner[None, :])
 
 
 @triton.jit
@@ -193,8 +193,8 @@ def _centroids_kernel(
     mask = (expert < E)[:, None] & (column < R)[None, :]
     direction, length = _unit_rows(tl.load(centroids + at, mask=mask, other=0.0).to(tl.float32))
     of_direction = tl.load(grad + at, mask=mask, other=0.0)
-    found = _through_unit_rows(of_direction, direction, length)
-    tl.store(grad_centroids + at, found.to(grad_centroids.dtype.element_ty), mask=mask)
+    of_centroid = _through_unit_rows(of_direction, direction, length)
+    tl.store(grad_centroids + at, of_centroid.to(grad_centroids.dtype.element_ty), mask=mask)
 
 
 def _bf16_parts(weight: Tensor) -> Tensor:

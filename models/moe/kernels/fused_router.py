@@ -351,22 +351,15 @@ class _Route(torch.autograd.Function):
         sums = partial.sum(0)
         probs, entropy, log_z_squared = sums[:num_experts], sums[-2], sums[-1]
         load, first_choices = histogram.sum(-1)  # int64
-        without = (experts, first_probs, entropy, load, first_choices, histogram[0])
-        ctx.mark_non_differentiable(*without)
+        block_counts = histogram[0]
+        ctx.mark_non_differentiable(
+            experts, first_probs, entropy, load, first_choices, block_counts
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scores, tau, experts)
         ctx.options, ctx.temperatures = options, temperatures
-        return (
-            experts,
-            weights,
-            first_probs,
-            probs,
-            entropy,
-            log_z_squared,
-            load,
-            first_choices,
-            without[-1],
-        )
+        sums_of_tokens = (probs, entropy, log_z_squared, load, first_choices, block_counts)
+        return experts, weights, first_probs, *sums_of_tokens
 
     @staticmethod
     @once_differentiable
