@@ -1,4 +1,4 @@
-"""What a model is: the keys under `magnetar.model` of the JSON."""
+"""The keys under `magnetar.model` of the JSON."""
 
 from typing import Literal
 

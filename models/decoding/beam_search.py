@@ -322,15 +322,15 @@ class _Search:
         left = (~is_over).nonzero().squeeze(1)
         if not left.numel():
             return False
-        nobody_left = left.numel() == is_over.numel()
-        if not nobody_left:
+        all_go_on = left.numel() == is_over.numel()
+        if not all_go_on:
             for name in (
                 *("index", "limits", "bounds", "tokens", "scores", "greedy", "num_ended"),
             ):
                 setattr(self, name, getattr(self, name).index_select(0, left))
-        if not (nobody_left and self.beam == 1):
+        if not (all_go_on and self.beam == 1):
             rows = (left * self.beam).unsqueeze(1) + beams.index_select(0, left)
-            steps.select(rows.flatten(), same_sources=nobody_left)
+            steps.select(rows.flatten(), same_sources=all_go_on)
         return True
 
 

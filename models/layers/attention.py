@@ -79,7 +79,7 @@ class Cache:
 
 
 class _Attention(nn.Module, ABC):
-    """What self-attention and cross-attention share: heads, norms, output projection."""
+    """Common base of self-attention and cross-attention: heads, norms, output projection."""
 
     def __init__(
         self,

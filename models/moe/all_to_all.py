@@ -3,8 +3,8 @@
 Letters: W ranks that share one set of experts, E experts, L = E / W experts of each rank,
 A rows that this rank sends, R rows that its experts receive, S of them from other ranks, D d_model.
 
-A rank sends its rows sorted by (rank of the expert, expert). Rows for its own experts lie behind
-all others and are not sent. Rows of other ranks arrive sorted by (sender, expert).
+A rank sends its rows sorted by (rank of the expert, expert). Rows for its own experts come
+last and are not sent. Rows of other ranks arrive sorted by (sender, expert).
 
     A rows of this rank's tokens               | rows for other ranks ... | own rows |
                                                         |  all-to-all          |
@@ -288,7 +288,7 @@ class AllToAll:
 
 
 def sender_major_positions(counts: Tensor, rank: int, num_rows: int) -> Tensor:
-    """Where the rows sorted by (expert, sender) are among the received rows.
+    """The positions, among the received rows, of the rows sorted by (expert, sender).
 
     Received rows are sorted by (sender, expert) with this rank's own rows last. The grouped matmul
     wants them sorted by (expert, sender).

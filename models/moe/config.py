@@ -1,4 +1,4 @@
-"""What a MoE layer is: the keys under `magnetar.model.moe` of the JSON."""
+"""The keys under `magnetar.model.moe` of the JSON."""
 
 import math
 from typing import Annotated, Any, Literal

@@ -63,7 +63,7 @@ class Choices(NamedTuple):
 
 
 def kept_choices(choices: Choices, num_experts: int, capacity: int | Tensor) -> Tensor:
-    """Which choices are served if each expert serves `capacity` of them.
+    """The choices that are served if each expert serves `capacity` of them.
 
     An expert serves first choices in order of priority or position, then second choices.
 
@@ -103,7 +103,7 @@ def _starts(expert_of: Tensor, num_experts: int) -> Tensor:
 
 
 def expert_counts(experts: Tensor, num_experts: int, used: Tensor | None = None) -> Tensor:
-    """How often each expert is named, without waiting for the device.
+    """The number of choices of each expert, without waiting for the device.
 
     Args:
         experts: int64 of any shape.

@@ -274,8 +274,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
         held = read_json(index)
     except FileNotFoundError:
         raise ValueError(
-            f"{index} is missing, which says what lies in which shard: copy it again, or convert "
-            "it again"
+            f"{index} is missing, which says which shard holds which tensor: copy it again, or "
+            "convert it again"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(
