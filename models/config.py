@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from magnetar.models.moe.config import MAX_WIDTH, MoEConfig, StrictModel
+from magnetar.models.moe.config import MAX_WIDTH, ON_ONE_RANK, MoEConfig, StrictModel
 
 MAX_LAYERS = 10_000
 MAX_LENGTH = 1 << 24
@@ -296,3 +296,10 @@ class ModelConfig(StrictModel):
         if self.moe is None:
             return 0
         return self.encoder_depth // self.moe.every + self.decoder_depth // self.moe.every
+
+
+def on_one_rank(config: ModelConfig) -> ModelConfig:
+    """The config of the same model with all experts on one rank."""
+    if config.moe is None:
+        return config
+    return config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})

@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from magnetar.models.config import ModelConfig
-from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import empty_model
 
@@ -15,10 +14,8 @@ def num_parameters(config: ModelConfig) -> tuple[int, int]:
     The active parameters cost 6 FLOPs each per token, forward and backward: top_k experts of each
     MoE layer and the output projection count, embedding and position tables do not.
     """
-    if config.moe is not None:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
     with torch.device("meta"):
-        model = empty_model(config)
+        model = empty_model(on_one_rank(config))
     total = sum(parameter.numel() for parameter in model.parameters())
     active = total
     for module in model.modules():

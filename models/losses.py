@@ -133,6 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_len = _chunk_len(hidden, weight)
         softmax = _softmax
         if kernels.usable(hidden):
+            # Imported here, since Triton is not installed everywhere.
             from magnetar.models.kernels.cross_entropy import cross_entropy as softmax
         all_logits = hidden.new_empty(chunk_len, len(weight))
         for first in range(0, len(hidden), chunk_len):

@@ -12,6 +12,7 @@ class Embedding(nn.Embedding):
         """Int64 of any shape -> (..., D)."""
         if not (kernels.usable(self.weight) and self.weight.requires_grad):
             return super().forward(tokens)
+        # Imported here, since Triton is not installed everywhere.
         from magnetar.models.kernels.embedding import EmbedTokens
 
         embedded: Tensor = EmbedTokens.apply(self.weight, tokens)

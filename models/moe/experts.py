@@ -178,6 +178,7 @@ class Experts(nn.Module):
         all_to_all: AllToAll | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See `forward`."""
+        # Imported here, since Triton is not installed everywhere.
         from magnetar.models.moe.kernels.expert_ffn import AllToAllExpertFFN, ExpertFFN
 
         affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)

@@ -143,6 +143,7 @@ class SparseFeedForward(nn.Module):
         self, h: Tensor, keys: Tensor | None, index: Tensor | None, shape: torch.Size
     ) -> tuple[Tensor, RoutingStats]:
         """(N, D) -> (N, D), the kernel path: fewer passes over memory."""
+        # Imported here, since Triton is not installed everywhere.
         from magnetar.models.moe.kernels.counting_sort import kept_block_counts, sorted_positions
         from magnetar.models.moe.kernels.permute import CombineRows, GatherRows
 

@@ -221,6 +221,7 @@ class Router(nn.Module):
 
     def _route_by_kernel(self, scores: Tensor) -> "tuple[FusedRouting, Tensor]":
         """`forward` from the (N, E) scores on, with second_expert "all"; and the temperature ()."""
+        # Imported here, since Triton is not installed everywhere.
         from magnetar.models.moe.kernels.fused_router import fused_route
 
         tau = None if self.temperature is None else self.temperature.float()
@@ -328,6 +329,7 @@ class XMoERouter(Router):
 
     def fused_scores(self, h: Tensor) -> Tensor:
         """`scores` by a kernel, if there is one for these tokens."""
+        # Imported here, since Triton is not installed everywhere.
         from magnetar.models.moe.kernels.fused_cosines import MAX_D_ROUTER, fused_cosines
 
         weight = self.projection.weight

@@ -18,8 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from magnetar.models.config import ModelConfig
-from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model
 from magnetar.models.weights.files import (
@@ -261,13 +260,6 @@ def tied_names(model: nn.Module) -> set[str]:
     """All names but the first of each tied parameter."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return names - {name for name, _ in model.named_parameters()}
-
-
-def on_one_rank(config: ModelConfig) -> ModelConfig:
-    """The config of the same model with all experts on one rank."""
-    if config.moe is None:
-        return config
-    return config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
 
 
 def check_tensors(
