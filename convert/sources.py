@@ -16,12 +16,11 @@ from magnetar.engine.checkpoint.format import (
     newest_checkpoint,
     read_checkpoint,
 )
-from magnetar.models.config import ModelConfig
+from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.weights.files import LazyTensors, Spec, has_weights
 from magnetar.models.weights.load_save import (
     CONFIG_FILE,
     check_tensors,
-    on_one_rank,
     open_weights,
     tensor_shapes,
 )

@@ -36,11 +36,10 @@ from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import RunConfig, check_config
 from magnetar.engine.optim.adam import BLOCK, MIN_8BIT_SIZE, takes_8_bits
-from magnetar.models.config import ModelConfig
+from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.config import ON_ONE_RANK
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import empty_model
-from magnetar.models.weights.load_save import on_one_rank
 
 GIB = 2**30
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -208,7 +207,7 @@ def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     zero["stage"] = layout.zero_stage
     moe = result["magnetar"]["model"]["moe"]
     if moe is not None:
-        moe |= ON_ONE_RANK if layout.ep_size == 1 else {"exchange_chunks": None}
+        moe |= ON_ONE_RANK if layout.ep_size == 1 else {}
         moe["ep_size"] = layout.ep_size
         zero.pop("parameter_alignment", None)  # follows from the stage
     return result

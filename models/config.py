@@ -1,13 +1,15 @@
-"""What a model is: the keys under `magnetar.model` of the JSON."""
+"""The keys under `magnetar.model` of the JSON."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from magnetar.models.moe.config import MAX_WIDTH, MoEConfig, StrictModel
+from magnetar.models.moe.config import MAX_WIDTH, ON_ONE_RANK, MoEConfig, StrictModel
 
 MAX_LAYERS = 10_000
 MAX_LENGTH = 1 << 24
+
+NormName = Literal["pre", "post", "subln", "deepnorm", "normformer", "admin"]
 
 
 class ModelConfig(StrictModel):
@@ -52,7 +54,7 @@ class ModelConfig(StrictModel):
         le=MAX_LENGTH,
         description="Positions of the decoder of an `encoder_decoder`. null: max_seq_len.",
     )
-    norm: Literal["pre", "post", "subln", "deepnorm", "normformer", "admin"] = Field(
+    norm: NormName = Field(
         default="subln",
         description="Where the LayerNorms stand, how residuals are scaled and how weights start: "
         "`subln` (Magneto, arXiv 2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv "
@@ -170,11 +172,11 @@ class ModelConfig(StrictModel):
             )
         wrong += self._contradictions()
         if self.moe is not None and isinstance(self.moe.num_experts, list) and not wrong:
-            given, needed = len(self.moe.num_experts), self.num_moe_layers
-            if given != needed:
+            num_counts, needed = len(self.moe.num_experts), self.num_moe_layers
+            if num_counts != needed:
                 wrong.append(
                     f"moe.num_experts={self.moe.num_experts} must have one number for each MoE "
-                    f"layer, of which moe.every={self.moe.every} makes {needed}, not {given}: "
+                    f"layer, of which moe.every={self.moe.every} makes {needed}, not {num_counts}: "
                     "give as many, or one number for all"
                 )
         if wrong:
@@ -182,25 +184,31 @@ class ModelConfig(StrictModel):
         return self
 
     def _contradictions(self) -> list[str]:
-        """What only makes sense together with something else that is not there."""
+        """The problems of keys that belong to another value of another key."""
         wrong = []
         two_stacks = self.architecture == "encoder_decoder"
-        for name in ("num_decoder_layers", "max_target_len", "share_embeddings"):
-            if getattr(self, name) and not two_stacks:
+        is_xpos = self.is_rotary and self.attention_positions != "rotary"
+        for name, fits, key, value in (
+            ("num_decoder_layers", two_stacks, "architecture", "encoder_decoder"),
+            ("max_target_len", two_stacks, "architecture", "encoder_decoder"),
+            ("share_embeddings", two_stacks, "architecture", "encoder_decoder"),
+            ("multiway", self.architecture == "encoder", "architecture", "encoder"),
+            ("relative_buckets", self.is_relative, "attention_positions", "relative"),
+            ("relative_max_distance", self.is_relative, "attention_positions", "relative"),
+            ("relative_bidirectional", self.is_relative, "attention_positions", "relative"),
+            ("xpos_scale_base", is_xpos, "attention_positions", "xpos"),
+        ):
+            own = getattr(self, name)
+            if not fits and own != type(self).model_fields[name].default:
                 wrong.append(
-                    f"{name}={str(getattr(self, name)).lower()} belongs to architecture "
-                    f"'encoder_decoder', but architecture is {self.architecture!r}: leave it out"
+                    f"{name}={str(own).lower()} belongs to {key} {value!r}, but {key} is "
+                    f"{getattr(self, key)!r}: leave it out"
                 )
         if not self.cross_attention_inner_norm and not (two_stacks and self.norm == "subln"):
             wrong.append(
                 "cross_attention_inner_norm=false belongs to norm 'subln' in architecture "
                 f"'encoder_decoder', not to norm {self.norm!r} in {self.architecture!r}: leave it "
                 "out"
-            )
-        if self.multiway and self.architecture != "encoder":
-            wrong.append(
-                f"multiway=true belongs to architecture 'encoder', but architecture is "
-                f"{self.architecture!r}: leave it out"
             )
         if self.multiway and self.moe is not None:
             wrong.append(
@@ -212,21 +220,7 @@ class ModelConfig(StrictModel):
                 "output_projection=false leaves nothing to tie, and magnetar train nothing to "
                 "learn: set tie_embeddings false as well for a model that is not trained"
             )
-        wrong += self._position_problems()
-        is_xpos = self.is_rotary and self.attention_positions != "rotary"
-        for name, fits, place in (
-            ("relative_buckets", self.is_relative, "attention_positions 'relative'"),
-            ("relative_max_distance", self.is_relative, "attention_positions 'relative'"),
-            ("relative_bidirectional", self.is_relative, "attention_positions 'relative'"),
-            ("xpos_scale_base", is_xpos, "attention_positions 'xpos'"),
-        ):
-            value = getattr(self, name)
-            if not fits and value != type(self).model_fields[name].default:
-                wrong.append(
-                    f"{name}={str(value).lower()} belongs to {place}, but attention_positions is "
-                    f"{self.attention_positions!r}: leave it out"
-                )
-        return wrong
+        return wrong + self._position_problems()
 
     def _position_problems(self) -> list[str]:
         wrong = []
@@ -239,8 +233,8 @@ class ModelConfig(StrictModel):
             )
         positions = max(self.max_seq_len, self.max_target_len or 0)
         if self.is_rotary and self.attention_positions != "rotary":
-            # A query times a key reaches 3.5^(positions / base), 3.5 being the inverse of the
-            # smallest zeta, and 3.5^64 leaves room for what queries and keys are themselves.
+            # A query times a key grows to 3.5^(positions / base), where 1 / 3.5 is the smallest
+            # zeta. 3.5^64 leaves room in float32 for the queries and keys themselves.
             least = positions / 64
             if self.xpos_scale_base < least:
                 wrong.append(
@@ -279,7 +273,7 @@ class ModelConfig(StrictModel):
 
     @property
     def absolute_positions(self) -> str:
-        """The kind of positions that are added to the embedding, null resolved."""
+        """The kind of positions that the embedding adds; null is resolved."""
         return self.positions or ("learned" if self.attention_positions == "none" else "none")
 
     @property
@@ -289,7 +283,7 @@ class ModelConfig(StrictModel):
 
     @property
     def is_rotary(self) -> bool:
-        """Whether queries and keys are turned by their positions."""
+        """Whether queries and keys are rotated by their positions."""
         return self.attention_positions in ("rotary", "xpos", "xpos_relative")
 
     def is_moe_layer(self, index: int) -> bool:
@@ -302,3 +296,10 @@ class ModelConfig(StrictModel):
         if self.moe is None:
             return 0
         return self.encoder_depth // self.moe.every + self.decoder_depth // self.moe.every
+
+
+def on_one_rank(config: ModelConfig) -> ModelConfig:
+    """The config of the same model with all experts on one rank."""
+    if config.moe is None:
+        return config
+    return config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})

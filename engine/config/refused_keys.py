@@ -1,4 +1,4 @@
-"""The keys of DeepSpeed's own JSON that Magnetar refuses, and why."""
+"""The keys that Magnetar refuses, and why: DeepSpeed's own, and those of earlier versions."""
 
 _GONE = "this version of DeepSpeed no longer has it: remove it"
 _PRECISION = (
@@ -29,6 +29,10 @@ _MODEL_PARALLEL = (
     "remove it"
 )
 _LOW_STATES = "master weights and optimizer states stay in float32: remove it"
+_ONE_ALL_TO_ALL = (
+    "rows take one all-to-all; docs/design.md says under Tried and left out what the other ways "
+    "gained: remove it"
+)
 
 # DeepSpeed's fields have names without the prefix of their keys.
 _PREFIXED = (
@@ -44,6 +48,8 @@ _PREFIXED = (
 )
 
 REFUSED: dict[str, str] = {
+    "magnetar.model.moe.exchange": _ONE_ALL_TO_ALL,
+    "magnetar.model.moe.exchange_chunks": _ONE_ALL_TO_ALL,
     "scheduler": "the schedule has one key, `magnetar.training.lr_schedule`: move it there",
     "amp": _PRECISION,
     "torch_autocast": _PRECISION,

@@ -37,7 +37,7 @@ from magnetar.engine.config.errors import (
 )
 from magnetar.engine.config.rules import broken_rules
 from magnetar.models.config import ModelConfig
-from magnetar.models.moe.config import Count, StrictModel, one_problem
+from magnetar.models.moe.config import Count, StrictModel, one_problem, without_retired_keys
 
 SaveEvery = Annotated[Count | Literal["never"] | None, WrapValidator(one_problem)]
 
@@ -460,6 +460,14 @@ def _set_note(where: str, set_paths: Sequence[str], overrides: Sequence[str]) ->
     return ""
 
 
+def _of_this_version(own: Any) -> Any:
+    """The `magnetar` section, which a stored config may have from an earlier version."""
+    model = own.get("model") if isinstance(own, dict) else None
+    if not (isinstance(model, dict) and "moe" in model):
+        return own
+    return {**own, "model": {**model, "moe": without_retired_keys(model["moe"])}}
+
+
 def check_config(
     raw: dict[str, Any], world_size: int | None = None
 ) -> tuple[RunConfig | None, list[Problem]]:
@@ -469,7 +477,7 @@ def check_config(
         return None, strange
     raw = {key: value for key, value in raw.items() if key != "$schema"}
     elsewhere = key_paths(ConfigFile)
-    own = raw.pop("magnetar", None)
+    own = _of_this_version(raw.pop("magnetar", None))
     values, problems = check_keys(DeepSpeedKeys, raw, "", elsewhere)
     if isinstance(own, dict):
         sections, more = check_keys(MagnetarConfig, own, "magnetar", elsewhere)

@@ -1,4 +1,4 @@
-"""What a MoE layer is: the keys under `magnetar.model.moe` of the JSON."""
+"""The keys under `magnetar.model.moe` of the JSON."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -22,15 +22,16 @@ class StrictModel(BaseModel):
 
 
 def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
-    """A union's problems are those of each of its types: only one of them is the user's."""
+    """Report one problem of a union, that of the type that the user meant."""
     try:
         return validate(value)
     except ValidationError as error:
-        found = error.errors()[-1 if isinstance(value, list) else 0]
-        raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
+        problem = error.errors()[-1 if isinstance(value, list) else 0]
+        kind, context = problem["type"], problem.get("ctx")
+        raise PydanticKnownError(kind, context) from None  # type: ignore[arg-type]
 
 
-# Larger than anybody trains: a slip of the keyboard must not ask for terabytes, or for hours of
+# Larger than anybody trains, so that a typing error does not ask for terabytes or hours of
 # building. Their products still fit 63 bits.
 MAX_EXPERTS = 1 << 16
 MAX_WIDTH = 1 << 20
@@ -40,18 +41,30 @@ ExpertCount = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 ExpertCounts = Annotated[ExpertCount | list[ExpertCount], WrapValidator(one_problem)]
 
 
-# The keys of where experts lie and how tokens reach them, as they are with one rank.
-ON_ONE_RANK: dict[str, Any] = {
-    "ep_size": 1,
-    "placement": "within_nodes",
-    "exchange": "auto",
-    "exchange_chunks": None,
+# The keys that say on which ranks the experts are, with their values on a single rank.
+ON_ONE_RANK: dict[str, Any] = {"ep_size": 1, "placement": "within_nodes"}
+
+# Keys of earlier versions. Stored configs hold them with one of these values, which describe what
+# happens today; any other value is refused.
+RETIRED_KEYS: dict[str, tuple[Any, ...]] = {
+    "exchange": ("auto", "flat"),
+    "exchange_chunks": (None, 1),
 }
-EXCHANGE_CHUNKS = 1  # where none are asked for, and experts can be so divided
+
+
+def without_retired_keys(moe: Any) -> Any:
+    """A `moe` section of any version without the retired keys that ask for nothing special."""
+    if not isinstance(moe, dict):
+        return moe
+    return {
+        key: value
+        for key, value in moe.items()
+        if key not in RETIRED_KEYS or value not in RETIRED_KEYS[key] or isinstance(value, bool)
+    }
 
 
 class MoEConfig(StrictModel):
-    """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
+    """The MoE layers: which layers have experts, how many, and how tokens are routed to them."""
 
     num_experts: ExpertCounts = Field(
         description="Experts in each MoE layer, over the whole job. A list: those of the first MoE "
@@ -72,29 +85,11 @@ class MoEConfig(StrictModel):
     )
     placement: Literal["within_nodes", "across_nodes"] = Field(
         default="within_nodes",
-        description="How a set of experts lies on several nodes. `within_nodes`: on ep_size ranks "
-        "one after the other, so with ep_size up to the ranks of a node tokens stay inside it, and "
-        "experts' gradients travel between nodes. `across_nodes`: on ranks as far apart as can be, "
-        "so that those with the same experts are neighbours: tokens travel between nodes and "
-        "experts' gradients inside them, which is less where experts are large and tokens few. "
-        "It changes no number. Only with ep_size > 1.",
-    )
-    exchange: Literal["auto", "flat", "hierarchical"] = Field(
-        default="auto",
-        description="How tokens travel to experts on several nodes. `flat`: each rank sends to "
-        "each. `hierarchical`: inside the node first, to the rank of the same place as the "
-        "expert's, and from there to the other node, in fewer and larger messages. It needs as "
-        "many ranks on each node, several of them; elsewhere tokens travel flat. `auto`: "
-        "hierarchical where flat messages would be small, up to 1 MiB, or 8 KiB on CPUs. It "
-        "changes no number. Only with ep_size > 1.",
-    )
-    exchange_chunks: int | None = Field(
-        default=None,
-        ge=1,
-        description="Parts in which tokens travel to the experts of other ranks and back, each "
-        "while another is computed; it changes no number. It must divide num_experts / ep_size. "
-        "Only with ep_size > 1. null: chosen. Where the experts have no kernels (on CPUs, with a "
-        "gated activation or activation_dropout) nothing is overlapped.",
+        description="Which ranks share a set of experts. `within_nodes`: consecutive ranks, so "
+        "with ep_size up to the ranks of a node tokens stay inside it, and experts' gradients "
+        "travel between nodes. `across_nodes`: ranks as far apart as possible, so tokens travel "
+        "between nodes and the experts' gradients stay inside, which is less traffic if experts "
+        "are large and tokens few. It changes no number. Only with ep_size > 1.",
     )
     router: Literal["xmoe", "linear"] = Field(
         default="xmoe",
@@ -159,15 +154,15 @@ class MoEConfig(StrictModel):
     )
     capacity_order: Literal["first_come", "batch_prioritized", "random"] = Field(
         default="first_come",
-        description="Who gets the places of a full expert: `first_come`: the earlier position. "
+        description="Which tokens a full expert keeps. `first_come`: the earlier position. "
         "`batch_prioritized`: the token whose first choice has the higher probability (arXiv "
         "2106.05974). `random`: drawn. Only with dispatch `capacity`.",
     )
     capacity_scope: Literal["global", "rank"] = Field(
         default="global",
-        description="Whose tokens share an expert's places. `global`: those of the micro-batches "
-        "of all ranks together, so that the number of ranks changes nothing. `rank`: each rank's "
-        "own, as in GShard, without an exchange of choices. Only with dispatch `capacity`.",
+        description="The tokens that compete for an expert's capacity. `global`: those of the "
+        "micro-batches of all ranks, so the number of ranks changes nothing. `rank`: each rank's "
+        "own, as in GShard, without gathering all choices. Only with dispatch `capacity`.",
     )
     eval_capacity_fraction: float | None = Field(
         default=None,
@@ -191,10 +186,11 @@ class MoEConfig(StrictModel):
     )
     balance_scope: Literal["micro_step", "batch"] = Field(
         default="micro_step",
-        description="Whose tokens the balance loss is about: those of each accumulation step by "
-        "itself, over all ranks, or those of the whole `batch`. That makes the loss independent "
-        "of gradient_accumulation_steps, and costs a third more compute where there are several: "
-        "a pass without gradients counts before the training pass. Not with dispatch `capacity`.",
+        description="The tokens of one balance loss, over all ranks. `micro_step`: those of each "
+        "accumulation step. `batch`: those of the whole batch. With `batch` and dispatch "
+        "`dropless` the numbers no longer depend on gradient_accumulation_steps, and several "
+        "steps cost a third more compute: a pass without gradients counts before the training "
+        "pass. Not with dispatch `capacity`.",
     )
     router_z_loss_weight: float = Field(
         default=0.0,
@@ -202,6 +198,11 @@ class MoEConfig(StrictModel):
         description="Weight of the mean of log^2 sum exp(router logits) (ST-MoE, arXiv "
         "2202.08906: 1e-3), averaged over MoE layers.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_any_version(cls, section: Any) -> Any:
+        return without_retired_keys(section)
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "MoEConfig":
@@ -223,14 +224,6 @@ class MoEConfig(StrictModel):
                 for name, usual in ON_ONE_RANK.items()
                 if (value := getattr(self, name)) != usual
             ]
-        elif any(
-            count // self.ep_size % (self.exchange_chunks or 1) for count in self.expert_counts
-        ):
-            local = math.gcd(*self.expert_counts) // self.ep_size
-            wrong.append(
-                f"exchange_chunks={self.exchange_chunks} must divide num_experts / ep_size: use "
-                f"one of {[size for size in range(1, local + 1) if local % size == 0]}"
-            )
         fewest = min(self.expert_counts)
         if self.top_k > fewest:
             wrong.append(
@@ -243,16 +236,13 @@ class MoEConfig(StrictModel):
                 f"dispatch={self.dispatch!r}: set capacity_factor (1.0, say) with dispatch "
                 "'capacity', and leave it out with 'dropless'"
             )
-        if self.dispatch == "dropless" and self.capacity_order != "first_come":
-            wrong.append(
-                f"capacity_order={self.capacity_order!r} belongs to dispatch 'capacity': leave it "
-                "out, or use dispatch 'capacity' with a capacity_factor"
-            )
-        if self.dispatch == "dropless" and self.capacity_scope != "global":
-            wrong.append(
-                f"capacity_scope={self.capacity_scope!r} belongs to dispatch 'capacity': leave it "
-                "out, or use dispatch 'capacity' with a capacity_factor"
-            )
+        if self.dispatch == "dropless":
+            wrong += [
+                f"{name}={getattr(self, name)!r} belongs to dispatch 'capacity': leave it out, or "
+                "use dispatch 'capacity' with a capacity_factor"
+                for name in ("capacity_order", "capacity_scope")
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
         if self.dispatch == "capacity" and self.balance_scope == "batch":
             wrong.append(
                 "balance_scope='batch' does not go with dispatch 'capacity', where each "
@@ -291,7 +281,7 @@ class MoEConfig(StrictModel):
 
     @property
     def expert_counts(self) -> list[int]:
-        """The numbers of experts that layers have: one for all of them, or one for each."""
+        """Numbers of experts: one for all layers, or one for each layer."""
         return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
 
     @property
@@ -311,12 +301,6 @@ class MoELayerConfig(MoEConfig):
     """The keys of one MoE layer."""
 
     num_experts: int = Field(ge=1, description="Experts of the layer, over the whole job.")
-
-    @property
-    def num_exchange_chunks(self) -> int:
-        """Parts of the exchange, asked for or chosen."""
-        local = self.num_experts // self.ep_size
-        return self.exchange_chunks or math.gcd(EXCHANGE_CHUNKS, local)
 
     @property
     def router_width(self) -> int:

@@ -271,10 +271,19 @@ def test_a_wrong_value_is_named_with_a_way_out(path: str, value: object, parts: 
     assert len(lines) == 1, lines
 
 
+def test_a_stored_config_with_retired_keys_is_read() -> None:
+    raw = quickstart()
+    before, _ = check_config(raw)
+    for key, value in (("exchange", "auto"), ("exchange_chunks", None)):
+        raw = set_path(raw, f"magnetar.model.moe.{key}", value)
+    assert before is not None
+    assert check_config(raw) == (before, [])
+
+
 @pytest.mark.parametrize("path", sorted(REFUSED))
 def test_a_refused_key_says_why(path: str) -> None:
-    found = messages(set_path(quickstart(), path, 1))
-    assert found == [f"{path}=1 is refused: {REFUSED[path]}"]
+    found = messages(set_path(quickstart(), path, 2))
+    assert found == [f"{path}=2 is refused: {REFUSED[path]}"]
     assert ": " in REFUSED[path] or REFUSED[path].startswith(("use", "master"))
 
 
