@@ -11,7 +11,8 @@ from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.checkpoint.run_folder import write_whole
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.admin import set_omegas
-from magnetar.models.moe.config import ON_ONE_RANK, StrictModel
+from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.section import StrictModel
 
 PROFILE_FILE = "admin_profile.json"
 

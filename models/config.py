@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from magnetar.models.moe.config import MAX_WIDTH, MoEConfig, StrictModel
+from magnetar.models.moe.config import MAX_WIDTH, MoEConfig
+from magnetar.models.section import StrictModel
 
 MAX_LAYERS = 10_000
 MAX_LENGTH = 1 << 24

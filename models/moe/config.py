@@ -3,39 +3,15 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
-from pydantic_core import PydanticKnownError
+from pydantic import Field, WrapValidator, model_validator
 
-
-class StrictModel(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
-    """A union's problems are those of each of its types: only one of them is the user's."""
-    try:
-        return validate(value)
-    except ValidationError as error:
-        found = error.errors()[-1 if isinstance(value, list) else 0]
-        raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
-
+from magnetar.models.section import StrictModel, one_problem
 
 # Larger than anybody trains: a slip of the keyboard must not ask for terabytes, or for hours of
 # building. Their products still fit 63 bits.
 MAX_EXPERTS = 1 << 16
 MAX_WIDTH = 1 << 20
 
-Count = Annotated[int, Field(ge=1)]
 ExpertCount = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 ExpertCounts = Annotated[ExpertCount | list[ExpertCount], WrapValidator(one_problem)]
 

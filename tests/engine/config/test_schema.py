@@ -278,6 +278,13 @@ def test_a_refused_key_says_why(path: str) -> None:
     assert ": " in REFUSED[path] or REFUSED[path].startswith(("use", "master"))
 
 
+def test_a_config_that_an_older_version_saved_still_loads() -> None:
+    saved = quickstart(zero_optimization__load_from_fp32_weights=True)  # a default of that version
+    config, problems = check_config(saved, 2)
+    assert problems == []
+    assert config == check_config(quickstart(), 2)[0]
+
+
 @pytest.mark.parametrize(
     "path",
     [
