@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from torch import nn
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, first_problem
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.checkpoint.run_folder import write_whole
 from magnetar.engine.config.schema import RunConfig
@@ -97,9 +97,7 @@ def _read_profile(config: RunConfig) -> Profile:
     try:
         profile = Profile.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the whole file"
-        raise UserError(f"{path} is no profile ({key}: {first['msg']}): {again}") from error
+        raise UserError(f"{path} is no profile ({first_problem(error)}): {again}") from error
     expected = new_profile(config, profile.variances)
     different = [
         name

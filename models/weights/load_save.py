@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from magnetar.data.errors import first_problem
 from magnetar.models.config import ModelConfig
 from magnetar.models.moe.config import ON_ONE_RANK
 from magnetar.models.moe.layer import MoE
@@ -36,7 +37,6 @@ from magnetar.models.weights.files import (
 )
 
 CONFIG_FILE = "config.json"
-_SHOWN_CHARACTERS = 60  # of a wrong value
 
 
 def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -183,24 +183,6 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"{folder / CONFIG_FILE} does not describe a model ({problem}): convert it again"
         ) from error
     return config, about
-
-
-def first_problem(error: ValidationError, section: str) -> str:
-    """The first thing that is wrong with a section of a JSON: key, value and rule."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, (section, *first["loc"])))
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    if first["type"] == "extra_forbidden":
-        return f"{key} is not a key that this version knows"
-    if first["type"] == "value_error":  # a rule of ours, which names key and value
-        return f"{key}: {first['ctx']['error']}"
-    value = json.dumps(first["input"])
-    if len(value) > _SHOWN_CHARACTERS:
-        value = f"{value[:_SHOWN_CHARACTERS]}..."
-    is_object = first["type"] in ("model_type", "dict_type")
-    rule = "it should be an object" if is_object else first["msg"].replace("Input", "it", 1)
-    return f"{key}={value}: {rule}"
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
