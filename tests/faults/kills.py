@@ -3,10 +3,10 @@
     python -m tests.faults.kills --kills 50 --out benchmarks/results/kills.json
 
 tests/faults/supervised.json (2 ranks, 300 steps, a checkpoint every 5) trains once undisturbed.
-Then it trains under `magnetar supervise`, run after run, until a random rank has been killed by SIGKILL
-so often: at a random moment after a start, or while one of its first checkpoints is written. Every
-run must finish without a hand, with the metrics of the undisturbed one and with the bits of its
-weights and moments. Text: the speeches of `make train`.
+Then it trains under `magnetar supervise`, run after run, until a random rank has been killed by
+SIGKILL so often: at a random moment after a start, or while one of its first checkpoints is
+written. Every run must finish without a hand, with the metrics of the undisturbed one and with the
+bits of its weights and moments. Text: the speeches of `make train`.
 """
 
 import argparse
