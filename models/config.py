@@ -11,8 +11,8 @@ MAX_LAYERS = 10_000
 MAX_LENGTH = 1 << 24
 
 
-class ModelConfig(StrictModel):
-    """The Transformer: its shape, its norms, its positions, its regularisation."""
+class ModelKeys(StrictModel):
+    """The keys that most models need."""
 
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = Field(
         default="decoder",
@@ -62,11 +62,6 @@ class ModelConfig(StrictModel):
         "`pre` (Pre-LN) or `post` (Post-LN).",
     )
     norm_eps: float = Field(default=1e-5, gt=0, description="Epsilon of the LayerNorms.")
-    cross_attention_inner_norm: bool = Field(
-        default=True,
-        description="Sub-LN's inner LayerNorm in cross-attention too, as in its paper. false: not "
-        "there, as in TorchScale 0.3.0. Only with norm `subln` in an `encoder_decoder`.",
-    )
     activation: Literal["gelu", "relu", "swish", "swiglu"] = Field(
         default="gelu",
         description="Activation of the feed-forward networks. `swiglu`: swish(w1 x) * (w3 x), a "
@@ -91,11 +86,6 @@ class ModelConfig(StrictModel):
         default=128,
         ge=2,
         description="Distance, in tokens, from which `relative` positions share the last bucket.",
-    )
-    relative_bidirectional: bool = Field(
-        default=False,
-        description="Give half the buckets of a causal decoder to the future, which it never sees, "
-        "as in TorchScale 0.3.0. Encoders and cross-attention always do.",
     )
     xpos_scale_base: float = Field(
         default=512.0, gt=0, description="Distance, in tokens, over which `xpos` decays."
@@ -138,6 +128,22 @@ class ModelConfig(StrictModel):
         default=False,
         description="Encoder and decoder of an `encoder_decoder` have one embedding matrix.",
     )
+    moe: MoEConfig | None = Field(default=None, description="null: a dense model.")
+
+
+class TorchScaleModelKeys(StrictModel):
+    """The keys that imported models need, which do what TorchScale 0.3.0 does."""
+
+    cross_attention_inner_norm: bool = Field(
+        default=True,
+        description="Sub-LN's inner LayerNorm in cross-attention too, as in its paper. false: not "
+        "there, as in TorchScale 0.3.0. Only with norm `subln` in an `encoder_decoder`.",
+    )
+    relative_bidirectional: bool = Field(
+        default=False,
+        description="Give half the buckets of a causal decoder to the future, which it never sees, "
+        "as in TorchScale 0.3.0. Encoders and cross-attention always do.",
+    )
     output_projection: bool = Field(
         default=True,
         description="false: the model returns the last LayerNorm's output in place of logits; for "
@@ -149,7 +155,10 @@ class ModelConfig(StrictModel):
         "feed-forward networks of an `encoder` (BEiT-3, arXiv 2208.10442): positions before the "
         "split use the first, the others the second.",
     )
-    moe: MoEConfig | None = Field(default=None, description="null: a dense model.")
+
+
+class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in the JSON
+    """The Transformer: its shape, its norms, its positions, its regularisation."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":

@@ -26,8 +26,8 @@ ON_ONE_RANK: dict[str, Any] = {
 EXCHANGE_CHUNKS = 1  # where none are asked for, and experts can be so divided
 
 
-class MoEConfig(StrictModel):
-    """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
+class MoEKeys(StrictModel):
+    """The keys that most MoE models need."""
 
     num_experts: ExpertCounts = Field(
         description="Experts in each MoE layer, over the whole job. A list: those of the first MoE "
@@ -89,16 +89,6 @@ class MoEConfig(StrictModel):
         description="Width d_e of the X-MoE router's projection. null: num_experts / 2, at "
         "least 8. Only with router `xmoe`.",
     )
-    normalize_tokens: bool = Field(
-        default=True,
-        description="Scores are cosines. false: only the experts' side is normalised, as in "
-        "TorchScale 0.3.0. Only with router `xmoe`.",
-    )
-    learned_temperature: bool = Field(
-        default=True,
-        description="Scores are divided by a learned temperature, in the balance loss by the "
-        "paper's fixed one. false: by nothing, as in TorchScale 0.3.0. Only with router `xmoe`.",
-    )
     frozen: Literal["none", "router", "router_and_experts"] = Field(
         default="none",
         description="What does not train: the X-MoE paper freezes routers and experts in "
@@ -110,17 +100,6 @@ class MoEConfig(StrictModel):
         lt=1,
         description="In training, the router sees its input times uniform noise from "
         "[1 - jitter, 1 + jitter] (Switch).",
-    )
-    second_expert: Literal["all", "sampled", "random"] = Field(
-        default="all",
-        description="GShard's policies for the second expert in training, with top_k 2. `all`: the "
-        "second best, always. `sampled`: drawn from the softmax over the others. `random`: the "
-        "second best, kept with probability min(1, 2 * its weight). Outside training `all`.",
-    )
-    normalize_weights: Literal["before_dropping", "after_dropping"] = Field(
-        default="before_dropping",
-        description="With top_k > 1 a token's weights are made to sum 1: over its choices, or over "
-        "those that were not dropped.",
     )
     dispatch: Literal["dropless", "capacity"] = Field(
         default="dropless",
@@ -145,6 +124,48 @@ class MoEConfig(StrictModel):
         "of all ranks together, so that the number of ranks changes nothing. `rank`: each rank's "
         "own, as in GShard, without an exchange of choices. Only with dispatch `capacity`.",
     )
+    aux_loss_weight: float = Field(
+        default=0.01, ge=0, description="Weight of the balance loss, averaged over MoE layers."
+    )
+    balance_scope: Literal["micro_step", "batch"] = Field(
+        default="micro_step",
+        description="Whose tokens the balance loss is about: those of each accumulation step by "
+        "itself, over all ranks, or those of the whole `batch`. That makes the loss independent "
+        "of gradient_accumulation_steps, and costs a third more compute where there are several: "
+        "a pass without gradients counts before the training pass. Not with dispatch `capacity`.",
+    )
+    router_z_loss_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the mean of log^2 sum exp(router logits) (ST-MoE, arXiv "
+        "2202.08906: 1e-3), averaged over MoE layers.",
+    )
+
+
+class TorchScaleMoEKeys(StrictModel):
+    """The keys that imported models need, which do what TorchScale 0.3.0 does."""
+
+    second_expert: Literal["all", "sampled", "random"] = Field(
+        default="all",
+        description="GShard's policies for the second expert in training, with top_k 2. `all`: the "
+        "second best, always. `sampled`: drawn from the softmax over the others. `random`: the "
+        "second best, kept with probability min(1, 2 * its weight). Outside training `all`.",
+    )
+    normalize_weights: Literal["before_dropping", "after_dropping"] = Field(
+        default="before_dropping",
+        description="With top_k > 1 a token's weights are made to sum 1: over its choices, or over "
+        "those that were not dropped.",
+    )
+    normalize_tokens: bool = Field(
+        default=True,
+        description="Scores are cosines. false: only the experts' side is normalised, as in "
+        "TorchScale 0.3.0. Only with router `xmoe`.",
+    )
+    learned_temperature: bool = Field(
+        default=True,
+        description="Scores are divided by a learned temperature, in the balance loss by the "
+        "paper's fixed one. false: by nothing, as in TorchScale 0.3.0. Only with router `xmoe`.",
+    )
     eval_capacity_fraction: float | None = Field(
         default=None,
         gt=0,
@@ -162,22 +183,10 @@ class MoEConfig(StrictModel):
         description="Where capacity is filled in order of position, an encoder counts positions "
         "across the batch before the next position, as in TorchScale 0.3.0.",
     )
-    aux_loss_weight: float = Field(
-        default=0.01, ge=0, description="Weight of the balance loss, averaged over MoE layers."
-    )
-    balance_scope: Literal["micro_step", "batch"] = Field(
-        default="micro_step",
-        description="Whose tokens the balance loss is about: those of each accumulation step by "
-        "itself, over all ranks, or those of the whole `batch`. That makes the loss independent "
-        "of gradient_accumulation_steps, and costs a third more compute where there are several: "
-        "a pass without gradients counts before the training pass. Not with dispatch `capacity`.",
-    )
-    router_z_loss_weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the mean of log^2 sum exp(router logits) (ST-MoE, arXiv "
-        "2202.08906: 1e-3), averaged over MoE layers.",
-    )
+
+
+class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
+    """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "MoEConfig":
