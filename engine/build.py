@@ -25,7 +25,6 @@ from magnetar.engine.checkpoint.zero_shards import partition, tensors_of_optimiz
 from magnetar.engine.cluster.rendezvous import launched_local_size, use_rendezvous
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import LRSchedule, RunConfig
-from magnetar.engine.metrics import choose_ways
 from magnetar.engine.optim.adam import (
     MIN_8BIT_SIZE,
     check_lengths,
@@ -234,7 +233,6 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, factor),
         dist_init_required=False,
     )
-    choose_ways(model, config, device)
     if is_8_bit:
         check_lengths(tensor for _, tensor in tensors_of_optimizer(engine))
     if config.training.compile:

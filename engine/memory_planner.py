@@ -208,7 +208,7 @@ def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     zero["stage"] = layout.zero_stage
     moe = result["magnetar"]["model"]["moe"]
     if moe is not None:
-        moe |= ON_ONE_RANK if layout.ep_size == 1 else {"exchange_chunks": None}
+        moe |= ON_ONE_RANK if layout.ep_size == 1 else {}
         moe["ep_size"] = layout.ep_size
         zero.pop("parameter_alignment", None)  # follows from the stage
     return result

@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from magnetar.engine.checkpoint.open_run import DTYPES
 from magnetar.engine.checkpoint.run_folder import write_whole
-from magnetar.engine.config.batch_sizes import MICRO
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.sparse_clip import SparseClip
 from magnetar.engine.train_step import StepResult, loss_weights
@@ -23,34 +21,7 @@ from magnetar.models.cost import flops_per_token
 from magnetar.models.moe.all_to_all import Traffic
 from magnetar.models.moe.layer import RoutingStats, SparseFeedForward
 
-# A message to another node up to which it pays to send fewer and larger ones, in bytes: what a
-# message costs times what a node's inside carries meanwhile. On CPUs as benchmarks.exchange finds
-# it over gloo. On GPUs reckoned and not measured: 5 microseconds of 200 GB/s.
-PAYS_UP_TO = {"cpu": 8 * 2**10, "cuda": 2**20}
-LINKS = ("stayed", "inside", "between")  # of Traffic, all in bytes
-
-
-def message_bytes(config: RunConfig, ranks: int) -> float:
-    """Mean bytes that a rank sends straight to each of so many that share experts, of a layer."""
-    moe, data = config.model.moe, config.data
-    assert moe is not None
-    num_tokens = config.deepspeed[MICRO] * data.seq_len
-    if data.pairs is not None:
-        num_tokens = config.deepspeed[MICRO] * data.pairs.bin_tokens
-    bytes_of_row = config.model.d_model * DTYPES[config.dtype].itemsize
-    return num_tokens * moe.top_k * bytes_of_row / ranks
-
-
-def choose_ways(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """With moe.exchange "auto", have rows travel straight where going by nodes does not pay."""
-    moe = config.model.moe
-    if moe is None or moe.exchange != "auto":
-        return
-    if message_bytes(config, moe.ep_size) <= PAYS_UP_TO[device.type]:
-        return
-    for module in model.modules():
-        if isinstance(module, SparseFeedForward) and module.peers is not None:
-            module.peers = module.peers._replace(inside=None, across=None)
+LINKS = ("local", "intra_node", "inter_node")  # fields of Traffic, all in bytes
 
 
 class TrafficMeter:

@@ -5,11 +5,19 @@ loads torch. So they are declared here. tests/engine/config/test_deepspeed.py co
 and defaults with the installed DeepSpeed, and finds every key that it reads and neither file has.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from magnetar.models.section import Count, NonNegative, Positive, Share, StrictModel, key
+from magnetar.models.section import (
+    Count,
+    NonNegative,
+    Positive,
+    Share,
+    StoredModel,
+    StrictModel,
+    key,
+)
 
 EIGHT_BIT = "AdamW8bit"  # bitsandbytes' name; DeepSpeed does not know this type
 
@@ -70,8 +78,10 @@ class OffloadConfig(StrictModel):
     pin_memory: bool = key(True, "Whether memory is page-locked: faster to copy, never swapped.")
 
 
-class ZeroConfig(StrictModel):
+class ZeroConfig(StoredModel):
     """ZeRO: what is divided among the data-parallel ranks."""
+
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"load_from_fp32_weights": (True,)}
 
     stage: Literal[0, 1, 2, 3] = key(
         0,

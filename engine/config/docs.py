@@ -129,7 +129,8 @@ _REFUSED_INTRODUCTION = """\
 ## DeepSpeed's keys that are refused
 
 DeepSpeed knows these too. They would change the numbers, or do nothing, or they have not been shown
-to work together with experts and SparseClip; a file that has one does not start.
+to work together with experts and SparseClip; a file that has one does not start. The first row has
+keys of Magnetar's earlier versions; with their defaults such a file starts.
 
 """
 

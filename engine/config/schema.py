@@ -30,7 +30,6 @@ from magnetar.engine.config.errors import (
     shown,
     strange_texts,
 )
-from magnetar.engine.config.refused_keys import without_retired
 from magnetar.engine.config.rules import broken_rules
 from magnetar.models.config import ModelConfig
 from magnetar.models.section import (
@@ -440,7 +439,7 @@ def check_config(
     assert world_size is None or world_size >= 1
     if strange := strange_texts(raw):
         return None, strange
-    raw = without_retired({name: value for name, value in raw.items() if name != "$schema"})
+    raw = {name: value for name, value in raw.items() if name != "$schema"}
     valid: dict[str, Any] = {"world_size": world_size}  # filled by _TopLevel
     problems: list[Problem] = []
     try:

@@ -1,11 +1,11 @@
 """What a MoE layer is: the keys under `magnetar.model.moe` of the JSON."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WrapValidator, model_validator
 
-from magnetar.models.section import StrictModel, one_problem
+from magnetar.models.section import StoredModel, StrictModel, one_problem
 
 # Larger than anybody trains: a slip of the keyboard must not ask for terabytes, or for hours of
 # building. Their products still fit 63 bits.
@@ -16,18 +16,17 @@ ExpertCount = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 ExpertCounts = Annotated[ExpertCount | list[ExpertCount], WrapValidator(one_problem)]
 
 
-# The keys of where experts lie and how tokens reach them, as they are with one rank.
-ON_ONE_RANK: dict[str, Any] = {
-    "ep_size": 1,
-    "placement": "within_nodes",
-    "exchange": "auto",
-    "exchange_chunks": None,
-}
-EXCHANGE_CHUNKS = 1  # where none are asked for, and experts can be so divided
+# The keys that say on which ranks the experts are, with their values on a single rank.
+ON_ONE_RANK: dict[str, Any] = {"ep_size": 1, "placement": "within_nodes"}
 
 
-class MoEKeys(StrictModel):
+class MoEKeys(StoredModel):
     """The keys that most MoE models need."""
+
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "exchange": ("auto", "flat"),
+        "exchange_chunks": (None, 1),
+    }
 
     num_experts: ExpertCounts = Field(
         description="Experts in each MoE layer, over the whole job. A list: those of the first MoE "
@@ -54,23 +53,6 @@ class MoEKeys(StrictModel):
         "so that those with the same experts are neighbours: tokens travel between nodes and "
         "experts' gradients inside them, which is less where experts are large and tokens few. "
         "It changes no number. Only with ep_size > 1.",
-    )
-    exchange: Literal["auto", "flat", "hierarchical"] = Field(
-        default="auto",
-        description="How tokens travel to experts on several nodes. `flat`: each rank sends to "
-        "each. `hierarchical`: inside the node first, to the rank of the same place as the "
-        "expert's, and from there to the other node, in fewer and larger messages. It needs as "
-        "many ranks on each node, several of them; elsewhere tokens travel flat. `auto`: "
-        "hierarchical where flat messages would be small, up to 1 MiB, or 8 KiB on CPUs. It "
-        "changes no number. Only with ep_size > 1.",
-    )
-    exchange_chunks: int | None = Field(
-        default=None,
-        ge=1,
-        description="Parts in which tokens travel to the experts of other ranks and back, each "
-        "while another is computed; it changes no number. It must divide num_experts / ep_size. "
-        "Only with ep_size > 1. null: chosen. Where the experts have no kernels (on CPUs, with a "
-        "gated activation or activation_dropout) nothing is overlapped.",
     )
     router: Literal["xmoe", "linear"] = Field(
         default="xmoe",
@@ -186,7 +168,7 @@ class TorchScaleMoEKeys(StrictModel):
 
 
 class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
-    """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
+    """The MoE layers: which layers have experts, how many, and how tokens are routed to them."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "MoEConfig":
@@ -208,14 +190,6 @@ class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
                 for name, usual in ON_ONE_RANK.items()
                 if (value := getattr(self, name)) != usual
             ]
-        elif any(
-            count // self.ep_size % (self.exchange_chunks or 1) for count in self.expert_counts
-        ):
-            local = math.gcd(*self.expert_counts) // self.ep_size
-            wrong.append(
-                f"exchange_chunks={self.exchange_chunks} must divide num_experts / ep_size: use "
-                f"one of {[size for size in range(1, local + 1) if local % size == 0]}"
-            )
         fewest = min(self.expert_counts)
         if self.top_k > fewest:
             wrong.append(
@@ -296,12 +270,6 @@ class MoELayerConfig(MoEConfig):
     """The keys of one MoE layer."""
 
     num_experts: int = Field(ge=1, description="Experts of the layer, over the whole job.")
-
-    @property
-    def num_exchange_chunks(self) -> int:
-        """Parts of the exchange, asked for or chosen."""
-        local = self.num_experts // self.ep_size
-        return self.exchange_chunks or math.gcd(EXCHANGE_CHUNKS, local)
 
     @property
     def router_width(self) -> int:

@@ -17,8 +17,8 @@ from deepspeed.utils import groups
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import nn
 
+from magnetar.models.moe.all_to_all import peers_of
 from magnetar.models.moe.layer import MoE, SparseFeedForward
-from magnetar.models.moe.nodes import peers_of
 
 
 class TimedSparseFeedForward(SparseFeedForward, MOELayer):
@@ -80,7 +80,7 @@ class GroupedMoE(MoE):
             )
         self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
         if self.ep_size > 1:
-            self.deepspeed_moe.peers = peers_of(self.ep_group, moe)
+            self.deepspeed_moe.peers = peers_of(self.ep_group)
 
 
 class ReplicatedMoE(GroupedMoE, DeepSpeedMoE):

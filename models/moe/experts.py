@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from magnetar.models import kernels
 from magnetar.models.layers.feed_forward import ACTIVATIONS, GATED_ACTIVATIONS
 from magnetar.models.layers.init import RandomSource
-from magnetar.models.moe.all_to_all import Exchange
+from magnetar.models.moe.all_to_all import AllToAll
 
 PARAMETERS = ("w1", "b1", "w3", "b3", "norm_weight", "norm_bias", "w2", "b2")
 
@@ -108,46 +108,29 @@ class Experts(nn.Module):
         counts: Tensor,
         offsets: Tensor | None = None,
         defer_bias: bool = False,
-        exchange: Exchange | None = None,
+        all_to_all: AllToAll | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply each expert to its own rows.
 
         Args:
-            rows: (R, D), sorted by expert.
-            counts: (L,) int64, rows of each expert; sums to R.
-            offsets: (L,) int32, where they end, if that is known.
-            defer_bias: whoever weighs the rows adds the last bias; only where kernels are used.
-            exchange: the rows (A, D) and counts (E,) are this rank's tokens', sorted as
-                models.moe.all_to_all says; they go to their experts and come back. Only where
-                kernels are used. Not outside this module, for which ZeRO 3 collects the weights.
+            rows: (R, D), sorted by expert; with all_to_all (A, D), this rank's tokens, sorted as
+                models.moe.all_to_all says.
+            counts: (L,) int64, rows of each expert; they sum to R. Not read with all_to_all.
+            offsets: (L,) int32, end of each expert's rows; None computes it from counts.
+            defer_bias: skip the output bias; the caller adds it when combining the weighted rows.
+                Kernel path only.
+            all_to_all: all-to-alls around the experts. They run in here because ZeRO 3 collects a
+                module's weights when it is called. Kernel path only.
 
         Returns:
-            (R, D); with defer_bias (R, D) without it, and (L, D) the biases. With exchange (A, D).
+            (R, D); with defer_bias also the output biases (L, D); with all_to_all (A, D).
         """
-        if exchange is not None:
-            from magnetar.models.moe.overlapped_experts import (
-                ExchangedNetwork,  # Triton is not everywhere
-            )
-
-            affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
-            parameters = (self.w1, self.b1, *affine, self.w2, self.b2)
-            network = (self.activation_name, self.norm_eps)
-            return ExchangedNetwork.apply(rows, *parameters, exchange, *network)
+        if self.uses_kernels(rows):
+            return self._by_kernels(rows, counts, offsets, defer_bias, all_to_all)
+        assert all_to_all is None
+        assert not defer_bias
         if offsets is None:
             offsets = counts.cumsum(0).to(torch.int32)
-        if self.uses_kernels(rows):
-            from magnetar.models.moe.kernels.experts import (
-                SparseNetwork,  # Triton is not everywhere
-            )
-
-            affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
-            matrices = (self.w1, self.b1, *affine, self.w2)
-            out = SparseNetwork.apply(rows, *matrices, offsets, self.activation_name, self.norm_eps)
-            if defer_bias:
-                # A copy: ZeRO 3 takes the parameter itself away when this module is done.
-                return out, self.b2.clone()
-            segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
-            return out + _ExpandRows.apply(self.b2, segment_ids, counts)
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
 
         # A token at a time has few rows: what costs something for every expert then rules.
@@ -182,6 +165,31 @@ class Experts(nn.Module):
             b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)
             w2 = self.norm_weight.unsqueeze(-1) * w2
         return linear(h, w2, b2)
+
+    def _by_kernels(
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        offsets: Tensor | None,
+        defer_bias: bool,
+        all_to_all: AllToAll | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See `forward`."""
+        from magnetar.models.moe.kernels.expert_ffn import AllToAllExpertFFN, ExpertFFN
+
+        affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
+        parameters = (self.w1, self.b1, *affine, self.w2)
+        options = (self.activation_name, self.norm_eps)
+        if all_to_all is not None:
+            return AllToAllExpertFFN.apply(rows, *parameters, self.b2, all_to_all, *options)
+        if offsets is None:
+            offsets = counts.cumsum(0).to(torch.int32)
+        out = ExpertFFN.apply(rows, *parameters, offsets, *options)  # (R, D)
+        if defer_bias:
+            # A copy: ZeRO 3 takes the parameter itself away when this module is done.
+            return out, self.b2.clone()
+        segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))  # (R,)
+        return out + _ExpandRows.apply(self.b2, segment_ids, counts)
 
 
 def _split_experts(module: nn.Module, state: dict, prefix: str, _metadata: object) -> None:

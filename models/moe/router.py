@@ -65,7 +65,7 @@ class RoutingStats(NamedTuple):
 
 
 if TYPE_CHECKING:
-    from magnetar.models.moe.kernels.routing import FusedRouting
+    from magnetar.models.moe.kernels.fused_router import FusedRouting
 
 # The fixed temperature tau_0 of the balance loss, and where the learnable tau starts
 # (arXiv 2204.09179, sec. 4.1).
@@ -201,7 +201,7 @@ class Router(nn.Module):
         Returns:
             The decision, and () float32 without gradient the temperature.
         """
-        from magnetar.models.moe.kernels.routing import fused_route  # Triton is not everywhere
+        from magnetar.models.moe.kernels.fused_router import fused_route  # Triton is not everywhere
 
         routing = fused_route(
             scores,
@@ -312,7 +312,7 @@ class XMoERouter(Router):
 
     def _cosines(self, h: Tensor) -> Tensor:
         """`cosine_scores` by a kernel, where there is one for these tokens."""
-        from magnetar.models.moe.kernels.cosines import MAX_D_ROUTER, fused_cosines
+        from magnetar.models.moe.kernels.fused_cosines import MAX_D_ROUTER, fused_cosines
 
         weight = self.projection.weight
         # ZeRO 3 brings a parameter back only for the module that owns it.

@@ -486,8 +486,7 @@ def optimizer_of(changes: dict[str, Any]) -> tuple[int, int, list[Any]]:
 def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, list]]:
     """Train each case on ranks 0 and 1 of one node and the others of another: losses, GiB.
 
-    A case's key `nodes` says on which node each rank lies instead. `experts` are those that a
-    checkpoint has this rank's weights for.
+    `experts` are those that a checkpoint has this rank's weights for.
     """
     import os
     import re
@@ -500,20 +499,18 @@ def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict
     from magnetar.engine.train_step import loss_weights, train_step
 
     start_distributed()
+    os.environ["MAGNETAR_NODE"] = str(dist.get_rank() // 2)
     results = []
     for changes in cases:
-        nodes = changes.pop("nodes", [0, 0, 1, 1])
-        os.environ["MAGNETAR_NODE"] = str(nodes[dist.get_rank()])
         engine, _, config = start(changes)
         meter = TrafficMeter(engine.module, moe_layers(config.model), engine.device)
-        curve: dict[str, list] = {"loss": [], "traffic": [], "messages": []}
+        curve: dict[str, list] = {"loss": [], "traffic": []}
         for step in range(num_steps):
             batch = batches(engine, step, config)
             result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
             meter.count_step()
             curve["loss"].append(reduce_over_ranks(result)[0]["loss"])
             curve["traffic"].append(meter.record())
-            curve["messages"].append(sum(traffic.messages for traffic in meter.last))
         names = " ".join(
             name for _, of_one in named_tensors(engine.module) for name in of_one.names
         )

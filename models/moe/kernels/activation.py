@@ -205,20 +205,17 @@ def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int | None]:
     return {"R": rows, "COLUMNS": columns, "STAGES": None, "num_warps": 4}
 
 
-def forward(
-    x: Tensor, activation: Activation, offsets: Tensor, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, F) -> h (A, F), and of the norm (A,) means and (A,) scales, float32.
+def forward(x: Tensor, activation: Activation, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, F) -> h (A, F), and the norm's means (A,) and scales (A,), float32.
 
     Args:
         x: rows sorted by expert, contiguous.
-        activation: what is applied.
-        offsets: (E,) int32, where each expert's rows end.
-        out: (A, F), contiguous, where h is written; None: a new tensor.
+        activation: bias, activation and norm to apply.
+        offsets: (E,) int32, end of each expert's rows.
     """
     (num_rows, d_ff), num_experts = x.shape, offsets.numel()
     norm = activation.gain is not None
-    h = torch.empty_like(x) if out is None else out
+    h = torch.empty_like(x)
     means, scales = x.new_empty(2, num_rows if norm else 0, dtype=torch.float32)
     shape = _shape(d_ff, norm, backward=False)
     grid = (num_tiles(num_rows, num_experts, TILE_ROWS), triton.cdiv(d_ff, shape["COLUMNS"]))
@@ -250,15 +247,11 @@ def backward(
     offsets: Tensor,
     means: Tensor,
     scales: Tensor,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F).
-
-    The first is written to `out`, contiguous, where that is given.
-    """
+    """The gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F)."""
     (num_rows, d_ff), num_experts = x.shape, offsets.numel()
     norm = activation.gain is not None
-    grad_x = torch.empty_like(x) if out is None else out
+    grad_x = torch.empty_like(x)
     tiles = num_tiles(num_rows, num_experts, TILE_ROWS)
     partial = torch.empty(3 if norm else 1, tiles, d_ff, dtype=torch.float32, device=x.device)
     shape = _shape(d_ff, norm, backward=True)

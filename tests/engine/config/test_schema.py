@@ -273,8 +273,8 @@ def test_a_wrong_value_is_named_with_a_way_out(path: str, value: object, parts: 
 
 @pytest.mark.parametrize("path", sorted(REFUSED))
 def test_a_refused_key_says_why(path: str) -> None:
-    found = messages(set_path(quickstart(), path, 1))
-    assert found == [f"{path}=1 is refused: {REFUSED[path]}"]
+    found = messages(set_path(quickstart(), path, 2))
+    assert found == [f"{path}=2 is refused: {REFUSED[path]}"]
     assert ": " in REFUSED[path] or REFUSED[path].startswith(("use", "master"))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from magnetar.models.layers.init import RandomSource
 from magnetar.models.moe.router import XMoERouter
 
-cosines = pytest.importorskip("magnetar.models.moe.kernels.cosines", reason="needs Triton")
+cosines = pytest.importorskip("magnetar.models.moe.kernels.fused_cosines", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(

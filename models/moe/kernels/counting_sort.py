@@ -2,9 +2,12 @@
 
 Letters: N tokens, E experts, K top_k, A = N*K choices, B blocks of BLOCK_TOKENS tokens.
 
-models.moe.kernels.routing has counted each block's assignments to each expert. Their running sum,
-over experts and within one over blocks, is where a block's rows begin; within a block every
+models.moe.kernels.fused_router has counted each block's assignments to each expert. Their running
+sum, over experts and within one over blocks, is where a block's rows begin; within a block every
 assignment counts the earlier ones that name its expert.
+
+The rows of an expert are token-major: they follow the number n*K + k of an assignment. The plain
+path's (models.moe.dispatch) are choice-major: they follow k*N + n.
 """
 
 # Triton evaluates the annotations of a kernel's arguments and knows none for pointers.
@@ -18,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from magnetar.models.moe.all_to_all import SendOrder
-from magnetar.models.moe.kernels.routing import BLOCK_TOKENS, num_blocks_of
+from magnetar.models.moe.kernels.fused_router import BLOCK_TOKENS, num_blocks_of
 
 
 class Positions(NamedTuple):
@@ -136,7 +139,7 @@ def sorted_positions(
         assignment_of,
         offsets,
         counts,
-        None if order is None else order.places,
+        None if order is None else order.positions,
         num_tokens * top_k,
         num_blocks,
         E=num_experts,

@@ -10,8 +10,8 @@ from torch import Tensor
 from magnetar.models.moe.all_to_all import send_order
 from magnetar.models.moe.router import MIN_TEMPERATURE, route
 
-routing = pytest.importorskip("magnetar.models.moe.kernels.routing", reason="needs Triton")
-sorting = pytest.importorskip("magnetar.models.moe.kernels.sorting", reason="needs Triton")
+routing = pytest.importorskip("magnetar.models.moe.kernels.fused_router", reason="needs Triton")
+sorting = pytest.importorskip("magnetar.models.moe.kernels.counting_sort", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(

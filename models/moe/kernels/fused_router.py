@@ -40,7 +40,7 @@ class FusedRouting(NamedTuple):
         load: (E,) int64, assignments to each expert.
         first_choices: (E,) int64, tokens whose first choice is an expert.
         block_counts: (E, B) int32, assignments to each expert by each block of BLOCK_TOKENS
-            tokens; one empty block where there are no tokens. For models.moe.kernels.sorting.
+            tokens; one empty block where there are no tokens. For models.moe.kernels.counting_sort.
     """
 
     experts: Tensor
