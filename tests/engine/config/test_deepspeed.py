@@ -10,13 +10,10 @@ from pydantic import TypeAdapter
 
 from magnetar.engine.config import deepspeed as ours
 from magnetar.engine.config.batch_sizes import BatchSizes, batch_problems, filled
-from magnetar.engine.config.docs import SHIPPED
 from magnetar.engine.config.errors import section_model
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import load_config
-from tests.ranks import ROOT
-
-CONFIGS = ROOT / "ds_configs"
+from tests.engine.config.shipped import CONFIGS, SHIPPED
 
 
 class _Spy(dict):
@@ -139,7 +136,7 @@ def test_torch_adam_takes_our_parameters() -> None:
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], **params)
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+@pytest.mark.parametrize("name", SHIPPED)
 def test_deepspeed_accepts_every_resolved_config(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
