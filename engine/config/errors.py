@@ -280,8 +280,8 @@ def _in_words(schema: dict[str, Any]) -> str:
 
 def expected(field: FieldInfo) -> str:
     """The values that a key takes, such as `a whole number, at least 1`."""
-    adapter = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-    return _in_words(adapter.json_schema())
+    annotation: Any = Annotated[field.annotation, field]
+    return _in_words(TypeAdapter(annotation).json_schema())
 
 
 def _unknown_key(path: str, value: Any, names: list[str], every_path: list[str]) -> Problem:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     ConfigDict,
@@ -46,11 +46,41 @@ from magnetar.models.section import (
 SaveEvery = Annotated[Count | Literal["never"] | None, WrapValidator(one_problem)]
 Text = Annotated[str, Field(min_length=1)]
 
-_POLYNOMIAL_ONLY = ("total_steps", "power", "end_lr")
+
+class _KeysOfAKind(StrictModel):
+    """A section with keys that belong to one value of another of its keys.
+
+    Attributes:
+        kind: the other key, that value, and the keys that belong to it.
+    """
+
+    kind: ClassVar[tuple[str, str, tuple[str, ...]]]
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_kind(self) -> Self:
+        name, value, keys = self.kind
+        given = getattr(self, name)
+        lines = [
+            f"{key}={shown(getattr(self, key))} belongs to {name} {value!r}, but {name} is "
+            f"{given!r}: remove it, or use {name} {value!r}"
+            for key in keys
+            if given != value and key in self.model_fields_set
+        ]
+        if lines:
+            raise ValueError("\n".join(lines))
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_keys_of_the_kind(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        name, value, keys = self.kind
+        fields = handler(self)
+        return {k: v for k, v in fields.items() if fields[name] == value or k not in keys}
 
 
-class MaskingConfig(StrictModel):
+class MaskingConfig(_KeysOfAKind):
     """What an encoder, or the encoder of an encoder-decoder, is not shown."""
+
+    kind: ClassVar = ("unit", "span", ("mean_span_length",))
 
     probability: float = key(
         0.15,
@@ -70,22 +100,6 @@ class MaskingConfig(StrictModel):
         "What masked tokens become. `bert`: 80 % become the mask token, 10 % a random one, 10 % "
         "stay. `mask`: all become the mask token.",
     )
-
-    @model_validator(mode="after")
-    def _spans_have_a_length(self) -> "MaskingConfig":
-        if self.unit != "span" and "mean_span_length" in self.model_fields_set:
-            raise ValueError(
-                f"mean_span_length={shown(self.mean_span_length)} belongs to unit 'span', but unit "
-                f"is {self.unit!r}: remove it, or use unit 'span'"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _only_keys_of_the_unit(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = handler(self)
-        if self.unit != "span":
-            del fields["mean_span_length"]
-        return fields
 
 
 class PairsConfig(StrictModel):
@@ -143,8 +157,10 @@ class DataConfig(StrictModel):
     )
 
 
-class LRSchedule(StrictModel):
+class LRSchedule(_KeysOfAKind):
     """The learning rate over the steps: a linear warm-up to `optimizer.params.lr`, then this."""
+
+    kind: ClassVar = ("type", "polynomial", ("total_steps", "power", "end_lr"))
 
     type: Literal["polynomial", "inverse_sqrt", "constant"] = key(
         ...,
@@ -160,30 +176,13 @@ class LRSchedule(StrictModel):
     end_lr: NonNegative = key(0.0, "Last learning rate. Only with type `polynomial`.")
 
     @model_validator(mode="after")
-    def _no_contradictions(self) -> "LRSchedule":
-        lines = []
-        if self.type != "polynomial":
-            lines = [
-                f"{name}={shown(getattr(self, name))} belongs to type 'polynomial', but type is "
-                f"{self.type!r}: remove it, or use type 'polynomial'"
-                for name in _POLYNOMIAL_ONLY
-                if name in self.model_fields_set
-            ]
+    def _inverse_sqrt_has_a_start(self) -> Self:
         if self.type == "inverse_sqrt" and self.warmup_steps < 1:
-            lines.append(
+            raise ValueError(
                 "warmup_steps=0 leaves type 'inverse_sqrt' without a starting point: use "
                 "warmup_steps 1 or more, or type 'constant'"
             )
-        if lines:
-            raise ValueError("\n".join(lines))
         return self
-
-    @model_serializer(mode="wrap")
-    def _only_keys_of_the_type(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = handler(self)
-        if self.type != "polynomial":
-            fields = {name: v for name, v in fields.items() if name not in _POLYNOMIAL_ONLY}
-        return fields
 
 
 class TrainingConfig(StrictModel):
@@ -255,7 +254,7 @@ class TrainingConfig(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _warm_up_ends(self) -> "TrainingConfig":
+    def _warm_up_ends(self) -> Self:
         schedule = self.lr_schedule
         if schedule.type != "polynomial":
             return self
