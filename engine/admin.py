@@ -26,10 +26,10 @@ class Profile(StrictModel):
     """What admin_profile.json holds.
 
     Attributes:
-        seed: of the initial weights.
-        model: the model's section, without where its experts lie.
-        data: what a sequence is and how it is masked.
-        variances: for each stack those of its embedding and of every sublayer's output.
+        seed: seed of the initial weights.
+        model: the model's section without the keys of ON_ONE_RANK.
+        data: the data's section without its path.
+        variances: variances of the embedding and of every sublayer's output, for each stack.
     """
 
     seed: int

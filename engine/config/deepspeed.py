@@ -107,7 +107,9 @@ class ZeroConfig(StoredModel):
     overlap_comm: bool | None = key(
         None, "Whether gradients are reduced during the backward pass. null: false."
     )
-    compute_grad_norm: bool = key(True, "Must stay true: clipping and the logs read this norm.")
+    compute_grad_norm: bool = key(
+        True, "Whether the norm is computed; clipping and the logs need it."
+    )
     ignore_unused_parameters: bool = key(
         True, "Whether a parameter may lack a gradient under stage 2. false: the run stops."
     )
@@ -129,19 +131,19 @@ class ZeroConfig(StoredModel):
     )
     stage3_max_reuse_distance: Elements = key(
         1_000_000_000,
-        "Stage 3: a parameter that is used again within so many elements stays whole.",
+        "Stage 3: most elements between two uses of a parameter that stays whole.",
     )
     stage3_allgather_sequential: bool = key(
-        False, "Stage 3: parameters are collected one after the other: less memory, slower."
+        False, "Whether stage 3 collects parameters one by one: less memory, slower."
     )
     stage3_use_all_reduce_for_fetch_params: bool = key(
-        False, "Stage 3: parameters are collected by all-reduce. false: by all-gather."
+        False, "Whether stage 3 collects parameters by all-reduce. false: by all-gather."
     )
     memory_efficient_linear: bool = key(
-        True, "Stage 3: DeepSpeed's matrix product replaces PyTorch's."
+        True, "Whether DeepSpeed's matrix product replaces PyTorch's in stage 3."
     )
     log_trace_cache_warnings: bool = key(
-        False, "Stage 3: a line is printed when modules run in an unforeseen order."
+        False, "Whether stage 3 prints a line when modules run in an unforeseen order."
     )
     parameter_alignment: bool | None = key(
         None,

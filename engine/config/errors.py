@@ -27,7 +27,7 @@ _HINTS = {
 }
 
 
-MAX_DEPTH = 50  # of objects and lists in each other; a config needs 5
+MAX_DEPTH = 50  # levels of objects and lists; a config needs 5
 
 
 class _TooDeepError(ValueError):
@@ -55,7 +55,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _plain(value: Any, path: str, repeated: list[str], depth: int = 0) -> Any:
-    """The value with dicts for objects; keys given twice are added to `repeated`."""
+    """The value with dicts for objects; a line for each key given twice is added to `repeated`."""
     if depth > MAX_DEPTH:
         raise _TooDeepError
     if isinstance(value, _Pairs):
@@ -130,7 +130,7 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _parse_override(text: str) -> tuple[str, Any, list[str]]:
-    """The path, the value, and complaints of one `path=value`."""
+    """The path and the value of one `path=value`, and lines about what is wrong."""
     path, equals, value_text = text.partition("=")
     path = path.strip()
     if not equals or not path or not all(path.split(".")):
@@ -146,7 +146,7 @@ def _parse_override(text: str) -> tuple[str, Any, list[str]]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sets each `path=value` in `raw`; returns their paths, and a line for each that is wrong."""
+    """The path of each `path=value`, which is set in `raw`, and a line for each that is wrong."""
     paths: list[str] = []
     complaints: list[str] = []
     for text in overrides:
@@ -161,7 +161,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[list
 
 
 def _set(raw: dict[str, Any], path: str, value: Any, text: str) -> list[str]:
-    """Sets one value, creating objects on the way; a line when something else is in the way."""
+    """A line if something else is in the way of a value; otherwise it is set in `raw`."""
     *parents, last = path.split(".")
     here = raw
     for depth, key in enumerate(parents):
@@ -323,8 +323,8 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
     """What pydantic refused, as messages for the user: the one place that translates its errors.
 
     Args:
-        error: of validating a whole file.
-        model: the model of the whole file.
+        error: pydantic's error about a whole file.
+        model: the model that refused the file.
     """
     problems: list[Problem] = []
     for each in error.errors(include_url=False):

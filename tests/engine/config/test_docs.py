@@ -9,6 +9,8 @@ from magnetar.engine.config.docs import generated_files, readme, schema
 from magnetar.engine.config.errors import key_paths
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import ConfigFile, load_config
+from magnetar.models.config import TorchScaleModelKeys
+from magnetar.models.moe.config import TorchScaleMoEKeys
 from tests.engine.config.shipped import CONFIGS, SHIPPED, example_config
 
 
@@ -51,6 +53,13 @@ def test_the_schema_refuses_unknown_keys_and_wrong_values() -> None:
     assert errors({**raw, "scheduler": {}})
     assert errors({**raw, "gradient_clipping": "1"})
     assert errors({**raw, "zero_optimization": {"stage": 4}})
+
+
+def test_the_keys_of_imported_models_stand_apart() -> None:
+    for_everybody, for_imports = readme().split("## Keys for imported models")
+    for name in TorchScaleModelKeys.model_fields.keys() | TorchScaleMoEKeys.model_fields.keys():
+        assert f"| `{name}` |" not in for_everybody
+        assert f"| `{name}` |" in for_imports
 
 
 def test_the_page_names_every_key_and_every_refusal() -> None:
