@@ -50,6 +50,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def joined(path: str, key: str) -> str:
+    """`path.key`, or the key alone at the top level."""
+    return f"{path}.{key}" if path else key
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON: write a number")
 
@@ -61,14 +66,12 @@ def _plain(value: Any, path: str, repeated: list[str], depth: int = 0) -> Any:
     if isinstance(value, _Pairs):
         members: dict[str, list[Any]] = {}
         for key, member in value:
-            members.setdefault(key, []).append(
-                _plain(member, f"{path}.{key}" if path else key, repeated, depth + 1)
-            )
+            inner = _plain(member, joined(path, key), repeated, depth + 1)
+            members.setdefault(key, []).append(inner)
         for key, given in members.items():
             if len(given) > 1:
-                full = f"{path}.{key}" if path else key
-                values = ", then ".join(shown(v) for v in given)
-                repeated.append(f"{full} is given {len(given)} times ({values}): keep one of them")
+                words = f"is given {len(given)} times ({', then '.join(map(shown, given))})"
+                repeated.append(f"{joined(path, key)} {words}: keep one of them")
         return {key: given[-1] for key, given in members.items()}
     if isinstance(value, list):
         return [_plain(v, f"{path}[{i}]", repeated, depth + 1) for i, v in enumerate(value)]
@@ -129,53 +132,52 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], list[str]]:
     return value, repeated
 
 
-def _parse_override(text: str) -> tuple[str, Any, list[str]]:
-    """The path and the value of one `path=value`, and lines about what is wrong."""
-    path, equals, value_text = text.partition("=")
-    path = path.strip()
-    if not equals or not path or not all(path.split(".")):
-        example = "--set magnetar.model.num_layers=4"
-        return path, None, [f"--set {text!r} is not path=value: write it like {example}"]
-    try:
-        value, repeated = parse_json(value_text, path)
-    except _TooDeepError as error:
-        return path, None, [f"--set {path}: {error}"]
-    except ValueError:
-        return path, value_text, []
-    return path, value, repeated
-
-
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The path of each `path=value`, which is set in `raw`, and a line for each that is wrong."""
     paths: list[str] = []
     complaints: list[str] = []
     for text in overrides:
-        path, value, wrong = _parse_override(text)
-        if not wrong and path in paths:
-            wrong = [f"--set {path} is given twice: keep one of them"]
-        if not wrong:
-            wrong = _set(raw, path, value, text)
-        complaints += wrong
+        path, equals, written = text.partition("=")
+        path = path.strip()
+        try:
+            if not equals or not all(path.split(".")):
+                example = "--set magnetar.model.num_layers=4"
+                raise UserError(f"--set {text!r} is not path=value: write it like {example}")
+            if path in paths:
+                raise UserError(f"--set {path} is given twice: keep one of them")
+            _set(raw, path, _override_value(path, written), text)
+        except UserError as error:
+            complaints += str(error).split("\n")
         paths.append(path)
     return paths, complaints
 
 
-def _set(raw: dict[str, Any], path: str, value: Any, text: str) -> list[str]:
-    """A line if something else is in the way of a value; otherwise it is set in `raw`."""
+def _override_value(path: str, written: str) -> Any:
+    try:
+        value, repeated = parse_json(written, path)
+    except _TooDeepError as error:
+        raise UserError(f"--set {path}: {error}") from None
+    except ValueError:  # not JSON: a text without quotes
+        return written
+    if repeated:
+        raise UserError("\n".join(repeated))
+    return value
+
+
+def _set(raw: dict[str, Any], path: str, value: Any, text: str) -> None:
     *parents, last = path.split(".")
     here = raw
-    for depth, key in enumerate(parents):
+    for depth, key in enumerate(parents, start=1):
         if here.get(key) is None:
             here[key] = {}
         if not isinstance(here[key], dict):
-            so_far = ".".join(parents[: depth + 1])
-            return [
-                f"--set {text}: {so_far}={shown(here[key])} is not an object: "
-                f"set {so_far} as a whole"
-            ]
+            so_far = ".".join(parents[:depth])
+            raise UserError(
+                f"--set {text}: {so_far}={shown(here[key])} is not an object: set {so_far} as a "
+                "whole"
+            )
         here = here[key]
     here[last] = value
-    return []
 
 
 class Problem(NamedTuple):
@@ -193,11 +195,6 @@ class Problem(NamedTuple):
 def problem(path: str, value: Any, words: str) -> Problem:
     """A message that begins with a key and its value."""
     return Problem(path, f"{path}={shown(value)} {words}")
-
-
-def joined(path: str, key: str) -> str:
-    """`path.key`, or the key alone at the top level."""
-    return f"{path}.{key}" if path else key
 
 
 def strange_texts(value: Any, path: str = "") -> list[Problem]:
