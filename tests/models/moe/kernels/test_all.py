@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from magnetar.models.moe.kernels.expert_ffn import ExpertFFN
 from magnetar.models.moe.kernels.permute import CombineRows, GatherRows
