@@ -21,7 +21,7 @@ from magnetar.models.moe.all_to_all import (
 )
 from magnetar.models.moe.kernels.expert_ffn import AllToAllExpertFFN, ExpertFFN
 from magnetar.models.moe.kernels.segments import segments_of
-from tests.models.all_to_all_programs import CASES
+from tests.models.all_to_all_programs import CASES, PROGRAM
 from tests.ranks import run_on_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,9 +56,6 @@ def assert_uneven(ranks: list[dict]) -> None:
     assert (ranks[0]["rank 0 is padding"][0]["load"] == 0).all()
     assert ranks[1]["rank 0 is padding"][0]["out"].any()
     assert ranks[0]["capacity"][0]["dropped"] > 0
-
-
-PROGRAM = "tests.models.all_to_all_programs:everything"
 
 
 @pytest.mark.slow
