@@ -28,7 +28,7 @@ def _whole(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(_whole)]
-Elements = Annotated[Size, Field(ge=0)]
+Elements = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
 BatchSize = Annotated[int, Field(ge=1, le=1 << 20)]  # a step of more would never end
 
 

@@ -5,7 +5,7 @@ import json
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -265,7 +265,7 @@ def _in_words(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return shown(schema["const"])
     if "prefixItems" in schema:
-        each = _in_words(schema["prefixItems"][0]).removeprefix("a number, ")
+        each = _in_words(schema["prefixItems"][0]).removeprefix("a number, ").replace(",", " and")
         return f"a list of {len(schema['prefixItems'])} numbers, each {each}"
     if schema.get("type") == "array":
         return "a list of texts"
@@ -307,9 +307,9 @@ def _unknown_key(path: str, value: Any, names: list[str], every_path: list[str])
 def _wrong_value(path: str, value: Any, field: FieldInfo) -> Problem:
     """A value that its key does not take, with the nearest one if it is a name."""
     hint = ""
-    choices = [v for v in get_args(without_none(field.annotation)) if isinstance(v, str)]
-    if isinstance(value, str):
-        names = {name.lower(): name for name in choices}
+    kind = without_none(field.annotation)
+    if get_origin(kind) is Literal and isinstance(value, str):
+        names = {str(choice).lower(): choice for choice in get_args(kind)}
         if near := difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.6):
             hint = f"did you mean {shown(names[near[0]])}? "
     about = VALUE_REASONS.get(path) or field.description or ""

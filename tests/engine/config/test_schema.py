@@ -240,6 +240,7 @@ WRONG = [
     ("optimizer.params.adam_w_mode", False, ['type="AdamW"', 'use type "Adam"']),
     ("zero_optimization", True, ["an object"]),
     ("zero_optimization.stage", 4, ["one of 0, 1, 2, 3"]),
+    ("zero_optimization.stage", "2", ["did you mean 2?"]),
     ("zero_optimization.stage3_prefetch_bucket", 1, ["zero_optimization.stage3_prefetch_bucket_"]),
     ("zero_optimization.offload_optimizer.device", "nvme", ["disk", "use `cpu`"]),
     ("zero_optimization.parameter_alignment", False, ["16 bytes", "set it to true"]),
