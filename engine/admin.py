@@ -6,12 +6,13 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from torch import nn
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, first_problem
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.checkpoint.run_folder import write_whole
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.admin import set_omegas
-from magnetar.models.moe.config import ON_ONE_RANK, StrictModel
+from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.section import StrictModel
 
 PROFILE_FILE = "admin_profile.json"
 
@@ -25,10 +26,10 @@ class Profile(StrictModel):
     """What admin_profile.json holds.
 
     Attributes:
-        seed: of the initial weights.
-        model: the model's section, without where its experts lie.
-        data: what a sequence is and how it is masked.
-        variances: for each stack those of its embedding and of every sublayer's output.
+        seed: seed of the initial weights.
+        model: the model's section without the keys of ON_ONE_RANK.
+        data: the data's section without its path.
+        variances: variances of the embedding and of every sublayer's output, for each stack.
     """
 
     seed: int
@@ -96,9 +97,7 @@ def _read_profile(config: RunConfig) -> Profile:
     try:
         profile = Profile.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the whole file"
-        raise UserError(f"{path} is no profile ({key}: {first['msg']}): {again}") from error
+        raise UserError(f"{path} is no profile ({first_problem(error)}): {again}") from error
     expected = new_profile(config, profile.variances)
     different = [
         name

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, first_problem
 from magnetar.data.pairs.codec import Codec, check_language
 from magnetar.data.text.packed_lm import IntArray
 from magnetar.data.text.token_files import SplitRecord, TokenSplit
@@ -308,11 +308,9 @@ def open_pairs(path: Path) -> PreparedPairs:
     try:
         manifest = PairsManifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise UserError(
-            f"{file} is not a manifest of pairs of version {PAIRS_VERSION}: {key}: {first['msg']}. "
-            f"Give a folder of pairs, or {REMEDY}"
+            f"{file} is not a manifest of pairs of version {PAIRS_VERSION}: "
+            f"{first_problem(error)}. Give a folder of pairs, or {REMEDY}"
         ) from error
     again = f"copy it back, or delete {path} and prepare it again"
     vocabulary = path / manifest.tokenizer_file

@@ -12,7 +12,8 @@ from magnetar.engine.checkpoint.format import sha256
 from magnetar.engine.checkpoint.run_folder import differing, flat_keys
 from magnetar.engine.config.schema import RunConfig, check_config
 from magnetar.models.config import ModelConfig
-from magnetar.models.moe.config import ON_ONE_RANK, StrictModel
+from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.section import StrictModel
 from magnetar.models.weights.load_save import CONFIG_FILE, first_problem
 
 RUN_KEY = "run"

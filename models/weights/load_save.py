@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from magnetar.data.errors import first_problem
 from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model
@@ -35,7 +36,6 @@ from magnetar.models.weights.files import (
 )
 
 CONFIG_FILE = "config.json"
-_SHOWN_CHARACTERS = 60  # longest part of a wrong value in a message
 
 
 def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -182,24 +182,6 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"{folder / CONFIG_FILE} does not describe a model ({problem}): convert it again"
         ) from error
     return config, about
-
-
-def first_problem(error: ValidationError, section: str) -> str:
-    """The first problem of a JSON section: key, value and rule."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, (section, *first["loc"])))
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    if first["type"] == "extra_forbidden":
-        return f"{key} is not a key that this version knows"
-    if first["type"] == "value_error":  # a rule of ours, which names key and value
-        return f"{key}: {first['ctx']['error']}"
-    value = json.dumps(first["input"])
-    if len(value) > _SHOWN_CHARACTERS:
-        value = f"{value[:_SHOWN_CHARACTERS]}..."
-    is_object = first["type"] in ("model_type", "dict_type")
-    rule = "it should be an object" if is_object else first["msg"].replace("Input", "it", 1)
-    return f"{key}={value}: {rule}"
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
