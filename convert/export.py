@@ -1,4 +1,4 @@
-"""A checkpoint as a folder of weights with its origin, so that `import` can turn it back.
+"""A checkpoint as a folder of weights that says where it comes from, so that `import` can go back.
 
 config.json            model, and run: see engine.checkpoint.exported_run
 model.safetensors      or shards of it, see models.weights.files
@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from magnetar.convert.folders import how_to_load, open_whole, vocabulary, write_folder
-from magnetar.convert.sources import Source
-from magnetar.data.errors import UserError
+from magnetar.convert.folders import how_to_load, open_whole, vocabulary_file, write_folder
 from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun
+from magnetar.engine.checkpoint.open_run import SavedModel
 from magnetar.models.weights.files import as_type
 from magnetar.models.weights.load_save import read_config
 
@@ -42,30 +41,28 @@ def export(
     dtype: str = "float32",
     shard_bytes: int | None = None,
 ) -> list[str]:
-    """A report in lines, after writing a run's weights to a new folder.
+    """Write a run's weights to a new folder; the lines that say so.
 
     Args:
         path: a run's folder, a checkpoint's, or a folder of weights, which is written anew.
-        out: new folder; it must not exist, or be empty.
-        checkpoint: name of the checkpoint; None: the newest complete one.
-        tokenizer: path of the vocabulary, if it is no longer where the run found it.
-        dtype: type of the written weights, a key of DTYPES; float32 is what was saved, bit by bit.
-        shard_bytes: largest size of a file, see `write_files`.
+        out: must not exist, or be empty.
+        checkpoint: its name; None: the newest complete one.
+        tokenizer: where the vocabulary is, if it is no longer where the run found it.
+        dtype: a key of DTYPES; float32 is what was saved, to the last bit.
+        shard_bytes: see `write_files`.
 
     Raises:
-        UserError: if the source cannot be read, the type cannot hold the weights, the vocabulary is
-            missing, or the folder holds something.
+        UserError: for a source that cannot be read, weights that the type cannot hold, a
+            vocabulary that is not there, or a folder that holds something.
     """
     source = open_whole(path, out, checkpoint)
-    found = vocabulary(source, tokenizer)
     about = _about(source)
-    if found is None and source.checkpoint is not None:
-        prepared = source.checkpoint.manifest["config"]["magnetar"]["data"]["path"]
-        raise UserError(
-            f"the tokenizer of {path} is not in {prepared}, which it was trained on: start the "
-            "command where training was started, or say where it is with --tokenizer"
-        )
-    files: dict[str, bytes] = {} if found is None else {found.file_name: found.file_content}
+    files: dict[str, bytes]
+    if source.checkpoint is None and tokenizer is None:
+        files = vocabulary_file(source)  # imported weights may have none
+    else:
+        found = source.require_tokenizer(tokenizer, "--tokenizer")
+        files = {found.file_name: found.file_content}
     both = source.config.architecture == "encoder_decoder"
     load = _LOAD.replace("{arguments}", "tokens, tokens" if both else "tokens").replace(
         "{comment}", "  # the source, and the same tokens as the target" if both else ""
@@ -85,7 +82,7 @@ def export(
 
 
 def _shown_files(folder: Path) -> list[str]:
-    """The names of a folder's files; shards count as one."""
+    """The names of its files, shards in one."""
     names = sorted(path.name for path in folder.iterdir())
     shards = [name for name in names if name.endswith(".safetensors")]
     if len(shards) > 1:
@@ -94,11 +91,11 @@ def _shown_files(folder: Path) -> list[str]:
     return names
 
 
-def _about(source: Source) -> dict[str, Any]:
-    """The origin of the weights, as further keys of config.json."""
+def _about(source: SavedModel) -> dict[str, Any]:
+    """Where the weights come from: the further keys of config.json."""
     if source.checkpoint is None:
         return read_config(source.path)[1]
     entries = {key: source.checkpoint.manifest[key] for key in ExportedRun.model_fields}
-    # An export has no moments, so Adam starts anew; the schedule continues.
+    # Adam starts anew where its moments are not; the schedule goes on.
     adams = {key: value for key, value in entries["optimizer"].items() if key != "step"}
     return {RUN_KEY: entries | {"optimizer": adams}}

@@ -1,6 +1,6 @@
-"""The content of a checkpoint or a folder of weights, and warnings about it.
+"""What is in a checkpoint or a folder of weights, and what looks wrong with it.
 
-Memory holds one tensor at a time.
+One tensor at a time is in memory.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from magnetar.convert.expert_tensors import place_of
 from magnetar.convert.folders import watched
-from magnetar.convert.sources import Source, is_run, open_source, source_of
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
@@ -30,12 +29,13 @@ from magnetar.engine.checkpoint.format import (
     read_checkpoint,
     sha256,
 )
+from magnetar.engine.checkpoint.open_run import SavedModel, is_run, of_checkpoint, open_run
 from magnetar.engine.optim.adam import MOMENTS
 from magnetar.engine.progress import table
 from magnetar.models.cost import in_words, num_parameters
 
 _GATE = ".deepspeed_moe.gate."
-# The first of these words in a tensor's name decides its group.
+# The first word that a tensor's name has says what it belongs to.
 _GROUPS = (
     ("experts", (".deepspeed_experts.",)),
     ("router", (_GATE,)),
@@ -54,10 +54,10 @@ class File:
     """A file.
 
     Attributes:
-        name: name in its folder.
-        bytes: size when it was saved.
-        sha256: hash of its content when it was saved.
-        problem: damage that it has now; None: it is whole.
+        name: in its folder.
+        bytes: its size when it was saved.
+        sha256: of its content when it was saved.
+        problem: what is wrong with it now; None: it is whole.
     """
 
     name: str
@@ -71,11 +71,11 @@ class TensorFound:
     """A tensor.
 
     Attributes:
-        name: name in the state dict of the whole model.
-        shape: shape in the whole model.
-        states: names of its states: weight, and the optimizer's moments.
-        files: names of the files that hold it.
-        sha256: hash of the values of its weights.
+        name: in the state dict of the whole model.
+        shape: its shape.
+        states: weight, and the optimizer's moments of it.
+        files: where it lies.
+        sha256: of its weights' values.
         rms: sqrt(mean(weight^2)).
     """
 
@@ -101,9 +101,9 @@ class MoELayer:
     """A MoE layer.
 
     Attributes:
-        name: name of its network in the model.
-        num_experts: number of its experts.
-        temperature: temperature of the router; None if it learns none.
+        name: of its block.
+        num_experts: experts of it.
+        temperature: the router's; None where it learns none.
         expert_norms: L2 norm over all parameters of an expert: smallest, mean and largest.
     """
 
@@ -115,19 +115,19 @@ class MoELayer:
 
 @dataclass(frozen=True)
 class Contents:
-    """The result of `inspect`.
+    """What was found.
 
     Attributes:
-        path: path of the checkpoint or the folder of weights.
-        about: facts for a person, by their label.
+        path: of the checkpoint or the folder of weights.
+        about: facts for a person, by what they say.
         step: optimizer steps done; None for weights alone.
         layout: world_size, ep_size and zero_stage that it was written for; None for weights alone.
-        num_tensors: number of tensors; tied ones count once.
-        num_parameters: number of parameters of the whole model.
-        num_parameters_a_token: number of parameters that a token passes through, see models.cost.
-        files: all files of tensors.
-        groups, layers, tensors: statistics of the numbers; empty if a file is damaged.
-        warnings: suspicious findings, in words.
+        num_tensors: tensors, tied ones once.
+        num_parameters: of the whole model.
+        num_parameters_a_token: those that a token passes through, as models.cost counts.
+        files: every file with numbers in it.
+        groups, layers, tensors: what the numbers are; empty if a file is damaged.
+        warnings: what is suspicious.
     """
 
     path: str
@@ -145,11 +145,11 @@ class Contents:
 
     @property
     def damaged(self) -> list[str]:
-        """The damage of each damaged file, one line each."""
+        """What is wrong with files, a line each."""
         return [file.problem for file in self.files if file.problem is not None]
 
     def to_dict(self, with_tensors: bool) -> dict[str, Any]:
-        """The contents for JSON; values that are not finite become null."""
+        """The same for JSON, where what is no finite number is null."""
         found = asdict(self) | {"damaged": self.damaged}
         if not with_tensors:
             del found["tensors"]
@@ -170,7 +170,7 @@ def inspect(path: Path) -> Contents:
     Damaged files are reported, not raised, and then no tensor is read.
 
     Raises:
-        UserError: if the folder is none of these, or its manifest, config or file of tensors cannot
+        UserError: if the folder is none of these, or its manifest, config or tensors' file cannot
             be read at all.
     """
     source = _source(path)
@@ -193,26 +193,29 @@ def inspect(path: Path) -> Contents:
 
 
 def require_undamaged(contents: Contents) -> None:
-    """Refuse damaged files, after the rest has been shown.
+    """Refuse damaged files, once the rest has been shown.
 
     Raises:
-        UserError: if a file is damaged; it names each.
+        UserError: naming each.
     """
     if contents.damaged:
         raise UserError("\n  ".join([*contents.damaged, instead_of(Path(contents.path))]))
 
 
-def _source(path: Path) -> Source:
-    """The source like `open_source`, but also a newest checkpoint with missing files."""
+def _source(path: Path) -> SavedModel:
+    """As `open_run`, but the newest checkpoint of a run even if some of its files are missing."""
     if not is_run(path):
-        return open_source(path)
+        source = open_run(path)
+        if source.checkpoint is None:
+            source.require_whole()
+        return source
     folders = checkpoint_folders(path)
     if not folders:
         raise UserError(f"{path} holds no checkpoint yet: train first")
-    return source_of(read_checkpoint(folders[-1]))
+    return of_checkpoint(read_checkpoint(folders[-1]))
 
 
-def _about(source: Source) -> dict[str, str]:
+def _about(source: SavedModel) -> dict[str, str]:
     words = in_words(source.config)
     checkpoint = source.checkpoint
     if checkpoint is None:
@@ -228,7 +231,7 @@ def _about(source: Source) -> dict[str, str]:
     }
 
 
-def _files(source: Source) -> list[File]:
+def _files(source: SavedModel) -> list[File]:
     """The files with their hashes, each compared with what was saved."""
     if source.checkpoint is None:
         paths = sorted(source.path.glob("*.safetensors"))
@@ -242,8 +245,8 @@ def _files(source: Source) -> list[File]:
     return files
 
 
-def _read_tensors(source: Source, contents: Contents) -> None:
-    """Fill in the statistics of the numbers."""
+def _read_tensors(source: SavedModel, contents: Contents) -> None:
+    """Fill in what depends on the numbers."""
     squares: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     experts: dict[str, dict[int, _Expert]] = defaultdict(lambda: defaultdict(_Expert))
     temperatures: dict[str, float] = {}
@@ -272,24 +275,24 @@ def _read_tensors(source: Source, contents: Contents) -> None:
 
 
 class _Expert:
-    """Sums over the tensors of one expert."""
+    """What has been read of one expert."""
 
     def __init__(self) -> None:
         self.square = 0.0
         self.digests: dict[str, str] = {}
 
     def add(self, parameter: str, digest: str, square: float) -> None:
-        """Add one tensor of the expert."""
+        """One tensor of it."""
         self.digests[parameter] = digest
         self.square += square
 
 
 def group_of(name: str) -> str:
-    """The purpose of a tensor by its name: `experts`, `router`, `norms`, ..."""
+    """What a tensor is for, by its name: `experts`, `router`, `norms`, ..."""
     return next((group for group, words in _GROUPS if any(word in name for word in words)), "other")
 
 
-def _places(source: Source) -> dict[str, list[str]]:
+def _places(source: SavedModel) -> dict[str, list[str]]:
     """The files in which each tensor lies."""
     if source.checkpoint is not None:
         return {name: source.checkpoint.files_of(name) for name in source.tensors.specs}
@@ -301,7 +304,7 @@ def _places(source: Source) -> dict[str, list[str]]:
 
 
 def _found(
-    source: Source, name: str, files: list[str], weight: Tensor, square: float
+    source: SavedModel, name: str, files: list[str], weight: Tensor, square: float
 ) -> TensorFound:
     checkpoint = source.checkpoint
     return TensorFound(
@@ -320,8 +323,8 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
-def _suspicious(source: Source, name: str, weight: Tensor) -> Iterator[str]:
-    """Warnings about a tensor: matrices of zeros, and values that are not finite."""
+def _suspicious(source: SavedModel, name: str, weight: Tensor) -> Iterator[str]:
+    """Zeros where there must be something, and values that are no numbers."""
     if weight.dim() > 1 and not weight.any():
         yield f"{name} is all zeros"
     for state, values in _states(source.checkpoint, name, weight):
@@ -358,7 +361,7 @@ def _twins(experts: Mapping[str, Mapping[int, _Expert]]) -> list[str]:
 
 
 def shown(contents: Contents, with_tensors: bool) -> list[RenderableType]:
-    """The tables for a person, for a rich console."""
+    """What a person reads: tables for a rich console."""
     about = {"path": contents.path, **contents.about, "tensors": f"{contents.num_tensors:,}"}
     found = {state for tensor in contents.tensors for state in tensor.states}
     if found:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from torch import nn
 
+from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError, first_problem
 from magnetar.engine.checkpoint.format import complete_checkpoints
-from magnetar.engine.checkpoint.run_folder import write_whole
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.admin import set_omegas
 from magnetar.models.moe.config import ON_ONE_RANK
@@ -128,4 +128,4 @@ def write_profile(config: RunConfig, variances: dict[str, list[float]]) -> None:
     """Keep a profile with the run: for each stack the variances of embedding and sublayers."""
     path = profile_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, new_profile(config, variances).model_dump_json(indent=1) + "\n")
+    write_atomically(path, new_profile(config, variances).model_dump_json(indent=1) + "\n")

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -21,7 +22,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from magnetar.engine.admin import needs_profile, start_omegas
 from magnetar.engine.checkpoint.open_run import DTYPES
 from magnetar.engine.checkpoint.starting_weights import load_starting_weights, starts_from_weights
-from magnetar.engine.checkpoint.zero_shards import partition, tensors_of_optimizer
 from magnetar.engine.cluster.rendezvous import launched_local_size, use_rendezvous
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import LRSchedule, RunConfig
@@ -34,6 +34,7 @@ from magnetar.engine.optim.adam import (
     take_client_optimizer,
 )
 from magnetar.engine.sparse_clip import SparseClip
+from magnetar.engine.zero import partition, tensors_of_optimizer
 from magnetar.models.layers.attention import expect_many_shapes
 from magnetar.models.moe.deepspeed import moe_class
 from magnetar.models.moe.layer import MoE
@@ -187,8 +188,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[Any, SparseCl
         )
     if config.data.pairs is not None:
         expect_many_shapes()
-    if starts_from_weights(config):
-        load_starting_weights(model, config)
+    if starts_from_weights(config) and config.training.init_from is not None:
+        load_starting_weights(model, Path(config.training.init_from))
     elif needs_profile(config):
         start_omegas(model, config)
     if config.training.activation_checkpointing:

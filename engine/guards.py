@@ -22,10 +22,10 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from magnetar.data.errors import MachineError
-from magnetar.engine.checkpoint.zero_shards import named_tensors
 from magnetar.engine.cluster.signals import Requests
 from magnetar.engine.config.schema import GuardsConfig
 from magnetar.engine.sparse_clip import SparseClip
+from magnetar.engine.zero import is_sharded, named_tensors
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def require_equal_replicas(model: nn.Module, step: int, run_dir: Path) -> None:
     """
     about, hashes = [], []
     for parameter, tensors in named_tensors(model):
-        if not hasattr(parameter, "ds_id"):
+        if not is_sharded(parameter):
             about.append((tensors.names[0], _replicas(getattr(parameter, "group_name", None))))
             hashes.append(torch.hash_tensor(parameter.data).view(torch.int64))
     if not hashes:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from magnetar.engine.checkpoint.run_folder import write_whole
+from magnetar.data.atomic import write_atomically
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.sparse_clip import SparseClip
 from magnetar.engine.train_step import StepResult, loss_weights
@@ -289,4 +289,4 @@ def keep_records_up_to(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:  # a killed run can leave half a line
             continue
-    write_whole(path, "".join(kept))
+    write_atomically(path, "".join(kept))

@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
+from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.folder import PreparedPairs
 from magnetar.engine import logbook
@@ -22,7 +23,6 @@ from magnetar.engine.checkpoint.run_folder import (
     claim_run_folder,
     differing,
     flat_keys,
-    write_whole,
 )
 from magnetar.engine.checkpoint.save_load import (
     Saver,
@@ -423,10 +423,10 @@ class Trainer:
             if changes:
                 lines = [f"{key}: {old} -> {new}" for key, old, new in changes]
                 logbook.write(self.run_dir, "change", "\n".join(["the JSON:", *lines]))
-        write_whole(file, json.dumps(config, indent=1) + "\n")
+        write_atomically(file, json.dumps(config, indent=1) + "\n")
         if isinstance(self.prepared, PreparedPairs):  # all that translating needs but the weights
             name = self.prepared.manifest.tokenizer_file
-            (self.run_dir / name).write_bytes((self.prepared.path / name).read_bytes())
+            write_atomically(self.run_dir / name, (self.prepared.path / name).read_bytes())
 
 
 def due(step: int, every: int | str | None, last: int | None) -> bool:

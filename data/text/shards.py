@@ -1,7 +1,7 @@
 """Shards: bounded parts of the text, tokenised by workers and joined in order.
 
-The text alone decides where shards are cut. So the result is the same, byte for byte, for any
-number of workers and of interruptions.
+Shards are cut by the text alone, so the result is the same, byte for byte, for any number of
+workers and however often the work was interrupted.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from magnetar.data.atomic import write_atomically
+from magnetar.data.atomic import sync, write_atomically
 from magnetar.data.text.corpus import Piece
 from magnetar.data.text.token_files import SPLITS, SplitRecord, token_dtype
 from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -50,9 +50,9 @@ def _shards(
 
 
 def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
-    """Write STEM.bin (ids), STEM.ends (ends of documents, uint64) and then STEM.json (sizes).
+    """Writes STEM.bin (ids), STEM.ends (where documents end, uint64) and then STEM.json (sizes).
 
-    The record is written last: if it exists, the other two files are complete.
+    The record comes last: where it is, the other two are whole.
     """
     tokenizer = _cached_tokenizer(vocabulary)
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
@@ -66,19 +66,33 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
         blocks.append(np.array(ids, dtype=dtype).tobytes())
         if piece.ends_document:
             ends.append(num_tokens)
-    stem.with_suffix(".bin").write_bytes(b"".join(blocks))
-    stem.with_suffix(".ends").write_bytes(np.array(ends, dtype="<u8").tobytes())
+    contents = {".bin": b"".join(blocks), ".ends": np.array(ends, dtype="<u8").tobytes()}
+    for suffix, content in contents.items():
+        file = stem.with_suffix(suffix)
+        file.write_bytes(content)
+        sync(file)  # before the record, which says that they are whole
     record = {
         "num_tokens": num_tokens,
         "num_documents": len(ends),
         "num_bytes": sum(len(piece.text.encode()) for piece in pieces),
+        "sizes": {suffix: len(content) for suffix, content in contents.items()},
     }
-    write_atomically(stem.with_suffix(".json"), json.dumps(record))
+    write_atomically(stem.with_suffix(".json"), json.dumps(record) + "\n")
+
+
+def is_finished(stem: Path) -> bool:
+    """Whether a shard's files are there in the sizes that its record gives."""
+    try:
+        sizes = json.loads(stem.with_suffix(".json").read_text())["sizes"]
+        found = {suffix: stem.with_suffix(suffix).stat().st_size for suffix in sizes}
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+    return found == sizes
 
 
 @functools.cache
 def _cached_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a file, loaded once in each process."""
+    """One load a process, however many shards it is handed."""
     return load_tokenizer(path)
 
 
@@ -89,14 +103,14 @@ def tokenise(
     workers: int,
     splits: Sequence[str] = SPLITS,
 ) -> tuple[dict[str, list[Path]], int]:
-    """Tokenise the shards that `folder` does not hold yet.
+    """Tokenises whatever `folder` does not hold yet.
 
     Args:
         pieces: all pieces of text, each with the name of its split.
         vocabulary: a file for `load_tokenizer`.
-        folder: the folder of the shards, which are found again after an interruption.
-        workers: number of processes; 1 works in this process.
-        splits: names of all splits that may occur.
+        folder: where shards are written, and found again after an interruption.
+        workers: processes; 1 works in this one.
+        splits: the names that occur, or may.
 
     Returns:
         The stems of the shards in order, by split, and how many of them were already there.
@@ -109,8 +123,7 @@ def tokenise(
         for name, shard in _shards(pieces, splits):
             stem = folder / name
             stems[name.rpartition("-")[0]].append(stem)
-            # The text is read and cut again even if the shard exists: its cuts define the rest.
-            if stem.with_suffix(".json").exists():
+            if is_finished(stem):
                 num_kept += 1
             else:
                 yield vocabulary, stem, shard
@@ -127,7 +140,7 @@ def tokenise(
         try:
             for arguments in todo():
                 running.append(pool.submit(tokenise_shard, *arguments))
-                if len(running) >= 2 * workers:  # bounds the text in memory
+                if len(running) >= 2 * workers:
                     running.popleft().result()
             while running:
                 running.popleft().result()
@@ -147,7 +160,7 @@ def _start_worker(parent: int) -> None:
 
 
 def join(stems: list[Path], bin_file: Path) -> SplitRecord:
-    """Write one split's token file and its index from the shards."""
+    """Writes one split's token file, and its index beside it, from its shards."""
     records = [json.loads(stem.with_suffix(".json").read_text()) for stem in stems]
     totals = {
         key: sum(record[key] for record in records)
@@ -169,7 +182,7 @@ def join(stems: list[Path], bin_file: Path) -> SplitRecord:
 
 
 def _concatenate(files: list[Path], out: IO[bytes]) -> str:
-    """The sha256 of some files, after copying them to `out` one after the other."""
+    """Copies the files to `out`; the sha256 of what was copied."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as source:

@@ -10,7 +10,6 @@ The bytes equal those of safetensors' own `save_file`, which needs all tensors o
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,8 +224,6 @@ def _write_file(
             assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not {spec}"
             digests[name] = _digest(tensor)
             file.write(_bytes(tensor))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _bytes(tensor: Tensor) -> memoryview:

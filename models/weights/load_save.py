@@ -8,9 +8,7 @@ model.safetensors    every parameter under its name in the state dict, with each
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from magnetar.data.atomic import atomic_folder
 from magnetar.data.errors import first_problem
 from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.layer import MoE
@@ -86,39 +85,13 @@ def write_weights(
     shapes = tensor_shapes(config)
     check_tensors(shapes, tensors.shapes)
     in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
-    with appearing_whole(folder) as path:
+    with atomic_folder(folder) as path:
         digests = write_files(path, in_order, shard_bytes, watch)
         keys = {"model": config.model_dump(mode="json"), **(about or {}), "sha256": digests}
         text = json.dumps(keys, indent=1)
         (path / CONFIG_FILE).write_text(text + "\n")
         for name, content in (other_files or {}).items():
             (path / name).write_bytes(content)
-
-
-@contextmanager
-def appearing_whole(folder: Path) -> Iterator[Path]:
-    """A partial folder to fill, which is renamed on success and deleted on failure.
-
-    Args:
-        folder: final name, see `require_free`.
-
-    Raises:
-        OSError: naming the folder, if it cannot be written.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = ""
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-            path = Path(partial, "whole")
-            path.mkdir()
-            yield path
-            os.replace(path, folder)  # an empty folder of that name is replaced
-    except OSError as error:
-        # A failed write has no file name, or one in the partial folder: name the final folder.
-        name = str(error.filename or "")
-        if error.errno is None or (name and partial and not name.startswith(partial)):
-            raise
-        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def require_free(folder: Path) -> None:
@@ -200,7 +173,19 @@ def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
     Raises:
         ValueError: see `load_weights`.
     """
-    config, tensors = load_weights(Path(folder))
+    return model_of_tensors(*load_weights(Path(folder)))
+
+
+def model_of_tensors(
+    config: ModelConfig, tensors: Mapping[str, Tensor]
+) -> Transformer | EncoderDecoder:
+    """A model with the given tensors, in evaluation mode.
+
+    Args:
+        config: Config of the model.
+        tensors: Every tensor by its name, tied ones at least once. The model has their type if they
+            have one, and float32 otherwise.
+    """
     model = empty_model(on_one_rank(config))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)

@@ -463,8 +463,8 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
 
 def kept_values(engine: Any) -> list[torch.Tensor]:
     """Copies of all that this rank keeps of its parameters, in the model's order."""
-    from magnetar.engine.checkpoint.zero_shards import shares
     from magnetar.engine.optim.adam import EightBitMoment
+    from magnetar.engine.zero import shares
 
     copies = []
     for share in shares(engine):
@@ -494,9 +494,9 @@ def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict
     import torch.distributed as dist
 
     from magnetar.engine.build import start_distributed
-    from magnetar.engine.checkpoint.zero_shards import named_tensors
     from magnetar.engine.metrics import TrafficMeter, moe_layers, reduce_over_ranks
     from magnetar.engine.train_step import loss_weights, train_step
+    from magnetar.engine.zero import named_tensors
 
     start_distributed()
     os.environ["MAGNETAR_NODE"] = str(dist.get_rank() // 2)

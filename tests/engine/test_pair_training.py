@@ -15,8 +15,7 @@ from magnetar.data.errors import UserError
 from magnetar.data.pairs.folder import PreparedPairs, open_pairs
 from magnetar.data.text.packed_lm import IGNORE_INDEX
 from magnetar.engine.checkpoint.format import newest_checkpoint
-from magnetar.engine.checkpoint.open_run import open_text_model
-from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.engine.checkpoint.open_run import load_model, open_run
 from magnetar.engine.config.schema import load_config
 from magnetar.engine.pair_data import target_perplexity, training_bins, validation_bins
 from magnetar.engine.run_data import open_run_data
@@ -193,7 +192,7 @@ def test_everything_promised_is_there(trained: Path, prepared: PreparedPairs) ->
 @pytest.mark.slow
 def test_what_continues_text_sends_its_user_to_what_translates(trained: Path) -> None:
     with pytest.raises(UserError, match=r"has learnt sentence pairs: use .*magnetar translate"):
-        open_text_model(trained)
+        _ = open_run(trained).text_config
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def round_otherwise(engine: Any, seed: int) -> None:
     import torch
 
     from magnetar.engine.checkpoint.format import WEIGHT
-    from magnetar.engine.checkpoint.zero_shards import shares
+    from magnetar.engine.zero import shares
 
     generator = torch.Generator().manual_seed(seed)
     for share in shares(engine):
