@@ -31,7 +31,7 @@ from magnetar.engine.checkpoint.format import (
     sha256,
 )
 from magnetar.engine.optim.adam import MOMENTS
-from magnetar.engine.progress import table
+from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
 
 _GATE = ".deepspeed_moe.gate."

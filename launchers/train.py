@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world_size = launched_world_size()
     config = load_config(options.deepspeed_config, options.set, world_size)
     from magnetar.engine.cluster.process_groups import leave_distributed
-    from magnetar.engine.trainer import prepare_run, train
+    from magnetar.engine.prepare_run import prepare_run
+    from magnetar.engine.trainer import train
 
     times.end("imports")
     prepared = prepare_run(config, world_size)

@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from magnetar.data.errors import UserError
+from magnetar.data.loader import RunData
 from magnetar.engine.checkpoint.format import (
     PARTIAL,
     WEIGHT,
@@ -41,7 +42,6 @@ from magnetar.engine.checkpoint.zero_shards import (
 )
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.optim.adam import EightBitMoment, Moment
-from magnetar.engine.run_data import RunData
 from magnetar.models.config import ModelConfig
 from magnetar.models.layers.attention import expect_many_shapes
 from magnetar.models.moe.config import ON_ONE_RANK

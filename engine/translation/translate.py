@@ -1,19 +1,16 @@
 """Many sentences through a translation model, and how good the translations are."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import sacrebleu
 import torch
 import torch.distributed as dist
-from rich.table import Table
 
 from magnetar.data.pairs.codec import Codec
-from magnetar.data.pairs.folder import PreparedPairs
-from magnetar.engine.progress import table
+from magnetar.data.pairs.folder import Texts
 from magnetar.engine.translation.long_sentences import fit
 from magnetar.models.decoding.beam_search import Sampling, Translation, default_max_len, translate
 from magnetar.models.transformer import EncoderDecoder
@@ -25,8 +22,6 @@ SPACELESS = CHINESE | {
     *("bod", "dzo", "jpn", "khm", "lao", "mya", "tha"),
     *("gan", "hak", "hsn", "nan", "wuu", "yue"),
 }
-# A short list says each direction in a line; beyond that a matrix is easier to read.
-LISTED_DIRECTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -228,41 +223,6 @@ class TranslationScores:
         }
 
 
-def sample_words(max_sentences: int | None) -> str:
-    """Of which sentences of the validation split a score is."""
-    many = "all sentences" if max_sentences is None else f"the first {max_sentences:,} sentences"
-    return f"{many} of each direction"
-
-
-Texts = Mapping[tuple[str, str], tuple[Sequence[str], Sequence[str]]]
-
-
-def validation_texts(
-    prepared: PreparedPairs,
-    directions: Sequence[tuple[str, str]] | None = None,
-    max_sentences: int | None = None,
-) -> Texts:
-    """The first pairs of each direction of the validation split, as text.
-
-    Args:
-        prepared: the data.
-        directions: None: all that the split has.
-        max_sentences: of each direction; None: all.
-
-    Raises:
-        UserError: the split has no pair of a direction.
-    """
-    chosen = prepared.directions("valid") if directions is None else directions
-    pairs = {direction: prepared.pairs("valid", *direction) for direction in chosen}
-    return {
-        direction: (
-            list(islice(found.sources, max_sentences)),
-            list(islice(found.references, max_sentences)),
-        )
-        for direction, found in pairs.items()
-    }
-
-
 def evaluate_translation(
     model: EncoderDecoder,
     codec: Codec,
@@ -313,58 +273,3 @@ def evaluate_translation(
     return TranslationScores(
         scores, signatures, signature, decoding, num_truncated, examples, answers
     )
-
-
-def translation_tables(title: str, scores: TranslationScores) -> list[Table]:
-    """A line for each of a few directions, or matrices of BLEU and chrF, with means."""
-    directions = scores.directions
-    if len(directions) <= LISTED_DIRECTIONS:
-        rows = [
-            [f"{source} -> {target}", f"{s.bleu:.1f}", f"{s.chrf:.1f}", f"{s.num_sentences:,}"]
-            for (source, target), s in directions.items()
-        ]
-        if len(directions) > 1:
-            total = sum(score.num_sentences for score in directions.values())
-            rows.append(["mean", f"{scores.bleu:.1f}", f"{scores.chrf:.1f}", f"{total:,}"])
-        return [table(title, ["", "BLEU", "chrF", "sentences"], rows)]
-    return [
-        _matrix(f"{title}: {name}, from (line) to (column)", directions, value)
-        for name, value in (("BLEU", lambda s: s.bleu), ("chrF", lambda s: s.chrf))
-    ]
-
-
-def _matrix(
-    title: str,
-    directions: Mapping[tuple[str, str], DirectionScore],
-    value: Callable[[DirectionScore], float],
-) -> Table:
-    order = dict.fromkeys([source for source, _ in directions] + [t for _, t in directions])
-    sources, targets = (
-        [language for language in order if language in {pair[side] for pair in directions}]
-        for side in (0, 1)
-    )
-
-    def mean(source: str | None, target: str | None) -> str:
-        chosen = [
-            value(score)
-            for (one, other), score in directions.items()
-            if source in (None, one) and target in (None, other)
-        ]
-        return f"{statistics.fmean(chosen):.1f}" if chosen else ""
-
-    rows = [
-        [source or "mean", *(mean(source, target) for target in targets), mean(source, None)]
-        for source in [*sources, None]
-    ]
-    return table(title, ["", *targets, "mean"], rows)
-
-
-def signature_lines(scores: TranslationScores) -> list[str]:
-    """sacrebleu's signatures, a line each, and how the translations were found."""
-    decoding = scores.decoding
-    lines = [f"BLEU  {signature}" for signature in scores.bleu_signatures.values()]
-    lines.append(f"chrF  {scores.chrf_signature}")
-    how = f"beam {decoding.beam}, length penalty {decoding.length_penalty:g}"
-    if scores.num_truncated:
-        how += f"; sources cut to the model's positions: {scores.num_truncated:,}"
-    return [*lines, how]

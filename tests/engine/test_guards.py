@@ -77,10 +77,10 @@ def test_only_bad_steps_in_a_row_are_enough(monkeypatch: pytest.MonkeyPatch) -> 
     enough = []
     for loss in (math.nan, 1.0, math.nan, math.nan):
         problem(guard, loss)
-        enough.append(guard.has_had_enough())
+        enough.append(guard.should_roll_back())
     assert enough == [False, False, False, True]
-    guard.start_over([])
-    assert not guard.has_had_enough()
+    guard.start_from(0, 0, [])
+    assert not guard.should_roll_back()
 
 
 def test_a_spike_is_so_many_deviations_above_the_mean_of_good_steps(

@@ -8,6 +8,7 @@ import sacrebleu
 import torch
 
 from magnetar.data.pairs.codec import Codec
+from magnetar.engine.report.translations import signature_lines, translation_tables
 from magnetar.engine.translation.translate import (
     Decoding,
     DirectionScore,
@@ -17,9 +18,7 @@ from magnetar.engine.translation.translate import (
     evaluate_translation,
     joined,
     one_line,
-    signature_lines,
     translate_ids,
-    translation_tables,
 )
 from magnetar.models.decoding.beam_search import Sampling, Translation, default_max_len, translate
 from magnetar.models.transformer import EncoderDecoder

@@ -1,4 +1,4 @@
-"""The live lines of a training run, and its tables; rank 0 alone prints."""
+"""The live lines of a training run, and its tables; only rank 0 prints."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-# A log file gets a line now and then; a terminal gets a bar and a line that change in place.
+# A terminal has a bar and a line that change in place. A log file gets a line now and then.
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -26,10 +26,10 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """Shows records as they come. Does nothing on ranks other than 0."""
+    """Shows the record of each logged step; does nothing on ranks other than 0."""
 
     def __init__(self, first_step: int, num_steps: int, shown: bool) -> None:
-        """Prepare for the steps after `first_step`; `shown` is True on rank 0 alone."""
+        """Prepare for the steps after `first_step`; `shown` is True on rank 0 only."""
         self.first_step, self.num_steps, self.shown = first_step, num_steps, shown
         self.console = Console(file=sys.stdout, highlight=False)
         self.live: Live | None = None
@@ -79,7 +79,7 @@ class ProgressLine:
 
 
 def metrics_line(record: dict[str, float]) -> str:
-    """What a person watches of a training record, in about 80 columns."""
+    """The metrics that a person watches, in about 80 columns."""
     parts = [
         f"loss {record['loss']:.4f}",
         f"ppl {record['perplexity']:,.1f}",
