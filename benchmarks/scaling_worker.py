@@ -16,13 +16,13 @@ import deepspeed.comm as dist
 import torch
 
 from benchmarks.expert_parallel import WARM_UP, Bench
-from benchmarks.invariance import curve
 from benchmarks.step_contenders import checked, cost
 from magnetar.engine.build import start_distributed
 from magnetar.engine.checkpoint.run_folder import write_whole
 from magnetar.engine.cluster.process_groups import leave_distributed
 from magnetar.launchers.user_errors import user_errors
 from magnetar.models.cost import num_parameters
+from tests.faults.invariance import curve
 
 STEPS_COMPARED = 20
 MOST_PROFILED = 2  # micro-steps: the trace of more takes long to write

@@ -1,10 +1,14 @@
-"""What holds for every test: where it runs, and on how many threads."""
+"""What holds for every test: where it runs, on how many threads, and what it is skipped for."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
 
+from tests import machine
+
+machine.imitate()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
@@ -15,11 +19,30 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need more GPUs than there are, and say so."""
-    num_gpus = torch.cuda.device_count()
-    for item in items:
-        needed = 2 if item.get_closest_marker("multi_gpu") else 1
-        if (item.get_closest_marker("gpu") or needed == 2) and num_gpus < needed:
-            reason = f"needs {needed} GPU{'s' * (needed > 1)}, found {num_gpus}"
-            item.add_marker(pytest.mark.skip(reason=reason))
+# First, so that no fixture is made for a test that is skipped.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs what this machine lacks, and say so."""
+    for need in needs(item):
+        if (reason := machine.lacks(need)) is not None:
+            pytest.skip(reason)
+
+
+def needs(item: pytest.Item) -> list[str]:
+    """Keys of machine.PROBES that a test's markers name."""
+    # GPUs first: they decide what arithmetic there is.
+    found = ["1 GPU"] * any(item.iter_markers("gpu"))
+    found += ["2 GPUs"] * any(item.iter_markers("multi_gpu"))
+    return found + [need for marker in item.iter_markers("needs") for need in marker.args]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what this machine could not show: each reason, and how many tests it skipped."""
+    reports = terminalreporter.stats.get("skipped", [])
+    # Of a whole file that skips itself, each process of pytest-xdist sends a report.
+    reasons = {report.nodeid: report.longrepr[2].removeprefix("Skipped: ") for report in reports}
+    if not reasons:
+        return
+    terminalreporter.section("not shown on this machine")
+    for reason, number in Counter(reasons.values()).most_common():
+        terminalreporter.line(f"{number:4} test{'s' if number > 1 else ' '}  {reason}")

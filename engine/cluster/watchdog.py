@@ -23,7 +23,7 @@ from magnetar.engine.cluster import logbook
 from magnetar.engine.cluster.rendezvous import another_connection
 
 STATUS = 3
-_SOURCES = Path(__file__).parents[1]
+_SOURCES = Path(__file__).parents[2]  # the folder of the package
 _KEY = "magnetar/watchdog"
 _SECONDS_FOR_THE_LOGBOOK = 5.0
 _STORE_TIMEOUT = timedelta(seconds=30)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,15 @@ def versions() -> dict[str, str]:
 
 
 def code() -> dict[str, Any]:
-    """Commit and hash of the sources in the working folder."""
+    """Commit of the working folder; hash of its sources, or of the installed package's."""
     digest, count = hashlib.sha256(), 0
-    for package in _SOURCES:
-        for path in sorted(Path(package).rglob("*.py")):
-            digest.update(f"{path.as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    root, installed = Path(), find_spec("magnetar")
+    if not Path("engine").is_dir() and installed is not None:  # no checkout
+        root = Path(installed.origin or "").parent
+    for folder in _SOURCES:
+        for path in sorted((root / folder).rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
             count += 1
     commit = ""
     if shutil.which("git"):

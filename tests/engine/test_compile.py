@@ -1,6 +1,5 @@
 """Training with torch.compile against training without."""
 
-import shutil
 from typing import Any
 
 import pytest
@@ -11,13 +10,9 @@ from tests.ranks import run_on_ranks
 
 COMPILED = {"magnetar.training.compile": True}
 CHECKPOINTED = {"magnetar.training.activation_checkpointing": True}
-needs_a_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("c++") is None,
-    reason="torch.compile needs a C++ compiler on a CPU",
-)
 
 
-@needs_a_compiler
+@pytest.mark.needs("a C++ compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"magnetar.model.dropout": 0.1}], ids=["", "dropout"])
 def test_the_same_run_but_for_rounding(sizes: dict[str, Any]) -> None:

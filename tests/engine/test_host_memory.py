@@ -33,7 +33,7 @@ def block_of_20_mib(keeps: bool) -> tuple[int, int]:
     return mapped, library.mallinfo2().arena - before.arena
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+@pytest.mark.needs("mallinfo2")
 def test_a_freed_block_stays_with_the_process() -> None:
     target = "tests.engine.test_host_memory:block_of_20_mib"
     ((mapped, left),) = run_on_ranks(target, 1, True)

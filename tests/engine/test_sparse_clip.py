@@ -1,5 +1,5 @@
 import math
-from importlib.util import find_spec
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 
 from magnetar.data.errors import UserError
 from magnetar.engine.sparse_clip import SparseClip, clip_coefficient, squared_sum
+from tests.machine import as_param, case_id, is_runnable
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -89,7 +90,6 @@ EIGHT_BITS = [
         "optimizer.params.min_8bit_size": 512,
     }
     for case in FP32 + BF16[:2]
-    if find_spec("bitsandbytes") is not None
 ]
 CASES = FP32 + BF16 + FP16 + ACCUMULATED + VANILLA + UNCLIPPED + UNEVEN + SIZES + OFFLOADED
 CASES += EIGHT_BITS
@@ -97,19 +97,47 @@ CASES += EIGHT_BITS
 
 # On GPUs DeepSpeed's fused Adam is compiled when it is first used.
 FUSED = [case | {"optimizer.params.torch_adam": False} for case in FP32 + BF16 + FP16]
+RUNS = {"torch_adam": CASES, "fused_adam": FUSED}
+MARKS = {"torch_adam": [], "fused_adam": [pytest.mark.multi_gpu]}
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "torch Adam",
-        pytest.param("fused Adam", marks=pytest.mark.multi_gpu),
-    ],
-)
-def measured(request: pytest.FixtureRequest) -> list[tuple[dict, dict]]:
-    cases = CASES if request.param == "torch Adam" else FUSED
+def measured(cases: list[dict]) -> dict[str, dict]:
+    """What is found of each case that this machine can run, by its id."""
+    cases = [case for case in cases if is_runnable(case)]
     program = "tests.engine.programs:clipping_against_every_gradient"
-    return list(zip(cases, run_on_ranks(program, 2, cases)[0], strict=True))
+    return dict(
+        zip(map(case_id, cases), run_on_ranks(program, 2, cases, timeout=900)[0], strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def torch_adam() -> dict[str, dict]:
+    return measured(CASES)
+
+
+@pytest.fixture(scope="module")
+def fused_adam() -> dict[str, dict]:
+    return measured(FUSED)
+
+
+@pytest.fixture
+def found(run: str, case: dict, request: pytest.FixtureRequest) -> dict:
+    return request.getfixturevalue(run)[case_id(case)]
+
+
+def every_case(condition: Callable[[dict], bool] = lambda _: True) -> pytest.MarkDecorator:
+    """A test for each case, which alone is skipped where this machine cannot run it."""
+    params = []
+    for run, cases in RUNS.items():
+        for case in filter(condition, cases):
+            param = as_param(run, case, cases=[case], id=f"{run},{case_id(case)}")
+            params.append(param._replace(marks=[*param.marks, *MARKS[run]]))
+    return pytest.mark.parametrize(("run", "case"), params)
+
+
+def test_every_case_has_a_name_of_its_own() -> None:
+    for cases in RUNS.values():
+        assert len(set(map(case_id, cases))) == len(cases)
 
 
 def expected_norm(case: dict, found: dict) -> float:
@@ -126,48 +154,53 @@ def tolerance(case: dict) -> float:
 
 
 @pytest.mark.slow
-def test_the_norm_equals_a_brute_force_over_every_gradient_of_every_rank(measured: list) -> None:
-    for case, found in measured:
-        rel = tolerance(case)
-        assert found["dense_norm"] == pytest.approx(found["raw_dense"], rel=rel), case
-        assert found["expert_norm"] == pytest.approx(found["raw_expert"], rel=rel), case
-        assert found["norm"] == pytest.approx(expected_norm(case, found), rel=rel), case
+@every_case()
+def test_the_norm_equals_a_brute_force_over_every_gradient_of_every_rank(
+    found: dict, case: dict
+) -> None:
+    rel = tolerance(case)
+    assert found["dense_norm"] == pytest.approx(found["raw_dense"], rel=rel)
+    assert found["expert_norm"] == pytest.approx(found["raw_expert"], rel=rel)
+    assert found["norm"] == pytest.approx(expected_norm(case, found), rel=rel)
 
 
 @pytest.mark.slow
-def test_layers_of_16_and_64_experts_have_a_kappa_each(measured: list) -> None:
-    for case, found in measured:
-        if "magnetar.model.moe.num_experts" in case and tolerance(case) == 1e-5:
-            # The experts' share is 1e-4 of the norm's square, of which float32 knows 1e-7.
-            share = found["norm"] ** 2 - found["dense_norm"] ** 2
-            exact = found["raw_weighted"] ** 2 - found["raw_dense"] ** 2
-            assert share == pytest.approx(exact, rel=0.02), case
-            for num_experts in (16, 64):
-                assert share != pytest.approx(found["raw_expert"] ** 2 / num_experts, rel=0.1), case
+@every_case(lambda case: "magnetar.model.moe.num_experts" in case and tolerance(case) == 1e-5)
+def test_layers_of_16_and_64_experts_have_a_kappa_each(found: dict, case: dict) -> None:
+    # The experts' share is 1e-4 of the norm's square, of which float32 knows 1e-7.
+    share = found["norm"] ** 2 - found["dense_norm"] ** 2
+    exact = found["raw_weighted"] ** 2 - found["raw_dense"] ** 2
+    assert share == pytest.approx(exact, rel=0.02)
+    for num_experts in (16, 64):
+        assert share != pytest.approx(found["raw_expert"] ** 2 / num_experts, rel=0.1)
 
 
 @pytest.mark.slow
-def test_the_coefficient_is_exact_even_for_a_small_threshold(measured: list) -> None:
-    for case, found in measured:
-        threshold = case.get("gradient_clipping", 0.05) or math.inf
-        expected = min(1.0, threshold / expected_norm(case, found))
-        assert found["coefficient"] == pytest.approx(expected, rel=tolerance(case)), case
+@every_case()
+def test_the_coefficient_is_exact_even_for_a_small_threshold(found: dict, case: dict) -> None:
+    threshold = case.get("gradient_clipping", 0.05) or math.inf
+    expected = min(1.0, threshold / expected_norm(case, found))
+    assert found["coefficient"] == pytest.approx(expected, rel=tolerance(case))
 
 
 @pytest.mark.slow
-def test_expert_and_dense_gradients_shrink_alike_before_they_reach_adam(measured: list) -> None:
-    for case, found in measured:
-        rel = tolerance(case)
-        for kind in ("dense", "expert"):
-            clipped = found["coefficient"] * found[f"raw_{kind}"]
-            assert found[f"seen_{kind}"] == pytest.approx(clipped, rel=2 * rel), (kind, case)
-        if case.get("gradient_clipping", 0.05):
-            assert found["seen_expert"] < 0.5 * found["raw_expert"], case
+@every_case()
+def test_expert_and_dense_gradients_shrink_alike_before_they_reach_adam(
+    found: dict, case: dict
+) -> None:
+    rel = tolerance(case)
+    for kind in ("dense", "expert"):
+        clipped = found["coefficient"] * found[f"raw_{kind}"]
+        assert found[f"seen_{kind}"] == pytest.approx(clipped, rel=2 * rel), kind
+    if case.get("gradient_clipping", 0.05):
+        assert found["seen_expert"] < 0.5 * found["raw_expert"]
 
 
 @pytest.mark.slow
-def test_every_wrapper_of_deepspeed_was_met(measured: list) -> None:
-    wrappers = {found["optimizer"] for _, found in measured}
+@pytest.mark.needs("bf16")  # without which nothing needs BF16_Optimizer
+@pytest.mark.parametrize("run", [pytest.param(run, marks=MARKS[run]) for run in RUNS])
+def test_every_wrapper_of_deepspeed_was_met(run: str, request: pytest.FixtureRequest) -> None:
+    wrappers = {found["optimizer"] for found in request.getfixturevalue(run).values()}
     assert wrappers - {"AdamW", "FusedAdam", "BlockwiseAdamW"} == {
         "BF16_Optimizer",
         "DeepSpeedZeroOptimizer",

@@ -8,7 +8,7 @@ import pytest
 from magnetar.launchers.config import main
 from tests.ranks import ROOT
 
-EXAMPLE = str(ROOT / "tests" / "engine" / "example.json")
+EXAMPLE = str(ROOT / "tests" / "engine" / "config" / "example.json")
 
 
 def test_check_prints_the_resolved_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import TwoHosts, missing, two_hosts
 from magnetar.launchers.doctor import main
+from tests.faults.hosts import TwoHosts, two_hosts
 from tests.ranks import ROOT, free_port
 from tests.runs import environment, make_corpus, write_config
 
-needs_two_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+needs_two_hosts = pytest.mark.needs("two hosts")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from tests.ranks import ROOT
 from tests.runs import environment, launcher_command, make_corpus, write_config
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.needs("Linux")
 @pytest.mark.parametrize(
     ("launcher", "norm"),
     [("magnetar.launchers.train", "subln"), ("magnetar.launchers.profile_admin", "admin")],

@@ -259,7 +259,7 @@ def test_an_output_that_exists_an_option_s_language_and_a_beam_of_draws_are_refu
     assert "--sample and --beam 4 exclude each other" in message
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.needs("/dev/full")
 def test_an_output_that_cannot_be_written_is_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

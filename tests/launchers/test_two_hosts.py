@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import TwoHosts, missing, two_hosts
+from tests.faults.hosts import TwoHosts, two_hosts
 from tests.ranks import ROOT
 from tests.runs import launch, make_corpus, records, write_config
 
-REASON = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = [pytest.mark.slow, pytest.mark.needs("two hosts")]
 
 
 @pytest.fixture(scope="module")

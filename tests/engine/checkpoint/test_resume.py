@@ -237,7 +237,7 @@ def without_dropout(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_run_goes_on_in_another_layout(
     ranks: int, ep_size: int, stage: int, without_dropout: Path, tmp_path: Path
 ) -> None:
-    """Saved by 2 ranks with ep_size 2 and ZeRO 1; `python -m benchmarks.resume` runs 25 pairs."""
+    """Saved by 2 ranks with ep_size 2 and ZeRO 1; `python -m tests.faults.resume` runs 25 pairs."""
     whole, run_dir = without_dropout / "run", tmp_path / "run"
     shutil.copytree(whole, run_dir)
     for folder in (run_dir / "checkpoints").iterdir():

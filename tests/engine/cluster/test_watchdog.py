@@ -1,11 +1,15 @@
 import sys
 import threading
 
+import pytest
+
+from magnetar.engine.cluster import watchdog
 from magnetar.engine.cluster.watchdog import innermost_call
 from tests.ranks import ROOT
 
 
-def test_a_thread_is_found_where_our_code_waits() -> None:
+def test_a_thread_is_found_where_our_code_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_SOURCES", ROOT)
     frames, event = [], threading.Event()
     thread = threading.Thread(target=lambda: waits(event))
     thread.start()

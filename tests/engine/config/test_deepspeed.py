@@ -1,7 +1,6 @@
 """Our tables of DeepSpeed's keys hold for the installed DeepSpeed."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from magnetar.engine.config.batch_sizes import BatchSizes, batch_problems, fille
 from magnetar.engine.config.docs import SHIPPED
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import load_config
+from tests.ranks import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+CONFIGS = ROOT / "ds_configs"
 
 
 class _Spy(dict):

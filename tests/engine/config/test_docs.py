@@ -1,7 +1,6 @@
 """The generated page and schema describe what the loader accepts."""
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -10,8 +9,9 @@ from magnetar.engine.config.docs import SHIPPED, example_config, generated_files
 from magnetar.engine.config.errors import key_paths
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import ConfigFile, load_config
+from tests.ranks import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+CONFIGS = ROOT / "ds_configs"
 
 
 def errors(value: object) -> list[str]:

@@ -14,8 +14,9 @@ from magnetar.engine.config.docs import SHIPPED, example_config
 from magnetar.engine.config.errors import expected, key_paths, section_model
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import ConfigFile, RunConfig, check_config, load_config
+from tests.ranks import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+CONFIGS = ROOT / "ds_configs"
 # Like the quickstart, but nobody tunes it.
 EXAMPLE = Path(__file__).with_name("example.json")
 

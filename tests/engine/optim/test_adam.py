@@ -1,5 +1,6 @@
 """AdamW with 8-bit states: its numbers, its groups, its checkpoints, and who is refused."""
 
+import importlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -24,23 +25,29 @@ from magnetar.engine.optim.adam import (
 )
 from magnetar.models.transformer import build_model
 from tests.engine.programs import BASE, with_keys
-from tests.ranks import run_on_ranks
+from tests.machine import as_param, case_id, is_runnable
+from tests.ranks import ROOT, run_on_ranks
 
-functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+needs_bitsandbytes = pytest.mark.needs("bitsandbytes")
 
 TYPE = {"optimizer.type": "AdamW8bit"}
 SMALL = TYPE | {"optimizer.params.min_8bit_size": 512}  # BASE's largest tensors have 2048
 STAGE, EP = "zero_optimization.stage", "magnetar.model.moe.ep_size"
 
 
+def functional() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
+
+
 def code_book(is_signed: bool) -> Tensor:
-    return functional.create_dynamic_map(signed=is_signed)
+    return functional().create_dynamic_map(signed=is_signed)
 
 
 def problems(changes: dict[str, Any]) -> list[str]:
     return [problem.text for problem in check_config(with_keys(BASE, changes), 2)[1]]
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize("is_signed", [True, False])
 @pytest.mark.parametrize("num_elements", [1, 255, 256, 40_000])
 def test_what_was_stored_in_8_bits_comes_back_with_the_same_bits(
@@ -60,9 +67,11 @@ def test_what_was_stored_in_8_bits_comes_back_with_the_same_bits(
             codes[codes == 255] = 254
             codes[BLOCK + 1 :: 2 * BLOCK] = 255
             codes[1 :: 2 * BLOCK] = 254  # as large as the block's first, with another sign
-        values = functional.dequantize_blockwise(
-            codes, absmax=scales, code=book, blocksize=BLOCK
-        ).float()
+        values = (
+            functional()
+            .dequantize_blockwise(codes, absmax=scales, code=book, blocksize=BLOCK)
+            .float()
+        )
         again = stored(values, book)
         assert torch.equal(again, values)  # but for the sign of zeros
 
@@ -77,18 +86,20 @@ def stored(values: Tensor, book: Tensor) -> Tensor:
     return out
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize("is_signed", [True, False])
 def test_storing_loses_no_more_than_bitsandbytes_own_function(is_signed: bool) -> None:
     values = torch.randn(100 * BLOCK, generator=torch.Generator().manual_seed(0))
     values = values if is_signed else values.square()
     book = code_book(is_signed)
-    codes, state = functional.quantize_blockwise(values, code=book, blocksize=BLOCK)
-    theirs = functional.dequantize_blockwise(codes, state)
+    codes, state = functional().quantize_blockwise(values, code=book, blocksize=BLOCK)
+    theirs = functional().dequantize_blockwise(codes, state)
     lost = (stored(values, book) - values).square().mean()
     assert lost <= 1.001 * (theirs - values).square().mean()
     assert lost.sqrt() < 0.02 * values.square().mean().sqrt()
 
 
+@needs_bitsandbytes
 def test_a_stretch_of_a_moment_is_that_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "_CHUNK", 300)  # no multiple of a block
     codes = torch.randint(0, 256, (1000,), generator=torch.Generator().manual_seed(0))
@@ -97,7 +108,7 @@ def test_a_stretch_of_a_moment_is_that_part_of_it(monkeypatch: pytest.MonkeyPatc
     whole.copy_to(values)
     whole.narrow(0, 100, 800).narrow(0, 150, 500).copy_to(part)
     assert torch.equal(part, values[250:750])
-    expected = functional.dequantize_blockwise(
+    expected = functional().dequantize_blockwise(
         whole.codes, absmax=whole.scales, code=whole.code_book, blocksize=BLOCK
     )
     assert torch.equal(values, expected)
@@ -207,7 +218,7 @@ def test_a_partition_that_the_kernels_cannot_count_is_refused() -> None:
 
 
 def test_the_version_is_that_of_the_requirements() -> None:
-    lines = Path(__file__).parents[2].joinpath("requirements.txt").read_text()
+    lines = (ROOT / "requirements.txt").read_text()
     assert f"{optimizers.PACKAGE}=={optimizers.VERSION}\n" in lines
 
 
@@ -220,57 +231,112 @@ LAYOUTS = [
 ]
 
 
+Pair = tuple[dict[str, Any], dict[str, Any]]  # what trains and is saved, and what goes on
+ADAM = {"optimizer.type": "AdamW"}
+RESUMED: dict[str, list[Pair]] = {
+    "the same": [(SMALL | layout, SMALL | layout) for layout in LAYOUTS],
+    "another layout": [
+        (SMALL | LAYOUTS[a], SMALL | LAYOUTS[b]) for a, b in ((0, 3), (2, 7), (7, 1))
+    ],
+    "from AdamW": [(ADAM | layout, SMALL | layout) for layout in LAYOUTS[::3]],
+    "with AdamW": [(SMALL | layout, ADAM | layout) for layout in LAYOUTS[::3]],
+}
+
+
+def every_pair(*kinds: str) -> pytest.MarkDecorator:
+    """A test for each pair of these kinds, which alone is skipped where it cannot run."""
+    params = [
+        as_param(kind, index, cases=pair, id=f"{kind},{case_id(pair[1])}")
+        for kind in kinds
+        for index, pair in enumerate(RESUMED[kind])
+    ]
+    return pytest.mark.parametrize(("kind", "index"), params)
+
+
+every_layout = pytest.mark.parametrize(
+    "index",
+    [as_param(i, cases=[SMALL | keys], id=case_id(keys)) for i, keys in enumerate(LAYOUTS)],
+)
+
+
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    """Of one of two ranks: by what was resumed, each of LAYOUTS."""
-    adam = {"optimizer.type": "AdamW"}
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict]:
+    """Of one of two ranks: each pair of RESUMED that this machine can run."""
     pairs = {
-        "the same": [(SMALL | layout, SMALL | layout) for layout in LAYOUTS],
-        "another layout": [
-            (SMALL | LAYOUTS[a], SMALL | LAYOUTS[b]) for a, b in ((0, 3), (2, 7), (7, 1))
-        ],
-        "from AdamW": [(adam | layout, SMALL | layout) for layout in LAYOUTS[::3]],
-        "with AdamW": [(SMALL | layout, adam | layout) for layout in LAYOUTS[::3]],
+        (kind, index): pair
+        for kind, of_kind in RESUMED.items()
+        for index, pair in enumerate(of_kind)
+        if is_runnable(*pair)
     }
-    cases = [pair for of_kind in pairs.values() for pair in of_kind]
     folder = str(tmp_path_factory.mktemp("runs"))
     program = "tests.engine.programs:resumed"
-    found = iter(run_on_ranks(program, 2, cases, folder)[0])
-    return {kind: [next(found) for _ in of_kind] for kind, of_kind in pairs.items()}
+    return dict(
+        zip(pairs, run_on_ranks(program, 2, [*pairs.values()], folder, timeout=900)[0], strict=True)
+    )
 
 
-@pytest.mark.slow
-def test_small_groups_change_no_number(tmp_path: Path) -> None:
-    cases = [{STAGE: stage, EP: ep} for stage in range(4) for ep in (1, 2)]
-    cases += [keys | TYPE | {"bf16.enabled": True} for keys in cases if keys[STAGE]]
+GROUPED: list[dict[str, Any]] = [{STAGE: stage, EP: ep} for stage in range(4) for ep in (1, 2)]
+GROUPED += [keys | TYPE | {"bf16.enabled": True} for keys in GROUPED if keys[STAGE]]
+
+
+@pytest.fixture(scope="module")
+def grouped() -> dict[int, tuple[dict, dict]]:
+    """Of the cases of GROUPED that can run: curves with whole and with small groups."""
+    cases = {index: keys for index, keys in enumerate(GROUPED) if is_runnable(keys)}
     program = "tests.engine.programs:in_groups"
     whole, small = (
-        run_on_ranks(program, 2, max_numel, "losses_and_norms", cases, 4)[0]
-        for max_numel in (2**30, 3000)
+        run_on_ranks(program, 2, numel, "losses_and_norms", [*cases.values()], 4, timeout=900)[0]
+        for numel in (2**30, 3000)
     )
-    for keys, one, other in zip(cases, whole, small, strict=True):
-        # Blocks of 256 elements begin elsewhere, and bf16 rounds what that changes.
-        bound = 2e-3 if "bf16.enabled" in keys else 1e-5
-        for name in ("loss", "norm"):
-            assert one[name] == pytest.approx(other[name], rel=bound), (keys, name)
+    return dict(zip(cases, zip(whole, small, strict=True), strict=True))
 
 
 @pytest.mark.slow
-def test_a_run_in_small_groups_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
-    cases = [(SMALL | layout, SMALL | layout) for layout in LAYOUTS]
+@pytest.mark.parametrize(
+    "index", [as_param(i, cases=[keys], id=case_id(keys)) for i, keys in enumerate(GROUPED)]
+)
+def test_small_groups_change_no_number(grouped: dict[int, tuple[dict, dict]], index: int) -> None:
+    one, other = grouped[index]
+    # Blocks of 256 elements begin elsewhere, and bf16 rounds what that changes.
+    bound = 2e-3 if "bf16.enabled" in GROUPED[index] else 1e-5
+    for name in ("loss", "norm"):
+        assert one[name] == pytest.approx(other[name], rel=bound), name
+
+
+@pytest.fixture(scope="module")
+def resumed_in_small_groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    """Of the layouts of LAYOUTS that can run: the same run resumed, in small groups."""
+    layouts = {index: SMALL | keys for index, keys in enumerate(LAYOUTS)}
+    cases = {index: (keys, keys) for index, keys in layouts.items() if is_runnable(keys)}
+    folder = str(tmp_path_factory.mktemp("small"))
     program = "tests.engine.programs:in_groups"
-    found = run_on_ranks(program, 2, 3000, "resumed", cases, str(tmp_path))[0]
-    for layout, result in zip(LAYOUTS, found, strict=True):
-        assert result["differing"] == 0, layout
-        assert result["resumed"] == result["losses"], layout
+    found = run_on_ranks(program, 2, 3000, "resumed", [*cases.values()], folder, timeout=900)[0]
+    return dict(zip(cases, found, strict=True))
+
+
+# The moments and weights are copied, and the second run does what the first did with them, on the
+# same ranks and threads: no rounding can part them.
+@pytest.mark.slow
+@every_layout
+def test_a_run_in_small_groups_is_resumed_with_the_same_bits(
+    resumed_in_small_groups: dict[int, dict], index: int
+) -> None:
+    found = resumed_in_small_groups[index]
+    assert found["differing"] == 0
+    assert found["resumed"] == found["losses"]
+
+
+def keys_of_an_update(stage: int, optimizer: dict[str, Any]) -> dict[str, Any]:
+    keys = optimizer | {STAGE: stage, "bf16.enabled": True, "magnetar.model.moe.num_experts": 16}
+    return keys | {"magnetar.model.moe.every": 1}
+
+
+UPDATES = [keys_of_an_update(stage, keys) for keys in ({}, SMALL) for stage in (1, 2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("optimizer", [{}, SMALL])
-def test_an_update_copies_one_group_at_a_time(stage: int, optimizer: dict[str, Any]) -> None:
-    keys = optimizer | {STAGE: stage, "bf16.enabled": True, "magnetar.model.moe.num_experts": 16}
-    keys["magnetar.model.moe.every"] = 1
+@pytest.mark.parametrize("keys", [as_param(k, cases=[k], id=case_id(k)) for k in UPDATES])
+def test_an_update_copies_one_group_at_a_time(keys: dict[str, Any]) -> None:
     # 16 experts' matrices have 32,768 elements each, and nine tenths of all are theirs.
     program = "tests.engine.programs:in_groups"
     whole, small = (
@@ -281,6 +347,7 @@ def test_an_update_copies_one_group_at_a_time(stage: int, optimizer: dict[str, A
     assert whole > 1.5 * small
 
 
+@needs_bitsandbytes
 @pytest.mark.gpu
 def test_a_gpus_moments_come_back_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -296,29 +363,42 @@ def test_a_gpus_moments_come_back_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_run_resumed_in_its_layout_goes_on_with_the_same_bits(resumed: dict) -> None:
-    for layout, found in zip(LAYOUTS, resumed["the same"], strict=True):
-        assert found["differing"] == 0, layout
-        assert found["resumed"] == found["losses"], layout
+@every_pair("the same")
+def test_a_run_resumed_in_its_layout_goes_on_with_the_same_bits(
+    resumed: dict[tuple[str, int], dict], kind: str, index: int
+) -> None:
+    found = resumed[kind, index]
+    assert found["differing"] == 0
+    assert found["resumed"] == found["losses"]
 
 
 @pytest.mark.slow
-def test_a_run_resumed_otherwise_goes_on_nearly_the_same(resumed: dict) -> None:
-    for kind in ("another layout", "from AdamW", "with AdamW"):
-        for found in resumed[kind]:
-            # Measured: 5e-6, and 8e-5 where float32 moments first become 8 bits; 5e-3 without any.
-            # In bf16 rounding alone parts two runs by 1e-3 (docs/invariance.md).
-            bound = 1e-3 if found["precision"] == "bf16" else 3e-4
-            assert found["resumed"] == pytest.approx(found["losses"], abs=bound), (kind, found)
+@every_pair("another layout", "from AdamW", "with AdamW")
+def test_a_run_resumed_otherwise_goes_on_nearly_the_same(
+    resumed: dict[tuple[str, int], dict], kind: str, index: int
+) -> None:
+    found = resumed[kind, index]
+    # Measured: 5e-6, and 8e-5 where float32 moments first become 8 bits; 5e-3 without any.
+    # In bf16 rounding alone parts two runs by 1e-3 (docs/invariance.md).
+    bound = 1e-3 if found["precision"] == "bf16" else 3e-4
+    assert found["resumed"] == pytest.approx(found["losses"], abs=bound), found
 
 
 @pytest.mark.slow
-def test_most_states_have_8_bits_under_every_stage(resumed: dict) -> None:
-    for kind in ("the same", "another layout", "from AdamW"):
-        for found in resumed[kind]:
-            numel = {"torch.uint8": 0, "torch.float32": 0}
-            for dtype, length in found["states"]:
-                numel[dtype] += length
-            # BASE: 27,648 of 34,401 elements are in tensors of 512 or more that are no embedding.
-            assert numel["torch.uint8"] > 3 * numel["torch.float32"], (kind, json.dumps(found))
-    assert {dtype for f in resumed["with AdamW"] for dtype, _ in f["states"]} == {"torch.float32"}
+@every_pair("the same", "another layout", "from AdamW")
+def test_most_states_have_8_bits_under_every_stage(
+    resumed: dict[tuple[str, int], dict], kind: str, index: int
+) -> None:
+    numel = {"torch.uint8": 0, "torch.float32": 0}
+    for dtype, length in resumed[kind, index]["states"]:
+        numel[dtype] += length
+    # BASE: 27,648 of 34,401 elements are in tensors of 512 or more that are no embedding.
+    assert numel["torch.uint8"] > 3 * numel["torch.float32"], json.dumps(numel)
+
+
+@pytest.mark.slow
+@every_pair("with AdamW")
+def test_adamw_keeps_32_bits_of_what_was_saved_in_8(
+    resumed: dict[tuple[str, int], dict], kind: str, index: int
+) -> None:
+    assert {dtype for dtype, _ in resumed[kind, index]["states"]} == {"torch.float32"}

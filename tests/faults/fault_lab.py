@@ -1,4 +1,4 @@
-"""Runs to do harm to, and how to tell whether they end as documented; see benchmarks.faults."""
+"""Runs to do harm to, and how to tell whether they end as documented; see tests.faults.faults."""
 
 import re
 import shutil
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.faulty_train import VARIABLE
 from benchmarks.launching import launch
-from benchmarks.supervised import CONFIG, Supervised, difference, records
+from tests.faults.faulty_train import VARIABLE
+from tests.faults.supervised import CONFIG, Supervised, difference, records
 
 NUM_STEPS, SAVE_EVERY, HALF = 40, 5, 20
 HANG_TIMEOUT = 12.0
@@ -104,7 +104,7 @@ class Lab:
             [*kept, *settings],
             arguments,
             prefix,
-            module="benchmarks.faulty_train" if fault else "magnetar.launchers.supervise",
+            module="tests.faults.faulty_train" if fault else "magnetar.launchers.supervise",
             environment={**({VARIABLE: fault} if fault else {}), **(environment or {})},
         )
 

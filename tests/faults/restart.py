@@ -1,6 +1,6 @@
 """How long a run is away when a rank dies: from SIGKILL to the first new step, part by part.
 
-    python -m benchmarks.restart --out benchmarks/results/restart_cpu.json
+    python -m tests.faults.restart --out benchmarks/results/restart_cpu.json
 
 The quickstart (2 ranks, benchmarks as `make train` has them, but a checkpoint every 20 steps and a
 record of every step) trains under `magnetar supervise`; rank 1 is killed so often. The parts of a
@@ -17,14 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.fault_lab import Fault, book, goes_on
 from benchmarks.provenance import git_commit, versions
-from benchmarks.supervised import ROOT, Supervised, kill
 from magnetar.engine.cluster.start_times import parsed_times
+from tests.faults.fault_lab import Fault, book, goes_on
+from tests.faults.supervised import ROOT, Supervised, kill
 
 CONFIG = ROOT / "ds_configs" / "quickstart.json"
 BOUND = 40.0
-BACKOFF = 0.2  # of benchmarks.supervised; a user's is 5 seconds, unless --backoff says otherwise
+BACKOFF = 0.2  # of tests.faults.supervised; a user's is 5 seconds, unless --backoff says otherwise
 _GOING = re.compile(r"\*\*going\*\* first step after (.*)")
 
 
@@ -44,7 +44,7 @@ def restart(run: Supervised) -> dict[str, float]:
 
 def main() -> int:
     """Kill and measure; status 1 if a restart takes longer than the bound."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.restart", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.restart", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--kills", type=int, default=3, help="how many (3)")
     parser.add_argument("--out", type=Path, help="a .json file")
@@ -64,7 +64,7 @@ def main() -> int:
         print(f"| {name} | {seconds} |")
     if options.out is not None:
         result = {
-            "command": " ".join(["python -m benchmarks.restart", *sys.argv[1:]]),
+            "command": " ".join(["python -m tests.faults.restart", *sys.argv[1:]]),
             "commit": git_commit(),
             "cpus": os.cpu_count(),
             "versions": versions(),

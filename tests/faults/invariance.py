@@ -1,6 +1,6 @@
 """The layout is an implementation detail: every layout's losses and gradient norms, side by side.
 
-    python -m benchmarks.invariance --out docs/invariance.md
+    python -m tests.faults.invariance --out docs/invariance.md
 
 Trains benchmarks/layouts.json for 50 steps in every combination of ranks (1, 2, 4), ep_size
 (1, 2, 4, dividing the ranks), ZeRO stage, top_k (1, 2), dispatch (dropless, capacity) and
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.launching import launch
+from tests.ranks import ROOT
 
-CONFIG = Path(__file__).with_name("layouts.json")
+CONFIG = ROOT / "benchmarks/layouts.json"
 NUM_STEPS = 50
 ROUNDING = "rounding"
 NUM_ROUNDINGS = {"fp32": 3, "bf16": 9}  # in bf16 their spread is the bound
@@ -153,7 +154,7 @@ def curves_of(world_size: int, dtype: str, options: argparse.Namespace) -> dict[
     out.parent.mkdir(parents=True, exist_ok=True)
     arguments = ["--out", out, "--work", "--dtypes", dtype, "--variants", *options.variants]
     arguments += ["--steps", str(options.steps)]
-    launch("benchmarks.invariance", world_size, arguments).check_returncode()
+    launch("tests.faults.invariance", world_size, arguments).check_returncode()
     return json.loads(out.read_text())
 
 
@@ -218,7 +219,7 @@ def table(dtype: str, found: dict[str, dict[str, Any]], variants: list[str]) -> 
 
 def main() -> int:
     """Run every layout and write the page; status 1 if a difference exceeds its bound."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.invariance", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.invariance", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="the page, a .md file")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
@@ -264,7 +265,7 @@ def hardware() -> str:
 
 PAGE_BEGIN = """# Every layout gives the same numbers
 
-Made by benchmarks/invariance.py on {hardware}.
+Made by tests/faults/invariance.py on {hardware}.
 
 The model: benchmarks/layouts.json (4 layers, 8 experts in every 2nd, X-MoE router, balance loss
 0.01, no dropout, SparseClip active on every step), {steps} steps on the text of `make train`. Each

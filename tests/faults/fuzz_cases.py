@@ -1,4 +1,4 @@
-"""What benchmarks.fuzz breaks: the JSONs of ds_configs/, prepared folders, and raw text."""
+"""What tests.faults.fuzz breaks: the JSONs of ds_configs/, prepared folders, and raw text."""
 
 import gzip
 import json
@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-from benchmarks.mutations import Drawn, broken_jsons, damaged, drawn
+from tests.faults.mutations import Drawn, broken_jsons, damaged, drawn
 
-CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 NUM_VALID = 6  # pairs, which take long to translate
 _COUNTS = ("num_tokens", "num_documents", "num_bytes", "sha256")  # of a split in a manifest
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of ds_configs/ as two steps of a tiny model on what benchmarks.fuzz prepares."""
+    """A config of ds_configs/ as two steps of a tiny model on what tests.faults.fuzz prepares."""
     config = json.loads(json.dumps(config))
     own = config["magnetar"]
     model, data, training = own["model"], own["data"], own["training"]

@@ -1,4 +1,4 @@
-"""A launcher that does what none may, for tests/benchmarks/test_fuzz.py."""
+"""A launcher that does what none may, for tests/faults/test_fuzz.py."""
 
 import sys
 import tempfile
@@ -24,9 +24,9 @@ def main() -> int:
 
 
 def verdicts() -> dict[str, str]:
-    """What benchmarks.fuzz says of each."""
-    from benchmarks.fuzz import outcome
-    from benchmarks.fuzz_cases import Case
+    """What tests.faults.fuzz says of each."""
+    from tests.faults.fuzz import outcome
+    from tests.faults.fuzz_cases import Case
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Training with a fault put in from outside: magnetar train and magnetar supervise, patched.
 
-    MAGNETAR_FAULT=nan:12:3 python -m benchmarks.faulty_train --num_gpus 2 --deepspeed_config X
+    MAGNETAR_FAULT=nan:12:3 python -m tests.faults.faulty_train --num_gpus 2 --deepspeed_config X
 
 It takes what magnetar supervise takes. The fault is KIND:STEP[:STEPS], and happens in the first
 start alone, or in every one with KIND in capitals.
@@ -25,7 +25,7 @@ class FaultySupervisor(Supervisor):
     def _command(self, place: Place, settings: Any) -> list[str]:
         words = super()._command(place, settings)
         return [
-            "benchmarks.faulty_train" if word == "magnetar.launchers.train" else word
+            "tests.faults.faulty_train" if word == "magnetar.launchers.train" else word
             for word in words
         ]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import Outcome, summary, table
-from benchmarks.fuzz_cases import CONFIGS, Case, shrunk
-from benchmarks.mutations import as_members, broken_jsons, damaged, drawn, encoded
 from magnetar.engine.config.schema import check_config
+from tests.faults.fuzz import Outcome, summary, table
+from tests.faults.fuzz_cases import CONFIGS, Case, shrunk
+from tests.faults.mutations import as_members, broken_jsons, damaged, drawn, encoded
 from tests.ranks import ROOT
 from tests.runs import environment
 
@@ -31,7 +31,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def test_whatever_is_broken_ends_in_a_message_or_a_run(tmp_path: Path) -> None:
     out = tmp_path / "fuzz.json"
     number = ("--configs", "60", "--files", "20", "--seed", "7")
-    done = run("-m", "benchmarks.fuzz", *number, "--without-compiler", "--out", str(out))
+    done = run("-m", "tests.faults.fuzz", *number, "--without-compiler", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["failures"] == []
@@ -46,7 +46,7 @@ def test_whatever_is_broken_ends_in_a_message_or_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_none_may_do_is_noticed() -> None:
-    program = "import json; from tests.benchmarks.bad_launcher import verdicts as found; "
+    program = "import json; from tests.faults.bad_launcher import verdicts as found; "
     program += "print(json.dumps(found()))"
     done = run("-c", program)
     assert done.returncode == 0, done.stdout + done.stderr

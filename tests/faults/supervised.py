@@ -15,7 +15,7 @@ from magnetar.engine.checkpoint.format import newest_checkpoint
 from magnetar.engine.supervise.launched_run import RUN_ID, RunProcess, kill_processes, run_processes
 
 CONFIG = Path(__file__).with_name("supervised.json")
-ROOT = CONFIG.parent.parent
+ROOT = CONFIG.parents[2]
 TIMED = {"tokens_per_second", "memory_gib", "mfu"}  # what depends on the clock or the machine
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong with a run, done to it, and what must come of it; see benchmarks.faults.
+"""What can go wrong with a run, done to it, and what must come of it; see tests.faults.faults.
 
 Each case is a function of a Lab that raises AssertionError where the run does not end as it
 should, and returns how it has ended.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.fault_lab import (
+from tests.faults.fault_lab import (
     HALF,
     NUM_STEPS,
     RESUMED,
@@ -31,8 +31,8 @@ from benchmarks.fault_lab import (
     goes_on,
     steps,
 )
-from benchmarks.hosts import TwoHosts, missing, two_hosts
-from benchmarks.supervised import CONFIG, ROOT, Supervised, kill
+from tests.faults.hosts import TwoHosts, missing, two_hosts
+from tests.faults.supervised import CONFIG, ROOT, Supervised, kill
 
 # Processes
 

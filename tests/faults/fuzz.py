@@ -1,7 +1,7 @@
 """Broken JSONs and broken data, fed to the launchers: a clear message and status 2, or a run.
 
-    python -m benchmarks.fuzz --configs 2000 --files 500 --out benchmarks/results/fuzz.json
-    python -m benchmarks.fuzz --configs 2000 --files 500 --only 17    # a case again, and its output
+    python -m tests.faults.fuzz --configs 2000 --files 500 --out benchmarks/results/fuzz.json
+    python -m tests.faults.fuzz --configs 2000 --files 500 --only 17  # a case again
 
 Each JSON of ds_configs/, cut down to two steps of a tiny model, is changed in one to three places
 or damaged as text; so are files of prepared folders, and raw text before it is prepared. A
@@ -29,7 +29,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from benchmarks.fuzz_cases import (
+from benchmarks.provenance import git_commit, versions
+from magnetar.data.errors import UserError
+from magnetar.launchers.user_errors import user_errors
+from tests.faults.fuzz_cases import (
     CONFIGS,
     NUM_VALID,
     Case,
@@ -39,9 +42,6 @@ from benchmarks.fuzz_cases import (
     raw_files,
     shrunk,
 )
-from benchmarks.provenance import git_commit, versions
-from magnetar.data.errors import UserError
-from magnetar.launchers.user_errors import user_errors
 
 PRELOADED = (
     "magnetar.launchers.train",
@@ -364,7 +364,7 @@ def table(cases: dict[str, dict[str, int]]) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.fuzz", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--configs", type=int, default=2000, help="broken JSONs: 2000")
     parser.add_argument("--files", type=int, default=500, help="broken data files: 500")

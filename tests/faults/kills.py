@@ -1,12 +1,12 @@
 """Random kills of a run under supervision, which must end as if nobody had touched it.
 
-    python -m benchmarks.kills --kills 50 --out benchmarks/results/kills.json
+    python -m tests.faults.kills --kills 50 --out benchmarks/results/kills.json
 
-benchmarks/supervised.json (2 ranks, 300 steps, a checkpoint every 5) trains once undisturbed. Then
-it trains under `magnetar supervise`, run after run, until a random rank has been killed by SIGKILL
-so often: at a random moment after a start, or while one of its first checkpoints is written. Every
-run must finish without a hand, with the metrics of the undisturbed one and with the bits of its
-weights and moments. Text: the speeches of `make train`.
+tests/faults/supervised.json (2 ranks, 300 steps, a checkpoint every 5) trains once undisturbed.
+Then it trains under `magnetar supervise`, run after run, until a random rank has been killed by
+SIGKILL so often: at a random moment after a start, or while one of its first checkpoints is
+written. Every run must finish without a hand, with the metrics of the undisturbed one and with the
+bits of its weights and moments. Text: the speeches of `make train`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.launching import launch
 from benchmarks.provenance import git_commit, versions
-from benchmarks.supervised import (
+from tests.faults.supervised import (
     CONFIG,
     Supervised,
     being_saved,
@@ -133,7 +133,7 @@ def table(kills: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Kill; status 1 if any run differs from the undisturbed one."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--kills", type=int, default=50, help="how many (50)")
     parser.add_argument("--steps", type=int, default=300, help="of each run (300)")
@@ -147,7 +147,7 @@ def main() -> int:
         kills, differences = kill_all(Path(folder), options)
     seconds = round(time.monotonic() - begun)
     result = {
-        "command": " ".join(["python -m benchmarks.kills", *sys.argv[1:]]),
+        "command": " ".join(["python -m tests.faults.kills", *sys.argv[1:]]),
         "commit": git_commit(),
         "versions": versions(),
         "kills": len(kills),

@@ -1,6 +1,6 @@
 """The resume matrix: saved by each of five layouts, continued by each of the five.
 
-    python -m benchmarks.resume --out docs/resume.md
+    python -m tests.faults.resume --out docs/resume.md
 
 Each layout trains 20 steps and saves. From each of these checkpoints each layout goes on for 20
 steps, through the `deepspeed` launcher and `magnetar train`, on the text of `make train`. The
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.launching import launch
+from tests.ranks import ROOT
 
-CONFIG = Path(__file__).with_name("layouts.json")
+CONFIG = ROOT / "benchmarks/layouts.json"
 SAVED_AFTER, LAST = 20, 40
 BOUND = 5e-5  # nats
 
@@ -106,7 +107,7 @@ def table(found: dict[Layout, dict[Layout, float]]) -> str:
 
 def main() -> int:
     """Run the matrix; status 1 if a difference exceeds the bound."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resume", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.resume", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="the page, a .md file")
     parser.add_argument("--set", action="append", default=[], help="as for magnetar train")

@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from benchmarks.faults import CASES, main, merged
-from benchmarks.kills import table
+from tests.faults.faults import CASES, main, merged
+from tests.faults.kills import table
 
 
 def test_new_lines_take_the_place_of_old_ones_and_the_order_stays() -> None:

@@ -1,6 +1,6 @@
 """Faults done to runs under supervision, and how each ends: a page and its numbers.
 
-    python -m benchmarks.faults --out docs/faults.md [--only SIGSTOP]
+    python -m tests.faults.faults --out docs/faults.md [--only SIGSTOP]
 
 Every fault is really done: to processes, files, disks, a cable between two hosts (network
 namespaces), or put into the numbers by a program around launchers.train. A run that goes on is
@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import fault_cases as cases
-from benchmarks.fault_lab import HANG_TIMEOUT, NUM_STEPS, SAVE_EVERY, Lab, Outcome, SkipError
+from tests.faults import fault_cases as cases
+from tests.faults.fault_lab import HANG_TIMEOUT, NUM_STEPS, SAVE_EVERY, Lab, Outcome, SkipError
 
 
 class Case(NamedTuple):
@@ -215,8 +215,8 @@ CASES = (
 
 PAGE = f"""# What happens when something goes wrong
 
-Made by `python -m benchmarks.faults --out docs/faults.md`: two ranks on two CPU cores train
-benchmarks/supervised.json for {NUM_STEPS} steps under `magnetar supervise`, with a checkpoint
+Made by `python -m tests.faults.faults --out docs/faults.md`: two ranks on two CPU cores train
+tests/faults/supervised.json for {NUM_STEPS} steps under `magnetar supervise`, with a checkpoint
 every {SAVE_EVERY} steps, and one thing goes wrong. A run that goes on ends with the metrics of
 an undisturbed run and the bits of its weights and Adam's moments (the one whose supervisor is
 killed: with its metrics); on fewer ranks, with its losses to 5e-4. Not compared are runs that
@@ -259,7 +259,7 @@ def merged(page: str, lines: list[str]) -> list[str]:
 
 def main() -> int:
     """Do them all; status 1 if one did not end as documented."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.faults", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--out", type=Path, help="the page, a .md file; with --only, its other lines stay"

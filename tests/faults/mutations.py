@@ -1,4 +1,4 @@
-"""Broken JSONs and broken files, as hypothesis strategies; benchmarks.fuzz uses them."""
+"""Broken JSONs and broken files, as hypothesis strategies; tests.faults.fuzz uses them."""
 
 import copy
 import json

@@ -1,0 +1,65 @@
+"""What the tests say about the machine."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import machine
+from tests.conftest import pytest_terminal_summary
+from tests.ranks import run_on_ranks
+
+BF16 = {"zero_optimization.stage": 1, "bf16.enabled": True}
+
+
+def test_a_case_needs_what_its_config_uses() -> None:
+    eight_bits = {"optimizer.type": "AdamW8bit"}
+    assert machine.needs_of({"bf16.enabled": False, "optimizer.type": "AdamW"}) == []
+    assert machine.needs_of(BF16 | eight_bits) == ["bf16", "bitsandbytes"]
+    param = machine.as_param(1, cases=[BF16, {"fp16.enabled": True} | eight_bits])
+    (mark,) = param.marks
+    assert (mark.name, mark.args) == ("needs", ("bf16", "fp16", "bitsandbytes"))
+    assert not machine.as_param(1, cases=[{}]).marks
+
+
+@pytest.mark.parametrize("missing", [None, "bf16"])
+def test_only_cases_that_need_what_is_missing_cannot_run(
+    missing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "lacks", lambda need: "why" if need == missing else None)
+    assert machine.is_runnable({"fp16.enabled": True}, {})
+    assert machine.is_runnable({}, BF16) == (missing is None)
+
+
+def test_only_what_can_be_taken_away_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "WITHOUT", {"fp17"})
+    with pytest.raises(ValueError, match="names fp17, and only bf16 bitsandbytes fp16 triton can"):
+        machine.imitate()
+
+
+@pytest.mark.slow
+def test_ranks_refuse_what_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAGNETAR_TEST_WITHOUT", "bf16")
+    with pytest.raises(AssertionError, match="Type bf16 is not supported on your device"):
+        run_on_ranks("tests.engine.programs:losses_and_norms", 1, [BF16], 1)
+
+
+def test_what_was_skipped_is_counted_by_its_reason() -> None:
+    def report(nodeid: str, reason: str) -> Any:
+        return SimpleNamespace(nodeid=nodeid, longrepr=("file", 1, f"Skipped: {reason}"))
+
+    # A file that skips itself is reported by both processes of pytest-xdist.
+    skipped = [report("a", "needs fp16"), report("b.py", "needs triton"), report("c", "needs fp16")]
+    lines: list[str] = []
+    reporter: Any = SimpleNamespace(
+        stats={"skipped": [*skipped, skipped[1]]}, section=lines.append, line=lines.append
+    )
+    pytest_terminal_summary(reporter)
+    assert lines == [
+        "not shown on this machine",
+        "   2 tests  needs fp16",
+        "   1 test   needs triton",
+    ]
+    lines.clear()
+    pytest_terminal_summary(SimpleNamespace(stats={}))  # type: ignore[arg-type]
+    assert lines == []
