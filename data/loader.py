@@ -47,7 +47,7 @@ Architecture = Literal["decoder", "encoder", "encoder_decoder"]
 
 
 class MaskOptions(NamedTuple):
-    """How windows of text are masked, as in data.text.masked_lm.Masking."""
+    """Settings of the masks, as in data.text.masked_lm.Masking."""
 
     probability: float
     mean_span_length: float | None
@@ -55,7 +55,7 @@ class MaskOptions(NamedTuple):
 
 
 class PairOptions(NamedTuple):
-    """How sentence pairs are drawn, as in data.pairs.batches.PairBatches."""
+    """Settings of the sentence pairs, as in data.pairs.batches.PairBatches."""
 
     bin_tokens: int
     temperature: float
@@ -76,8 +76,8 @@ class DataOptions:
         seed: seed of the order of the samples and of the masks.
         eval_sequences: number of validation windows, or of validation pairs of each direction;
             None for all.
-        masking: how windows are masked; None for a decoder and for pairs.
-        pairs: how sentence pairs are drawn; None for text.
+        masking: settings of the masks; None for a decoder and for pairs.
+        pairs: settings of the sentence pairs; None for text.
     """
 
     architecture: Architecture
@@ -223,7 +223,7 @@ class TextData(RunData):
         return self.prepared.num_text_bytes(self.valid.num_targets(self.options.eval_sequences))
 
     def unigram_perplexity(self, num_tokens: int) -> float:
-        """Of the tokens asked about; for an encoder, of all that they are drawn from."""
+        """The frequencies are those of all tokens that can be asked about."""
         # A decoder and an encoder-decoder predict all tokens but the first.
         stop = None if self.options.architecture == "encoder" else 1 + num_tokens
         return self.prepared.valid.unigram_perplexity(1, stop)
@@ -307,7 +307,7 @@ class PairData(RunData):
         return (self.valid.bin(first + rank) for first in range(0, len(self.valid), world_size))
 
     def unigram_perplexity(self, num_tokens: int) -> float:
-        """Of the targets of all bins."""
+        """The frequencies are those of the targets of all bins."""
         del num_tokens
         counts = np.zeros(0, dtype=np.int64)
         for index in range(len(self.valid)):

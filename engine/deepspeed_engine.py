@@ -14,9 +14,9 @@ class DeepSpeedEngine(Protocol):
     Attributes:
         module: the model, a models.transformer.Transformer or EncoderDecoder.
         device: this rank's device.
-        optimizer: what DeepSpeed makes of the optimizer: its ZeRO or bf16 wrapper, or, with fp32
-            and without ZeRO, basic_optimizer itself. It has param_groups and, with fp16,
-            loss_scaler, loss_scale and overflow. SparseClip replaces its clipping.
+        optimizer: DeepSpeed's ZeRO or bf16 wrapper of the optimizer, or basic_optimizer itself
+            with fp32 and without ZeRO. It has param_groups and, with fp16, loss_scaler, loss_scale
+            and overflow. SparseClip replaces its clipping.
         basic_optimizer: Adam itself, within the wrapper. engine.guards replaces its step, and
             engine.checkpoint waits in a hook of it.
         lr_scheduler: the LambdaLR of engine.build.

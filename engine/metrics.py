@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -244,7 +245,7 @@ class Metrics:
 
         Args:
             step: optimizer steps done.
-            result: what the step did.
+            result: result of the step on this rank.
             num_bad: steps so far that the guards left out.
         """
         losses, routing = reduce_over_ranks(result)
@@ -336,3 +337,13 @@ def keep_records_up_to(path: Path, step: int) -> None:
         except ValueError:  # a killed run can leave half a line
             continue
     write_whole(path, "".join(kept))
+
+
+def purge_tensorboard(monitor: Any, step: int) -> None:
+    """Make TensorBoard forget what was logged after a step, since it will be logged again."""
+    writer = getattr(monitor.tb_monitor, "summary_writer", None)
+    if writer is not None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        writer.file_writer.add_event(start, step + 1)

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -37,8 +36,8 @@ from magnetar.engine.config.schema import RunConfig, TrainingConfig
 from magnetar.engine.deepspeed_engine import DeepSpeedEngine
 from magnetar.engine.evaluate import Evaluations
 from magnetar.engine.guards import Guards, Verdict, require_equal_replicas
-from magnetar.engine.metrics import Metrics, keep_records_up_to
-from magnetar.engine.report.progress import ProgressLine
+from magnetar.engine.metrics import Metrics, keep_records_up_to, purge_tensorboard
+from magnetar.engine.report.progress import ProgressLine, RunLog
 from magnetar.engine.report.samples import (
     RunTotals,
     describe,
@@ -127,23 +126,6 @@ def train_to_the_end(run: "Run") -> bool:
                 run.stop(step)
                 return False
     return True
-
-
-class RunLog:
-    """The terminal and the logbook of a run; only rank 0 writes."""
-
-    def __init__(self, run_dir: Path, progress: ProgressLine) -> None:
-        self.run_dir, self.progress = run_dir, progress
-
-    def write(self, event: str, text: str) -> None:
-        """Write an event into the logbook."""
-        if dist.get_rank() == 0:
-            logbook.write(self.run_dir, event, text)
-
-    def tell(self, event: str, text: str) -> None:
-        """Print an event, and write it into the logbook."""
-        self.progress.note(text)
-        self.write(event, text)
 
 
 class Checkpoints:
@@ -508,13 +490,3 @@ def write_config(config: RunConfig, data: RunData) -> None:
 def due(step: int, every: int | str | None, last: int | None = None) -> bool:
     """Whether something is due that happens every `every` steps, and after the last one."""
     return step == last or (isinstance(every, int) and step % every == 0)
-
-
-def purge_tensorboard(monitor: Any, step: int) -> None:
-    """Make TensorBoard forget what was logged after a step, since it will be logged again."""
-    writer = getattr(monitor.tb_monitor, "summary_writer", None)
-    if writer is not None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        writer.file_writer.add_event(start, step + 1)

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group
@@ -10,6 +11,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from magnetar.engine.cluster import logbook
 
 # A terminal has a bar and a line that change in place. A log file gets a line now and then.
 SECONDS_BETWEEN_LINES = 10.0
@@ -76,6 +79,23 @@ class ProgressLine:
         """Print lines that stay, above the live ones."""
         if self.shown:
             self.console.print(text, markup=False, soft_wrap=True)
+
+
+class RunLog:
+    """The terminal and the logbook of a run; only rank 0 writes."""
+
+    def __init__(self, run_dir: Path, progress: ProgressLine) -> None:
+        self.run_dir, self.progress = run_dir, progress
+
+    def write(self, event: str, text: str) -> None:
+        """Write an event into the logbook."""
+        if self.progress.shown:
+            logbook.write(self.run_dir, event, text)
+
+    def tell(self, event: str, text: str) -> None:
+        """Print an event, and write it into the logbook."""
+        self.progress.note(text)
+        self.write(event, text)
 
 
 def metrics_line(record: dict[str, float]) -> str:

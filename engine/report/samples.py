@@ -147,36 +147,44 @@ def finish(
         console.print(f"{title}\n", style="bold", markup=False)
     for text in texts:
         console.print(text, end="\n\n", soft_wrap=not console.is_terminal)
-    trained = f"{duration(totals.seconds)} at {totals.tokens_per_second:,.0f} tokens/s"
-    lines = {"trained": trained}
-    checkpoint = f"{run_dir}/checkpoints/step_{totals.steps:08d}"
-    is_saved = training.save_every != "never"
-    lines["checkpoint"] = (
-        checkpoint if is_saved else 'none, by magnetar.training.save_every="never"'
-    )
-    lines["metrics"] = f"{run_dir}/metrics.jsonl, {run_dir}/summary.json"
-    if has_tensorboard:
-        lines["curves"] = f"{programs_folder()}tensorboard --logdir {run_dir}/tensorboard"
-    if is_saved:
-        lines["next"] = next_command(run_dir, model.architecture, data.directions)
+    lines = closing_lines(training, model.architecture, data.directions, totals, has_tensorboard)
     progress.note("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
 
-def next_command(run_dir: Path, architecture: str, directions: Sequence[tuple[str, str]]) -> str:
-    """A command that uses the trained model.
+def closing_lines(
+    training: TrainingConfig,
+    architecture: str,
+    directions: Sequence[tuple[str, str]],
+    totals: RunTotals,
+    has_tensorboard: bool,
+) -> dict[str, str]:
+    """Lines about the files of a finished run, and a command that uses its model.
 
     Args:
-        run_dir: the run's folder.
+        training: the loop's section.
         architecture: the model's.
-        directions: translation directions of the validation split.
+        directions: translation directions of the validation split; empty for text.
+        totals: the numbers of the run.
+        has_tensorboard: whether the run has written for TensorBoard.
     """
-    magnetar = f"{programs_folder()}magnetar"
-    if architecture == "decoder":
-        return f'{magnetar} generate {run_dir} --prompt "My fellow citizens"'
-    if directions:
+    run_dir, programs = Path(training.run_dir), programs_folder()
+    is_saved = training.save_every != "never"
+    checkpoint = f"{run_dir}/checkpoints/step_{totals.steps:08d}"
+    lines = {
+        "trained": f"{duration(totals.seconds)} at {totals.tokens_per_second:,.0f} tokens/s",
+        "checkpoint": checkpoint if is_saved else 'none, by magnetar.training.save_every="never"',
+        "metrics": f"{run_dir}/metrics.jsonl, {run_dir}/summary.json",
+    }
+    if has_tensorboard:
+        lines["curves"] = f"{programs}tensorboard --logdir {run_dir}/tensorboard"
+    if is_saved and architecture == "decoder":
+        lines["next"] = f'{programs}magnetar generate {run_dir} --prompt "My fellow citizens"'
+    elif is_saved and directions:
         source, target = directions[0]
-        return f"{magnetar} translate {run_dir} --from {source} --to {target}"
-    return f"{magnetar} evaluate {run_dir}"
+        lines["next"] = f"{programs}magnetar translate {run_dir} --from {source} --to {target}"
+    elif is_saved:
+        lines["next"] = f"{programs}magnetar evaluate {run_dir}"
+    return lines
 
 
 def programs_folder() -> str:

@@ -1,4 +1,4 @@
-"""Many sentences through a translation model, and how good the translations are."""
+"""Translation of many sentences by a model, and the scores of the translations."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ from magnetar.engine.translation.long_sentences import fit
 from magnetar.models.decoding.beam_search import Sampling, Translation, default_max_len, translate
 from magnetar.models.transformer import EncoderDecoder
 
-# Languages that are written without spaces between words, by both codes of ISO 639.
+# Languages that are written without spaces between words, by their two- and three-letter codes.
 CHINESE = frozenset({"zh", "zho", "cmn"})
 SPACELESS = CHINESE | {
     *("bo", "dz", "ja", "km", "lo", "my", "th"),
@@ -26,14 +26,15 @@ SPACELESS = CHINESE | {
 
 @dataclass(frozen=True)
 class Decoding:
-    """How translations are found.
+    """Settings of the search for translations.
 
     Attributes:
-        beam: hypotheses that are followed; 1: greedy.
-        length_penalty: see `models.decoding.beam_search`.
-        max_len: tokens of a translation, the end among them; None: from its source's length.
-        sampling: draw in place of the search.
-        batch_size: sentences at once.
+        beam: number of hypotheses; 1 is greedy.
+        length_penalty: exponent of the length in the score, as in models.decoding.beam_search.
+        max_len: largest number of tokens of a translation, with its end; None for a limit that
+            depends on its source's length.
+        sampling: settings of sampling in place of the search; None for the search.
+        batch_size: sentences that are translated at once.
     """
 
     beam: int = 4
@@ -55,11 +56,11 @@ def translate_ids(
 
     Args:
         model: every rank calls this together, since MoE layers exchange tokens.
-        codec: of the model.
-        sources: ids, the same on every rank, none longer than the encoder's positions.
-        decoding: how.
-        progress: told how many more sentences have been translated, and how many there are.
-        sample_ids: what each source's draws are a function of; None: its place.
+        codec: the model's vocabulary.
+        sources: token ids, the same on every rank, none longer than the encoder's positions.
+        decoding: settings of the search.
+        progress: function of the number of sentences just translated and of their total.
+        sample_ids: keys of each source's draws; None for its place among the sources.
     """
     sample_ids = range(len(sources)) if sample_ids is None else sample_ids
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -68,7 +69,7 @@ def translate_ids(
     batches = [order[first : first + size] for first in range(0, len(order), size)]
     own: dict[int, Translation] = {}
     for first in range(0, len(batches), world_size):
-        # Every rank has as many batches: the last may be translated twice.
+        # Every rank needs the same number of batches, so the last may be translated twice.
         numbers = batches[min(first + rank, len(batches) - 1)]
         found = _translate_batch(model, codec, sources, numbers, decoding, sample_ids)
         own |= zip(numbers, found, strict=True)
@@ -115,7 +116,7 @@ def _translate_batch(
 
 
 def _any_rank(value: bool) -> bool:
-    """Whether any rank passes True; every rank calls this alike."""
+    """Whether any rank passes True; every rank calls this."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -123,7 +124,7 @@ def _any_rank(value: bool) -> bool:
 
 
 def allowed_tokens(model: EncoderDecoder, codec: Codec) -> torch.Tensor:
-    """(V,) bool, False for language tags and for ids that a vocabulary padded for speed has."""
+    """(V,) bool, False for language tags and for the ids that pad a vocabulary for speed."""
     assert model.config.vocab_size is not None
     allowed = torch.arange(model.config.vocab_size) < codec.vocab_size
     allowed[[codec.tag_id(language) for language in codec.languages]] = False
@@ -131,25 +132,25 @@ def allowed_tokens(model: EncoderDecoder, codec: Codec) -> torch.Tensor:
 
 
 def one_line(text: str) -> str:
-    """A translation without line breaks, so that translations and sources stay side by side."""
+    """A translation without line breaks, so that line n of a file belongs to source n."""
     return " ".join(text.splitlines())
 
 
 def joined(parts: Iterable[str], language: str) -> str:
-    """The translations of a sentence's parts as one."""
+    """The translations of a sentence's parts, joined."""
     return ("" if is_spaceless(language) else " ").join(parts)
 
 
 def is_spaceless(language: str) -> bool:
-    """Whether it is written without spaces; "zh_CN" and "zho_Hans" are what "zh" is."""
+    """Whether a language is written without spaces; "zh_CN" and "zho_Hans" count as "zh"."""
     return _subtag(language) in SPACELESS
 
 
 def bleu_tokenizer(language: str) -> str:
-    """What BLEU's words are in a language, as sacrebleu calls it.
+    """sacrebleu's name of the tokenizer that splits a language into BLEU's words.
 
-    "zh" is what WMT does for Chinese. sacrebleu's "ja-mecab" needs a further package, and so
-    Japanese and the others without spaces are compared character by character.
+    WMT uses "zh" for Chinese. sacrebleu's "ja-mecab" needs a further package, so Japanese and the
+    other languages without spaces are compared character by character.
     """
     if _subtag(language) in CHINESE:
         return "zh"
@@ -157,13 +158,13 @@ def bleu_tokenizer(language: str) -> str:
 
 
 def _subtag(language: str) -> str:
-    """The language itself, of ISO 639-1 or 639-3, without script and country."""
+    """The ISO 639-1 or 639-3 code of a language, without script and country."""
     return language.replace("_", "-").split("-")[0].lower()
 
 
 @dataclass(frozen=True)
 class DirectionScore:
-    """BLEU and chrF, from 0 to 100, over so many sentences."""
+    """BLEU and chrF, from 0 to 100, over num_sentences sentences."""
 
     bleu: float
     chrf: float
@@ -172,16 +173,16 @@ class DirectionScore:
 
 @dataclass(frozen=True)
 class TranslationScores:
-    """How good translations are.
+    """Scores of translations.
 
     Attributes:
-        directions: by source and target language.
-        bleu_signatures: sacrebleu's, by the tokenizer.
-        chrf_signature: sacrebleu's.
-        decoding: how they were found.
-        num_truncated: sources that were longer than the model's positions.
-        examples: of each direction, the first source, its reference and its translation.
-        translations: of each direction, all of them.
+        directions: scores by direction, which is source and target language.
+        bleu_signatures: sacrebleu's signatures of BLEU, by tokenizer.
+        chrf_signature: sacrebleu's signature of chrF.
+        decoding: settings of the search.
+        num_truncated: number of sources that were longer than the model's positions.
+        examples: the first source, its reference and its translation, by direction.
+        translations: all translations, by direction.
     """
 
     directions: dict[tuple[str, str], DirectionScore]
@@ -194,16 +195,16 @@ class TranslationScores:
 
     @property
     def bleu(self) -> float:
-        """The mean over directions."""
+        """Mean BLEU over directions."""
         return statistics.fmean(score.bleu for score in self.directions.values())
 
     @property
     def chrf(self) -> float:
-        """The mean over directions."""
+        """Mean chrF over directions."""
         return statistics.fmean(score.chrf for score in self.directions.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For summary.json and evaluation.json."""
+        """The entries of summary.json and evaluation.json."""
         return {
             "bleu": self.bleu,
             "chrf": self.chrf,
@@ -234,14 +235,14 @@ def evaluate_translation(
 
     Args:
         model: every rank calls this together, since MoE layers exchange tokens.
-        codec: of the model.
-        texts: by source and target language, the sources and their references, the same on every
-            rank; at least one direction, and at least one sentence in each.
-        decoding: None: beam 4.
-        progress: told how many more sentences have been translated, and how many there are.
+        codec: the model's vocabulary.
+        texts: sources and their references by direction, the same on every rank. There is at least
+            one direction, and at least one sentence in each.
+        decoding: settings of the search; None for beam 4.
+        progress: function of the number of sentences just translated and of their total.
 
     Returns:
-        The same on every rank.
+        The scores, the same on every rank.
     """
     decoding = decoding or Decoding()
     max_len = model.encoder.max_len
