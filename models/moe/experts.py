@@ -169,7 +169,7 @@ class Experts(nn.Module):
         w2: Tensor = self.w2
         b2: Tensor = self.b2
         if self.inner_norm and self.num_local_experts == 1:
-            # As the dense network does it, to the last bit.
+            # One expert has one norm, so nothing is folded: this is the dense network's LayerNorm.
             norm = (self.norm_weight[0], self.norm_bias[0])
             h = F.layer_norm(h, (self.d_ff,), *norm, eps=self.norm_eps)
         elif self.inner_norm and is_few:

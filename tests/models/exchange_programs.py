@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+PROGRAM = "tests.models.exchange_programs:everything"
 D, F, NUM_EXPERTS = 16, 32, 8
 # With the linear router of these cases no token wants the experts of UNWANTED.
 UNWANTED: dict[str, list[int]] = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from magnetar.models.kernels import cross_entropy as kernel
 from magnetar.models.losses import _softmax

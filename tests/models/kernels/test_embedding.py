@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from magnetar.models.kernels.embedding import EmbedTokens
 from magnetar.models.layers.embedding import Embedding

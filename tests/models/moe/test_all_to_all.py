@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from magnetar.models.moe.all_to_all import Exchange, Peers, _by_expert, send_order
 from magnetar.models.moe.kernels.experts import SparseNetwork
 from magnetar.models.moe.overlapped_experts import ExchangedNetwork, segments_of
-from tests.models.exchange_programs import CASES
+from tests.models.exchange_programs import CASES, PROGRAM
 from tests.ranks import run_on_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,9 +52,6 @@ def assert_uneven(ranks: list[dict]) -> None:
     assert (ranks[0]["rank 0 is padding"][0]["load"] == 0).all()
     assert ranks[1]["rank 0 is padding"][0]["out"].any()
     assert ranks[0]["capacity"][0]["dropped"] > 0
-
-
-PROGRAM = "tests.models.exchange_programs:everything"
 
 
 @pytest.mark.slow

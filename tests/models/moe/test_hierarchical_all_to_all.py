@@ -14,8 +14,7 @@ from torch import Tensor
 from magnetar.models.moe.all_to_all import Exchange, Peers, Traffic, send_order
 from magnetar.models.moe.hierarchical_all_to_all import HierarchicalExchange
 from magnetar.models.moe.nodes import expert_groups, node_name, place_of_rank, rows_by_node
-from tests.models.exchange_programs import CASES
-from tests.models.moe.test_all_to_all import PROGRAM
+from tests.models.exchange_programs import CASES, PROGRAM
 from tests.ranks import run_on_ranks
 
 D = 3
@@ -229,6 +228,7 @@ def assert_the_same_bits(ranks: list[dict], cases: list[str]) -> None:
 
 @pytest.mark.slow
 def test_a_layer_computes_the_same_bits_when_rows_travel_by_nodes() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
     cases = ["top 2", "no token for rank 0"]
     ranks = run_on_ranks(PROGRAM, 4, cases, [2], "float32", 2)
     assert_the_same_bits(ranks, cases)
@@ -238,6 +238,7 @@ def test_a_layer_computes_the_same_bits_when_rows_travel_by_nodes() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="two nodes of two ranks: four GPUs")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_four_gpus_compute_the_same_bits_when_rows_travel_by_nodes(dtype: str) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
     cases = list(CASES)
     ranks = run_on_ranks(PROGRAM, 4, cases, [1, 2, 1], dtype, 2)
     assert_the_same_bits(ranks, cases)

@@ -20,6 +20,9 @@ B, T, D, F = 2, 12, 8, 16
 N = B * T
 # float32 against float64 through a router, a LayerNorm and two matrices; values around 1.
 ROUNDING = {"rtol": 1e-4, "atol": 5e-5}
+# float32 twice, by other operators or in other blocks of rows, whose kernels add the D + F products
+# in another order: 2 (D + F) = 48 roundings by 2^-24 of sums below 4 make 1.1e-5.
+OTHER_ORDER = {"rtol": 1e-5, "atol": 1e-5}
 
 
 # Keys of `build` that are no keys of `moe`.
@@ -81,12 +84,13 @@ def test_one_expert_equals_the_dense_feed_forward(
     x = tokens().requires_grad_()
     sparse_out, stats = layer(x)
     dense_out = dense(x)
-    assert torch.equal(sparse_out, dense_out)
+    # A grouped product and F.linear are two operators: a processor may have a kernel for each.
+    torch.testing.assert_close(sparse_out, dense_out, **OTHER_ORDER)
     upstream = tokens(1)
     sparse_grad, dense_grad = (
         torch.autograd.grad(out, x, upstream)[0] for out in (sparse_out, dense_out)
     )
-    torch.testing.assert_close(sparse_grad, dense_grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sparse_grad, dense_grad, **OTHER_ORDER)
     assert stats.aux_loss.item() == pytest.approx(1.0, abs=1e-6)
     assert stats.mean_entropy.item() == pytest.approx(0.0, abs=1e-6)
 
@@ -190,7 +194,8 @@ def test_dropless_never_drops_even_when_all_tokens_want_one_expert() -> None:
     out, stats = layer(x)
     assert stats.dropped == 0
     assert sorted(stats.load.tolist()) == [0, 0, 0, N]
-    torch.testing.assert_close(out, out[:1, :1].expand(B, T, D), rtol=0, atol=1e-6)
+    # The last rows of a block may have a kernel of their own.
+    torch.testing.assert_close(out, out[:1, :1].expand(B, T, D), **OTHER_ORDER)
     assert out.abs().sum() > 0
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from magnetar.models.moe.kernels.dispatch import CombineRows, GatherRows
 from magnetar.models.moe.kernels.experts import SparseNetwork

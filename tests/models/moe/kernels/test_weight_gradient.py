@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 from magnetar.models.moe.kernels import weight_gradient as kernel
 from magnetar.models.moe.kernels.weight_gradient import weight_gradient
