@@ -10,10 +10,7 @@ import deepspeed.comm as dist
 import torch
 
 from magnetar.data.errors import UserError
-from magnetar.data.loader import (
-    RunData,
-    TrainingBatches,
-)
+from magnetar.data.loader import RunData, TrainingBatches
 from magnetar.engine.build import build_engine, launched_rank, start_distributed
 from magnetar.engine.checkpoint.format import Checkpoint
 from magnetar.engine.checkpoint.run_folder import (
@@ -22,11 +19,7 @@ from magnetar.engine.checkpoint.run_folder import (
     flat_keys,
     write_whole,
 )
-from magnetar.engine.checkpoint.save_load import (
-    Saver,
-    load_checkpoint,
-    newest_whole_checkpoint,
-)
+from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint, newest_whole_checkpoint
 from magnetar.engine.cluster import logbook
 from magnetar.engine.cluster.signals import Requests
 from magnetar.engine.cluster.start_times import StartTimes
@@ -96,7 +89,7 @@ def train_to_the_end(run: "Run") -> bool:
     run.evaluate_initial()
     with run.log.progress, run.checkpoints.saver:
         for step in run.steps():
-            batch = step + guards.batch_offset  # rollbacks have left out batches
+            batch = step + guards.batch_offset  # skips what rollbacks have left out
             result = train_step(
                 engine,
                 run.batches.of_step(batch),
@@ -104,7 +97,7 @@ def train_to_the_end(run: "Run") -> bool:
                 training.seed,
                 batch,
                 data.max_rows,
-                guards.watch,  # which leaves out a bad update
+                guards.watch,  # before the update, so that a bad step changes nothing
             )
             verdict = guards.judge()
             run.note_step(step, result, verdict)
@@ -117,7 +110,7 @@ def train_to_the_end(run: "Run") -> bool:
                 require_equal_replicas(engine.module, step, run.run_dir)
             if due(step, training.eval_every, num_steps):
                 run.evaluate(step)
-            if problem := run.final_problem(step):
+            if problem := run.final_problem(step):  # the last weights must be of use
                 run.roll_back(step, problem)
                 continue
             if run.checkpoints.are_due(step, verdict, asked=guards.save):
@@ -322,8 +315,8 @@ class Run:
         """Load the newest checkpoint again, and leave out the batches since.
 
         Args:
-            step: the step after which the run cannot go on.
-            problem: why it cannot.
+            step: number of the step after which the run cannot go on.
+            problem: reason of the rollback, in words.
 
         Raises:
             UserError: there is no checkpoint, or the run has rolled back to it often enough.
@@ -389,18 +382,20 @@ def start_run(
     requests: Requests,
     times: StartTimes,
 ) -> Run:
-    """Build the engine and all that goes with it, and load the newest checkpoint if there is one.
+    """The components of a run, with the newest checkpoint loaded if there is one.
+
+    The order matters: the checkpoint is loaded into the engine, and what is shown and written
+    first depends on its step.
 
     Args:
         config: the resolved config.
         data: the run's data.
         device: this rank's device.
         watchdog: the thread that finds a rank that hangs.
-        requests: the signals.
+        requests: signals that the run has received.
         times: times of the start so far.
     """
     run_dir, training = Path(config.training.run_dir), config.training
-    # First of all the batches: a thread makes those of the first steps meanwhile.
     batches = training_batches(data, config.deepspeed[ACCUMULATION], device)
     engine, sparse_clip = build_engine(config, device)
     times.end("build")
