@@ -1,13 +1,35 @@
-"""Batches are the same, whatever asks for them and whenever."""
+"""Batches are the same, whatever asks for them and whenever; text and pairs answer alike."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from magnetar.data.errors import UserError
-from magnetar.data.loader import STEPS_AHEAD, TrainingBatches
-from magnetar.data.text.packed_lm import Batch
+from magnetar.data.loader import (
+    STEPS_AHEAD,
+    DataOptions,
+    MaskOptions,
+    PairOptions,
+    TextData,
+    TrainingBatches,
+    open_data,
+)
+from magnetar.data.text.packed_lm import IGNORE_INDEX, Batch
+from tests.data.parallel import prepared_verses
+from tests.runs import make_corpus
+
+OPTIONS = DataOptions("decoder", seq_len=32, train_batch_size=8, micro_batch_size=2, seed=3)
+PAIRS = DataOptions(
+    "encoder_decoder",
+    seq_len=48,
+    train_batch_size=4,
+    micro_batch_size=1,
+    seed=3,
+    pairs=PairOptions(512, 2.0, ["en-de"], "drop", 40),
+)
 
 
 class Counting:
@@ -62,3 +84,62 @@ def test_an_error_comes_when_its_step_does(made: tuple[TrainingBatches, Counting
     assert training.of_step(12)[0][0][0][0, 0] == 12
     with pytest.raises(UserError, match="step 13 has no batch"):
         training.of_step(13)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared_verses(tmp_path_factory.mktemp("pairs"), num_train=120).path
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_validation_counts_the_same_targets_on_any_number_of_ranks(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    options = {"text": OPTIONS, "pairs": PAIRS}[kind]
+    data = open_data(request.getfixturevalue(kind), options)
+    counts = [
+        sum(
+            int((batch.targets != IGNORE_INDEX).sum())
+            for rank in range(ranks)
+            for batch in data.valid_batches(2, rank, ranks)
+        )
+        for ranks in (1, 2, 3)
+    ]
+    assert len(set(counts)) == 1
+    assert 1 < data.unigram_perplexity(counts[0]) < data.vocab_size
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_ranks_read_what_one_rank_reads_in_turn(kind: str, request: pytest.FixtureRequest) -> None:
+    options = {"text": OPTIONS, "pairs": PAIRS}[kind]
+    data = open_data(request.getfixturevalue(kind), options)
+    for micro_step, rank in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        found = data.micro_batch(5, micro_step, rank, world_size=2)
+        alone = data.micro_batch(5, 2 * micro_step + rank, 0, world_size=1)
+        assert np.array_equal(found.targets, alone.targets)
+
+
+def test_only_pairs_are_translated_and_only_text_is_continued(text: Path, pairs: Path) -> None:
+    of_text, of_pairs = open_data(text, OPTIONS), open_data(pairs, PAIRS)
+    assert of_text.to_translate(2) is None
+    beginnings = of_text.beginnings(3, 5)
+    assert [len(beginning) for beginning in beginnings] == [5] * len(beginnings)
+    assert len({tuple(beginning) for beginning in beginnings}) == len(beginnings) > 0
+    asked = of_pairs.to_translate(2)
+    assert asked is not None
+    assert list(asked.texts) == [("en", "de")]
+    assert of_pairs.beginnings(3, 5) == []
+    assert of_pairs.example_windows(3) is None
+
+
+def test_bits_per_byte_are_left_out_where_text_is_seen_with_masks(text: Path) -> None:
+    data = open_data(text, OPTIONS)
+    assert isinstance(data, TextData)
+    assert data.predicted_bytes() == data.prepared.valid.num_bytes
+    masked = replace(OPTIONS, architecture="encoder", masking=MaskOptions(0.15, None, "bert"))
+    assert open_data(text, masked).predicted_bytes() is None
