@@ -233,7 +233,13 @@ class Bench:
         self.number += 1
         batch = random_batch(self.config, self.number * self.ranks + self.rank, self.device)
         seed = self.config.training.seed
-        train_step(self.engine, batch, loss_weights(self.config), seed, self.number)
+        train_step(
+            self.engine,
+            batch,
+            loss_weights(self.config.model.moe, self.config.training),
+            seed,
+            self.number,
+        )
 
     def finish(self) -> None:
         """Wait for the device."""

@@ -190,7 +190,7 @@ def parse_size(text: str) -> int:
 
 
 def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) -> ModelConfig:
-    """A model's config with other keys.
+    """A model's config with changed keys.
 
     Args:
         config: Config before the changes.

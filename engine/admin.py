@@ -1,4 +1,4 @@
-"""The profile that an Admin model starts from: one batch through the initial model."""
+"""The profile that an Admin model starts from: variances of one batch in the initial model."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ PROFILE_FILE = "admin_profile.json"
 
 
 def profile_path(config: RunConfig) -> Path:
-    """Where a run keeps its profile."""
+    """The file of a run's profile."""
     return Path(config.training.run_dir) / PROFILE_FILE
 
 
@@ -27,9 +27,9 @@ class Profile(StrictModel):
 
     Attributes:
         seed: seed of the initial weights.
-        model: the model's section without the keys of ON_ONE_RANK.
+        model: the model's section without the keys of its layout.
         data: the data's section without its path.
-        variances: variances of the embedding and of every sublayer's output, for each stack.
+        variances: variances of the embedding and of each sublayer's output, by stack.
     """
 
     seed: int
@@ -39,7 +39,7 @@ class Profile(StrictModel):
 
 
 def new_profile(config: RunConfig, variances: dict[str, list[float]]) -> Profile:
-    """A profile and what it depends on."""
+    """A profile, and all that it depends on."""
     model = config.model.model_dump(mode="json")
     if model["moe"] is not None:
         for key in ON_ONE_RANK:
@@ -52,7 +52,7 @@ def require_admin(config: RunConfig) -> None:
     """Refuse to profile a model of another norm.
 
     Raises:
-        UserError: naming the norm.
+        UserError: the model has another norm.
     """
     if config.model.norm != "admin":
         raise UserError(
@@ -62,7 +62,7 @@ def require_admin(config: RunConfig) -> None:
 
 
 def needs_profile(config: RunConfig) -> bool:
-    """Whether omegas start from the run's profile: not where a checkpoint or weights hold them."""
+    """Whether omegas start from the profile, since neither checkpoint nor weights hold them."""
     begun = complete_checkpoints(Path(config.training.run_dir))
     return config.model.norm == "admin" and config.training.init_from is None and not begun
 
@@ -71,7 +71,7 @@ def require_profile(config: RunConfig) -> None:
     """Refuse an Admin model that starts anew without a profile of its own.
 
     Raises:
-        UserError: if the run's folder has none, or one of another model.
+        UserError: the run's folder has no profile, or one of another model.
     """
     if needs_profile(config):
         _read_profile(config)
@@ -125,7 +125,7 @@ def _read_profile(config: RunConfig) -> Profile:
 
 
 def write_profile(config: RunConfig, variances: dict[str, list[float]]) -> None:
-    """Keep a profile with the run: for each stack the variances of embedding and sublayers."""
+    """Write the profile of a run; `variances` are those of `Profile`."""
     path = profile_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, new_profile(config, variances).model_dump_json(indent=1) + "\n")

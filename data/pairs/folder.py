@@ -13,9 +13,10 @@ stored as one such table for each of its directions.
 
 import hashlib
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,8 @@ from magnetar.data.text.tokenizer import load_tokenizer
 
 PAIRS_VERSION = 1
 MOST_OPEN_FILES = 65536
+# By direction, source and target language: sources, and their references.
+Texts = Mapping[tuple[str, str], tuple[Sequence[str], Sequence[str]]]
 REMEDY = "run `magnetar prepare-pairs --out ...`"
 
 
@@ -236,6 +239,32 @@ class PreparedPairs:
                 f"it has {known}"
             )
         return by_direction[source, target]
+
+    def texts(
+        self,
+        split: str,
+        directions: Sequence[tuple[str, str]] | None = None,
+        max_sentences: int | None = None,
+    ) -> Texts:
+        """The first pairs of each direction of a split, as text.
+
+        Args:
+            split: "train" or "valid".
+            directions: source and target languages; None for all that the split has.
+            max_sentences: largest number of pairs of a direction; None for all.
+
+        Raises:
+            UserError: the split has no pair of a direction.
+        """
+        chosen = self.directions(split) if directions is None else directions
+        pairs = {direction: self.pairs(split, *direction) for direction in chosen}
+        return {
+            direction: (
+                list(islice(found.sources, max_sentences)),
+                list(islice(found.references, max_sentences)),
+            )
+            for direction, found in pairs.items()
+        }
 
     def _of_split(self, split: str) -> dict[tuple[str, str], DirectionPairs]:
         """The pairs of every direction that has pairs, in the order of the tables; opened once."""
