@@ -215,9 +215,11 @@ def test_a_rank_whose_peer_has_ended_says_so(
     assert capsys.readouterr().err.startswith("error: another rank has ended")
 
 
-@pytest.mark.parametrize(("error", "status"), [(UserError("x"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("x"), 2), (KeyboardInterrupt(), 130), (ValueError("x"), 1)]
+)
 def test_once_the_ranks_have_joined_pythons_own_ending_is_left_out(
-    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, status: int, reports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statuses = []
 
