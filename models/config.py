@@ -56,7 +56,7 @@ class ModelConfig(StrictModel):
     )
     norm: NormName = Field(
         default="subln",
-        description="Where the LayerNorms stand, how residuals are scaled and how weights start: "
+        description="Places of the LayerNorms, scale of residuals and gain of initial weights: "
         "`subln` (Magneto, arXiv 2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv "
         "2110.09456), `admin` (arXiv 2004.08249; profile first, with magnetar profile-admin, and "
         "give it embedding_norm or stable_embedding), "

@@ -30,8 +30,8 @@ _MODEL_PARALLEL = (
 )
 _LOW_STATES = "master weights and optimizer states stay in float32: remove it"
 _ONE_ALL_TO_ALL = (
-    "rows take one all-to-all; docs/design.md says under Tried and left out what the other ways "
-    "gained: remove it"
+    "rows take one all-to-all (docs/tried-and-left-out.md has what was measured of the other "
+    "ways): remove it"
 )
 
 # DeepSpeed's fields have names without the prefix of their keys.

@@ -178,8 +178,8 @@ class MoEConfig(StrictModel):
     )
     time_major: bool = Field(
         default=False,
-        description="Where capacity is filled in order of position, an encoder counts positions "
-        "across the batch before the next position, as in TorchScale 0.3.0.",
+        description="true: an encoder fills capacity position by position across the batch, as in "
+        "TorchScale 0.3.0, not sequence by sequence. It matters if earlier positions go first.",
     )
     aux_loss_weight: float = Field(
         default=0.01, ge=0, description="Weight of the balance loss, averaged over MoE layers."
