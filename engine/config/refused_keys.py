@@ -16,8 +16,8 @@ _CHECKPOINTS = "Magnetar writes and reads checkpoints itself, for any number of 
 # Section of the keys -> reason -> keys.
 _REASONS: dict[str, dict[str, str]] = {
     "magnetar.model.moe": {
-        "rows take one all-to-all; docs/design.md says under Tried and left out what the other "
-        "ways gained: remove it": "exchange exchange_chunks",
+        "rows take one all-to-all; docs/tried-and-left-out.md has what was measured of the "
+        "other ways: remove it": "exchange exchange_chunks",
     },
     "": {
         "the schedule has one key, `magnetar.training.lr_schedule`: move it there": "scheduler",

@@ -81,7 +81,7 @@ def weight_gradient(node: Any, left: Tensor, right: Tensor, offsets: Tensor) -> 
     Args:
         node: entry of the matrices in `next_functions`, the node that receives the gradient.
         left: (A, X).
-        right: (A, Y), of the same dtype.
+        right: (A, Y), the same dtype.
         offsets: (E,) int32, end of each expert's rows.
 
     Returns:
