@@ -34,7 +34,7 @@ help:
 	@echo "make train    prepare a small corpus, train a sparse model on it, show what it writes"
 	@echo "              (ARGS=\"--set magnetar.training.num_steps=500\" changes the run)"
 	@echo "make translate-demo  likewise with verses in two languages, and show translations"
-	@echo "make lint     format, lint, types, generated pages"
+	@echo "make lint     format, lint, types, generated pages, the prose of docstrings"
 	@echo "make check    lint and the fast tests: before every commit"
 	@echo "make test     every test, with the slowest ones listed"
 	@echo "make imitations  the tests that compare bits or types, as on other machines"
@@ -84,6 +84,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m magnetar config docs --check
+	$(BIN)/python -m tests.prose
 
 # Two at a time: a test of several ranks takes several cores and gigabytes itself.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -14,10 +14,10 @@ GIB = 2**30
 def read_results(
     file: Path, benchmark: str = "moe_layer", needed: tuple[str, ...] = ("results", "contenders")
 ) -> dict[str, Any]:
-    """What a run of a benchmark has written: `needed` parts that may not be missing or empty.
+    """The results of a benchmark, in which the `needed` parts may not be missing or empty.
 
     Raises:
-        UserError: if the file is not there, or is something else.
+        UserError: if the file is missing, or is not a result of this benchmark.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist: name a file that --out has written")
@@ -69,7 +69,7 @@ def _heading(found: dict[str, Any]) -> str:
 def _table(
     found: dict[str, Any], routing: str, cell: Callable[[dict[str, Any]], str], key: str
 ) -> str:
-    """Rows for those that have such a key anywhere; without one, for all."""
+    """The table of one routing; with a key, only of contenders that have it."""
     records = {(r["name"], r["experts"]): r for r in found["results"] if r["routing"] == routing}
     columns = found["experts"]
     lines = [
@@ -108,8 +108,8 @@ def draw(found: dict[str, Any], out: Path) -> None:
     """Bars of time over the dense layer's, a panel for each routing and number of experts.
 
     Args:
-        found: what the benchmark has measured.
-        out: the picture; its suffix chooses the format.
+        found: results of the benchmark.
+        out: path of the picture; its suffix chooses the format.
     """
     import matplotlib
 
@@ -159,7 +159,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
 
 
 def _absent(found: dict[str, Any], has_bar: set[str]) -> str:
-    """Who has no bar anywhere, and why, in a line."""
+    """The contenders without a bar and the reasons, in one line."""
     reasons: dict[str, list[str]] = {}
     for name, contender in found["contenders"].items():
         if name not in has_bar:

@@ -1,12 +1,12 @@
-"""What the cache of keys and values saves: translating with it and without, in one run.
+"""The gain from the cache of keys and values: translation with and without it, in one run.
 
     python -m benchmarks.decoding --experts 0 16 --sentences 8 1 --out decoding.json
 
-Encoder-decoders with random weights, whose translations all end at the limit. Without the cache
-every step runs the decoder over all tokens so far. Both do the same search, in turn; `same` counts
-the sentences for which they find the same translation. `decoder_tokens` counts what the decoder was
-given. Without the cache the model computes the logits of all positions, too, of which the search
-reads the last ones; the vocabulary is small so that this is the smaller part of the work.
+The encoder-decoders have random weights, so all translations end at the limit. Without the cache
+every step runs the decoder over all tokens so far. Both do the same search, in turn. `same` counts
+the sentences with the same translation, and `decoder_tokens` the tokens that the decoder read.
+Without the cache the model also computes the logits of all positions, of which the search reads the
+last. The vocabulary is small, so that this is the smaller part of the work.
 """
 
 import argparse
@@ -40,7 +40,7 @@ BEAMS = (1, 4)
 def measured(
     model: EncoderDecoder, source: torch.Tensor, beam: int, length: int, cached: bool
 ) -> tuple[dict[str, Any], list[Translation]]:
-    """Seconds and decoder tokens of one search, and what it found."""
+    """Seconds and decoder tokens of one search, and its translations."""
     counted = [0]
     hook = model.decoder.register_forward_hook(
         lambda _module, given, _output: counted.append(given[0].numel())
@@ -58,7 +58,7 @@ def measured(
 def compare(
     model: EncoderDecoder, source: torch.Tensor, beam: int, length: int, repeats: int
 ) -> dict[str, Any]:
-    """Both ways in turn, and the ratio of their fastest times: others at work only add to them."""
+    """Both ways in turn, and the ratio of their fastest times, disturbed least by others."""
     times: dict[bool, list[float]] = {True: [], False: []}
     tokens: dict[bool, int] = {}
     measured(model, source, beam, 8, True)  # what is only done once: kernels are built

@@ -2,10 +2,10 @@
 
     python -m benchmarks.eight_bit --out benchmarks/results/eight_bit.json
 
-Trains benchmarks/layouts.json made wider, on the text of `make train`, once with each optimizer and
-once more with fp32 AdamW of another seed, which says how far two curves are apart by chance.
-Everything else is equal: initial weights (but for the other seed), batches, schedule, clipping.
-`--set` changes the model or the layout of all; on a CPU make it small.
+Trains a wider benchmarks/layouts.json on the text of `make train`, once with each optimizer. A
+third run, fp32 AdamW with another seed, shows the distance of two curves by chance.
+Everything else is equal: initial weights (except for the other seed), batches, schedule, clipping.
+`--set` changes the model or the layout of all runs; on a CPU make the model small.
 """
 
 import argparse
@@ -41,7 +41,7 @@ LAST = 20  # steps whose mean loss is compared
 
 
 def work(out: Path, name: str, settings: list[str]) -> None:
-    """What each rank does for one optimizer."""
+    """The work of a rank for one optimizer."""
     import deepspeed.comm as dist
     import torch
 
@@ -107,7 +107,7 @@ def work(out: Path, name: str, settings: list[str]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """The runs side by side, in Markdown; differences are from the first."""
+    """A Markdown table of the runs; differences are from the first."""
     lines = [
         f"| optimizer | states of a rank | peak memory | step | loss, last {LAST} steps "
         "| validation | largest difference of smoothed losses |",

@@ -50,7 +50,7 @@ SIZES: dict[bool, dict[str, Any]] = {
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of what (begin, end) cover together."""
+    """The length of the union of the spans (begin, end)."""
     covered, end = 0.0, float("-inf")
     for first, last in sorted(spans):
         covered += max(0.0, last - max(first, end))
@@ -137,16 +137,16 @@ def _turns(num_tokens: int, top_k: int, num_experts: int, device: Any) -> dict[s
 
 
 class NothingTravels:
-    """In the place of torch.distributed: what is sent is what arrives, beside the computation."""
+    """A stand-in for torch.distributed: each rank receives its own rows, beside computing."""
 
     def __init__(self, device: Any) -> None:
-        """Copies are made on a stream of their own, as NCCL's."""
+        """Make a stream for the copies, as NCCL has."""
         import torch
 
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __getattr__(self, name: str) -> Any:
-        """What is not about rows, such as places within a capacity, goes its usual way."""
+        """The attribute of torch.distributed, for everything but rows."""
         import torch.distributed
 
         return getattr(torch.distributed, name)
@@ -172,7 +172,7 @@ def config_of(options: argparse.Namespace, run: str, ranks: int) -> Any:
     """The run's config, resolved for its ranks.
 
     Raises:
-        UserError: saying all that is wrong with it.
+        UserError: if the config is wrong; it lists all problems.
     """
     from benchmarks.step_contenders import sparse_config
     from magnetar.engine.config.schema import check_config, load_config
@@ -203,8 +203,8 @@ def busiest_rank(loads: list[Any], ranks: int) -> float:
     """The mean over layers of the busiest rank's assignments over the mean rank's.
 
     Args:
-        loads: (E,) of each layer, of all ranks' tokens.
-        ranks: that share the experts.
+        loads: (E,) for each layer, assignments of all ranks' tokens.
+        ranks: number of ranks that share the experts.
     """
     by_rank = [load.view(ranks, -1).sum(1).double() for load in loads]
     return statistics.fmean(float(sums.max() / sums.mean()) for sums in by_rank)
@@ -368,8 +368,8 @@ def summarised(records: list[dict[str, Any]], tokens: int) -> list[dict[str, Any
     """The records with their medians and their scaling.
 
     Args:
-        records: of all runs, `one` among them.
-        tokens: of a step, for each GPU.
+        records: records of all runs, among them `one`.
+        tokens: number of tokens of a step for each GPU.
     """
     for record in records:
         record["median_ms"] = statistics.median(record["step_ms"])

@@ -19,14 +19,14 @@ def launch(
     """Run a module on so many ranks of this machine with the `deepspeed` launcher.
 
     Args:
-        module: by its dotted name.
-        num_ranks: GPUs, or processes on the CPU.
-        arguments: of the module.
-        quietly: keep what the ranks print for the caller.
-        seconds: after which all of them are killed; None: they may take as long as they like.
+        module: dotted name of the module.
+        num_ranks: number of GPUs, or of processes on the CPU.
+        arguments: arguments of the module.
+        quietly: whether to keep the output of the ranks for the caller.
+        seconds: time limit after which all ranks are killed; None: no limit.
 
     Raises:
-        TimeoutExpired: when they were killed.
+        TimeoutExpired: if they were killed.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

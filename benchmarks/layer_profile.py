@@ -1,4 +1,4 @@
-"""Where the time of one forward and backward pass goes: kernels, launches, synchronisations."""
+"""The time of one forward and backward pass by kernels, launches and synchronisations."""
 
 import json
 import tempfile
@@ -19,7 +19,7 @@ SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEvent
 
 
 def profile_table(step: Callable[[], None], device: torch.device, num_rows: int = 25) -> str:
-    """Run a step after a warm-up, and list in Markdown what it spent its time on."""
+    """A Markdown list of the time of one step, which is run after a warm-up."""
     is_cuda = device.type == "cuda"
     for _ in range(WARM_UP):
         step()
@@ -44,7 +44,7 @@ def profile_table(step: Callable[[], None], device: torch.device, num_rows: int 
 def report(events: list[dict[str, Any]], num_rows: int) -> str:
     """Markdown of the events of a Chrome trace (times in microseconds) that belong to PASS.
 
-    On a GPU its kernels; where there are none, operators by their own time.
+    It lists the kernels on a GPU, and elsewhere the operators by their own time.
     """
     complete = [event for event in events if event.get("ph") == "X"]
     (outer,) = (e for e in complete if e["name"] == PASS and e["cat"] == "user_annotation")

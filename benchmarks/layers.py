@@ -1,4 +1,4 @@
-"""What the layer benchmark compares: a shape, a layer made ready, and inputs that balance it.
+"""The parts of the layer benchmark: a shape, a layer ready to run, and inputs that balance it.
 
 Letters: N tokens, D d_model, E experts, K top_k, R width of the router's space.
 """
@@ -23,7 +23,7 @@ MAX_SEQUENCE = 512  # tokens; only how the N tokens are laid out as (sequences, 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured: sizes, where and in which type."""
+    """Sizes, device and type of a measurement."""
 
     tokens: int
     d_model: int
@@ -35,12 +35,12 @@ class Shape:
 
     @property
     def useful_flops(self) -> int:
-        """Of two matrices of each of the K experts a token, forward and twice that backward."""
+        """FLOPs of the two matrices of K experts a token: once forward, twice that backward."""
         return 12 * self.tokens * self.top_k * self.d_model * self.d_ff
 
     @property
     def sequences(self) -> int:
-        """Into how many sequences of equal length the tokens are divided."""
+        """Number of sequences of equal length that the tokens are divided into."""
         return self.tokens // math.gcd(self.tokens, MAX_SEQUENCE)
 
 
@@ -111,11 +111,11 @@ class Layer:
 
     Attributes:
         module: holds the parameters.
-        apply: (sequences, tokens, D) -> the output and the weighted balance loss, None where there
-            is none or the layer adds it to the gradient itself.
-        scorer: the weights that route; None: nothing does.
-        flops: of one forward and backward pass, as Shape.useful_flops counts them.
-        note: what a reader must know about this layer, or "".
+        apply: (sequences, tokens, D) -> the output and the weighted balance loss; None without one,
+            or if the layer adds it to the gradient itself.
+        scorer: weights of the router; None for a dense layer.
+        flops: FLOPs of one forward and backward pass, as Shape.useful_flops counts them.
+        note: remark for a reader about this layer, or "".
     """
 
     module: nn.Module
@@ -130,10 +130,10 @@ class Contender:
     """Something to measure.
 
     Attributes:
-        label: for tables and pictures.
-        build: makes the layer. It raises NotInstalled where a package is not there.
+        label: name in tables and pictures.
+        build: function that makes the layer; it raises NotInstalled if a package is missing.
         yardstick: name of the dense layer that its time is divided by.
-        is_dense: the number of experts does not matter to it.
+        is_dense: whether the number of experts does not matter to it.
         is_ours: whether it is Magnetar's sparse layer.
     """
 

@@ -142,10 +142,10 @@ class Runner:
             parameter.grad = None
 
     def check(self) -> None:
-        """Run once and look at what comes out.
+        """Run once and check the results.
 
         Raises:
-            RuntimeError: if it is no output of this layer, or a gradient is missing.
+            RuntimeError: if the output has a wrong shape, or a gradient is missing.
         """
         self.free_gradients()
         out, aux_loss = self.forward()
@@ -204,13 +204,13 @@ def timed(action: Callable[[], None], num_steps: int, device: torch.device) -> f
 
 
 def one_line(stage: str, error: BaseException) -> str:
-    """What went wrong and when, for a table."""
+    """The error and its stage, for a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"failed: {stage}: {type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 class Failures(dict[str, str]):
-    """Why a contender is not measured, by its name."""
+    """The reasons why contenders are not measured, by their names."""
 
     def note(self, name: str, stage: str, error: Exception) -> None:
         """Keep the first reason, and free what it held."""
@@ -222,7 +222,7 @@ class Failures(dict[str, str]):
 
 
 def free_memory() -> None:
-    """What is no longer referred to is given back."""
+    """Free memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -418,10 +418,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen_names(options: argparse.Namespace) -> list[str]:
-    """Whom to measure.
+    """The names of the contenders to measure.
 
     Raises:
-        UserError: if a name is nobody's.
+        UserError: if a name is unknown.
     """
     asked = options.profile or options.only
     names = [name.strip() for name in asked.split(",")] if asked else list(CONTENDERS)
@@ -434,7 +434,7 @@ def chosen_names(options: argparse.Namespace) -> list[str]:
 
 
 def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
-    """What to measure.
+    """The shapes to measure.
 
     Raises:
         UserError: if routing could not be balanced.

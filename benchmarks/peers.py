@@ -1,7 +1,7 @@
 """The public MoE layers that ours is measured beside, each if its package is installed.
 
-All of them get GELU, the same shapes and a balance loss of the same weight; what differs is in the
-notes. Nothing of them is patched but what their packages need to be imported or to run on a CPU.
+All of them get GELU, the same shapes and a balance loss of the same weight; the notes name the
+differences. They are patched only where their packages need it to be imported or to run on a CPU.
 """
 
 import importlib
@@ -25,10 +25,10 @@ from benchmarks.layers import AUX_LOSS_WEIGHT, Layer, NotInstalled, Scorer, Shap
 
 
 def need(package: str) -> None:
-    """Say so where a package is not there.
+    """Require a package.
 
     Raises:
-        NotInstalled: if it is not.
+        NotInstalled: if it is missing.
     """
     if importlib.util.find_spec(package) is None:
         raise NotInstalled(package)
@@ -49,7 +49,7 @@ def leave_process_group() -> None:
 
 @contextmanager
 def drawn_as(shape: Shape) -> Iterator[None]:
-    """New tensors lie on the device of the shape and have its type."""
+    """In the block, new tensors have the device and the type of the shape."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(shape.dtype)
     try:
@@ -93,7 +93,7 @@ def build_deepspeed(shape: Shape) -> Layer:
 
 
 def import_torchscale(*names: str) -> list[ModuleType]:
-    """Modules of it, without two packages that it imports for what is off here."""
+    """TorchScale's modules, without two packages that it imports for features that are off here."""
     stand_ins: dict[str, dict[str, Any]] = {
         "timm": {},
         "timm.models": {},
@@ -114,7 +114,7 @@ def import_torchscale(*names: str) -> list[ModuleType]:
 
 
 def integer_histograms(device: torch.device) -> AbstractContextManager[Any]:
-    """Where TorchScale's statistics, which take a histogram of integers, run on CPUs as well."""
+    """In the block, torch.histc of integers works on CPUs, as TorchScale's statistics need."""
     if device.type == "cuda":
         return nullcontext()
     histc = torch.histc

@@ -1,4 +1,4 @@
-"""What a measurement was made with: hardware, versions, commit."""
+"""The provenance of a measurement: hardware, versions, commit."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What it ran on."""
+    """The hardware of the measurement."""
     found: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),
@@ -32,7 +32,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of every package that takes part; None: not installed."""
+    """Versions of Python and of every package that takes part; None if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -43,14 +43,14 @@ def versions() -> dict[str, str | None]:
 
 
 def nccl_settings() -> dict[str, str]:
-    """What the environment tells NCCL."""
+    """NCCL's settings in the environment."""
     return {
         key: value for key, value in os.environ.items() if key.startswith(("NCCL_", "TORCH_NCCL"))
     }
 
 
 def git_commit() -> str | None:
-    """Of the sources, with "+" if a tracked file differs from it; None where there is no git."""
+    """The commit of the sources, with "+" if a tracked file differs; None without git."""
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""What saving costs: how long training stands still, beside a save that it would wait for.
+"""The cost of saving: the time that training stands still, with and without asynchronous saves.
 
     python -m benchmarks.saving --ranks 2 --out benchmarks/results/saving_cpu.json
 

@@ -280,11 +280,11 @@ def require_gpus(options: argparse.Namespace, there: int) -> None:
     """Fill in --gpus, and refuse what cannot be.
 
     Args:
-        options: of the command line.
-        there: GPUs of this machine.
+        options: options of the command line.
+        there: number of GPUs of this machine.
 
     Raises:
-        UserError: with a way out.
+        UserError: if the number of GPUs is impossible; it names a way out.
     """
     if not options.cpu and there < 2:
         raise UserError(

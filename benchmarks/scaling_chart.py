@@ -13,7 +13,7 @@ BOUND = 5e-5  # relative, of losses and gradient norms in fp32
 
 
 def speed(record: dict[str, Any], hardware: dict[str, Any]) -> dict[str, Any]:
-    """Of a run that was measured: tokens/s a GPU, MFU, exposed share, where they are known."""
+    """The known numbers of a measured run: tokens/s a GPU, MFU, exposed share."""
     tokens = 1000 * record["sequences"] * record["seq_len"]
     speeds = [tokens / one for one in record["step_ms"]]
     found = {"tokens_per_second_per_gpu": statistics.median(speeds)}
@@ -34,7 +34,7 @@ def apart(one: list[float], other: list[float]) -> list[float]:
 
 
 def curves_apart(found: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Of each part that compares curves: its lines by name."""
+    """The lines of each part that compares curves, by name."""
     numbers, losses = found.get("numbers", {}), found.get("checkpoint", {})
     lines: dict[str, dict[str, list[float]]] = {"numbers": {}, "checkpoint": {}}
     for name, curve in numbers.items():
@@ -134,8 +134,8 @@ def draw(found: dict[str, Any], out: Path) -> None:
     """Four panels, one for each part.
 
     Args:
-        found: what the benchmark has measured.
-        out: the picture; its suffix chooses the format.
+        found: results of the benchmark.
+        out: path of the picture; its suffix chooses the format.
     """
     import matplotlib
 

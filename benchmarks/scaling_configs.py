@@ -32,7 +32,7 @@ def weak_config(options: argparse.Namespace, ep_size: int) -> Any:
     """The run of `scaling` on so many GPUs.
 
     Raises:
-        UserError: saying all that is wrong with it.
+        UserError: if the config is wrong; it lists all problems.
     """
     from benchmarks.expert_parallel import config_of
 
@@ -46,8 +46,8 @@ def paper_configs(options: argparse.Namespace, memory: float) -> tuple[dict[str,
     """The runs of `paper` by name, dense before sparse, and bytes of a GPU's states.
 
     Args:
-        options: of the command line.
-        memory: bytes of each GPU.
+        options: options of the command line.
+        memory: memory of each GPU in bytes.
 
     Raises:
         UserError: if not even two experts a GPU fit.

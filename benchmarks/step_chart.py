@@ -59,7 +59,7 @@ def _speed_ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def peak_flops(found: dict[str, Any]) -> float | None:
-    """Of the device, in the type of the run; None where nobody has said."""
+    """The peak of the device in the type of the run; None if it is unknown."""
     gpu = found["hardware"].get("gpu", "")
     if found["dtype"] == "fp32":
         return None
@@ -124,8 +124,8 @@ def draw(found: dict[str, Any], out: Path) -> None:
     """Bars of tokens/s, a panel for each number of experts.
 
     Args:
-        found: what the benchmark has measured.
-        out: the picture; its suffix chooses the format.
+        found: results of the benchmark.
+        out: path of the picture; its suffix chooses the format.
     """
     import matplotlib
 

@@ -33,10 +33,10 @@ MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")  # nothing is logged
 
 
 def checked(values: dict[str, Any], ranks: int = 1) -> RunConfig:
-    """The config of so many ranks that a dict describes.
+    """The config of a dict, for a number of ranks.
 
     Raises:
-        UserError: saying all that is wrong with it.
+        UserError: if the config is wrong; it lists all problems.
     """
     config, problems = check_config(values, world_size=ranks)
     if config is None:
@@ -48,8 +48,8 @@ def sparse_config(config: RunConfig, num_experts: int, **model: Any) -> RunConfi
     """The run with so many experts a layer, all on one rank, none of whose tokens is dropped.
 
     Args:
-        config: of any number of ranks.
-        num_experts: of each MoE layer.
+        config: config of any number of ranks.
+        num_experts: number of experts of each MoE layer.
         model: other keys of the model to set.
 
     Raises:
@@ -140,10 +140,10 @@ class Trainee:
 
     Attributes:
         step: the A micro-batches and the number of a step (from 1) -> the loss of the last.
-        num_parameters: of the whole model.
-        flops_per_token: useful ones, forward and backward.
-        note: what a reader must know, or "".
-        clip: times the clipping; None where it is not that of this project's engine.
+        num_parameters: number of parameters of the whole model.
+        flops_per_token: useful FLOPs, forward and backward.
+        note: remark for a reader, or "".
+        clip: timer of the clipping; None if the clipping is not this project's.
     """
 
     step: Callable[[Sequence[MicroBatch], int], Tensor]
@@ -158,12 +158,12 @@ class StepContender:
     """Something to measure.
 
     Attributes:
-        label: for tables and pictures.
-        build: a sparse config and the device -> what trains. Raises NotInstalled where a package
-            is not there.
-        is_dense: the number of experts does not matter to it.
+        label: name in tables and pictures.
+        build: function of a sparse config and the device that makes the trainee; it raises
+            NotInstalled if a package is missing.
+        is_dense: whether the number of experts does not matter to it.
         is_ours: whether it is this project's sparse model.
-        default: on which kinds of device it is measured if nobody says whom to measure.
+        default: kinds of device on which it is measured by default.
     """
 
     label: str

@@ -32,14 +32,14 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to measure.
+    """The task of a process.
 
     Attributes:
-        name: of a contender.
-        values: the sparse run's config, as RunConfig.to_dict gives it.
-        uses_data: whether the config's data is read, or tokens are random.
-        num_steps: timed together at each call.
-        num_clip_steps: further steps with DeepSpeed's own clipping in the place of SparseClip.
+        name: name of a contender.
+        values: the sparse run's config, as RunConfig.to_dict returns it.
+        uses_data: whether the config's data is read; tokens are random otherwise.
+        num_steps: number of steps that are timed together at each call.
+        num_clip_steps: number of further steps with DeepSpeed's own clipping instead of SparseClip.
     """
 
     name: str
@@ -158,7 +158,7 @@ class Runner:
 
 
 def status_of(stage: str, error: Exception) -> str:
-    """What went wrong and when, for a table."""
+    """The error and its stage, for a table."""
     if isinstance(error, NotInstalled):
         return "not installed"
     if isinstance(error, torch.OutOfMemoryError):
@@ -193,7 +193,7 @@ def main() -> None:
     reports.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # a process group that nobody leaves has a lot to say at the end
+    os._exit(0)  # without destructors: an open process group would print warnings
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Contest:
     """The records of the contenders at one number of experts, as they become known."""
 
     def __init__(self, options: argparse.Namespace, names: list[str], config: RunConfig) -> None:
-        """Nobody has been measured."""
+        """Start without measurements."""
         self.options, self.config = options, config
         sizes = config.deepspeed
         moe = config.model.moe
@@ -214,7 +214,7 @@ def show_profile(job: Job) -> None:
 
 
 def say(line: str) -> None:
-    """To whoever waits."""
+    """Print a line of progress."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -313,7 +313,7 @@ def chosen_names(options: argparse.Namespace) -> list[str]:
     """Whom to measure.
 
     Raises:
-        UserError: if a name is nobody's.
+        UserError: if a name is unknown.
     """
     asked = options.profile or options.only
     if not asked:

@@ -23,18 +23,18 @@ from magnetar.models.weights.files import LazyTensors, Spec
 def average(
     paths: Sequence[Path], out: Path, last: int | None, shard_bytes: int | None
 ) -> list[str]:
-    """Write the mean model to a new folder; the lines that say so.
+    """A report in lines, after writing the mean model to a new folder.
 
     Args:
-        paths: runs (of each its newest checkpoint), checkpoints' folders, or folders of
-            weights: at least two, or one run with `last`.
-        out: must not exist, or be empty.
-        last: the newest checkpoints of the one run.
-        shard_bytes: see `write_files`.
+        paths: runs (each stands for its newest checkpoint), checkpoints' folders, or folders of
+            weights: two or more, or one run with `last`.
+        out: new folder; it must not exist, or be empty.
+        last: number of newest checkpoints of the one run.
+        shard_bytes: largest size of a file, see `write_files`.
 
     Raises:
-        UserError: for sources that cannot be read, are damaged, too few, named twice or of
-            different models or vocabularies, or a folder that holds something.
+        UserError: if sources cannot be read, are damaged, too few, named twice or of different
+            models or vocabularies, or if the folder holds something.
     """
     for path in paths:
         require_new(out, path)
@@ -66,7 +66,7 @@ def _expanded(paths: Sequence[Path], last: int | None) -> list[Path]:
     """The folders to average.
 
     Raises:
-        UserError: if `last` does not go with them.
+        UserError: if `last` does not fit the paths.
     """
     if last is None:
         return list(paths)
@@ -82,14 +82,14 @@ def _expanded(paths: Sequence[Path], last: int | None) -> list[Path]:
             f"--last {last}: {paths[0]} has {len(found)} checkpoints: use a number from 2 to that "
             "(magnetar.training.keep_checkpoints says how many a run keeps)"
         )
-    return found[-last:]  # a damaged one is refused where it is read
+    return found[-last:]  # reading refuses a damaged one
 
 
 def _require_same_model(first: Source, other: Source) -> None:
     """Refuse another model or vocabulary.
 
     Raises:
-        UserError: naming the first key that differs.
+        UserError: if a key differs; it names the first one.
     """
     keys, others = (dict(flat_keys(one.config.model_dump(mode="json"))) for one in (first, other))
     for key, there, here in differing(keys, others):
@@ -110,7 +110,7 @@ def mean_of(sources: Sequence[Source]) -> LazyTensors:
     """The mean of each tensor, summed in float64, in the sources' type or, if they differ, float32.
 
     Args:
-        sources: of one model.
+        sources: weights of one model.
     """
 
     def dtype_of(name: str) -> torch.dtype:

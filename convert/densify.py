@@ -1,4 +1,4 @@
-"""A MoE model as a dense one: of each MoE layer one expert remains, or the mean of all."""
+"""A MoE model as a dense one: each MoE layer keeps one expert, or the mean of all."""
 
 from pathlib import Path
 
@@ -20,17 +20,17 @@ from magnetar.models.weights.load_save import tensor_shapes
 
 
 def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) -> list[str]:
-    """Write the dense model to a new folder; the lines that say so.
+    """A report in lines, after writing the dense model to a new folder.
 
     Args:
-        path: the MoE model; see `open_source`.
-        out: must not exist, or be empty.
+        path: the MoE model, see `open_source`.
+        out: new folder; it must not exist, or be empty.
         expert: index of the expert that remains; None: the mean of all.
-        shard_bytes: see `write_files`.
+        shard_bytes: largest size of a file, see `write_files`.
 
     Raises:
-        UserError: for a source that cannot be read or has no experts, an expert that is not there,
-            or a folder that holds something.
+        UserError: if the source cannot be read or has no experts, the expert does not exist, or the
+            folder holds something.
     """
     source = open_whole(path, out)
     moe = source.config.moe
@@ -59,9 +59,9 @@ def dense_tensors(sparse: LazyTensors, config: ModelConfig, expert: int | None) 
     """The dense model's tensors.
 
     Args:
-        sparse: the MoE model's.
-        config: the dense model's.
-        expert: see `densify`.
+        sparse: the MoE model's tensors.
+        config: the dense model's config.
+        expert: index of the expert that remains; None: the mean of all.
     """
 
     num_experts = experts_of_layers(sparse.specs)

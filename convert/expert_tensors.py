@@ -27,11 +27,11 @@ _DENSE_NAME = re.compile(r"(.*\.ffn)\.(" + "|".join(map(re.escape, EXPERT)) + ")
 
 
 class Place(NamedTuple):
-    """Where a tensor of a feed-forward network stands.
+    """The place of a tensor in a feed-forward network.
 
     Attributes:
-        ffn: the network's name, such as "blocks.1.ffn".
-        parameter: an expert's name of it: a key of DENSE.
+        ffn: name of the network, such as "blocks.1.ffn".
+        parameter: name of the tensor in an expert, a key of DENSE.
         expert: index of the expert; None in a dense network.
     """
 
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def place_of(name: str) -> Place | None:
-    """Where a tensor stands; None if it belongs to no feed-forward network."""
+    """The place of a tensor; None if it belongs to no feed-forward network."""
     if found := _EXPERT_NAME.fullmatch(name):
         return Place(found[1], found[3], int(found[2]))
     if found := _DENSE_NAME.fullmatch(name):
@@ -58,12 +58,12 @@ def name_at(place: Place) -> str:
 
 
 def turned(tensor: Tensor) -> Tensor:
-    """A dense network's tensor as an expert's, or the other way round, in memory of its own."""
+    """A copy of a dense network's tensor as an expert's, or the other way round."""
     return tensor.t().contiguous() if tensor.dim() == 2 else tensor
 
 
 def experts_of_layers(names: Iterable[str]) -> dict[str, int]:
-    """The number of experts of each MoE layer, by its network's name, of some tensors' names."""
+    """The number of experts of each MoE layer, by its network's name, from the tensors' names."""
     counts: dict[str, int] = {}
     for place in map(place_of, names):
         if place is not None and place.expert is not None:

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder of weights that says where it comes from, so that `import` can go back.
+"""A checkpoint as a folder of weights with its origin, so that `import` can turn it back.
 
 config.json            model, and run: see engine.checkpoint.exported_run
 model.safetensors      or shards of it, see models.weights.files
@@ -42,19 +42,19 @@ def export(
     dtype: str = "float32",
     shard_bytes: int | None = None,
 ) -> list[str]:
-    """Write a run's weights to a new folder; the lines that say so.
+    """A report in lines, after writing a run's weights to a new folder.
 
     Args:
         path: a run's folder, a checkpoint's, or a folder of weights, which is written anew.
-        out: must not exist, or be empty.
-        checkpoint: its name; None: the newest complete one.
-        tokenizer: where the vocabulary is, if it is no longer where the run found it.
-        dtype: a key of DTYPES; float32 is what was saved, to the last bit.
-        shard_bytes: see `write_files`.
+        out: new folder; it must not exist, or be empty.
+        checkpoint: name of the checkpoint; None: the newest complete one.
+        tokenizer: path of the vocabulary, if it is no longer where the run found it.
+        dtype: type of the written weights, a key of DTYPES; float32 is what was saved, bit by bit.
+        shard_bytes: largest size of a file, see `write_files`.
 
     Raises:
-        UserError: for a source that cannot be read, weights that the type cannot hold, a
-            vocabulary that is not there, or a folder that holds something.
+        UserError: if the source cannot be read, the type cannot hold the weights, the vocabulary is
+            missing, or the folder holds something.
     """
     source = open_whole(path, out, checkpoint)
     found = vocabulary(source, tokenizer)
@@ -85,7 +85,7 @@ def export(
 
 
 def _shown_files(folder: Path) -> list[str]:
-    """The names of its files, shards in one."""
+    """The names of a folder's files; shards count as one."""
     names = sorted(path.name for path in folder.iterdir())
     shards = [name for name in names if name.endswith(".safetensors")]
     if len(shards) > 1:
@@ -95,10 +95,10 @@ def _shown_files(folder: Path) -> list[str]:
 
 
 def _about(source: Source) -> dict[str, Any]:
-    """Where the weights come from: the further keys of config.json."""
+    """The origin of the weights, as further keys of config.json."""
     if source.checkpoint is None:
         return read_config(source.path)[1]
     entries = {key: source.checkpoint.manifest[key] for key in ExportedRun.model_fields}
-    # Adam starts anew where its moments are not; the schedule goes on.
+    # An export has no moments, so Adam starts anew; the schedule continues.
     adams = {key: value for key, value in entries["optimizer"].items() if key != "step"}
     return {RUN_KEY: entries | {"optimizer": adams}}

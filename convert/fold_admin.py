@@ -12,11 +12,11 @@ from magnetar.models.weights.load_save import CONFIG_FILE, save_weights
 
 
 def fold_admin(source: Path, out: Path) -> list[str]:
-    """Fold the Admin model of a run or of a folder of weights; the lines that say so.
+    """A report in lines, after folding the Admin model of a run or of a folder of weights.
 
     Raises:
-        UserError: for a source that cannot be read, a model of another norm, or a folder that
-            holds something.
+        UserError: if the source cannot be read, the model has another norm, or the folder holds
+            something.
     """
     require_new(out, source)
     config, tensors = read_model(source)

@@ -1,4 +1,4 @@
-"""Folders of weights as conversions read and write them: checked before and after."""
+"""Reading and writing of folders of weights, with checks before and after."""
 
 import copy
 import json
@@ -32,11 +32,12 @@ def require_new(out: Path, source: Path | None = None) -> None:
     """Refuse an --out that cannot become a folder of its own.
 
     Args:
-        out: must not exist, or be empty; not in the source, nor among a run's checkpoints.
+        out: new folder; it must not exist, or be empty, and not lie in the source or among a run's
+            checkpoints.
         source: the folder that is converted.
 
     Raises:
-        UserError: naming it, and what is in the way.
+        UserError: if something is in the way; it says what.
     """
     if out == Path():
         raise UserError(
@@ -64,7 +65,7 @@ def require_new(out: Path, source: Path | None = None) -> None:
 
 
 def _taken_by(folder: Path, source: Path | None) -> str | None:
-    """What a folder is that takes nothing else; None: it may."""
+    """A name for a folder that must not take other files, such as a run's; None for any other."""
     if source is not None and folder == Path(os.path.realpath(source)):
         return "what is converted"
     run = folder.parent
@@ -76,7 +77,7 @@ def _taken_by(folder: Path, source: Path | None) -> str | None:
 
 
 def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
-    """The names, with a bar while they go by; none where stderr is no terminal."""
+    """The names, with a progress bar if stderr is a terminal."""
     console = Console(stderr=True)
     return track(
         names, description=doing, console=console, transient=True, disable=not console.is_terminal
@@ -94,7 +95,7 @@ def how_to_load(out: Path, architecture: str) -> list[str]:
 
 
 def how_to_train_on(config_file: Path, num_ranks: int) -> str:
-    """The command, to be pasted into a shell, with which a run goes on."""
+    """The shell command that continues a run."""
     return (
         f"deepspeed --num_gpus {num_ranks} --module magnetar.launchers.train --deepspeed_config "
         f"{shlex.quote(str(config_file))}"
@@ -102,11 +103,11 @@ def how_to_train_on(config_file: Path, num_ranks: int) -> str:
 
 
 def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
-    """What makes a run's config start from a folder of weights: arguments for a shell.
+    """The shell arguments with which a run starts from a folder of weights.
 
     Args:
         weights: the folder.
-        model_keys: of `magnetar.model`, by dotted path, which the run must have otherwise.
+        model_keys: keys of `magnetar.model` that the run must change, by dotted path.
     """
     values = [f"magnetar.model.{key}={json.dumps(value)}" for key, value in model_keys.items()]
     values.append(f"magnetar.training.init_from={weights}")
@@ -124,7 +125,7 @@ def config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether float32 tensors are equal to the last bit, what is no number too."""
+    """Whether float32 tensors are equal to the last bit, NaN included."""
     return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
@@ -132,15 +133,15 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 
 
 def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> Source:
-    """A source whose files are what was saved, for a folder that is still to be made.
+    """A source with undamaged files, for a folder that is still to be made.
 
     Args:
-        path: see `open_source`.
-        out: see `require_new`.
+        path: the source, see `open_source`.
+        out: the new folder, see `require_new`.
         checkpoint: name of a checkpoint of the run; None: the newest complete one.
 
     Raises:
-        UserError: see `open_source`; or if a file is damaged, or the folder holds something.
+        UserError: if the source cannot be opened, a file is damaged, or the folder holds something.
     """
     require_new(out, path)
     source = (
@@ -162,7 +163,7 @@ def write_folder(
     """`write_weights`, with progress on a terminal.
 
     Raises:
-        UserError: if the folder holds something, or what was written is not what stands there.
+        UserError: if the folder holds something, or the disk does not hold what was written.
     """
     try:
         write_weights(
@@ -179,10 +180,10 @@ def write_folder(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 500MB, 2GiB or 1000000.
+    """Number of bytes of a size such as 5GB, 500MB, 2GiB or 1000000.
 
     Raises:
-        UserError: if it is none, or nothing.
+        UserError: if the text is not a size, or the size is 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = found[2].upper() if found else ""
@@ -196,15 +197,15 @@ def parse_size(text: str) -> int:
 
 
 def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) -> ModelConfig:
-    """A model's config with other keys.
+    """A model's config with changed keys.
 
     Args:
-        config: as it is.
-        changes: keys in a JSON's types.
-        what: the message begins with this.
+        config: the config to change.
+        changes: new values of keys, in a JSON's types.
+        what: start of the message.
 
     Raises:
-        UserError: if they contradict each other, or what the model is.
+        UserError: if the keys contradict each other or the rest of the model.
     """
     try:
         return ModelConfig.model_validate(config.model_dump(mode="json") | dict(changes))
@@ -218,14 +219,14 @@ def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) ->
 
 
 def vocabulary(source: Source, given: Path | None = None) -> Tokenizer | None:
-    """The tokenizer of a model, None if it is not where it was.
+    """The tokenizer of a model; None if it is no longer at its place.
 
     Args:
-        source: a folder that holds it, or the checkpoint of a run that says which data it read.
-        given: where it is instead; see `load_tokenizer`.
+        source: a folder that holds it, or a checkpoint of a run whose data holds it.
+        given: another path of the vocabulary, see `load_tokenizer`.
 
     Raises:
-        UserError: if it is another one than the run was trained with, or cannot be read.
+        UserError: if the run was trained with another one, or it cannot be read.
     """
     place = given or _its_place(source)
     if place is None:
@@ -259,6 +260,6 @@ def _its_place(source: Source) -> Path | None:
 
 
 def vocabulary_file(source: Source) -> dict[str, bytes]:
-    """Name and content of a model's tokenizer file; nothing if it is not where it was."""
+    """Name and content of a model's tokenizer file; empty if it is no longer at its place."""
     tokenizer = vocabulary(source)
     return {} if tokenizer is None else {tokenizer.file_name: tokenizer.file_content}

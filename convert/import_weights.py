@@ -1,4 +1,4 @@
-"""A folder that `export` has written as a run's folder again: one checkpoint, weights alone."""
+"""An exported folder as a run's folder again, with one checkpoint of weights without moments."""
 
 import json
 import shutil
@@ -25,20 +25,19 @@ from magnetar.engine.config.schema import RunConfig
 from magnetar.models.weights.files import LazyTensors, as_type, grouped
 from magnetar.models.weights.load_save import CONFIG_FILE, appearing_whole
 
-PART_BYTES = 1 << 26  # of a checkpoint's file, whose tensors are in memory at once
+PART_BYTES = 1 << 26  # bytes of a checkpoint's file, whose tensors are in memory at once
 
 
 def import_weights(path: Path, out: Path) -> list[str]:
-    """Write a run's folder; the lines that say so.
+    """A report in lines, after writing a run's folder.
 
     Args:
         path: a folder that `export` has written.
-        out: the run's folder; must not exist, or be empty.
+        out: the run's new folder; it must not exist, or be empty.
 
     Raises:
-        UserError: if it does not say which run it is from, its config is not one of this version
-            or of another model, a file is damaged or of another vocabulary, or the folder holds
-            something.
+        UserError: if the folder does not name its run, its config is of another version or model, a
+            file is damaged or of another vocabulary, or `out` holds something.
     """
     require_new(out, path)
     model, tensors, about = read_folder(path)
@@ -69,7 +68,7 @@ def import_weights(path: Path, out: Path) -> list[str]:
 
 
 def _num_ranks(config: RunConfig) -> int:
-    """Ranks whose micro batches make up the batch; the fewest where a size is left open."""
+    """Number of ranks whose micro-batches make up the batch; the smallest if one is open."""
     train, micro, accumulation = (config.deepspeed.get(key) for key in (TRAIN, MICRO, ACCUMULATION))
     if train is None or micro is None or accumulation is None:
         return config.model.moe.ep_size if config.model.moe else 1

@@ -1,6 +1,6 @@
-"""What is in a checkpoint or a folder of weights, and what looks wrong with it.
+"""The content of a checkpoint or a folder of weights, and warnings about it.
 
-One tensor at a time is in memory.
+Memory holds one tensor at a time.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
 
 _GATE = ".deepspeed_moe.gate."
-# The first word that a tensor's name has says what it belongs to.
+# The first of these words in a tensor's name decides its group.
 _GROUPS = (
     ("experts", (".deepspeed_experts.",)),
     ("router", (_GATE,)),
@@ -54,10 +54,10 @@ class File:
     """A file.
 
     Attributes:
-        name: in its folder.
-        bytes: its size when it was saved.
-        sha256: of its content when it was saved.
-        problem: what is wrong with it now; None: it is whole.
+        name: name in its folder.
+        bytes: size when it was saved.
+        sha256: hash of its content when it was saved.
+        problem: damage that it has now; None: it is whole.
     """
 
     name: str
@@ -71,11 +71,11 @@ class TensorFound:
     """A tensor.
 
     Attributes:
-        name: in the state dict of the whole model.
-        shape: its shape.
-        states: weight, and the optimizer's moments of it.
-        files: where it lies.
-        sha256: of its weights' values.
+        name: name in the state dict of the whole model.
+        shape: shape in the whole model.
+        states: names of its states: weight, and the optimizer's moments.
+        files: names of the files that hold it.
+        sha256: hash of the values of its weights.
         rms: sqrt(mean(weight^2)).
     """
 
@@ -101,9 +101,9 @@ class MoELayer:
     """A MoE layer.
 
     Attributes:
-        name: of its block.
-        num_experts: experts of it.
-        temperature: the router's; None where it learns none.
+        name: name of its network in the model.
+        num_experts: number of its experts.
+        temperature: temperature of the router; None if it learns none.
         expert_norms: L2 norm over all parameters of an expert: smallest, mean and largest.
     """
 
@@ -115,19 +115,19 @@ class MoELayer:
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found.
+    """The result of `inspect`.
 
     Attributes:
-        path: of the checkpoint or the folder of weights.
-        about: facts for a person, by what they say.
+        path: path of the checkpoint or the folder of weights.
+        about: facts for a person, by their label.
         step: optimizer steps done; None for weights alone.
         layout: world_size, ep_size and zero_stage that it was written for; None for weights alone.
-        num_tensors: tensors, tied ones once.
-        num_parameters: of the whole model.
-        num_parameters_a_token: those that a token passes through, as models.cost counts.
-        files: every file with numbers in it.
-        groups, layers, tensors: what the numbers are; empty if a file is damaged.
-        warnings: what is suspicious.
+        num_tensors: number of tensors; tied ones count once.
+        num_parameters: number of parameters of the whole model.
+        num_parameters_a_token: number of parameters that a token passes through, see models.cost.
+        files: all files of tensors.
+        groups, layers, tensors: statistics of the numbers; empty if a file is damaged.
+        warnings: suspicious findings, in words.
     """
 
     path: str
@@ -145,11 +145,11 @@ class Contents:
 
     @property
     def damaged(self) -> list[str]:
-        """What is wrong with files, a line each."""
+        """The damage of each damaged file, one line each."""
         return [file.problem for file in self.files if file.problem is not None]
 
     def to_dict(self, with_tensors: bool) -> dict[str, Any]:
-        """The same for JSON, where what is no finite number is null."""
+        """The contents for JSON; values that are not finite become null."""
         found = asdict(self) | {"damaged": self.damaged}
         if not with_tensors:
             del found["tensors"]
@@ -170,7 +170,7 @@ def inspect(path: Path) -> Contents:
     Damaged files are reported, not raised, and then no tensor is read.
 
     Raises:
-        UserError: if the folder is none of these, or its manifest, config or tensors' file cannot
+        UserError: if the folder is none of these, or its manifest, config or file of tensors cannot
             be read at all.
     """
     source = _source(path)
@@ -193,17 +193,17 @@ def inspect(path: Path) -> Contents:
 
 
 def require_undamaged(contents: Contents) -> None:
-    """Refuse damaged files, once the rest has been shown.
+    """Refuse damaged files, after the rest has been shown.
 
     Raises:
-        UserError: naming each.
+        UserError: if a file is damaged; it names each.
     """
     if contents.damaged:
         raise UserError("\n  ".join([*contents.damaged, instead_of(Path(contents.path))]))
 
 
 def _source(path: Path) -> Source:
-    """As `open_source`, but a run's newest checkpoint even if files of it are gone."""
+    """The source like `open_source`, but also a newest checkpoint with missing files."""
     if not is_run(path):
         return open_source(path)
     folders = checkpoint_folders(path)
@@ -243,7 +243,7 @@ def _files(source: Source) -> list[File]:
 
 
 def _read_tensors(source: Source, contents: Contents) -> None:
-    """Fill in what depends on the numbers."""
+    """Fill in the statistics of the numbers."""
     squares: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     experts: dict[str, dict[int, _Expert]] = defaultdict(lambda: defaultdict(_Expert))
     temperatures: dict[str, float] = {}
@@ -272,20 +272,20 @@ def _read_tensors(source: Source, contents: Contents) -> None:
 
 
 class _Expert:
-    """What has been read of one expert."""
+    """Sums over the tensors of one expert."""
 
     def __init__(self) -> None:
         self.square = 0.0
         self.digests: dict[str, str] = {}
 
     def add(self, parameter: str, digest: str, square: float) -> None:
-        """One tensor of it."""
+        """Add one tensor of the expert."""
         self.digests[parameter] = digest
         self.square += square
 
 
 def group_of(name: str) -> str:
-    """What a tensor is for, by its name: `experts`, `router`, `norms`, ..."""
+    """The purpose of a tensor by its name: `experts`, `router`, `norms`, ..."""
     return next((group for group, words in _GROUPS if any(word in name for word in words)), "other")
 
 
@@ -321,7 +321,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def _suspicious(source: Source, name: str, weight: Tensor) -> Iterator[str]:
-    """Zeros where there must be something, and values that are no numbers."""
+    """Warnings about a tensor: matrices of zeros, and values that are not finite."""
     if weight.dim() > 1 and not weight.any():
         yield f"{name} is all zeros"
     for state, values in _states(source.checkpoint, name, weight):
@@ -358,7 +358,7 @@ def _twins(experts: Mapping[str, Mapping[int, _Expert]]) -> list[str]:
 
 
 def shown(contents: Contents, with_tensors: bool) -> list[RenderableType]:
-    """What a person reads: tables for a rich console."""
+    """The tables for a person, for a rich console."""
     about = {"path": contents.path, **contents.about, "tensors": f"{contents.num_tensors:,}"}
     found = {state for tensor in contents.tensors for state in tensor.states}
     if found:

@@ -1,7 +1,7 @@
 """A checkpoint cut for other ranks: rank r's files hold its experts and its share of the rest.
 
-`magnetar train` reads any checkpoint in any layout. This serves where the ranks have no disk in
-common, so that each machine needs the files of its own ranks alone, and says beforehand whether a
+`magnetar train` reads any checkpoint in any layout. Resharding is for ranks without a shared disk,
+so that each machine needs only the files of its own ranks. It also tells beforehand whether a
 layout can hold the model.
 """
 
@@ -37,23 +37,23 @@ from magnetar.engine.metrics import keep_records_up_to
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.load_save import appearing_whole
 
-# Of one file at most. What a file holds is in memory while it is written.
+# Largest size of a file in bytes; its tensors are in memory while it is written.
 PART_BYTES = 1 << 30
 _FLOAT32_BYTES = 4
 
 
 def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> list[str]:
-    """Write a run's folder for other ranks; the lines that say so.
+    """A report in lines, after writing a run's folder for other ranks.
 
     Args:
         path: a run (its newest complete checkpoint), or a checkpoint's folder.
-        out: the run's folder to make; must not exist, or be empty. It appears whole or not at all.
-        layout: who will train.
-        gpu_memory: GiB of each rank's GPU; None: whether the model fits there is not asked.
+        out: the run's new folder; it must not exist, or be empty. It is written atomically.
+        layout: layout of the ranks that will train.
+        gpu_memory: GiB of each rank's GPU; None: its memory is not checked.
 
     Raises:
-        UserError: for a source that cannot be read or is damaged, a layout that cannot hold the
-            model, a folder that holds something, or a disk that does not take the files.
+        UserError: if the source cannot be read or is damaged, the layout cannot hold the model, the
+            folder holds something, or the disk is full.
     """
     require_new(out, path)
     checkpoint = find_checkpoint(path)
@@ -90,7 +90,7 @@ def _config_for(
     """The run's config in the layout.
 
     Raises:
-        UserError: if the layout cannot hold the model, with the nearest that can.
+        UserError: if the layout cannot hold the model; it names the nearest that can.
     """
     saved = checkpoint.manifest["config"]
     limit = None if gpu_memory is None else gpu_memory * GIB
@@ -129,7 +129,7 @@ def _write(
     checkpoint: Checkpoint, folder: Path, config: dict[str, Any], layout: Layout
 ) -> Checkpoint:
     """The run's folder with the checkpoint alone."""
-    # Its step says how it is called: the one that is read may have been renamed.
+    # The step decides the name, since the checkpoint that is read may have been renamed.
     final = folder / "checkpoints" / f"step_{checkpoint.step:08d}"
     final.parent.mkdir(parents=True)
     writer = CheckpointWriter(final)
@@ -154,15 +154,15 @@ def _write(
 def stretches_of_rank(
     shapes: Mapping[str, tuple[int, ...]], layout: Layout, rank: int
 ) -> Iterator[tuple[str, int, int]]:
-    """What a rank's files hold: its part of its own experts, and of everything else.
+    """The content of a rank's files: its part of its own experts, and of everything else.
 
     Args:
         shapes: name -> shape of every tensor.
-        layout: who will read.
-        rank: of the layout.
+        layout: layout of the ranks that will read.
+        rank: index of the rank in the layout.
 
     Yields:
-        A tensor's name, the first element and the one after the last.
+        Name of a tensor, index of the first element, index after the last.
     """
     num_experts = experts_of_layers(shapes)
     for name, shape in shapes.items():
@@ -182,7 +182,7 @@ def stretches_of_rank(
 def _files(
     checkpoint: Checkpoint, stretches: Iterator[tuple[str, int, int]]
 ) -> Iterator[list[Piece]]:
-    """What is read for each file, one file after the other; at least one."""
+    """The stretches of each file, one file after the other; one file at least."""
     pieces: list[Piece] = []
     size = 0
     for name, first, last in stretches:
@@ -190,7 +190,7 @@ def _files(
         of_element = _FLOAT32_BYTES * len(states)
         for start, stop in _cut(first, last, PART_BYTES // of_element):
             numel = stop - start
-            if pieces and size + numel * of_element > PART_BYTES:
+            if pieces and size + numel * of_element > PART_BYTES:  # the file is full
                 yield pieces
                 pieces, size = [], 0
             values = {state: checkpoint.read(name, state, start, stop) for state in states}
@@ -200,16 +200,16 @@ def _files(
 
 
 def _cut(start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
-    """Stretches of at most so many elements."""
+    """The stretch in parts of at most `most` elements."""
     for first in range(start, stop, most):
         yield first, min(first + most, stop)
 
 
 def _compare(checkpoint: Checkpoint, written: Checkpoint) -> None:
-    """Read back what was written.
+    """Read back and compare what was written.
 
     Raises:
-        OSError: if a file is not what was written, or holds other values than the source.
+        OSError: if a file differs from what was written, or holds other values than the source.
     """
     _require_whole(written)
     for name in watched("comparing", list(checkpoint.shapes)):

@@ -25,17 +25,17 @@ _LAYER_NAME = re.compile(r"((?:encoder\.|decoder\.)?)blocks\.(\d+)\.(.+)")
 def shrink(
     path: Path, out: Path, layers: dict[str, str | None], shard_bytes: int | None
 ) -> list[str]:
-    """Write the shallower model to a new folder; the lines that say so.
+    """A report in lines, after writing the shallower model to a new folder.
 
     Args:
-        path: the deeper model; see `open_source`.
-        out: must not exist, or be empty.
-        layers: by option ("--layers", "--encoder-layers", "--decoder-layers") what it says.
-        shard_bytes: see `write_files`.
+        path: the deeper model, see `open_source`.
+        out: new folder; it must not exist, or be empty.
+        layers: value of each option ("--layers", "--encoder-layers", "--decoder-layers").
+        shard_bytes: largest size of a file, see `write_files`.
 
     Raises:
-        UserError: for a source that cannot be read, layers that are not there or do not fit the
-            pattern of its MoE layers, or a folder that holds something.
+        UserError: if the source cannot be read, a layer does not exist or does not fit the pattern
+            of the MoE layers, or the folder holds something.
     """
     source = open_whole(path, out)
     chosen = chosen_layers(source.config, layers)
@@ -61,21 +61,21 @@ def shrink(
 
 
 def _depths(config: ModelConfig) -> dict[str, int]:
-    """Layers of each stack, by what its tensors' names begin with."""
+    """Number of layers of each stack, by the prefix of its tensors' names."""
     if config.architecture == "encoder_decoder":
         return {"encoder.": config.encoder_depth, "decoder.": config.decoder_depth}
     return {"": config.num_layers}
 
 
 def chosen_layers(config: ModelConfig, layers: dict[str, str | None]) -> dict[str, list[int]]:
-    """The layers of each stack that remain, by what its tensors' names begin with.
+    """The layers of each stack that remain, by the prefix of its tensors' names.
 
     Args:
-        config: of the deeper model.
-        layers: see `shrink`.
+        config: the deeper model's config.
+        layers: value of each option, see `shrink`.
 
     Raises:
-        UserError: for an option of another architecture, or layers that are not there.
+        UserError: if an option belongs to another architecture, or a layer does not exist.
     """
     depths = _depths(config)
     options = {"--layers": ""} if "" in depths else {f"--{p[:-1]}-layers": p for p in depths}
@@ -112,8 +112,8 @@ def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> M
     """The shallower model's config.
 
     Raises:
-        UserError: if a dense layer would stand where `moe.every` wants a MoE layer, or the other
-            way round, or no MoE layer would remain.
+        UserError: if `moe.every` wants a MoE layer in place of a dense one, or the reverse, or if
+            no MoE layer would remain.
     """
     moe = config.moe
     changes: dict[str, Any] = {"num_layers": len(next(iter(chosen.values())))}
@@ -165,9 +165,9 @@ def shrunk_tensors(
     """The shallower model's tensors.
 
     Args:
-        deep: the deeper model's.
-        config: from `shrunk_config`.
-        chosen: from `chosen_layers`.
+        deep: the deeper model's tensors.
+        config: result of `shrunk_config`.
+        chosen: result of `chosen_layers`.
     """
 
     def source_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Weights to convert, wherever they lie, read one tensor at a time."""
+"""Weights to convert, in any place, read one tensor at a time."""
 
 import json
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class Source:
 
     Attributes:
         path: a checkpoint's folder, or a folder of weights.
-        config: the model's, all its experts on one rank.
-        tensors: every tensor in the model's order, tied ones once, as it was saved.
-        checkpoint: None for a folder of weights.
+        config: the model's config, with all its experts on one rank.
+        tensors: all tensors as they were saved, in the model's order; tied ones occur once.
+        checkpoint: the checkpoint; None for a folder of weights.
     """
 
     path: Path
@@ -47,11 +47,11 @@ class Source:
 def open_source(path: Path) -> Source:
     """A run's newest checkpoint, a checkpoint's folder, or a folder of weights.
 
-    Only names and shapes are looked at: `engine.checkpoint.format.require_whole` reads a
-    checkpoint's files, and compares their hashes.
+        Only names and shapes are checked here. `engine.checkpoint.format.require_whole` reads a
+        checkpoint's files and compares their hashes.
 
     Raises:
-        UserError: if it is none of these, or not of this version; see also `exported_run`.
+        UserError: if the folder is none of these, or of another version; see also `exported_run`.
     """
     if (path / CONFIG_FILE).is_file() and not is_run(path):
         return _folder_of_weights(path)
@@ -66,11 +66,10 @@ def _folder_of_weights(path: Path) -> Source:
 
 
 def read_folder(path: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]]:
-    """`open_weights` of a folder that a person has named.
+    """The weights of a folder that the user named; `open_weights` with messages for the user.
 
     Raises:
-        UserError: where `open_weights` raises ValueError; on reading a tensor too, if it was
-            altered.
+        UserError: if `open_weights` raises ValueError, or a tensor that is read was altered.
     """
     try:
         config, tensors, about = open_weights(path)
@@ -95,7 +94,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """A run's newest checkpoint, or the checkpoint of a folder step_...
 
     Raises:
-        UserError: if it is neither, or the run's newest checkpoint is damaged or missing.
+        UserError: if the folder is neither, or the run's newest checkpoint is damaged or missing.
     """
     if not path.is_dir():
         raise UserError(f"{path} is no folder: name a run, a checkpoint step_..., or weights")
@@ -118,7 +117,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
     """The weights of a checkpoint.
 
     Raises:
-        UserError: if this version cannot read its model.
+        UserError: if this version cannot read the model.
     """
     config = model_of(checkpoint)
     try:
@@ -137,7 +136,7 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
     """A checkpoint's model, all its experts on one rank; keys added since have their defaults.
 
     Raises:
-        UserError: if it is not one that this version knows.
+        UserError: if this version does not know the model.
     """
     section = checkpoint.manifest["config"]["magnetar"]["model"]
     try:

@@ -1,7 +1,7 @@
 """A dense model as a MoE model with the same function: sparse upcycling (arXiv 2212.05055).
 
-Every expert is a copy of the feed-forward network that it replaces, so what the router chooses does
-not matter as long as the weights of the chosen experts sum to 1. The experts drift apart in
+Every expert is a copy of the feed-forward network that it replaces. So the choice of the router
+does not matter as long as the weights of the chosen experts sum to 1. The experts drift apart in
 training, because they see other tokens.
 """
 
@@ -34,19 +34,18 @@ _GATE_NAME = re.compile(r"(.*\.ffn\.deepspeed_moe\.gate)\.(.+)")
 def upcycle(
     path: Path, out: Path, moe: dict[str, Any], seed: int, shard_bytes: int | None
 ) -> list[str]:
-    """Write the upcycled model to a new folder; the lines that say so.
+    """A report in lines, after writing the upcycled model to a new folder.
 
     Args:
-        path: the dense model; see `open_source`.
-        out: must not exist, or be empty.
-        moe: the keys of `model.moe`.
-        seed: of the routers.
-        shard_bytes: see `write_files`.
+        path: the dense model, see `open_source`.
+        out: new folder; it must not exist, or be empty.
+        moe: keys of `model.moe`.
+        seed: seed of the routers' weights.
+        shard_bytes: largest size of a file, see `write_files`.
 
     Raises:
-        UserError: for a source that cannot be read or has experts already, keys that would change
-            its function or contradict each other, a seed below 0, or a folder that holds
-            something.
+        UserError: if the source cannot be read or has experts already, the keys would change its
+            function or contradict each other, the seed is below 0, or the folder holds something.
     """
     source = open_whole(path, out)
     if source.config.moe is not None:
@@ -74,8 +73,8 @@ def upcycled_config(config: ModelConfig, moe: dict[str, Any]) -> ModelConfig:
     """The MoE model's config.
 
     Args:
-        config: of a dense model.
-        moe: the keys of `model.moe`.
+        config: config of a dense model.
+        moe: keys of `model.moe`.
 
     Raises:
         UserError: if the weights of a token's experts would not sum to 1, or a key contradicts
@@ -97,9 +96,9 @@ def upcycled_tensors(dense: LazyTensors, config: ModelConfig, seed: int) -> Lazy
     """The MoE model's tensors.
 
     Args:
-        dense: the dense model's.
-        config: from `upcycled_config`.
-        seed: of the routers, which are those that `build_model` would draw.
+        dense: the dense model's tensors.
+        config: result of `upcycled_config`.
+        seed: seed of the routers' weights, which are those that `build_model` would draw.
     """
 
     def source_of(name: str) -> str:
@@ -122,7 +121,7 @@ def upcycled_tensors(dense: LazyTensors, config: ModelConfig, seed: int) -> Lazy
 
 
 def _drawn(config: ModelConfig, seed: int, gate: str) -> dict[str, Tensor]:
-    """A fresh router's tensors."""
+    """The tensors of a newly drawn router."""
     assert config.moe is not None
     router = build_router(config.d_model, config.moe.of_layer(0))  # all are alike
     assert isinstance(router, LinearRouter | XMoERouter)

@@ -1,8 +1,9 @@
-"""A folder that appears whole or not at all, and is made only once.
+"""Atomic writing of files, and of a folder that is made only once.
 
-Everything is written to `OUT.partial`, which becomes `OUT` when it is complete. What determines
-the result, the settings, lies in it from the start: the same command resumes, another one starts
-over. What a user has to mend leaves none. Only one process at a time writes there.
+A folder is written as `OUT.partial` and renamed to `OUT` when it is complete. The settings that
+determine its content are stored in it from the start: the same command resumes, and a command with
+other settings starts over. A mistake of the user leaves no folder. A lock keeps a second process
+out.
 """
 
 import errno
@@ -20,7 +21,7 @@ from magnetar.data.errors import UserError
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Writes a text file that appears only when it is complete."""
+    """Write a text file, which appears only when it is complete."""
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text + "\n")
     temporary.replace(file)
@@ -30,7 +31,7 @@ HASHED_WHOLE_BYTES = 256 << 20  # larger sources are recognised by size and time
 
 
 class Reporter(NamedTuple):
-    """How the work speaks to whoever asked for it."""
+    """Two callbacks for a long task: a line to print, and progress in bytes."""
 
     message: Callable[[str], None] = lambda text: None
     progress: Callable[[str, int, int], None] = lambda stage, done_bytes, all_bytes: None
@@ -57,7 +58,7 @@ def made_whole(
             _keep_or_clear(partial, settings, reporter)
             try:
                 yield partial
-            except UserError:  # whatever is mended, it is made from something else then
+            except UserError:  # the user will change the input, so nothing here can be resumed
                 shutil.rmtree(partial)
                 raise
             partial.rename(out)
@@ -92,7 +93,7 @@ def files_digest(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def refuse_other(out: Path, made_from: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raises unless `out`, made from some settings, is what these would give."""
+    """Raise unless `out` was made from the same settings."""
     key = _first_difference(made_from, settings)
     if key is not None:
         raise UserError(
@@ -116,7 +117,7 @@ def _short(value: Any) -> str:
 
 
 def remove_scaffolding(out: Path) -> None:
-    """Removes what only an unfinished folder needs; a kill in here costs nothing but disk."""
+    """Remove what only an unfinished folder needs; a kill in between leaves some files behind."""
     shutil.rmtree(out / "shards", ignore_errors=True)
     for name in ("settings.json", "lock"):
         (out / name).unlink(missing_ok=True)
@@ -132,7 +133,7 @@ def _lock(lock: IO[str], partial: Path) -> None:
 
 
 def _keep_or_clear(partial: Path, settings: dict[str, Any], reporter: Reporter) -> None:
-    """Leaves `partial` with the finished work of the same settings, or with none."""
+    """Keep the work in `partial` if it has the same settings; clear it otherwise."""
     file = partial / "settings.json"
     others = [path for path in partial.iterdir() if path.name not in ("lock", "settings.json.tmp")]
     if file.is_file() and _first_difference(json.loads(file.read_text()), settings) is None:

@@ -1,4 +1,4 @@
-"""The exceptions that are no defects of ours: what a user can mend, and what a machine did."""
+"""The two errors that are not defects of ours: a mistake of the user, and a fault of a machine."""
 
 
 class UserError(ValueError):
@@ -25,7 +25,7 @@ class MachineError(RuntimeError):
     exit with status 3: a new start goes on from the last checkpoint.
 
     Attributes:
-        on_every_rank: as of a UserError.
+        on_every_rank: True if every rank raises it, so that one rank prints it.
     """
 
     def __init__(self, message: str, on_every_rank: bool = False) -> None:

@@ -1,8 +1,8 @@
 """A model of TorchScale 0.3.0, dense or sparse, as a Magnetar folder of weights.
 
-The model of that folder has the same function in evaluation: the same logits for the same tokens
-at every position that is not padding. What the files leave open is taken from the tensors, and a
-tie of embeddings that the options claim and the tensors contradict is not made.
+The model of that folder has the same function in evaluation: the same logits for the same tokens at
+every position that is not padding. The tensors decide what the files leave open. If the options tie
+embeddings and the tensors differ, the embeddings are not tied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from magnetar.data.errors import UserError
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.load_save import check_tensors, load_model, save_weights, tensor_shapes
 
-# What names of tensors give away as something that Magnetar has no module for.
+# Parts of tensors' names that belong to modules that Magnetar does not have.
 _FOREIGN = (
     ("flat_param", "FSDP's shards: consolidate the checkpoint with the program that wrote it"),
     ("retention", "a RetNet's retention: only the Transformers of TorchScale are imported"),
@@ -43,7 +43,7 @@ _FOREIGN = (
     ),
     ("output_projection.bias", "a bias of the output: Magnetar's output is one matrix without"),
 )
-# fairseq builds positions for this many tokens if nobody asks for another number.
+# fairseq builds positions for this many tokens by default.
 _FAIRSEQ_POSITIONS = 1024
 
 
@@ -52,10 +52,10 @@ class Imported:
     """A model in Magnetar's terms.
 
     Attributes:
-        source: what it was.
-        config: what it is.
-        tensors: by Magnetar's names.
-        notes: what to know about it, one sentence each.
+        source: description of the TorchScale model.
+        config: the model's config in Magnetar.
+        tensors: tensors under Magnetar's names.
+        notes: remarks for the user, one sentence each.
     """
 
     source: str
@@ -75,11 +75,10 @@ def import_torchscale(
     """Read a TorchScale model, write it to a new folder, and load it from there once.
 
     Args:
-        paths: see `read_checkpoint`.
-        out: see `require_new`.
-        options_path: a JSON of TorchScale's options, for a file that holds none; where the file
-            holds some, these replace them one by one.
-        trust: let the files run code.
+        paths: files of the model, see `read_checkpoint`.
+        out: new folder, see `require_new`.
+        options_path: a JSON of TorchScale's options; they replace those of the file one by one.
+        trust: whether the files may run code.
     """
     require_new(out)
     given = None if options_path is None else read_options(options_path)
@@ -105,8 +104,8 @@ def translate(
 
     Args:
         checkpoint: its tensors, and its options if the file holds them.
-        given: options from elsewhere.
-        given_path: where they stand, for messages.
+        given: options from another file.
+        given_path: path of that file, for messages.
     """
     path = checkpoint.path
     tensors = {
@@ -148,7 +147,7 @@ def translate(
 
 
 def _all_options(checkpoint: Checkpoint, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those of the file, with those from elsewhere in their place."""
+    """The options of the file, replaced by those of the other file."""
     if checkpoint.options is None and given is None:
         raise UserError(
             f"{checkpoint.path}: holds tensors alone, and they do not say how many heads there "
@@ -181,7 +180,7 @@ def _refuse_the_foreign(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _architecture(
     tensors: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
 ) -> Architecture:
-    """From the names of the tensors, and where they leave it open from those of the options."""
+    """The architecture by the names of the tensors or, if these leave it open, of the options."""
     sides = [
         side
         for side in ("encoder", "decoder")
@@ -218,7 +217,7 @@ def _stacks(tensors: Mapping[str, Tensor], architecture: Architecture) -> list[S
 def _check_tables(
     stacks: list[Stack], tensors: Mapping[str, Tensor], vocab_size: int, path: Path
 ) -> None:
-    """Tables by token or position have rows, and those by token as many as the options say."""
+    """Refuse tables without rows, and tables by token of another size than the options'."""
     for stack in stacks:
         for table in ("embed_tokens", "output_projection", "embed_positions"):
             name = f"{stack.theirs}{table}.weight"
@@ -239,7 +238,7 @@ def _check_tables(
 
 
 class _Embeddings(NamedTuple):
-    """Keys about embeddings, notes, and the tensors that are copies of another one."""
+    """The keys about embeddings, notes, and the tensors that are copies of another one."""
 
     keys: dict[str, Any]
     notes: list[str]
@@ -249,7 +248,7 @@ class _Embeddings(NamedTuple):
 def _embedding_keys(
     stacks: list[Stack], tensors: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
 ) -> _Embeddings:
-    """What is shared, as the tensors are: equal ones are one."""
+    """The sharing of embeddings, decided by the tensors: equal tensors are one."""
     tables = {stack.side: f"{stack.theirs}embed_tokens.weight" for stack in stacks}
     for name in tables.values():
         if name not in tensors:
@@ -273,7 +272,7 @@ def _embedding_keys(
     if is_tied:
         copies.add(output)
     if not has_output and options["vocab_size"] > 0 and not options["no_output_layer"]:
-        has_output = True  # and it is missing, unless it is the embedding
+        has_output = True  # the tensor is missing, unless it is tied to the embedding
         is_tied = claims_tie
     if has_output and claims_tie != is_tied:
         notes.append(_contradiction(is_tied, table, output))
@@ -307,7 +306,7 @@ def _contradiction(are_equal: bool, first: str, second: str) -> str:
 
 
 class _Positions(NamedTuple):
-    """Keys about positions, and notes."""
+    """The keys about positions, and notes."""
 
     keys: dict[str, Any]
     notes: list[str]
@@ -319,7 +318,7 @@ def _position_keys(
     options: Mapping[str, Any],
     resolved: Mapping[str, Any],
 ) -> _Positions:
-    """Positions that are added to the embedding: their kind, and how many there are."""
+    """The positions that are added to the embedding: their kind and their number."""
     kinds, lengths, notes = {}, {}, []
     for stack in stacks:
         name = f"{stack.theirs}embed_positions"
@@ -383,7 +382,7 @@ def _make_tensors(
     copies: set[str],
     path: Path,
 ) -> dict[str, Tensor]:
-    """Every tensor of the model, each of TorchScale's used once; copies of others stay out."""
+    """All tensors of the model; each of TorchScale's is used once, and copies are left out."""
     recipes: dict[str, Recipe] = {}
     for name, shape in tensor_shapes(config).items():
         stack = next(stack for stack in stacks if name.startswith(stack.ours))
@@ -401,7 +400,7 @@ def _make_tensors(
 
 
 def _check_experts(config: ModelConfig, found: Mapping[str, Any], path: Path) -> None:
-    """A clear word where a file has another number of experts, as one rank's file does."""
+    """Refuse a file with another number of experts, as the file of a single rank has."""
     if config.moe is None:
         return
     name = next((name for name in found if ".experts." in name), None)
@@ -422,7 +421,7 @@ def _check_experts(config: ModelConfig, found: Mapping[str, Any], path: Path) ->
 
 
 def report(imported: Imported, out: Path) -> list[str]:
-    """The lines that say what was imported, and how to load it."""
+    """A report in lines: the imported model, and how to load it."""
     config = imported.config
     rows = [("was", imported.source), ("is", f"{config.architecture}, norm {config.norm}")]
     rows.append(("parameters", f"{imported.num_parameters:,}"))

@@ -1,4 +1,4 @@
-"""Which of TorchScale's tensors make up each of Magnetar's.
+"""The recipe of each of Magnetar's tensors out of TorchScale's.
 
 The mapping runs backwards, from Magnetar's names to TorchScale's, so that every message can name
 the tensors as the user's file does.
@@ -67,8 +67,8 @@ class Stack(NamedTuple):
 
     Attributes:
         side: "encoder" or "decoder".
-        theirs: what its tensors' names start with in TorchScale's state dict.
-        ours: and in Magnetar's.
+        theirs: prefix of its tensors' names in TorchScale's state dict.
+        ours: prefix of its tensors' names in Magnetar's state dict.
     """
 
     side: str
@@ -78,13 +78,13 @@ class Stack(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of Magnetar's tensors is made.
+    """The recipe of one of Magnetar's tensors.
 
     Attributes:
-        sources: TorchScale's name -> shape of each tensor that goes in, in the order in which they
-            are stacked along the first dimension.
-        transposed: the one source is turned around.
-        first_row: rows of the one source before this one are left out.
+        sources: TorchScale's name -> shape of each source, in the order in which they are stacked
+            along the first dimension.
+        transposed: whether the single source is transposed.
+        first_row: index of the first row that is taken from the single source.
     """
 
     sources: dict[str, tuple[int, ...]]
@@ -92,7 +92,7 @@ class Recipe:
     first_row: int = 0
 
     def make(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The tensor, float32 and in memory of its own."""
+        """The tensor as a float32 copy."""
         parts = [tensors[name].float()[self.first_row :] for name in self.sources]
         if self.transposed:
             return parts[0].t().clone(memory_format=torch.contiguous_format)
@@ -100,12 +100,12 @@ class Recipe:
 
 
 def recipe(name: str, shape: tuple[int, ...], stack: Stack) -> Recipe:
-    """How to make one of Magnetar's tensors.
+    """The recipe of one of Magnetar's tensors.
 
     Args:
-        name: such as "blocks.0.attention.qkv_proj.weight", or the same after "encoder.".
-        shape: its shape.
-        stack: the stack that it belongs to.
+        name: name such as "blocks.0.attention.qkv_proj.weight", or the same after "encoder.".
+        shape: shape of the tensor.
+        stack: stack that the tensor belongs to.
     """
     name = name.removeprefix(stack.ours)
     expert = _EXPERT.fullmatch(name)

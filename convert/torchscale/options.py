@@ -1,8 +1,8 @@
-"""TorchScale 0.3.0's options, and what they are among Magnetar's keys.
+"""TorchScale 0.3.0's options as Magnetar's keys.
 
-An option of TorchScale that Magnetar has no key for, and that changes the function, is refused by
-its name. The lines that come back as notes say where the two differ all the same: outside the
-function of the weights in evaluation.
+An option that changes the function and has no key in Magnetar is refused by its name. The notes
+that are returned name the remaining differences, which lie outside the function of the weights in
+evaluation.
 """
 
 import difflib
@@ -81,14 +81,14 @@ _SECOND_EXPERT = {"all": "all", "sampling": "sampled", "random": "random"}
 
 
 class ModelKeys(NamedTuple):
-    """Magnetar's model keys, as far as the options decide them, and what to tell the user."""
+    """Magnetar's model keys, as far as the options decide them, and notes for the user."""
 
     keys: dict[str, Any]
     notes: list[str]
 
 
 def architecture_named(options: Iterable[str]) -> Architecture | None:
-    """The architecture whose options these are; None if that cannot be told."""
+    """The architecture that the options belong to; None if they leave it open."""
     names = set(options)
     is_encoder = bool(names & (DEFAULTS["encoder"].keys() - DEFAULTS["decoder"].keys()))
     is_decoder = bool(names & (DEFAULTS["decoder"].keys() - DEFAULTS["encoder"].keys()))
@@ -100,7 +100,7 @@ def architecture_named(options: Iterable[str]) -> Architecture | None:
 
 
 def check_names(options: Iterable[str], source: str) -> None:
-    """Refuse what is no option of TorchScale's, with the nearest one."""
+    """Refuse an unknown option, and name the nearest of TorchScale's."""
     known = set().union(*DEFAULTS.values())
     for name in options:
         if name not in known:
@@ -126,15 +126,15 @@ def resolve(
 ) -> dict[str, Any]:
     """Every option of the architecture's config class with the value that the model was built from.
 
-    All of the class's options together are `vars(config)`, values that hold as they are: they may
-    have been changed after the constructor. Fewer are the constructor's arguments, and it lets one
-    option decide another: deepnorm and sub-LN the place of the norms, X-MoE the second expert.
+    If all of the class's options are given, they are `vars(config)`: final values, which may have
+    been changed after the constructor. Fewer are arguments of the constructor, in which one option
+    decides another: deepnorm and sub-LN the place of the norms, X-MoE the second expert.
 
     Args:
-        architecture: which class.
-        given: options, others than the class's among them too; None stands for the default.
-        source: the file that they stand in.
-        final: the values hold as they are, however many they are, as after `override`.
+        architecture: name of the architecture, which chooses the config class.
+        given: options, also of other classes; None stands for the default.
+        source: path of the file that holds them.
+        final: whether the values are final, even if there are few, as after `override`.
     """
     defaults = DEFAULTS[architecture]
     known = {name: value for name, value in given.items() if name in defaults and value is not None}
@@ -178,12 +178,12 @@ def _check_type(name: str, value: Any, default: Any, source: str) -> None:
 
 
 def model_keys(architecture: Architecture, options: Mapping[str, Any], source: str) -> ModelKeys:
-    """What the options say about the model; sizes and ties of the embeddings the tensors say.
+    """The model keys that the options decide; the tensors decide sizes and ties of embeddings.
 
     Args:
-        architecture: what the options were resolved for.
-        options: from `resolve`.
-        source: what messages begin with.
+        architecture: architecture that the options were resolved for.
+        options: result of `resolve`.
+        source: start of messages.
     """
     sides = [side for side in ("encoder", "decoder") if f"{side}_layers" in options]
     _refuse_the_foreign(architecture, sides, options, source)
@@ -227,7 +227,7 @@ def model_keys(architecture: Architecture, options: Mapping[str, Any], source: s
 def _refuse_the_foreign(
     architecture: Architecture, sides: list[str], options: Mapping[str, Any], source: str
 ) -> None:
-    """Raises for what changes the function and has no key in Magnetar."""
+    """Raise for options that change the function and have no key in Magnetar."""
     if architecture == "encoder_decoder":
         for name in ("embed_dim", "ffn_embed_dim", "attention_heads"):
             encoders, decoders = options[f"encoder_{name}"], options[f"decoder_{name}"]
@@ -259,7 +259,7 @@ def _refuse_the_foreign(
 
 
 def _norm(sides: list[str], options: Mapping[str, Any], source: str) -> str:
-    """Magnetar's one key for TorchScale's three options, which may contradict each other."""
+    """Magnetar's `norm` for TorchScale's three options, which may contradict each other."""
     befores = {f"{side}_normalize_before": options[f"{side}_normalize_before"] for side in sides}
     shown = ", ".join(f"{name}={str(value).lower()}" for name, value in befores.items())
     problem = None
@@ -355,11 +355,12 @@ def _moe_keys(deepest: int, options: Mapping[str, Any], source: str) -> ModelKey
 def _eval_capacity_fraction(
     top_k: int, num_experts: int, options: Mapping[str, Any], source: str
 ) -> float | None:
-    """Share of the tokens that an expert takes in evaluation; None where it takes all of them."""
+    """Share of the tokens that an expert takes in evaluation; None if it takes all of them."""
     fraction = float(options["moe_eval_capacity_token_fraction"])
     if fraction > 0:
         return None if fraction >= 1 else fraction
-    # Not above 0 means: as in training, ceil(tokens / experts) for each of the top_k choices.
+    # 0 or less means the capacity of training: ceil(tokens / experts) for each of the top_k
+    # choices.
     if num_experts <= top_k:
         return None
     if top_k == 1:

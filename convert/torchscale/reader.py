@@ -1,4 +1,4 @@
-"""Reads the files that a TorchScale model can lie in, single or one per expert rank.
+"""A reader of TorchScale's model files, single or one per expert rank.
 
 Three kinds are known: tensors alone (`torch.save(model.state_dict())`, or safetensors), tensors
 beside their options ({"config" | "args": ..., "model" | "state_dict": ...}), and fairseq's
@@ -35,9 +35,9 @@ class Checkpoint:
     """One model as its files hold it.
 
     Attributes:
-        path: the file, or the shared one of several; opens every message about them.
-        tensors: name -> tensor, names as TorchScale gives them.
-        options: the options that the file holds; None: it holds tensors alone.
+        path: the file, or the shared one of several; start of every message about them.
+        tensors: TorchScale's name -> tensor.
+        options: options that the file holds; None: it holds only tensors.
         kind: "tensors": no options. "options": options of TorchScale's config class. "namespace":
             the same among a program's other arguments. "fairseq": fairseq's arguments.
     """
@@ -58,7 +58,7 @@ class _Parts:
 
 
 class _Expert(NamedTuple):
-    """Where one expert's tensors came from."""
+    """The origin of one expert's tensors."""
 
     rank: int
     path: Path
@@ -68,13 +68,13 @@ class _Expert(NamedTuple):
 def read_checkpoint(
     paths: Sequence[Path], num_experts: int | None = None, trust: bool = False
 ) -> Checkpoint:
-    """Reads one model from its file, or from its shared file and those of its expert ranks.
+    """Read one model from its file, or from its shared file and those of its expert ranks.
 
     Args:
         paths: one file, or a shared file and its rank files, which are also found beside it.
-        num_experts: experts of each MoE layer; None: as the shared file says, or else as many as
-            there are in the rank files.
-        trust: let the files run code, as any pickle can.
+        num_experts: number of experts of each MoE layer; None: the number in the shared file, or
+            else all experts of the rank files.
+        trust: whether the files may run code, as any pickle can.
     """
     for path in paths:
         if not path.is_file():
@@ -173,8 +173,8 @@ def _numbered(
 ) -> dict[int, _Expert]:
     """Every expert under its number in the whole model.
 
-    As TorchScale deals them out: rank r holds the experts r * n to r * n + n - 1; with more ranks
-    than experts it holds expert r modulo their number, a copy of what other ranks hold.
+    In TorchScale rank r holds the experts r * n to r * n + n - 1. With more ranks than experts it
+    holds expert r modulo their number, which is a copy of another rank's.
     """
     num_local = max(len(experts) for experts in local.values())
     for rank, experts in local.items():
@@ -299,7 +299,7 @@ def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _strange_kind(tensor: Tensor) -> str | None:
-    """What a tensor is that cannot be a weight; None if it can be one."""
+    """A name for a tensor that cannot be a weight; None if it can be one."""
     if tensor.is_meta:
         return "a meta tensor, a shape without numbers"
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -313,7 +313,7 @@ def _strange_kind(tensor: Tensor) -> str | None:
 def _options(
     held: Mapping[str, Any],
 ) -> tuple[dict[str, Any] | None, Literal["tensors", "options", "namespace", "fairseq"]]:
-    """The options beside the tensors, and what wrote them."""
+    """The options beside the tensors, and the program that wrote them."""
     cfg = _as_dict(held.get("cfg"))
     if cfg is not None and _as_dict(cfg.get("model")) is not None:
         task = _as_dict(cfg.get("task")) or {}
@@ -329,7 +329,7 @@ def _options(
 
 
 def _resolved(values: dict[str, Any]) -> dict[str, Any]:
-    """Without omegaconf's references to other sections, which no one has followed."""
+    """The options without omegaconf's references to other sections, which are not resolved."""
     return {
         key: value
         for key, value in values.items()

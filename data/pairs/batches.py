@@ -3,17 +3,17 @@
 Letters: n pairs of a direction in a table, w the table's weight, T temperature, R rows of a bin, S
 and T' its padded source and target length.
 
-A BIN holds pairs of like lengths, of any directions, with R * (S + T') <= bin_tokens. Each
-direction of each table is a STREAM of pairs without end, pass after pass; a pass holds each pair
-once, in an order of its own. A ROUND takes the next so many pairs of every stream, sorts them by
-length and cuts them into bins, which it shuffles. So a pair comes at most once more than another of
-its stream, except within a round. A direction is drawn in proportion to (sum of w * n)^(1/T) over
-its tables, and each of those in proportion to w * n; a stream that is due less than a pair a round
-has its turn in some rounds only.
+A BIN holds pairs of similar lengths, of any directions, with R * (S + T') <= bin_tokens. Each
+direction of each table is an endless STREAM of pairs, pass after pass. A pass holds each pair once,
+in an order of its own. A ROUND takes the next pairs of every stream, sorts them by length, cuts
+them into bins, and shuffles the bins. So, apart from an unfinished round, every pair of a stream
+has been used equally often, give or take one. A direction is drawn in proportion to (sum of w *
+n)^(1/T) over its tables, and each of its tables in proportion to w * n. A stream with less than one
+pair a round has its turn only in some rounds.
 
-Within a pass the lengths are spread evenly, and in the same pattern each time. So the lengths that
-a round will hold, and with them the number of its bins, need no shuffling to be known: any bin is
-found by counting through the rounds before it (milliseconds each), and planning its own.
+Within a pass the lengths are spread evenly, in the same pattern each time. So the lengths in a
+round, and the number of its bins, are known without shuffling. Any bin is found by counting through
+the rounds before it (milliseconds each) and planning only its own round.
 """
 
 from collections.abc import Sequence
@@ -43,14 +43,14 @@ TooLong = Literal["drop", "truncate", "refuse"]
 
 
 def padded(lengths: npt.ArrayLike, longest: int) -> IntArray:
-    """Lengths as they are stored in a bin; never more than the model's positions."""
+    """Padded lengths in a bin; never more than the model's positions."""
     rounded = -(-np.asarray(lengths, dtype=np.int64) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return np.minimum(rounded, longest)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest lengths, in tokens: of a source, tag and end included, and of a target."""
+    """The largest lengths in tokens: a source with tag and end, and a target with its end."""
 
     max_len: int
     max_target_len: int
@@ -60,9 +60,9 @@ class Stream:
     """The pairs of one direction of one table that training draws from.
 
     Attributes:
-        pairs: of the table.
-        index: (n,) int64, those that are used, as indices into `pairs`.
-        cells: (n,) int64, by length: equal for pairs that are padded alike.
+        pairs: the pairs of the table.
+        index: (n,) int64, indices into `pairs` of the pairs that are used.
+        cells: (n,) int64, a number for each padded shape: equal for pairs that are padded alike.
     """
 
     def __init__(self, pairs: TablePairs, limits: Limits, too_long: TooLong):
@@ -83,10 +83,12 @@ class Stream:
 def snake(source: IntArray, target: IntArray) -> IntArray:
     """Numbers that sort pairs of padded lengths so that neighbours are alike in both.
 
-    By source first; by target upwards, then downwards, then upwards again.
+    The order is by source length first. Within a source length it is by target length, alternately
+    ascending and descending.
     """
     row = -(-source // LENGTH_MULTIPLE)
     up = row % 2 == 0
+    # Source in the high 32 bits; target below, mirrored in every other row of source lengths.
     return source << 32 | np.where(up, target, (1 << 31) - target)
 
 
@@ -104,10 +106,12 @@ def spread_pattern(sizes: IntArray) -> tuple[IntArray, IntArray]:
         sizes: (cells,) int64, pairs of each cell.
 
     Returns:
-        For each place of the pass the cell and how many of its pairs came before: (n,) int64 each.
+        Two (n,) int64 arrays over the places of the pass: the cell, and the number of its pairs
+        before.
     """
     cell = np.repeat(np.arange(len(sizes)), sizes)
-    rank = np.arange(len(cell)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rank = np.arange(len(cell)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within its cell
+    # The i-th of n pairs of a cell belongs at (i + 1/2) / n of the pass.
     order = np.argsort((rank + 0.5) / np.repeat(sizes, sizes), kind="stable")
     return cell[order], rank[order]
 
@@ -121,34 +125,35 @@ def round_rates(
     """Pairs of each stream in a round, on average: (streams,) float64.
 
     Args:
-        weights: w, of each stream's table.
-        sizes: n, pairs of each stream.
-        directions: of each stream.
+        weights: w, weight of each stream's table.
+        sizes: n, number of pairs of each stream.
+        directions: source and target language of each stream.
         temperature: T.
     """
     masses = np.array(weights) / max(weights) * np.array(sizes, dtype=np.float64)
     same = np.array([[one == other for other in directions] for one in directions])
+    # m * M^(1/T - 1): the tables of a direction share its M^(1/T) in proportion to their m.
     rates = masses * (same @ masses) ** (1 / temperature - 1)
     return rates / rates.sum() * min(MAX_ROUND_PAIRS, sum(sizes))
 
 
 def cut_bins(cells: IntArray, counts: IntArray, bin_tokens: int) -> IntArray:
-    """Cuts pairs that are sorted by cell into bins.
+    """Cut pairs that are sorted by cell into bins.
 
     Args:
         cells: (cells,) int64, ascending, see `snake`.
-        counts: (cells,) int64, pairs of each.
-        bin_tokens: the most that rows * (source + target length) may be.
+        counts: (cells,) int64, number of pairs of each cell.
+        bin_tokens: largest value of rows * (source + target length).
 
     Returns:
-        (bins + 1,) int64, where bins begin among the pairs, and where the last one ends.
+        (bins + 1,) int64, start of each bin among the pairs, and the end of the last.
     """
     sizes: list[IntArray] = []
     rows = longest_source = longest_target = 0
     lengths = zip(*(array.tolist() for array in unsnaked(cells)), counts.tolist(), strict=True)
     for source, target, count in lengths:
         left = count
-        if rows and left:  # what is open takes what fits
+        if rows and left:  # the open bin takes the pairs that fit
             wide = max(longest_source, source) + max(longest_target, target)
             taken = min(left, max(0, bin_tokens // wide - rows))
             if taken:
@@ -160,6 +165,7 @@ def cut_bins(cells: IntArray, counts: IntArray, bin_tokens: int) -> IntArray:
             assert capacity >= 1
             if rows:
                 sizes.append(np.array([rows]))
+            # Full bins of this cell at once; the rest, 1 to `capacity` pairs, opens a bin.
             sizes.append(np.full((left - 1) // capacity, capacity))
             rows = left - (left - 1) // capacity * capacity
             longest_source, longest_target = source, target
@@ -170,7 +176,7 @@ def cut_bins(cells: IntArray, counts: IntArray, bin_tokens: int) -> IntArray:
 
 @dataclass(frozen=True)
 class _Round:
-    """A planned round: its pairs in the order of the bins, and where those begin."""
+    """A planned round: its pairs in the order of the bins, and the start of each bin."""
 
     streams: npt.NDArray[np.int32]
     pairs: npt.NDArray[np.int32]
@@ -181,18 +187,18 @@ class PairBatches:
     """The training bins of prepared pairs.
 
     Bin `index` of step `step` is a function of (seed, step, index) and of the arguments below
-    alone, so the data depend neither on the number of ranks nor on accumulation, and resuming
-    needs one number, the step.
+    alone. So the data depend neither on the number of ranks nor on accumulation, and resuming needs
+    only the step.
 
     Attributes:
-        directions: those that are learnt, source and target language.
-        num_too_long: pairs longer than the model reads, by direction such as "en-de"; only those
-            with any.
-        shares: part of the drawn pairs that is of each direction.
+        directions: source and target language of every direction that is learnt.
+        num_too_long: number of pairs longer than the model reads, by direction such as "en-de";
+            directions without any are left out.
+        shares: share of each direction among the drawn pairs.
 
     Raises:
-        UserError: an unknown direction, no pair at all, pairs that are too long where they are
-            refused, or a bin that does not hold the longest pair.
+        UserError: if a direction is unknown, there is no pair, a pair is too long and `too_long` is
+            "refuse", or a bin does not hold the longest pair.
     """
 
     def __init__(
@@ -212,14 +218,14 @@ class PairBatches:
 
         Args:
             prepared: the pairs.
-            bin_tokens: the most that rows * (source + target length) of a bin may be.
-            bins: of a step, over all ranks.
-            temperature: T, at least 1.
-            directions: such as "en-de"; None: all.
-            seed: of the order.
-            max_len: tokens of the longest source, tag and end included.
-            max_target_len: tokens of the longest target, the end included.
-            too_long: what happens to longer pairs. A truncated side keeps its end.
+            bin_tokens: largest value of rows * (source + target length) in a bin.
+            bins: number of bins of a step, over all ranks.
+            temperature: T, 1 or more.
+            directions: directions to learn, such as "en-de"; None: all.
+            seed: seed of the order.
+            max_len: largest number of tokens of a source, tag and end included.
+            max_target_len: largest number of tokens of a target, the end included.
+            too_long: treatment of longer pairs. A truncated side keeps its end.
         """
         self.bins, self.bin_tokens, self.seed = bins, bin_tokens, seed
         self._limits = Limits(max_len, max_target_len)
@@ -239,7 +245,7 @@ class PairBatches:
 
     @property
     def shares(self) -> dict[tuple[str, str], float]:
-        """Part of the drawn pairs that is of each direction."""
+        """Share of each direction among the drawn pairs."""
         shares = dict.fromkeys(self.directions, 0.0)
         for stream, rate in zip(self._streams, self._rates, strict=True):
             shares[stream.pairs.direction] += float(rate / self._rates.sum())
@@ -249,8 +255,8 @@ class PairBatches:
         """Bin `index`, from 0 to bins - 1, of an optimizer step.
 
         Returns:
-            Inputs (source, decoder input, source padding, target padding), (R, S) and (R, T')
-            int64 and bool, as EncoderDecoder.forward takes them. Targets (R, T') int64.
+            Inputs and targets. Inputs are the arguments of EncoderDecoder.forward: source (R, S)
+            and decoder input (R, T') int64, and the padding of both, bool. Targets: (R, T') int64.
         """
         assert 0 <= index < self.bins
         streams, pairs = self.pair_indices(step * self.bins + index)
@@ -258,7 +264,8 @@ class PairBatches:
         return _batch(rows, self._codec, self._limits)
 
     def pair_indices(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Streams of a bin's rows, and pairs in them: (R,) each. Bins are numbered from 0."""
+        """Stream and pair of each row of a bin, (R,) each. Bins are numbered from 0."""
+        # Rounds are only counted up to this bin, which takes no shuffling; one is planned.
         while self._first_bins[-1] <= number:
             num_bins = len(self._starts(len(self._first_bins) - 1)) - 1
             self._first_bins.append(self._first_bins[-1] + num_bins)
@@ -270,14 +277,15 @@ class PairBatches:
         return plan.streams[rows], plan.pairs[rows]
 
     def _starts(self, which: int) -> IntArray:
-        """Where the bins of a round begin among its pairs."""
+        """The start of each bin of a round among its pairs."""
         counts = np.zeros(len(self._cells), dtype=np.int64)
         for layout, start, stop in zip(self._layouts, *self._places(which), strict=True):
             counts += layout.cell_counts(start, stop)
         return cut_bins(self._cells, counts, self.bin_tokens)
 
     def _places(self, which: int) -> tuple[list[int], list[int]]:
-        """Where a round begins and ends in each stream."""
+        """The start and the end of a round in each stream."""
+        # Rounding the running total, not the rate: a stream of 0.3 pairs a round gets 3 in 10.
         start, stop = (np.floor(self._rates * n + 0.5).astype(np.int64) for n in (which, which + 1))
         return start.tolist(), stop.tolist()
 
@@ -301,7 +309,7 @@ class PairBatches:
 
 
 class _Layout:
-    """How a stream's passes are laid out; equal in each pass but for the order within a cell."""
+    """The layout of a stream's passes; passes differ only in the order within a cell."""
 
     def __init__(self, stream: Stream, cells: IntArray):
         """The layout of a stream among the cells of all streams, ascending."""
@@ -319,7 +327,7 @@ class _Layout:
         return self._counts_before(stop) - self._counts_before(start)
 
     def _counts_before(self, place: int) -> IntArray:
-        passes, rest = divmod(place, self.size)
+        passes, rest = divmod(place, self.size)  # every pass has the same pattern
         part = np.bincount(self._pattern[:rest], minlength=self._num_cells)
         return passes * self._sizes + part
 
@@ -341,7 +349,7 @@ class ValidBins:
     Longer pairs than the model reads are truncated, so that every pair counts.
 
     Raises:
-        UserError: an unknown direction, no pair at all, or a bin that does not hold the longest.
+        UserError: if a direction is unknown, there is no pair, or a bin does not hold the longest.
     """
 
     def __init__(
@@ -358,11 +366,11 @@ class ValidBins:
 
         Args:
             prepared: the pairs.
-            bin_tokens: as in training.
-            directions: such as "en-de"; None: all.
-            max_len: as in training.
-            max_target_len: as in training.
-            max_pairs: of each direction of each table, from the start; None: all.
+            bin_tokens: largest value of rows * (source + target length) in a bin.
+            directions: directions to validate, such as "en-de"; None: all.
+            max_len: largest number of tokens of a source, tag and end included.
+            max_target_len: largest number of tokens of a target, the end included.
+            max_pairs: number of pairs of each direction of each table, from the start; None: all.
         """
         self._codec, self._limits = prepared.codec, Limits(max_len, max_target_len)
         self._streams = _streams(
@@ -381,7 +389,7 @@ class ValidBins:
         return len(self._starts) - 1
 
     def bin(self, index: int) -> Batch:
-        """Bin `index`, as PairBatches.bin gives them; one beyond the last asks for nothing."""
+        """Bin `index`, as `PairBatches.bin` returns it; a bin beyond the last has no targets."""
         streams, pairs = (
             rows[self._starts[index % len(self)] : self._starts[index % len(self) + 1]].tolist()
             for rows in self._rows
@@ -444,7 +452,7 @@ def _num_too_long(streams: Sequence[Stream]) -> dict[str, int]:
 
 
 def _batch(rows: Sequence[tuple[Stream, int]], codec: Codec, limits: Limits) -> Batch:
-    """Some pairs side by side; a side that is cut to the limits keeps its end."""
+    """A batch of some pairs; a side that is cut to the limits keeps its end."""
     sources, targets = [], []
     for stream, i in rows:
         pairs = stream.pairs

@@ -1,10 +1,10 @@
 """A shared vocabulary that knows languages: text to ids for translation, and back.
 
 The tag of a language is the symbol "<2xx>" of the vocabulary. A source begins with the tag of the
-language that is asked for (Johnson et al., 2017), and both sides end with the end of document.
+target language (Johnson et al., 2017), and both sides end with the end of document.
 
-Text gets a space in front before it is cut into pieces, and loses it when it comes back, so that a
-word at the start of a sentence has the pieces that it has elsewhere.
+Encoding adds a space in front of a text and decoding removes it. So a word at the start of a
+sentence has the same pieces as elsewhere.
 """
 
 import re
@@ -22,10 +22,10 @@ def tag(language: str) -> str:
 
 
 def check_language(language: str, languages: Sequence[str]) -> None:
-    """Accepts one of the languages.
+    """Accept one of the languages.
 
     Raises:
-        UserError: it is none of them.
+        UserError: if it is none of them.
     """
     if language not in languages:
         raise UserError(f"language {language!r} is unknown here: use one of {', '.join(languages)}")
@@ -35,7 +35,7 @@ def parse_direction(direction: str, languages: Sequence[str]) -> tuple[str, str]
     """Source and target language of "en-de"; either may hold hyphens itself.
 
     Raises:
-        UserError: it is not two of the languages, or can be read in two ways.
+        UserError: if it is not two of the languages, or can be read in two ways.
     """
     parts = direction.split("-")
     cuts = [("-".join(parts[:i]), "-".join(parts[i:])) for i in range(1, len(parts))]
@@ -63,16 +63,16 @@ class Codec:
 
     Attributes:
         tokenizer: the vocabulary; each language's tag is one piece of it.
-        languages: those that have a tag.
-        vocab_size: ids run from 0 to vocab_size - 1.
-        eos_id: ends both sides, and is what a decoder starts from.
+        languages: the languages that have a tag.
+        vocab_size: number of ids, which run from 0 to vocab_size - 1.
+        eos_id: id that ends both sides, and with which a decoder starts.
     """
 
     def __init__(self, tokenizer: Tokenizer, languages: Sequence[str]) -> None:
         """A codec of a vocabulary.
 
         Raises:
-            UserError: the vocabulary has no tag for one of the languages.
+            UserError: if the vocabulary has no tag for one of the languages.
         """
         self.tokenizer = tokenizer
         self.languages = tuple(languages)
@@ -95,27 +95,27 @@ class Codec:
         """Id of a language's tag.
 
         Raises:
-            UserError: the language is unknown.
+            UserError: if the language is unknown.
         """
         check_language(language, self.languages)
         return self._tag_ids[language]
 
     def source_ids(self, text: str, target_language: str) -> list[int]:
-        """What an encoder reads: the tag of the target language, the text, the end.
+        """The input of an encoder: the tag of the target language, the text, the end.
 
         Raises:
-            UserError: the language is unknown.
+            UserError: if the language is unknown.
         """
         return [self.tag_id(target_language), *self.target_ids(text)]
 
     def target_ids(self, text: str) -> list[int]:
-        """What a decoder answers: the text, the end."""
+        """The target of a decoder: the text, the end."""
         return [*(i for part in self.parts(text) for i in self.tokenizer.encode(part)), self.eos_id]
 
     def parts(self, text: str) -> list[str]:
-        """What the tokenizer is given of a text, each part by itself.
+        """The parts of a text that the tokenizer encodes one by one.
 
-        Text that merely spells a tag must not become one: it is cut behind the "<".
+        Text that merely spells a tag must not become one, so it is cut behind the "<".
         """
         return self._inside_tag.split(" " + text)
 

@@ -1,10 +1,10 @@
-"""Which rows of tokenised tables are pairs of a direction, and why the others are not.
+"""The choice of the rows that are pairs of a direction, and the reasons against the others.
 
-Rows of the validation split are pairs if both sides hold something. Training pairs may be filtered
-too; each row that is dropped counts under the first reason that holds.
+A row of the validation split is a pair if both sides hold something. Training pairs can also be
+filtered. A dropped row counts under the first reason that holds.
 
-Memory: 8 bytes a row for each column of a language that duplicates are looked for in, and one byte
-a row for each direction.
+Memory is 8 bytes a row for each column that is searched for duplicates, and one byte a row for each
+direction.
 """
 
 from collections import Counter
@@ -32,14 +32,14 @@ WAYS_OUT = {  # by the reason why a row is no pair, in the order in which they a
 
 @dataclass(frozen=True)
 class PairFilter:
-    """What is asked of a training pair."""
+    """The filters of training pairs."""
 
     dedupe: bool = False  # once a direction, and in neither direction of the validation split
     max_length_ratio: float | None = None  # of the longer side to the shorter, in tokens
     max_length: int | None = None  # of a side, tag and end included, in tokens
 
     def check(self) -> None:
-        """Raises a UserError for values without a meaning."""
+        """Raise a UserError for values without a meaning."""
         ratio, length = self.max_length_ratio, self.max_length
         if ratio is not None and not 1 <= ratio < float("inf"):
             raise UserError(f"max_length_ratio={ratio} must be at least 1: use 3, say")
@@ -49,7 +49,7 @@ class PairFilter:
 
 @dataclass
 class _Candidates:
-    """The rows of a direction in one split of a table, as far as they have not been dropped."""
+    """The rows of a direction in one split of a table that have not been dropped."""
 
     table: TableRecord
     split: str
@@ -59,7 +59,7 @@ class _Candidates:
     dropped: dict[str, int]
 
     def drop(self, reason: str, is_bad: BoolArray) -> None:
-        """Drops the rows that are bad; counts those that were not dropped before."""
+        """Drop the bad rows, and count those that were not dropped before."""
         is_bad = is_bad & self.is_pair
         self.is_pair &= ~is_bad
         if count := int(is_bad.sum()):
@@ -69,13 +69,13 @@ class _Candidates:
 def choose_pairs(
     folder: Path, tables: list[TableRecord], asked: PairFilter, vocab_size: int
 ) -> list[TableRecord]:
-    """The records with their pairs, whose row files now lie in `folder`.
+    """The records with their pairs; writes the row files into `folder`.
 
     Args:
-        folder: with the token files.
+        folder: folder of the token files.
         tables: records without pairs.
-        asked: of the training split.
-        vocab_size: of the tokens.
+        asked: filters of the training split.
+        vocab_size: size of the vocabulary of the tokens.
     """
     candidates = [one for table in tables for one in _candidates(folder, table, vocab_size)]
     for one in candidates:
@@ -101,7 +101,7 @@ def choose_pairs(
 
 
 def dropped(tables: Sequence[TableRecord], split: str) -> dict[str, int]:
-    """How often a row was no pair of a direction, by reason, summed over the directions."""
+    """Number of dropped rows by reason, summed over the directions."""
     totals: Counter[str] = Counter()
     for table in tables:
         for pairs in table.pairs(split):
@@ -110,12 +110,12 @@ def dropped(tables: Sequence[TableRecord], split: str) -> dict[str, int]:
 
 
 def in_words(reasons: dict[str, int]) -> str:
-    """Why and how often rows were dropped."""
+    """The reasons and numbers of dropped rows, in words."""
     return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items()) or "none"
 
 
 def refuse_no_pair(tables: Sequence[TableRecord]) -> None:
-    """Raises a UserError if a split has rows and none of them is a pair."""
+    """Raise a UserError if a split has rows and none of them is a pair."""
     for split in SPLITS:
         of_split = [table for table in tables if split in table.splits]
         if of_split and not any(one.num_pairs for table in of_split for one in table.pairs(split)):
@@ -150,11 +150,11 @@ def _content_lengths(column: TokenSplit) -> IntArray:
 
 
 def _drop_duplicates(candidates: list[_Candidates]) -> None:
-    """Drops pairs that come again in any table, and those that are validated either way round."""
+    """Drop pairs that occur before in any table, or in the validation split in either direction."""
     column_hashes: dict[Path, WordArray] = {}
 
     def pair_hashes(one: _Candidates) -> WordArray:
-        """Equal for both directions of a pair."""
+        """Hashes of the pairs, equal for both directions of a pair."""
         for column in one.columns:
             if column.path not in column_hashes:
                 column_hashes[column.path] = row_hashes(column)

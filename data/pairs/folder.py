@@ -1,4 +1,4 @@
-"""The folder of prepared pairs: one vocabulary, token files by language, and which rows are pairs.
+"""The folder of prepared pairs: one vocabulary, token files by language, and the rows of pairs.
 
 tokenizer.model                    the vocabulary, with a tag for each language
 TABLE.SPLIT.LANGUAGE.bin, .idx     the rows of one language as in data.text.token_files: a row is a
@@ -7,8 +7,8 @@ TABLE.SPLIT.A+B.rows               uint32, little endian: the rows that are pair
                                    older folders, also those from B to A
 manifest.json                      sizes, checksums, counts, and the settings that made the folder
 
-An n-way table is stored once, however many directions are read from it; a direction is two of its
-columns. A long table is stored as one such table for each of its directions.
+An n-way table is stored once for all directions; a direction is two of its columns. A long table is
+stored as one such table for each of its directions.
 """
 
 import hashlib
@@ -96,8 +96,8 @@ class Pair(NamedTuple):
     """One pair as a model reads it.
 
     Attributes:
-        source: (S,) int64, the tag of the target language, the text, the end.
-        target: (T,) int64, the text, the end.
+        source: (S,) int64, tag of the target language, text, end.
+        target: (T,) int64, text, end.
     """
 
     source: IntArray
@@ -120,12 +120,12 @@ class TablePairs:
 
     @cached_property
     def source_row(self) -> Callable[[int], npt.NDArray[Any]]:
-        """Of a row: its source tokens with the end, unchecked: (length,) uint16 or uint32."""
+        """Source tokens of a row with the end, unchecked: (length,) uint16 or uint32."""
         return _row_reader(self.source)
 
     @cached_property
     def target_row(self) -> Callable[[int], npt.NDArray[Any]]:
-        """Of a row: its target tokens with the end, unchecked: (length,) uint16 or uint32."""
+        """Target tokens of a row with the end, unchecked: (length,) uint16 or uint32."""
         return _row_reader(self.target)
 
     @cached_property
@@ -200,17 +200,17 @@ class PreparedPairs:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Those that have a tag."""
+        """The languages that have a tag."""
         return tuple(self.manifest.languages)
 
     @property
     def tables(self) -> list[TableRecord]:
-        """What the folder holds, table by table."""
+        """The tables of the folder."""
         return self.manifest.tables
 
     @cached_property
     def codec(self) -> Codec:
-        """The vocabulary, loaded when first asked for."""
+        """The vocabulary, loaded at the first access."""
         return Codec(load_tokenizer(self.path / self.manifest.tokenizer_file), self.languages)
 
     @property
@@ -227,7 +227,7 @@ class PreparedPairs:
         """The pairs of a direction.
 
         Raises:
-            UserError: a language is unknown, or the split has no pair of this direction.
+            UserError: if a language is unknown, or the split has no pair of this direction.
         """
         for language in (source, target):
             check_language(language, self.languages)
@@ -267,7 +267,7 @@ class PreparedPairs:
         }
 
     def _of_split(self, split: str) -> dict[tuple[str, str], DirectionPairs]:
-        """The pairs of every direction that has any, in the order of the tables; opened once."""
+        """The pairs of every direction that has pairs, in the order of the tables; opened once."""
         if split not in self._opened:
             parts: dict[tuple[str, str], list[TablePairs]] = {}
             for part in self.table_pairs(split):
@@ -283,7 +283,7 @@ class PreparedPairs:
         return {}
 
     def table_pairs(self, split: str) -> list[TablePairs]:
-        """The pairs of a split, by table and direction; those that are empty are left out."""
+        """The pairs of a split, by table and direction; empty ones are left out."""
         return [part for table in self.tables for part in self._parts(table, split)]
 
     def _parts(self, table: TableRecord, split: str) -> Iterator[TablePairs]:
@@ -315,16 +315,16 @@ class PreparedPairs:
 
 
 def rows_file(folder: Path, table: str, split: str, languages: tuple[str, str]) -> Path:
-    """The file that says which rows are pairs."""
+    """The file of the row numbers that are pairs."""
     return folder / f"{table}.{split}.{languages[0]}+{languages[1]}.rows"
 
 
 def open_pairs(path: Path) -> PreparedPairs:
-    """The pairs of a folder; reads little, maps the rest.
+    """The pairs of a folder; reads the manifest and maps the rest.
 
     Raises:
-        UserError: the folder, the manifest or a file in it is missing, cut short, or does not fit
-            the others.
+        UserError: if the folder, the manifest or a file in it is missing, cut short, or does not
+            fit the others.
     """
     # A file for each direction stays open: 33 languages have more than the usual 1,024.
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,12 +1,12 @@
-"""Makes a folder of prepared pairs: trains or copies the vocabulary, tokenises, chooses the pairs.
+"""Make a folder of prepared pairs: train or copy the vocabulary, tokenise, choose the pairs.
 
 The rows are read three times: to count them, to sample text for the vocabulary, and to tokenise
-them column by column, as data.text.prepare does with documents. Then, from the token files alone,
-it is decided which rows are pairs of which languages.
+them column by column, as data.text.prepare does with documents. Then the pairs are chosen from the
+token files alone.
 
-Every text is learnt from with the temperature T of the vocabulary: a language with n characters
-gives a share proportional to n^(1/T) of the sample (Arivazhagan et al., 2019), and so is read more
-than once if it is small.
+The vocabulary has a temperature T: a language with n characters gives a share of the sample that is
+proportional to n^(1/T) (Arivazhagan et al., 2019). The text of a small language is therefore read
+more than once.
 """
 
 from collections.abc import Iterator
@@ -71,8 +71,8 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
     """The manifest of the folder `config.out`, made now unless it is already up to date.
 
     Raises:
-        UserError: contradictory settings, unusable text, a full disk, or a folder `config.out`
-            that was made from something else.
+        UserError: if settings contradict each other, the text cannot be used, the disk is full, or
+            the folder `config.out` was made from something else.
     """
     _check(config)
     files = _files(config)
@@ -188,7 +188,7 @@ def _files(config: PreparePairsConfig) -> Files:
 
 
 def _settings(config: PreparePairsConfig, files: Files) -> dict[str, Any]:
-    """All that determines the result, as JSON: what a later run is compared with."""
+    """All settings that determine the result, as JSON; a later run is compared with them."""
     other = open_pairs(config.tokenizer).manifest if config.tokenizer else None
     settings: dict[str, Any] = {
         "version": PAIRS_VERSION,
@@ -225,7 +225,7 @@ def _vocabulary(
     partial: Path,
     reporter: Reporter,
 ) -> Codec:
-    """The codec, whose vocabulary now lies in `partial`."""
+    """The codec; writes its vocabulary into `partial`."""
     file = partial / "tokenizer.model"
     if config.tokenizer is not None:
         other = open_pairs(config.tokenizer)
@@ -279,12 +279,12 @@ def sampled_texts(
 
     Args:
         texts: language and text, in any order.
-        num_chars: n, the characters of each language.
+        num_chars: n, number of characters of each language.
         temperature: T.
-        max_chars: about so many characters are drawn, or as many as there are if that is less.
+        max_chars: approximate number of characters to draw; all of them if there are fewer.
 
     Yields:
-        Texts with the space in front that a codec puts there; one may come several times.
+        Texts with the leading space that a codec adds; a text may occur several times.
     """
     size = min(max_chars, sum(num_chars.values()))
     powers = {language: n ** (1 / temperature) if n else 0.0 for language, n in num_chars.items()}
@@ -301,7 +301,7 @@ def sampled_texts(
 
 
 def _column(table: str, split: str, language: str) -> str:
-    """What a column's shards are called; no dot, which would begin a suffix."""
+    """Name of a column's shards. It has no dot, which would begin a suffix."""
     return f"{table}.{split}.{language}".replace(".", "+")
 
 
@@ -315,7 +315,7 @@ def _columns(tables: list[StoredTable]) -> Iterator[tuple[StoredTable, str, str]
 
 
 def _pieces(rows: Rows, codec: Codec) -> Iterator[tuple[str, Piece]]:
-    """Every text with the name of its column; a missing one has no piece but the end."""
+    """Every text with the name of its column; a missing text has only the end."""
     for table, split, row in rows:
         for language in table.languages:
             text = row.texts.get(language, "")
@@ -331,7 +331,7 @@ def _join(
     stems: dict[str, list[Path]],
     partial: Path,
 ) -> list[TableRecord]:
-    """Writes the token files; the records, still without pairs."""
+    """The records, still without pairs, after writing the token files."""
     records: dict[str, TableRecord] = {}
     for table, split, language in _columns(tables):
         record = records.setdefault(

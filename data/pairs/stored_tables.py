@@ -1,6 +1,6 @@
 """The tables of parallel text as they will be stored, found by reading every row once.
 
-An n-way table is stored as it is, a long one as a table for each of its directions.
+An n-way table is stored unchanged, and a long one as a table for each of its directions.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ class TableConfig:
 
 @dataclass
 class StoredTable:
-    """What a first reading finds: an n-way table, or one direction of a long one."""
+    """Result of the first reading: an n-way table, or one direction of a long one."""
 
     name: str
     config: TableConfig
@@ -56,7 +56,7 @@ def counted_tables(
     """Every table as it will be stored, counted.
 
     Raises:
-        UserError: a row is malformed, a column is missing, or a table has nothing to learn from.
+        UserError: if a row is malformed, a column is missing, or a table has nothing to learn from.
     """
     tables: dict[str, StoredTable] = {}
     reader = Reader(configs, files, tables, reporter)
@@ -98,7 +98,7 @@ def counted_tables(
 
 
 def _check_columns(one: TableConfig, reader: "Reader") -> None:
-    """Raises a UserError if a file lacks one of the table's languages."""
+    """Raise a UserError if a file lacks one of the table's languages."""
     files = {path: names for (name, path), names in reader.columns.items() if name == one.name}
     of_all = dict.fromkeys(name for names in files.values() for name in names if name != ID_COLUMN)
     for path, names in files.items():
@@ -121,7 +121,7 @@ def _check_columns(one: TableConfig, reader: "Reader") -> None:
 
 
 def _row_id_hint(one: TableConfig, reader: "Reader") -> str:
-    """What to say of a table whose column `id` is no language; "" if there is none."""
+    """A hint for a table whose column `id` is not read as a language; "" without such a column."""
     for (name, _), names in reader.columns.items():
         if name == one.name and ID_COLUMN in names and ID_COLUMN not in (one.columns or ()):
             languages = one.columns or [column for column in names if column != ID_COLUMN]
@@ -134,12 +134,12 @@ def _row_id_hint(one: TableConfig, reader: "Reader") -> str:
 
 @dataclass
 class Reader:
-    """Reads every row of every table, as often as is asked.
+    """Reads every row of every table, each time it is called.
 
     Attributes:
-        columns: of n-way rows, by table and file.
-        languages: of long rows, by table.
-        num_others: long rows of directions that nobody asked for, by table.
+        columns: columns of n-way rows, by table and file.
+        languages: languages of long rows, by table.
+        num_others: number of long rows of directions that are not read, by table.
     """
 
     configs: tuple[TableConfig, ...]

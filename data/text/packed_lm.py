@@ -7,8 +7,8 @@ of T + 1 tokens that share their border token. The g-th sample that training eve
 function of (seed, g) alone, so the order of the data depends neither on the number of ranks nor
 on gradient accumulation, and resuming needs one number: the samples consumed so far.
 
-What a model is asked about a window is its dataset's objective: `causal` here, two others in
-data/text/masked_lm.py.
+The objective of a dataset turns windows into inputs and targets: `causal` here, two others in
+    data/text/masked_lm.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +32,8 @@ class Rows(NamedTuple):
     """Windows side by side.
 
     Attributes:
-        tokens: (B, T + 1) int64; 0 where a window is short.
-        lengths: (B,) int64, tokens of each window after its first; 0 in rows without a window.
+        tokens: (B, T + 1) int64, token ids; 0 past the end of a short window.
+        lengths: (B,) int64, number of tokens after the first of each window; 0 in rows without one.
         keys: (B,) int64, the global sample g in training, the window in validation.
     """
 
@@ -48,12 +48,12 @@ class Rows(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a model is given and what it should answer.
+    """The inputs of a model and its targets.
 
     Attributes:
-        inputs: the arguments of the model's forward, each (B, T): tokens int64 and, only where
-            something is padding, masks, bool.
-        targets: (B, T) int64, IGNORE_INDEX where nothing is asked.
+        inputs: the arguments of the model's forward, each (B, T): tokens int64 and, only if
+            something is padding, masks bool.
+        targets: (B, T) int64, IGNORE_INDEX at positions that do not count.
     """
 
     inputs: tuple[npt.NDArray[Any], ...]
@@ -64,7 +64,7 @@ Objective = Callable[[Rows, int], Batch]  # the second argument is the seed
 
 
 def causal(rows: Rows, seed: int) -> Batch:
-    """Each token from those before it; there is nothing to draw."""
+    """The objective of a decoder: predict each token from those before it. Draws nothing."""
     del seed
     padding = rows.padding
     targets = np.where(padding, IGNORE_INDEX, rows.tokens[:, 1:])
@@ -73,10 +73,10 @@ def causal(rows: Rows, seed: int) -> Batch:
 
 
 class PackedLM:
-    """The windows of T + 1 tokens of one split, and what is asked about them.
+    """The windows of T + 1 tokens of one split, with their objective.
 
     Raises:
-        UserError: the split is shorter than one window.
+        UserError: if the split is shorter than one window.
     """
 
     def __init__(self, split: TokenSplit, seq_len: int, objective: Objective = causal):
@@ -96,9 +96,10 @@ class PackedLM:
         return (self.split.num_tokens - 1) // self.seq_len
 
     def num_targets(self, max_sequences: int | None = None) -> int:
-        """Tokens that `valid_batches` asks about: all but the first, or a few windows'.
+        """Number of tokens that `valid_batches` predicts.
 
-        A masked model is asked about some of them only.
+        It is all but the first, or those of a few windows. A masked model predicts only some of
+        them.
         """
         every = self.split.num_tokens - 1
         return every if max_sequences is None else min(every, max_sequences * self.seq_len)
@@ -107,7 +108,7 @@ class PackedLM:
         """Window i in the order of the file: (T + 1,) int64; inputs are [:-1], targets [1:].
 
         Raises:
-            UserError: the window holds an id beyond the vocabulary.
+            UserError: if the window holds an id beyond the vocabulary.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"window {i} of {len(self)}")
@@ -115,7 +116,7 @@ class PackedLM:
 
 
 def sample_order(index: npt.ArrayLike, num_samples: int, seed: int) -> IntArray:
-    """Which window each global sample reads: epoch after epoch, each in an order of its own.
+    """The window of each global sample; every epoch has an order of its own.
 
     A keyed permutation (a Feistel network over the smallest power of four that holds n, walked
     until it lands below n), so memory is O(1) in n.
@@ -133,10 +134,13 @@ def sample_order(index: npt.ArrayLike, num_samples: int, seed: int) -> IntArray:
     assert flat.size == 0 or flat.min() >= 0
     epoch, position = np.divmod(flat, num_samples)
     key = mixed(epoch.astype(np.uint64) + mixed(np.array([seed % 2**64], dtype=np.uint64)))
+    # Two halves of equal width, so the network permutes a power of four, less than 4n on the whole.
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     word = position.astype(np.uint64)
     pending = np.ones(flat.shape, dtype=bool)
     while pending.any():
+        # A word beyond n is permuted again. The cycle that it lies on leads back below n, and each
+        # word below n is reached from one start only, so the result is a permutation of n.
         word[pending] = _feistel(word[pending], key[pending], half_bits)
         pending = word >= num_samples
     return word.astype(np.int64).reshape(np.shape(index))
@@ -148,7 +152,10 @@ def _feistel(word: WordArray, key: WordArray, half_bits: int) -> WordArray:
     left, right = word >> shift, word & mask
     for round_index in range(NUM_FEISTEL_ROUNDS):
         round_key = mixed(key + np.uint64(round_index))
-        left, right = right, left ^ (mixed(right + round_key) & mask)
+        left, right = (
+            right,
+            left ^ (mixed(right + round_key) & mask),
+        )  # invertible whatever mixed is
     return (left << shift) | right
 
 
@@ -173,12 +180,13 @@ def train_micro_batch(
 
     Args:
         dataset: the training windows.
-        first_sample: global index of the first sample of this optimizer step: samples consumed.
-        micro_step: which gradient accumulation step of this optimizer step, from 0.
+        first_sample: global index of the first sample of this optimizer step, which is the number
+            of samples consumed before it.
+        micro_step: index of the gradient accumulation step within the optimizer step, from 0.
         micro_batch_size: B, samples per rank.
         rank: this rank among the `world_size` ranks that read different data.
         world_size: number of such ranks.
-        seed: of the order of the data, and of what the objective draws.
+        seed: seed of the order of the data and of the objective's draws.
     """
     start = first_sample + (micro_step * world_size + rank) * micro_batch_size
     index = np.arange(start, start + micro_batch_size)
@@ -189,7 +197,7 @@ def train_micro_batch(
 
 
 def window_batch(dataset: PackedLM, windows: Sequence[int]) -> Batch:
-    """What is asked about these whole windows in validation."""
+    """The validation batch of these whole windows."""
     tokens = np.stack([dataset.sample(window) for window in windows])
     index = np.array(windows, dtype=np.int64)
     return dataset.objective(Rows(tokens, np.full(len(index), dataset.seq_len), index), 0)
@@ -205,18 +213,18 @@ def valid_batches(
     """One rank's batches of a validation pass; over all ranks each window counts exactly once.
 
     Every rank gets the same number of batches, because ranks that share experts must step
-    together. What fills the last window and the last rows has the target IGNORE_INDEX. What an
-    objective draws is a function of (0, window): every pass asks the same.
+    together. The filling of the last window and of the last rows has the target IGNORE_INDEX. The
+    draws of an objective are a function of (0, window), so every pass is the same.
 
     Args:
         dataset: the validation windows. Every token but the split's first is in one of them.
         batch_size: B, samples per rank.
         rank: this rank among the `world_size` ranks that read different data.
         world_size: number of such ranks.
-        max_sequences: only so many windows, the first ones; None: the whole split.
+        max_sequences: number of windows to read, from the first; None: the whole split.
     """
     seq_len, num_tokens = dataset.seq_len, dataset.split.num_tokens
-    num_windows = -(-(num_tokens - 1) // seq_len)
+    num_windows = -(-(num_tokens - 1) // seq_len)  # rounded up: the last window may be short
     if max_sequences is not None:
         num_windows = min(num_windows, max_sequences)
     for first in range(0, num_windows, batch_size * world_size):

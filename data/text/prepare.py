@@ -1,14 +1,14 @@
-"""Makes a prepared folder: trains or copies the vocabulary, tokenises, joins.
+"""Make a prepared folder: train or copy the vocabulary, tokenise, join.
 
 One process reads the text and cuts it into shards; workers tokenise shards; the parent joins them
 in order.
 
-A run that was stopped is started again with the same command (see data.atomic): it keeps the
-vocabulary and every finished shard.
+The same command resumes a run that was stopped (see data.atomic): it keeps the vocabulary and every
+finished shard.
 
-Memory, for input of any size: one piece of text (see data.text.corpus), two shards a worker (each
-of data.text.shards.SHARD_CHARS characters), and the sample that the vocabulary learns from. Disk:
-twice the token files until the end.
+Memory does not depend on the size of the input: one piece of text (see data.text.corpus), two
+    shards for each worker (data.text.shards.SHARD_CHARS characters each), and the sample that the
+    vocabulary learns from. Disk holds twice the token files until the end.
 """
 
 import functools
@@ -75,8 +75,8 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
     """The manifest of the folder `config.out`, made now unless it is already up to date.
 
     Raises:
-        UserError: contradictory settings, unusable text, a full disk, or a folder `config.out`
-            that was made from something else.
+        UserError: if settings contradict each other, the text cannot be used, the disk is full, or
+            the folder `config.out` was made from something else.
     """
     _check(config)
     sources = _sources(config)
@@ -150,7 +150,7 @@ def _sources(config: PrepareConfig) -> Sources:
 
 
 def _settings(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
-    """All that determines the result, as JSON: what a later run is compared with."""
+    """All settings that determine the result, as JSON; a later run is compared with them."""
     fraction = config.valid_fraction
     if not config.valid and not config.corpus and fraction is None:
         fraction = DEFAULT_VALID_FRACTION
@@ -172,7 +172,7 @@ def _settings(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
 
 
 def _refuse_other(out: Path, settings: dict[str, Any]) -> None:
-    """Raises unless `out` was made from these settings."""
+    """Raise unless `out` was made from these settings."""
     if not (out / "manifest.json").is_file():
         raise UserError(f"{out} exists and is not a prepared folder: choose another --out")
     refuse_other(out, open_prepared(out).manifest.settings, settings)

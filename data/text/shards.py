@@ -1,7 +1,7 @@
 """Shards: bounded parts of the text, tokenised by workers and joined in order.
 
-Shards are cut by the text alone, so the result is the same, byte for byte, for any number of
-workers and however often the work was interrupted.
+The text alone decides where shards are cut. So the result is the same, byte for byte, for any
+number of workers and of interruptions.
 """
 
 import ctypes
@@ -50,9 +50,9 @@ def _shards(
 
 
 def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
-    """Writes STEM.bin (ids), STEM.ends (where documents end, uint64) and then STEM.json (sizes).
+    """Write STEM.bin (ids), STEM.ends (ends of documents, uint64) and then STEM.json (sizes).
 
-    The record comes last: where it is, the other two are whole.
+    The record is written last: if it exists, the other two files are complete.
     """
     tokenizer = _cached_tokenizer(vocabulary)
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
@@ -78,7 +78,7 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
 
 @functools.cache
 def _cached_tokenizer(path: Path) -> Tokenizer:
-    """One load a process, however many shards it is handed."""
+    """The tokenizer of a file, loaded once in each process."""
     return load_tokenizer(path)
 
 
@@ -89,14 +89,14 @@ def tokenise(
     workers: int,
     splits: Sequence[str] = SPLITS,
 ) -> tuple[dict[str, list[Path]], int]:
-    """Tokenises whatever `folder` does not hold yet.
+    """Tokenise the shards that `folder` does not hold yet.
 
     Args:
         pieces: all pieces of text, each with the name of its split.
         vocabulary: a file for `load_tokenizer`.
-        folder: where shards are written, and found again after an interruption.
-        workers: processes; 1 works in this one.
-        splits: the names that occur, or may.
+        folder: the folder of the shards, which are found again after an interruption.
+        workers: number of processes; 1 works in this process.
+        splits: names of all splits that may occur.
 
     Returns:
         The stems of the shards in order, by split, and how many of them were already there.
@@ -109,6 +109,7 @@ def tokenise(
         for name, shard in _shards(pieces, splits):
             stem = folder / name
             stems[name.rpartition("-")[0]].append(stem)
+            # The text is read and cut again even if the shard exists: its cuts define the rest.
             if stem.with_suffix(".json").exists():
                 num_kept += 1
             else:
@@ -126,7 +127,7 @@ def tokenise(
         try:
             for arguments in todo():
                 running.append(pool.submit(tokenise_shard, *arguments))
-                if len(running) >= 2 * workers:
+                if len(running) >= 2 * workers:  # bounds the text in memory
                     running.popleft().result()
             while running:
                 running.popleft().result()
@@ -146,7 +147,7 @@ def _start_worker(parent: int) -> None:
 
 
 def join(stems: list[Path], bin_file: Path) -> SplitRecord:
-    """Writes one split's token file, and its index beside it, from its shards."""
+    """Write one split's token file and its index from the shards."""
     records = [json.loads(stem.with_suffix(".json").read_text()) for stem in stems]
     totals = {
         key: sum(record[key] for record in records)
@@ -168,7 +169,7 @@ def join(stems: list[Path], bin_file: Path) -> SplitRecord:
 
 
 def _concatenate(files: list[Path], out: IO[bytes]) -> str:
-    """Copies the files to `out`; the sha256 of what was copied."""
+    """The sha256 of some files, after copying them to `out` one after the other."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as source:

@@ -88,12 +88,12 @@ class TokenSplit:
 
     @cached_property
     def document_starts(self) -> npt.NDArray[np.uint64]:
-        """Where documents begin, and where the last one ends: (num_documents + 1,) uint64."""
+        """Starts of all documents, and the end of the last: (num_documents + 1,) uint64."""
         return np.load(self.path.with_suffix(".idx"), mmap_mode="r")
 
     @property
     def has_index(self) -> bool:
-        """Whether `document_starts` can be right; of a huge one the beginning is looked at."""
+        """Whether `document_starts` can be right; only the beginning of a huge index is checked."""
         try:
             starts = self.document_starts
         except Exception:  # numpy says of damaged files whatever its parsers meet
@@ -109,7 +109,7 @@ class TokenSplit:
         """Tokens start to stop - 1: (stop - start,) int64.
 
         Raises:
-            UserError: one of them is beyond the vocabulary.
+            UserError: if one of them is beyond the vocabulary.
         """
         tokens = self.tokens[start:stop].astype(np.int64)
         if tokens.size and tokens.max() >= self.vocab_size:
@@ -128,7 +128,7 @@ class TokenSplit:
     def unigram_perplexity(self, start: int = 0, stop: int | None = None) -> float:
         """exp(entropy) of the frequencies of tokens start to stop - 1 among themselves.
 
-        What a model that knows no order, but these very frequencies, would reach.
+        A model of these frequencies that ignores the order of tokens would reach it.
         """
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         stop = self.num_tokens if stop is None else stop
@@ -155,13 +155,14 @@ class Prepared:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The vocabulary, loaded when first asked for."""
+        """The vocabulary, loaded at the first access."""
         return load_tokenizer(self.path / self.manifest.tokenizer_file)
 
     def num_text_bytes(self, num_targets: int) -> int:
         """UTF-8 bytes of the first `num_targets` predicted tokens of the validation split.
 
-        The whole split's were counted when it was made; fewer are decoded and counted.
+        The bytes of the whole split were counted when it was made; for fewer targets the tokens are
+        decoded and counted.
         """
         if num_targets >= self.valid.num_tokens - 1:
             return self.valid.num_bytes
@@ -181,7 +182,7 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a prepared folder.
 
     Raises:
-        UserError: the folder is missing, is a file, or was not made by prepare_data.
+        UserError: if the folder is missing, is a file, or was not made by `magnetar prepare`.
     """
     if path.is_file():
         raise UserError(
@@ -210,11 +211,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def open_prepared(path: Path) -> Prepared:
-    """The data of a prepared folder; reads little, maps the rest.
+    """The data of a prepared folder; reads the manifest and maps the tokens.
 
     Raises:
-        UserError: the folder, the manifest or a file in it is missing, cut short, or does not fit
-            the others.
+        UserError: if the folder, the manifest or a file in it is missing, cut short, or does not
+            fit the others.
     """
     manifest = read_manifest(path)
     again = f"delete {path} and prepare it again"

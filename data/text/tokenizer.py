@@ -117,7 +117,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             `encoder.json` and `vocab.bpe`). The first file of a pair stands for both.
 
     Raises:
-        UserError: nothing is there, or it is damaged, or it has no end-of-document token.
+        UserError: if the file is missing or damaged, or has no end-of-document token.
     """
     file = _vocabulary_file(path)
     try:
@@ -176,20 +176,21 @@ def train_sentencepiece(
     sample_chars: int | None = None,
     symbols: Sequence[str] = (),
 ) -> None:
-    """Trains a SentencePiece vocabulary (unigram, byte fallback) and writes it to `out_model`.
+    """Train a SentencePiece vocabulary (unigram, byte fallback) and write it to `out_model`.
 
     The same texts give the same file: nothing is drawn at random. Memory is bounded by the sample.
 
     Args:
         texts: any amount of text; lines are sampled evenly from all of it.
-        vocab_size: entries, among them 256 bytes, the newline, the unknown and the end of document.
+        vocab_size: number of entries, among them 256 bytes, the newline, the unknown and the end of
+            document.
         out_model: the file to write; it appears only when complete.
-        sample_chars: at most so many characters are learnt from. None: 2048 an entry, but at least
-            8 Mi and at most 64 Mi.
-        symbols: pieces of their own, wherever they stand.
+        sample_chars: largest number of characters to learn from. None: 2048 for each entry, within
+            8 Mi and 64 Mi.
+        symbols: strings that are always a piece of their own.
 
     Raises:
-        UserError: the text is empty, or too little or too varied for this vocabulary.
+        UserError: if the text is empty, or too little or too varied for this vocabulary.
     """
     limit = sample_chars or min(max(2048 * vocab_size, 8 << 20), 64 << 20)
     model = io.BytesIO()

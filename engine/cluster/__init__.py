@@ -1,1 +1,1 @@
-"""Ranks and hosts: how they meet, are watched and are told to stop."""
+"""Ranks and hosts: rendezvous, watchdog, signals."""

@@ -22,8 +22,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Host -> its slots, in the file's order.
 
     Raises:
-        UserError: if it is missing, empty, or has a line that DeepSpeed would refuse or that would
-            start something else than the run.
+        UserError: if the file is missing or empty, or has a line that DeepSpeed would refuse or
+            that would start something other than the run.
     """
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
@@ -40,9 +40,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise UserError(f"--hostfile {path}, line {number}: {line!r} {what}: mend the line")
         if _NAME.fullmatch(match[1]) is None:
             raise UserError(
-                f"--hostfile {path}, line {number}: {match[1]!r} is no name of one host: use "
+                f"--hostfile {path}, line {number}: {match[1]!r} is not the name of one host: use "
                 "letters, digits, dots and hyphens, with USER@ in front if need be; options of ssh "
-                "and IPv6 addresses belong into ~/.ssh/config"
+                "and IPv6 addresses belong in ~/.ssh/config"
             )
         hosts[match[1]] = int(match[2])
     if not hosts:
@@ -55,8 +55,7 @@ def chosen_slots(
 ) -> dict[str, list[int]]:
     """Host -> its slots that take part, as DeepSpeed reads --include and --exclude.
 
-    Hosts of the two texts that are not there are passed over: they may have been taken out of the
-    hostfile since.
+    Unknown hosts in the two texts are ignored: they may have been removed from the hostfile since.
     """
     slots = {host: list(range(count)) for host, count in hosts.items()}
     named: dict[str, list[int]] = {}
@@ -74,7 +73,7 @@ def chosen_slots(
 
 
 def ssh_command(host: str, words: Sequence[str], port: int | None = None) -> list[str]:
-    """Run words on a host with the options that pdsh gets, without ever asking for a password."""
+    """The ssh command that runs words on a host with pdsh's options, without a password prompt."""
     options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     options += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SECONDS_TO_ANSWER}"]
     if port is not None:
@@ -85,7 +84,7 @@ def ssh_command(host: str, words: Sequence[str], port: int | None = None) -> lis
 def on_hosts(
     hosts: Iterable[str], words: Sequence[str], port: int | None = None, seconds: float = 15.0
 ) -> dict[str, str | None]:
-    """What a command prints on each host, side by side; None where it failed or took too long."""
+    """The output of a command on each host, run in parallel; None if it failed or took too long."""
 
     def run(host: str) -> str | None:
         command = ssh_command(host, words, port)
@@ -103,7 +102,7 @@ def on_hosts(
 
 
 def address_of(host: str, port: int | None = None) -> str:
-    """An address by which others reach a host: the first that it has, as DeepSpeed takes it."""
+    """The first address of a host, by which others reach it; DeepSpeed takes the same."""
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:

@@ -14,12 +14,12 @@ from magnetar.engine.cluster.rendezvous import leave_rendezvous
 def leave_distributed() -> None:
     """End what `start_distributed` began, and join the threads of its groups.
 
-    A thread of gloo that frees the tensors of a collective, a moment after the collective is done
-    for everybody else, takes Python's lock for that. Python ends a thread that asks while it shuts
-    down, and for a C++ thread that is an abort ("terminate called without an active exception",
+    A thread of gloo frees the tensors of a collective a moment after the collective is done, and
+    takes Python's lock for that. Python ends a thread that asks for the lock during shutdown, and
+    for a C++ thread that is an abort ("terminate called without an active exception",
     status -6; https://github.com/pytorch/pytorch/issues/190489). Only the destructor of a group
-    joins its threads: call this where no engine or model refers to one any more, so not in the
-    function that made them.
+    joins its threads. So call this when no engine or model refers to a group any more, that is not
+    in the function that made them.
     """
     dist.destroy_process_group()
     leave_rendezvous()

@@ -1,8 +1,9 @@
 """Where the ranks of a run meet: a store at MASTER_ADDR:MASTER_PORT, which rank 0 serves.
 
-torch's own listens on every network of the machine. This one listens at MASTER_ADDR alone, and
-gloo's connections, which would be made wherever the host's name leads, on the network of
-MASTER_ADDR. Under torchrun the store is its agent's, which listens where it likes.
+torch's own store listens on every network of the machine; this one listens only at MASTER_ADDR.
+Without this, gloo would connect over whichever interface the host name resolves to; here it uses
+the network of MASTER_ADDR. Under torchrun the store belongs to its agent, which listens on all
+interfaces.
 """
 
 import errno
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from magnetar.data.errors import MachineError, UserError
 
 INIT_METHOD = "magnetar://"
-# For which a rank that was killed a moment ago may keep the port.
+# A rank that was just killed may still hold the port for this long.
 _SECONDS_FOR_THE_PORT = 10.0
 # Ranks start together, but a machine may have to read every package from a slow disk first.
 _TIME_TO_MEET = timedelta(minutes=10)
@@ -27,12 +28,12 @@ _BACKLOG = 4096
 
 
 class Meeting(NamedTuple):
-    """Where this rank has met the others.
+    """The rendezvous of this rank with the others.
 
     Attributes:
         host: address or name of the machine that serves the store.
-        port: of the store.
-        store: this rank's connection to it; of rank 0 also what serves it.
+        port: port of the store.
+        store: this rank's connection to the store; on rank 0 also the server.
     """
 
     host: str
@@ -45,10 +46,10 @@ _is_registered = False
 
 
 def use_rendezvous() -> str:
-    """The init_method by which torch.distributed meets as this module says.
+    """The init_method with which torch.distributed uses this module.
 
-    It reads what a launcher, or DeepSpeed for MPI, has left in the environment: RANK, WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT, of which 0 means any that is free, for a rank alone.
+    It reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which a launcher, or DeepSpeed for MPI,
+    has set in the environment. Port 0 means any free port, for a single rank.
     """
     global _is_registered
     if not _is_registered:
@@ -58,9 +59,10 @@ def use_rendezvous() -> str:
 
 
 def rendezvous_store() -> dist.Store:
-    """The store by which the ranks have met.
+    """The store of the rendezvous.
 
-    A wait on it keeps every other thread of this process from it: use `another_connection` there.
+    A wait on it blocks every other thread of this process that uses it: use `another_connection` in
+    threads.
     """
     assert _meeting is not None, "the ranks have not met"
     return _meeting.store
@@ -70,10 +72,10 @@ def another_connection(timeout: timedelta) -> dist.TCPStore:
     """A connection to the same store for a thread of its own.
 
     Args:
-        timeout: of making it, and of every wait on it.
+        timeout: limit for making the connection, and for every wait on it.
 
     Raises:
-        torch.distributed.DistNetworkError: if rank 0, which serves it, is gone.
+        torch.distributed.DistNetworkError: if rank 0, which serves the store, is gone.
     """
     assert _meeting is not None, "the ranks have not met"
     host, port, _ = _meeting
@@ -81,15 +83,15 @@ def another_connection(timeout: timedelta) -> dist.TCPStore:
 
 
 def leave_rendezvous() -> None:
-    """Let go of the store, which then ends with the process groups that use it."""
+    """Release the store, which then ends with the process groups that use it."""
     global _meeting
     _meeting = None
 
 
 def launched_local_size() -> int:
-    """Ranks of this machine by their environment, or all of them where nothing is said.
+    """Number of ranks on this machine by the environment; all ranks if it does not say.
 
-    Set by deepspeed, torchrun, Open MPI, MPICH.
+    deepspeed, torchrun, Open MPI and MPICH set it.
     """
     names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
     found = next((os.environ[name] for name in names if name in os.environ), None)
@@ -97,7 +99,7 @@ def launched_local_size() -> int:
 
 
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
-    """A handler as torch.distributed wants it: yields store, rank and world size."""
+    """The handler for torch.distributed: yields store, rank and world size."""
     global _meeting
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -119,7 +121,7 @@ def _not_reached(rank: int, host: str, port: int, error: Exception) -> str:
     reason = str(error).splitlines()[0]
     return (
         f"rank {rank} on {socket.gethostname()} did not meet rank 0 at {host}:{port}: it has not "
-        f"started, or no way leads there (a firewall, another network): {reason}"
+        f"started, or it cannot be reached (a firewall, another network): {reason}"
     )
 
 
@@ -139,7 +141,7 @@ def _serve(host: str, port: int, world_size: int) -> tuple[str, int, dist.TCPSto
     except dist.DistError as error:
         listener.detach()
         raise MachineError(
-            f"not all {world_size} ranks have come to {address}:{port} within "
+            f"not all {world_size} ranks reached {address}:{port} within "
             f"{_TIME_TO_MEET}: {str(error).splitlines()[0]}"
         ) from None
     listener.detach()  # it is the store's, which closes it
@@ -150,8 +152,8 @@ def _listening_socket(host: str, port: int, world_size: int) -> socket.socket:
     """A socket that listens at one address of this machine.
 
     Raises:
-        UserError: if the address is no other machine's to reach or not this machine's, or if
-            somebody listens there already.
+        UserError: if the address cannot be reached from other machines, is not this machine's, or
+            has another process listening at the port.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -192,8 +194,8 @@ def _refused(host: str, port: int, problems: set[int | None]) -> str:
     addresses = ", ".join(sorted(_interfaces()))
     if errno.ENETUNREACH in problems:
         return (
-            f"MASTER_ADDR={host} means this machine to itself alone, and the run has ranks on "
-            f"others: use an address that they can reach, of {addresses}"
+            f"MASTER_ADDR={host} is a loopback address, and the run has ranks on other "
+            f"machines: use an address that they can reach, one of {addresses}"
         )
     if errno.EADDRNOTAVAIL in problems:
         return (
@@ -221,12 +223,12 @@ def _interfaces() -> dict[str, str]:
 def _choose_network(host: str, port: int) -> None:
     """Have gloo, and NCCL on one machine, listen on the network that leads to rank 0.
 
-    By themselves they take the one of the host's name, which is often 127.0.1.1, resp. of the
+    By default gloo uses the interface of the host's name, which is often 127.0.1.1, and NCCL the
     first interface.
     """
     family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(place)  # sends nothing, but finds the way
+        probe.connect(place)  # a UDP socket: sends nothing, but the kernel chooses the route
         own = str(probe.getsockname()[0])
     interface = _interfaces().get(own)
     if interface is None:

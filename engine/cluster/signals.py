@@ -1,14 +1,14 @@
-"""What the system asks of a run in training: to save, to stop.
+"""Signals to a run in training: save, or save and stop.
 
 | signal | the run |
 |---|---|
 | SIGTERM | saves a checkpoint after the step that it is in, and ends with status 0 |
-| SIGINT (Ctrl-C) | likewise; a second one ends it at once, with status 130 |
-| SIGUSR1 (a batch system's warning) | saves a checkpoint after its step, and goes on |
+| SIGINT (Ctrl-C) | does the same; a second one ends it at once, with status 130 |
+| SIGUSR1 (a batch system's warning) | saves a checkpoint after its step, and continues |
 
-One rank may get it or all of them: `engine.guards` has the ranks agree on the step. DeepSpeed's
-`deepspeed` command hands on none of them and leaves its ranks behind when it ends by one: a rank
-whose launcher is gone takes that for SIGTERM.
+One rank or all of them may get the signal; `engine.guards` has the ranks agree on the step. The
+`deepspeed` command hands no signal on, and leaves its ranks behind when a signal ends it. So a rank
+whose launcher is gone acts as if it had got SIGTERM.
 """
 
 import os
@@ -24,11 +24,11 @@ import psutil
 from magnetar.engine.cluster.start_times import is_launcher
 
 _ENDED_BY_CTRL_C = 130
-_LOOK_EVERY = 1.0  # seconds between two looks at the launchers
+_LOOK_EVERY = 1.0  # seconds between two checks of the launchers
 
 
 def launchers_above(pid: int) -> list[psutil.Process]:
-    """DeepSpeed's launchers of a process, from its parent on."""
+    """DeepSpeed's launchers among the ancestors of a process, from its parent on."""
     try:
         parents = psutil.Process(pid).parents()
         return list(takewhile(lambda parent: is_launcher(parent.pid), parents))
@@ -37,7 +37,7 @@ def launchers_above(pid: int) -> list[psutil.Process]:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it has not ended; nobody may have waited for it yet."""
+    """Whether a process lives; one that ended and was not waited for does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -45,11 +45,11 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 class Requests:
-    """Holds what was asked. As a context manager it takes the signals, and gives them back.
+    """The requests of signals; a context manager that installs the handlers for its time.
 
     Attributes:
         stop: name of the signal that asks to save and stop, or "".
-        save: whether a checkpoint is asked for.
+        save: whether a signal asks for a checkpoint.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where the time goes from the start of the launcher to the first step."""
+"""The time from the start of the launcher to the first step, part by part."""
 
 import os
 import time
@@ -8,14 +8,14 @@ _STARTED = 19  # of /proc/PID/stat, counted from the state: ticks after the mach
 
 
 class StartTimes:
-    """Seconds of each part of a start, in their order; it begins with the launcher's own.
+    """Seconds of each part of a start, in their order, from the start of the launcher.
 
     Attributes:
-        seconds: part -> how long it took.
+        seconds: part -> its duration in seconds.
     """
 
     def __init__(self) -> None:
-        """Look when this process and the launchers above it began."""
+        """Read the start times of this process and of the launchers above it."""
         own = _started(os.getpid())
         self.seconds: dict[str, float] = {}
         self._begun = self._reached = _first_launcher_started(os.getppid(), own)
@@ -23,7 +23,7 @@ class StartTimes:
             self._end("launcher", own)
 
     def end(self, part: str) -> None:
-        """A part is over, and the next one begins."""
+        """End the current part, and begin the next."""
         self._end(part, _now())
 
     def _end(self, part: str, now: float) -> None:
@@ -36,7 +36,7 @@ class StartTimes:
 
 
 def parsed_times(text: str) -> dict[str, float]:
-    """The seconds of each part out of a text that `str` has made."""
+    """The seconds of each part, parsed from a text that `str` has made."""
     pairs = (part.rpartition(" ") for part in text.partition(": ")[2].split(", "))
     return {name: float(seconds) for name, _, seconds in pairs}
 
@@ -51,7 +51,7 @@ def _started(pid: int) -> float:
 
 
 def _first_launcher_started(pid: int, otherwise: float) -> float:
-    """When the topmost of DeepSpeed's launchers above a process began."""
+    """The start time of the topmost of DeepSpeed's launchers above a process."""
     started = otherwise
     try:
         while is_launcher(pid):

@@ -1,9 +1,9 @@
-"""Finds a rank that hangs: one that is stopped or stuck leaves all others waiting for ever.
+"""The watchdog finds a rank that hangs, for which all others would wait forever.
 
-Every rank has a thread that counts, in the store by which the ranks have met, how often it has
-been awake, and tells there what its rank is doing. When a rank has done nothing for the time limit,
-its thread reads what the others tell, names the rank that everybody waits for, and ends its own
-with status 3, upon which a launcher ends the rest.
+A thread of every rank writes a heartbeat and the current action of its rank to the rendezvous
+store. When a rank has not advanced for the time limit, its thread reads the entries of the others
+and names the rank that all wait for. Then it ends its own process with status 3, and the launcher
+ends the rest.
 """
 
 import json
@@ -30,11 +30,11 @@ _STORE_TIMEOUT = timedelta(seconds=30)
 
 
 class Finding(NamedTuple):
-    """Why nothing happens.
+    """The cause of a hang.
 
     Attributes:
-        text: which ranks do not answer, and where the others are.
-        teller: the rank that is to say so; None: every rank for itself.
+        text: the ranks that do not answer, and the places of the others.
+        teller: the rank that reports it; None: every rank for itself.
     """
 
     text: str
@@ -42,10 +42,10 @@ class Finding(NamedTuple):
 
 
 def innermost_call(frame: FrameType | None) -> str:
-    """`all_reduce, called by engine/sparse_clip.py:95`: where a thread of ours is.
+    """The place of a thread of ours, such as `all_reduce, called by engine/sparse_clip.py:95`.
 
     Args:
-        frame: the innermost one.
+        frame: innermost frame of the thread.
     """
     collective = called = ""
     while frame is not None:
@@ -70,8 +70,8 @@ class Watchdog:
         """Prepare.
 
         Args:
-            run_dir: whose logbook tells of a hang.
-            limit: seconds that a rank may do nothing; None: any time.
+            run_dir: the run's folder; its logbook reports a hang.
+            limit: seconds without progress after which a rank hangs; None: no limit.
         """
         self.run_dir, self.limit = run_dir, limit
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
@@ -95,7 +95,7 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, doing: str) -> None:
-        """Say that this rank is alive, and what it is going to do: "step 12"."""
+        """Write a heartbeat with the next action of this rank, such as "step 12"."""
         self.doing, self.since = doing, time.monotonic()
 
     def _tell(self) -> None:
@@ -116,21 +116,24 @@ class Watchdog:
             if time.monotonic() - since <= self.limit:
                 continue
             found: list[Finding] = []
+            # In a thread of its own, because a question to a dead rank 0 may never return.
             asking = threading.Thread(target=self._ask, args=(found,), daemon=True)
             asking.start()
             asking.join(8 * self._period)
             if not found:
-                found = [Finding("rank 0 does not answer, by which the ranks tell where they are")]
+                found = [
+                    Finding("rank 0, which serves the store of the heartbeats, does not answer")
+                ]
             if found[0].teller not in (None, self.rank):
                 # It ends this rank, too; if it does not, it has found nothing wrong itself.
                 self._ended.wait(4 * self._period)
             if self._ended.is_set() or self.since != since:
-                continue  # it was slow, and no hang
+                continue  # the rank was slow, but does not hang
             self._report(found[0].text)
-            os._exit(STATUS)
+            os._exit(STATUS)  # sys.exit would wait for the main thread, which hangs
 
     def _ask(self, found: list[Finding]) -> None:
-        """Find out which ranks are silent, and what the others wait for: appends it."""
+        """Append the silent ranks, and the places where the others wait, to `found`."""
         store = another_connection(_STORE_TIMEOUT)
         before = self._told(store)
         time.sleep(3 * self._period)
@@ -142,7 +145,7 @@ class Watchdog:
             else:
                 waiting.append(f"rank {rank} is {place}")
                 answering.append(rank)
-        # Those that wait find it out at the same time: one of them tells.
+        # All waiting ranks find it out at the same time; one of them reports.
         found.append(Finding("; ".join([*silent, *waiting]), min(answering, default=self.rank)))
 
     def _told(self, store: dist.TCPStore) -> list[dict[str, Any]]:
@@ -157,7 +160,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        # The disk may be what everybody waits for.
+        # The disk may be the cause of the hang.
         writing = threading.Thread(target=self._log, args=(message,), daemon=True)
         writing.start()
         writing.join(_SECONDS_FOR_THE_LOGBOOK)

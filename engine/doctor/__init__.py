@@ -1,1 +1,1 @@
-"""Looks at every machine of a run before the run starts; see launchers.doctor."""
+"""The examination of every machine before a run starts; see launchers.doctor."""

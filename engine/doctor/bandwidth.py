@@ -1,4 +1,4 @@
-"""What the ranks' collectives do and how fast they are, measured through the real launcher."""
+"""A measurement of the ranks' collectives through the real launcher: results and speed."""
 
 import json
 import os
@@ -30,23 +30,23 @@ class Sizes(NamedTuple):
     """Bytes that a rank hands to each collective.
 
     Attributes:
-        reduced: of gradients.
-        exchanged: of tokens' rows, among ep_size ranks.
-        sent: to one other rank.
-        ep_size: ranks that share the experts; 0: all.
+        all_reduce_bytes: gradient bytes all-reduced per step.
+        all_to_all_bytes: token-row bytes exchanged among the ep_size ranks.
+        point_to_point_bytes: bytes sent to one other rank.
+        ep_size: number of ranks that share the experts; 0: all.
     """
 
-    reduced: int
-    exchanged: int
-    sent: int
+    all_reduce_bytes: int
+    all_to_all_bytes: int
+    point_to_point_bytes: int
     ep_size: int = 0
 
 
 class Link(NamedTuple):
-    """Two ranks that have sent to each other at once.
+    """Two ranks that have sent to each other at the same time.
 
     Attributes:
-        ranks: the two.
+        ranks: numbers of the two ranks.
         is_inside: whether both are on one machine.
         bandwidth: bytes a second, each way.
     """
@@ -57,28 +57,28 @@ class Link(NamedTuple):
 
 
 def measure(sizes: Sizes, seconds: float) -> None:
-    """What every rank runs: rank 0 prints what was measured.
+    """Measure the collectives on every rank; rank 0 prints the results.
 
     Args:
-        sizes: of the messages.
-        seconds: after which this rank ends, whatever it waits for.
+        sizes: sizes of the messages.
+        seconds: time limit after which this rank ends, even inside a collective.
     """
-    signal.alarm(round(seconds))
+    signal.alarm(round(seconds))  # the default action ends the process even inside a collective
     device = start_distributed()
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     ep_size = sizes.ep_size or num_ranks
     results: dict[str, Any] = {"backend": dist.get_backend(), "num_ranks": num_ranks}
-    values = torch.full((sizes.reduced // 4,), rank + 1.0, device=device)
+    values = torch.full((sizes.all_reduce_bytes // 4,), rank + 1.0, device=device)
     dist.all_reduce(values)
     results["sums_right"] = _everywhere(bool((values == num_ranks * (num_ranks + 1) / 2).all()))
-    results["all_reduce"] = [sizes.reduced, _seconds(lambda: dist.all_reduce(values))]
+    results["all_reduce"] = [sizes.all_reduce_bytes, _seconds(lambda: dist.all_reduce(values))]
 
     groups = [
         dist.new_group(list(range(first, first + ep_size)))
         for first in range(0, num_ranks, ep_size)
     ]
     group, place = groups[rank // ep_size], rank % ep_size
-    per_rank = max(1, sizes.exchanged // 4 // ep_size)
+    per_rank = max(1, sizes.all_to_all_bytes // 4 // ep_size)
     sent = torch.full((ep_size, per_rank), float(rank), device=device)
     received = torch.empty_like(sent)
 
@@ -90,7 +90,7 @@ def measure(sizes: Sizes, seconds: float) -> None:
     results["rows_right"] = _everywhere(bool((received == senders[:, None]).all()))
     results["all_to_all"] = [4 * per_rank * ep_size, _seconds(exchange), ep_size]
 
-    results["links"] = _links(sizes.sent, device)
+    results["links"] = _links(sizes.point_to_point_bytes, device)
     if rank == 0:
         print(f"{MARK}{json.dumps(results)}", flush=True)
     signal.alarm(0)
@@ -108,7 +108,7 @@ def _synchronize() -> None:
 
 
 def _seconds(collective: Callable[[], None]) -> float:
-    """The median time of one; all ranks start together."""
+    """The median time of one call in seconds; all ranks start together."""
     times = []
     for _ in range(_REPEATS):
         dist.barrier()
@@ -121,8 +121,8 @@ def _seconds(collective: Callable[[], None]) -> float:
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Every pair of so many players once, each player at most once a round (circle method)."""
-    players = [*range(count)] + [-1] * (count % 2)
+    """Rounds in which every pair of `count` players meets once (circle method)."""
+    players = [*range(count)] + [-1] * (count % 2)  # -1: a bye
     for _ in range(len(players) - 1):
         half = len(players) // 2
         pairs = zip(players[:half], reversed(players[half:]), strict=True)
@@ -131,7 +131,7 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def _links(num_bytes: int, device: torch.device) -> list[Link]:
-    """Of the first ranks of all machines, then of the ranks of each machine. Rank 0's answer."""
+    """Links between the machines' first ranks, then inside each machine; complete on rank 0."""
     rank = dist.get_rank()
     machines: list[Any] = [None] * dist.get_world_size()
     name = os.environ.get("CROSS_RANK", os.uname().nodename)
@@ -170,7 +170,7 @@ def _links(num_bytes: int, device: torch.device) -> list[Link]:
 def _pair_seconds(buffers: Tensor, peer: int) -> float:
     """The best of a few times in which both ranks send and receive a buffer."""
     times = []
-    for _ in range(1 + _REPEATS):  # the first one connects
+    for _ in range(1 + _REPEATS):  # the first repeat makes the connection and is not counted
         _synchronize()
         start = time.perf_counter()
         operations = [
@@ -197,15 +197,15 @@ def slow_links(links: Sequence[Link]) -> list[tuple[Link, float]]:
 
 
 def launch(launcher: Sequence[str], sizes: Sizes, seconds: float) -> dict[str, Any]:
-    """Start all ranks and return what they have measured.
+    """The measurements of all ranks, which are started by the deepspeed launcher.
 
     Args:
-        launcher: command line of the deepspeed launcher, up to what it starts.
-        sizes: of the messages.
-        seconds: at most for the ranks.
+        launcher: command line of the deepspeed launcher, up to the module.
+        sizes: sizes of the messages.
+        seconds: time limit of the ranks.
 
     Raises:
-        MachineError: with what they printed, if they measured nothing.
+        MachineError: if the ranks measured nothing; it has the end of their output.
     """
     asked = ",".join(map(str, (*sizes, round(seconds))))
     command = [*launcher, "--module", "magnetar.launchers.doctor", f"--measure={asked}"]
@@ -228,8 +228,8 @@ def launch(launcher: Sequence[str], sizes: Sizes, seconds: float) -> dict[str, A
             words = f"the ranks were not done within {seconds + 60:.0f} s"
         finally:
             if process.poll() is None:
-                # Not by a signal that it could handle: DeepSpeed's launcher then ends those of
-                # every other run, too. The ranks end by themselves.
+                # SIGKILL, because DeepSpeed's launcher answers any other signal by ending the
+                # launchers of all other runs too. The ranks end by themselves.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(0)

@@ -1,4 +1,4 @@
-"""What the machines' reports mean: findings, each with what to do about it."""
+"""Findings in the machines' reports, each with its remedy."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,19 +10,19 @@ from magnetar.engine.doctor.ssh_probe import Answer
 GIB = 2**30
 CHECKS = ("reach", "clock", "code", "versions", "JSON", "data", "disk", "GPUs", "JIT", "port")
 _CLOCK_WARNING, _CLOCK_PROBLEM = 1.0, 60.0  # seconds
-_USED_GPU = GIB  # more than this in use is somebody's work
+_USED_GPU = GIB  # bytes; more than this in use means that another process works there
 _SHARED_MEMORY = GIB  # NCCL's buffers between the GPUs of a machine lie there
 
 
 class Finding(NamedTuple):
-    """Something that is not as it should be.
+    """A defect of a machine, or a difference between machines.
 
     Attributes:
-        severity: a problem stops or spoils a run; a warning may.
-        node: the machine's name, or "" for all of them.
+        severity: "problem" if it stops or spoils a run, "warning" if it may.
+        node: name of the machine, "" for all of them.
         check: one of CHECKS.
-        text: what was found.
-        remedy: what to do.
+        text: the finding in words.
+        remedy: advice to the user.
     """
 
     severity: Literal["problem", "warning"]
@@ -34,16 +34,16 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the run needs.
+    """The needs of the run.
 
     Attributes:
         config: path of its JSON; None: nothing is known of the run.
         data: path of the prepared data.
-        run_dir: of the run.
-        checkpoint_bytes: of one checkpoint, at most.
+        run_dir: the run's folder.
+        checkpoint_bytes: largest size of one checkpoint.
         compiles: op that DeepSpeed compiles for the optimizer, or "".
-        address: where rank 0 is to listen.
-        port: likewise.
+        address: address at which rank 0 will listen.
+        port: port at which rank 0 will listen.
     """
 
     config: str | None = None
@@ -56,7 +56,7 @@ class Wanted:
 
 
 def findings(answers: Sequence[Answer], wanted: Wanted) -> list[Finding]:
-    """Of all machines, in the order of CHECKS and of the machines."""
+    """The findings about all machines, in the order of CHECKS and of the machines."""
     checks = (_reach, _clock, _code, _versions, _json, _data, _disk, _gpus, _jit, _port)
     reports = [answer for answer in answers if not answer.problem]
     found = [*_reach(answers), *_untold(reports)]
@@ -104,9 +104,9 @@ def _clock(reports: Sequence[Answer], _: Wanted) -> Iterator[Finding]:
 def _deviating(
     reports: Sequence[Answer], value_of: Callable[[Mapping[str, Any]], Any]
 ) -> Iterator[tuple[Answer, Any, Any, str]]:
-    """(answer, its value, most machines' value, one that has it), where the two differ.
+    """Each deviation from the majority: (answer, its value, majority value, a machine with that).
 
-    Of equally many, the first machine's counts.
+    In a tie the first machine's value is the majority.
     """
     values = [value_of(answer.report) for answer in reports]
     told = [value for value in values if value is not None]
@@ -186,7 +186,7 @@ def _same(
 
 def _json(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
     if wanted.config is not None:
-        yield from _same(reports, "config", "JSON", wanted.config, "says something else")
+        yield from _same(reports, "config", "JSON", wanted.config, "has other content")
 
 
 def _data(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
@@ -214,7 +214,7 @@ def _disk(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
             text = f"{folder} is not the folder of that name on {', '.join(missing)}"
             remedy = "training.run_dir must lie on a disk that all machines share (NFS, Lustre)"
             yield Finding("problem", name, "disk", text, remedy)
-        # The next checkpoint is written before the oldest is taken away.
+        # The next checkpoint is written before the oldest is deleted, so space for two is needed.
         if told["free"] < 2 * wanted.checkpoint_bytes:
             text = (
                 f"{told['free'] / GIB:.1f} GiB are free at {folder}, and a checkpoint takes "
@@ -233,7 +233,9 @@ def _gpus(reports: Sequence[Answer], _: Wanted) -> Iterator[Finding]:
         found, slots = told["found"], answer.node.slots
         if len(found) < slots:
             text = f"slots={slots}, and {len(found)} GPUs"
-            remedy = f"write slots={len(found)} in the hostfile, or look why nvidia-smi lists fewer"
+            remedy = (
+                f"write slots={len(found)} in the hostfile, or find out why nvidia-smi lists fewer"
+            )
             yield Finding("problem", name, "GPUs", text, remedy)
         used = {index: gpu for index, gpu in enumerate(found[:slots]) if gpu["used"] > _USED_GPU}
         for index, gpu in used.items():
@@ -260,7 +262,7 @@ def _models(report: Mapping[str, Any]) -> str | None:
 
 
 def _jit(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
-    # A cache in a shared home folder is everybody's: the process may be on another machine.
+    # If the home folder is shared, the process that holds the lock may be on another machine.
     held = {
         lock["path"]
         for answer in reports
@@ -275,8 +277,8 @@ def _jit(reports: Sequence[Answer], wanted: Wanted) -> Iterator[Finding]:
                 yield Finding("warning", answer.node.name, "JIT", text, remedy)
                 continue
             text = (
-                f"{lock['path']} is {lock['seconds'] / 60:.0f} minutes old and nobody's: every run "
-                "that compiles this waits for ever"
+                f"{lock['path']} is {lock['seconds'] / 60:.0f} minutes old and no process holds "
+                "it: every run that compiles this waits forever"
             )
             yield Finding("problem", answer.node.name, "JIT", text, f"rm {lock['path']}")
         told = answer.report["machine"]

@@ -1,4 +1,4 @@
-"""What DeepSpeed's launcher starts on every machine, and the variables that the ranks get there."""
+"""The environment variables that DeepSpeed's launcher gives to the ranks on every machine."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from deepspeed.launcher.runner import (
 
 from magnetar.data.errors import UserError
 
-# What changes a run and yet stays behind, unless the file of DeepSpeed's launcher names it.
+# Variables that change a run and are not handed on, unless .deepspeed_env names them.
 _MATTER = (
     *(
         "CUDA_",
@@ -34,12 +34,12 @@ _THE_LAUNCHERS_OWN = ("DS_ENV_FILE", "CUDA_VISIBLE_DEVICES")
 
 
 class Exports(NamedTuple):
-    """What is handed on to other machines.
+    """The variables that the launcher hands on to other machines.
 
     Attributes:
         variables: name -> value.
-        files: from which some of them were read.
-        left_behind: variables set here that may matter and are not handed on.
+        files: files that some of them were read from.
+        left_behind: names of variables that are set here, may matter, and are not handed on.
     """
 
     variables: dict[str, str]
@@ -48,10 +48,10 @@ class Exports(NamedTuple):
 
 
 def exports() -> Exports:
-    """As the launcher does it over ssh.
+    """The variables that the launcher would hand on over ssh.
 
     Raises:
-        UserError: for a line of its file that the launcher cannot read.
+        UserError: if its file has a line that the launcher cannot read.
     """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -75,10 +75,10 @@ def exports() -> Exports:
 
 
 def read_variables(file: Path) -> dict[str, str]:
-    """Of a .deepspeed_env.
+    """The variables of a .deepspeed_env.
 
     Raises:
-        UserError: for a line that is not NAME=value; empty ones and comments are not either.
+        UserError: if a line is not NAME=value. The launcher accepts no empty lines or comments.
     """
     variables = {}
     for number, line in enumerate(file.read_text().splitlines(), start=1):
@@ -93,7 +93,7 @@ def read_variables(file: Path) -> dict[str, str]:
 
 
 def of_nodes(slots: Mapping[str, Sequence[int]], address: str, port: int) -> list[dict[str, str]]:
-    """What the launcher adds on each machine; a rank has RANK and LOCAL_RANK as well."""
+    """The variables that the launcher adds on each machine; a rank also has RANK and LOCAL_RANK."""
     num_ranks = sum(map(len, slots.values()))
     added, first = [], 0
     for index, numbers in enumerate(slots.values()):
@@ -115,5 +115,5 @@ def of_nodes(slots: Mapping[str, Sequence[int]], address: str, port: int) -> lis
 
 
 def default_slots() -> int:
-    """Ranks that the launcher starts on this machine when nobody says how many."""
+    """The number of ranks that the launcher starts on this machine by default."""
     return get_accelerator().device_count()

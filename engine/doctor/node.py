@@ -1,8 +1,8 @@
-"""What a machine says about itself. It is sent there as text, so it imports nothing of ours.
+"""The program that reports about one machine; sent there as text, it imports nothing of ours.
 
-On standard input come this program, then what is asked, a line of JSON; out go the time of the
-machine's clock and its report. With the next line it is asked which of the machines' marks it sees
-in the run's folder; at the end of the input it takes its own away.
+Standard input has this program, and then the request as one line of JSON. The answer is the time of
+the machine's clock and its report. The next line of input asks for the marks of all machines in the
+run's folder. At the end of the input the program removes its own mark.
 """
 
 import errno
@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-MARK = "magnetar-doctor: "  # what a shell prints at its start is not ours
+MARK = "magnetar-doctor: "  # tells our lines from those that a login shell prints
 _MARK_FILE = ".magnetar-doctor-"
 _SOURCES = ("launchers", "convert", "engine", "models", "data")
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "pydantic", "triton", "mpi4py")
@@ -30,11 +30,11 @@ _ASKED_VARIABLES = ("TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR")
 
 
 def report(asked: dict[str, Any]) -> dict[str, Any]:
-    """All that is asked; `failed` has what could not be found out, by its name.
+    """The report. Its entry `failed` names what could not be found out, with the reason.
 
     Args:
-        asked: config, data, run_dir: paths or None; mark: of this machine, for the run's folder;
-            address and port: where rank 0 will listen, None on other machines.
+        asked: the request. config, data, run_dir: paths or None. mark: name of this machine's mark
+            in the run's folder. address and port: place where rank 0 will listen, None elsewhere.
     """
     parts: dict[str, Callable[[], Any]] = {
         "versions": versions,
@@ -51,14 +51,14 @@ def report(asked: dict[str, Any]) -> dict[str, Any]:
     for name, part in parts.items():
         try:
             told[name] = part()
-        except Exception as error:  # whatever it is, the rest can still be told
+        except Exception as error:  # a failed check must not hide the others
             told[name] = None
             told["failed"][name] = f"{type(error).__name__}: {error}"
     return told
 
 
 def versions() -> dict[str, str]:
-    """Python's, the driver's and packages'; without importing any."""
+    """Versions of Python, the driver and packages, read without importing any."""
     found = {"python": platform.python_version()}
     for name in (*_PACKAGES, *_NCCL):
         try:
@@ -87,7 +87,7 @@ def code() -> dict[str, Any]:
 
 
 def digest_of_file(path: str | None) -> str | None:
-    """sha256 of a file; "" if it is not there, None if none is asked about."""
+    """sha256 of a file; "" if it is missing, None without a path."""
     if path is None:
         return None
     if not Path(path).is_file():
@@ -96,7 +96,7 @@ def digest_of_file(path: str | None) -> str | None:
 
 
 def digest_of_data(path: str | None) -> str | None:
-    """Of a prepared folder: of its manifest, and of the names and sizes of its files."""
+    """Hash of a prepared folder: its manifest, and the names and sizes of its files."""
     if path is None:
         return None
     folder = Path(path)
@@ -112,7 +112,7 @@ def digest_of_data(path: str | None) -> str | None:
 
 
 def disk(run_dir: str | None, mark: str) -> dict[str, Any] | None:
-    """Free bytes where a run's folder is or would be made, after leaving a mark there."""
+    """Free bytes at the place of the run's folder, after leaving a mark there."""
     if run_dir is None:
         return None
     folder = nearest_folder(run_dir)
@@ -125,7 +125,7 @@ def disk(run_dir: str | None, mark: str) -> dict[str, Any] | None:
 
 
 def nearest_folder(path: str) -> Path:
-    """A path, or the folder above it that is there."""
+    """The path, or the nearest folder above it that exists."""
     folder = Path(path).absolute()
     while not folder.is_dir():
         folder = folder.parent
@@ -133,7 +133,7 @@ def nearest_folder(path: str) -> Path:
 
 
 def marks_in(run_dir: str | None, num_expected: int) -> list[str]:
-    """Marks that are there; waits a few seconds for a shared disk to show them all."""
+    """The marks in the run's folder; waits a few seconds until a shared disk shows all of them."""
     if run_dir is None:
         return []
     folder, give_up = nearest_folder(run_dir), time.monotonic() + 3
@@ -145,7 +145,7 @@ def marks_in(run_dir: str | None, num_expected: int) -> list[str]:
 
 
 def gpus() -> dict[str, Any]:
-    """NVIDIA's, with who uses them; none where there is no nvidia-smi."""
+    """NVIDIA's GPUs and the processes on them; none without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return {"driver": "", "found": [], "processes": []}
     rows = _nvidia("--query-gpu=uuid,name,memory.total,memory.used,driver_version")
@@ -165,7 +165,7 @@ def _nvidia(query: str) -> list[list[str]]:
 
 
 def machine() -> dict[str, Any]:
-    """Name, cores, memory, programs that compile, and variables that change how."""
+    """Name, cores, memory, compilers, and the variables that change compilation."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -183,7 +183,7 @@ def machine() -> dict[str, Any]:
 def locks() -> list[dict[str, Any]]:
     """Locks in the cache where torch compiles extensions, with the process that holds each.
 
-    Whoever compiles keeps the file open until it is done.
+    The compiling process keeps the file open until it is done.
     """
     default = Path.home() / ".cache/torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
@@ -206,7 +206,7 @@ def locks() -> list[dict[str, Any]]:
 
 
 def port_problem(address: str | None, port: int | None) -> str:
-    """Why rank 0 could not listen here, or ""."""
+    """The reason why rank 0 could not listen here, or ""."""
     if address is None or port is None:
         return ""
     words = {errno.EADDRINUSE: "in use", errno.EADDRNOTAVAIL: "not an address of this machine"}
@@ -222,7 +222,7 @@ def port_problem(address: str | None, port: int | None) -> str:
 
 
 def main() -> None:
-    """Answer on standard output what standard input asks; see above."""
+    """Answer the requests of standard input on standard output, as the module says."""
     asked = json.loads(sys.stdin.readline())
     print(f"{MARK}{time.time()}", flush=True)
     try:
@@ -230,7 +230,7 @@ def main() -> None:
         if num_expected := sys.stdin.readline().strip():
             seen = marks_in(asked["run_dir"], int(num_expected))
             print(f"{MARK}{json.dumps(seen)}", flush=True)
-            sys.stdin.readline()  # the others may still be looking
+            sys.stdin.readline()  # the other machines may still look for our mark
     finally:
         if asked["run_dir"] is not None:
             own = nearest_folder(asked["run_dir"]) / f"{_MARK_FILE}{asked['mark']}"

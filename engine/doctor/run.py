@@ -1,4 +1,4 @@
-"""The whole examination: which machines, what they need, what was found, what was measured."""
+"""The whole examination: ask the machines, judge their reports, measure their links."""
 
 import shlex
 import socket
@@ -21,8 +21,8 @@ from magnetar.engine.doctor.ssh_probe import Answer, Node, ask
 from magnetar.engine.memory_planner import parameters_of
 from magnetar.engine.optim.adam import uses_torchs_adam
 
-_SECONDS = 120.0  # for the ranks to measure
-_VOCAB_SIZE = 50_000  # where the data is not here to ask
+_SECONDS = 120.0  # time limit of the measurement
+_VOCAB_SIZE = 50_000  # a usual size, if the data is not on this machine
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _STATE_BYTES = 12  # a master weight and two moments
 # Real sizes, but no more than is needed for a bandwidth.
@@ -35,13 +35,13 @@ class Options:
     """The command line.
 
     Attributes:
-        hostfile: None: this machine alone.
-        config: the run's JSON, None: the machines alone.
-        settings: its `--set` arguments.
-        num_gpus: ranks of this machine, without a hostfile.
-        master_addr: None: found.
-        master_port: of the rendezvous.
-        force_multi: a hostfile's only machine is reached over ssh, too.
+        hostfile: path of the hostfile; None: only this machine.
+        config: the run's JSON; None: only the machines are examined.
+        settings: `--set` arguments of the JSON.
+        num_gpus: number of ranks of this machine, without a hostfile.
+        master_addr: address of the first machine; None: found as the launcher does.
+        master_port: port of the rendezvous.
+        force_multi: whether the only machine of a hostfile is also reached over ssh.
     """
 
     hostfile: Path | None = None
@@ -55,16 +55,16 @@ class Options:
 
 @dataclass
 class Examination:
-    """What came out.
+    """The result of an examination.
 
     Attributes:
-        answers: of the machines.
-        findings: about them, and about what was measured.
+        answers: answers of the machines.
+        findings: findings about the machines and the measurements.
         exports: variables that other machines get.
-        added: what the launcher adds on each machine.
-        command: of the launcher, for a training.
-        measured: see engine.doctor.bandwidth; None: not, for the reason of `skipped`.
-        skipped: why nothing was measured.
+        added: variables that the launcher adds on each machine.
+        command: command line of the launcher that starts the run.
+        measured: results of engine.doctor.bandwidth; None if nothing was measured.
+        skipped: reason why nothing was measured.
     """
 
     answers: list[Answer]
@@ -83,10 +83,10 @@ class Examination:
 
 
 def examine(options: Options) -> Examination:
-    """Ask every machine, then start all ranks if nothing speaks against it.
+    """Ask every machine, then start all ranks unless a finding forbids it.
 
     Raises:
-        UserError: for a hostfile, a JSON or a .deepspeed_env that is wrong.
+        UserError: if the hostfile, the JSON or .deepspeed_env is wrong.
     """
     if options.hostfile is None:
         count = options.num_gpus or environment.default_slots()
@@ -140,12 +140,12 @@ def examine(options: Options) -> Examination:
                 "",
                 "reach",
                 f"the ranks cannot work together: {error}",
-                "look whether a firewall lets these machines reach each other at every port; "
+                "check that no firewall keeps these machines from each other at any port; "
                 "NCCL_DEBUG=INFO tells more, NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the "
                 "network",
             )
         )
-        result.skipped = "the ranks did not come so far"
+        result.skipped = "the ranks failed before the measurement"
         return result
     result.findings += _findings_of(result.measured, names)
     return result
@@ -178,16 +178,15 @@ def _arguments(options: Options) -> list[str]:
 
 
 def _wanted(config: RunConfig | None, options: Options, address: str) -> tuple[Wanted, int]:
-    """What the run needs, and how many parameters it has outside of experts."""
+    """The needs of the run, and its number of parameters outside of experts."""
     if config is None:
         return Wanted(address=address, port=options.master_port), 0
     vocab_size = config.model.vocab_size
     if vocab_size is None:
         try:
-            vocab_size = open_folder(
-                Path(config.data.path), config.data.pairs is not None
-            ).vocab_size
-        except UserError:  # it may be on other machines only, and they are asked
+            folder, holds_pairs = Path(config.data.path), config.data.pairs is not None
+            vocab_size = open_folder(folder, holds_pairs).vocab_size
+        except UserError:  # the data may be on other machines only, which are asked for it
             vocab_size = _VOCAB_SIZE
     model = config.model.model_copy(update={"vocab_size": vocab_size})
     parameters = parameters_of(model)
@@ -210,7 +209,7 @@ def _wanted(config: RunConfig | None, options: Options, address: str) -> tuple[W
 
 
 def _sizes(config: RunConfig | None, dense_numel: int, on_gpus: bool) -> Sizes:
-    """Of the run's gradients and rows; usual ones where nothing is known of it."""
+    """Message sizes of the run's gradients and rows; usual sizes if the run is unknown."""
     usual, largest = (_USUAL, _LARGEST) if on_gpus else (_USUAL_ON_CPU, _LARGEST_ON_CPU)
     if config is None:
         return Sizes(usual, usual, usual)
@@ -237,6 +236,6 @@ def _findings_of(measured: dict[str, Any], names: Sequence[str]) -> list[Finding
         if not link.is_inside:
             where = f"{names[a]} and {names[b]}"
         text = f"{where}: {link.bandwidth / 1e9:.2f} GB/s each way, others {median / 1e9:.2f}"
-        remedy = "look at the cable, the port of the switch, or who else uses the link"
+        remedy = "check the cable, the port of the switch, and other users of the link"
         found.append(Finding("warning", names[a], "reach", f"slow link: {text}", remedy))
     return found

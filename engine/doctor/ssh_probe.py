@@ -1,4 +1,4 @@
-"""Asks every machine of a hostfile about itself, side by side, over ssh."""
+"""The questions to every machine of a hostfile, asked in parallel over ssh."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from magnetar.engine.cluster.hosts import ssh_command
 from magnetar.engine.doctor import node as node_program
 from magnetar.engine.doctor.node import MARK
 
-_SECONDS = 60.0  # for a machine to report
+_SECONDS = 60.0  # time limit of a machine's report
 _SOURCE = Path(node_program.__file__)
 
 
@@ -28,9 +28,9 @@ class Node:
     """A machine of the run.
 
     Attributes:
-        name: as the hostfile has it.
-        slots: ranks on it.
-        is_remote: reached over ssh.
+        name: name in the hostfile.
+        slots: number of ranks on it.
+        is_remote: whether it is reached over ssh.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Node:
 
 @dataclass
 class Answer:
-    """What came back from a machine.
+    """The answer of a machine.
 
     Attributes:
         node: the machine.
-        report: see engine.doctor.node; empty where `problem` says why there is none.
+        report: report of engine.doctor.node; empty if there is none, for the reason in `problem`.
         clock: seconds by which its clock is ahead of ours.
-        marks: whose marks it found in the run's folder.
-        command: of ssh, to try by hand.
-        mark: its own, in the run's folder.
+        marks: names of the marks that it found in the run's folder.
+        command: ssh command to try by hand.
+        mark: name of its own mark.
     """
 
     node: Node
@@ -63,11 +63,11 @@ class Answer:
 def ask(
     nodes: Sequence[Node], about: Mapping[str, Any], exports: Mapping[str, str]
 ) -> list[Answer]:
-    """One answer a machine.
+    """The answers of all machines, in their order.
 
     Args:
-        nodes: of the run, that of rank 0 first.
-        about: config, data, run_dir, address and port, as engine.doctor.node has them.
+        nodes: machines of the run, rank 0's first.
+        about: the request: config, data, run_dir, address and port, see engine.doctor.node.
         exports: variables that the launcher sets there.
     """
     token = secrets.token_hex(4)
@@ -86,7 +86,7 @@ def ask(
 
 
 class _Conversation:
-    """With the program on one machine."""
+    """A conversation with the program on one machine."""
 
     def __init__(
         self,
@@ -120,12 +120,12 @@ class _Conversation:
 
     def _say(self, text: str) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # why, standard error tells
+        with contextlib.suppress(BrokenPipeError):  # standard error has the reason
             self.process.stdin.write(text)
             self.process.stdin.flush()
 
     def _hear(self) -> tuple[float, Any] | None:
-        """The time at which its next line came, and what it says; None if there is none."""
+        """The arrival time and the content of its next line; None at the end of its output."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(MARK):

@@ -29,8 +29,8 @@ class RunProcess(NamedTuple):
 
     Attributes:
         pid: its id.
-        rank: what it trains as; None for launchers, and for what a rank has started.
-        local_size: ranks on this machine; 0 where rank is None.
+        rank: its rank; None for launchers, and for processes that a rank has started.
+        local_size: number of ranks on this machine; 0 if rank is None.
     """
 
     pid: int
@@ -39,7 +39,7 @@ class RunProcess(NamedTuple):
 
 
 def run_processes(run_id: str) -> list[RunProcess]:
-    """Every living process of the run on this machine that we may look at."""
+    """Every living process of the run on this machine that belongs to this user."""
     found: dict[int, dict[str, str]] = {}
     for folder in _PROC.iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():
@@ -81,9 +81,9 @@ def _parent(pid: int) -> int:
 
 
 def exit_status(pid: int) -> int | None:
-    """How a process has ended that nobody has waited for yet, as subprocess has it: -9 by SIGKILL.
+    """The exit status of a zombie, as in subprocess: -9 by SIGKILL.
 
-    None if it lives, or is gone altogether.
+    None if the process lives, or is gone altogether.
     """
     fields = _stat(pid)
     if not fields or fields[0] != "Z":
@@ -92,9 +92,10 @@ def exit_status(pid: int) -> int | None:
 
 
 def signal_ranks(run_id: str, number: int) -> int:
-    """Send a signal to the ranks on this machine; how many got it.
+    """The number of ranks on this machine that got the signal, after sending it.
 
-    SIGUSR1 would end one that is not listening yet, and asks for nothing that is needed then.
+    SIGUSR1 is not sent to a rank that has no handler yet: it would end the rank, and a new rank has
+    nothing to save.
     """
     ranks = [process.pid for process in run_processes(run_id) if process.rank is not None]
     if number == signal.SIGUSR1:
@@ -112,10 +113,10 @@ def _is_caught(pid: int, number: int) -> bool:
 
 
 def kill_processes(run_id: str, seconds: float = 10.0) -> int:
-    """SIGKILL all that is left of the run on this machine, stopped or not, until it is gone.
+    """Send SIGKILL to the rest of the run on this machine, stopped or not, until it is gone.
 
     Returns:
-        How many processes could not be ended in the time: one of them waits for a disk, say.
+        Number of processes that did not end in time, for example because they wait for a disk.
     """
     until = time.monotonic() + seconds
     while left := run_processes(run_id):
@@ -135,13 +136,15 @@ def _send(pid: int, number: int) -> bool:
     return True
 
 
-_FAULT_OF_A_MACHINE = 3  # of a rank that found a hang, say, or another rank gone
+_FAULT_OF_A_MACHINE = 3  # exit status of a rank that found a hang, or another rank gone
 
 _KEPT_LINES = 200
 _TOGETHER = 5.0  # seconds within which any of several deaths may be the cause of the others
-_SECONDS_AFTER_FAULT = 2.0  # that others have, once a rank was killed, or has found another gone
-_SECONDS_AFTER_FAILURE = 10.0  # likewise, once one has ended otherwise: it may come to them, too
-_LOOK_EVERY = 0.2  # seconds between two looks for ranks
+# Seconds that the other ranks have to end by themselves: after a rank was killed or has found
+# another one gone, and after a rank has failed otherwise, which may happen to them too.
+_SECONDS_AFTER_FAULT = 2.0
+_SECONDS_AFTER_FAILURE = 10.0
+_LOOK_EVERY = 0.2  # seconds between two searches for ranks
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
 _RETURN_CODE = re.compile(r"(?:^(\S+): )?\[.*exits with return code = (-?\d+)")
 _SSH_CODE = re.compile(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
@@ -153,8 +156,8 @@ class Death(NamedTuple):
 
     Attributes:
         name: "rank 1", or "a rank on node-2".
-        status: as subprocess has it, -9 by SIGKILL; None if nobody knows.
-        when: by time.monotonic.
+        status: exit status as in subprocess, -9 by SIGKILL; None if unknown.
+        when: time of the end by time.monotonic, in seconds.
     """
 
     name: str
@@ -163,7 +166,7 @@ class Death(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """How likely it is the first cause, where several ended at once: the larger the more."""
+        """Likelihood that this death is the cause if several ranks ended at once."""
         if self.status in (None, 0, -signal.SIGTERM):
             return 0
         if self.status == _FAULT_OF_A_MACHINE:
@@ -172,7 +175,7 @@ class Death(NamedTuple):
 
 
 def ending(status: int | None) -> str:
-    """A status in words; those that a shell gives for signals are understood too."""
+    """A status in words; also the statuses that a shell gives for signals."""
     if status is None:
         return "ended"
     if status < 0 or 128 < status < 255:
@@ -187,17 +190,17 @@ def ending(status: int | None) -> str:
 class Launched:
     """A launcher in a session of its own, so that no key of the terminal reaches it.
 
-    What it prints goes on to our own stdout and stderr, byte by byte; if those are a terminal, it
-    gets one as well, so that its progress line looks the same.
+    Its output is copied to our own stdout and stderr, byte by byte. If those are a terminal, the
+    launcher gets a terminal as well, so that its progress line looks the same.
     """
 
     def __init__(self, command: Sequence[str], run_id: str, wake: int) -> None:
         """Start it.
 
         Args:
-            command: the launcher's.
-            run_id: what all of its processes are known by.
-            wake: a file that becomes readable when a signal has arrived.
+            command: command line of the launcher.
+            run_id: value of the variable that marks all of its processes.
+            wake: file descriptor that becomes readable when a signal has arrived.
         """
         self.run_id = run_id
         self.deaths: list[Death] = []
@@ -228,7 +231,7 @@ class Launched:
         self._selector.register(self._pidfd, selectors.EVENT_READ)
 
     def _stream(self, sink: int) -> int:
-        """An end to write to, whose other end goes to our own file `sink`."""
+        """The write end of a pipe or terminal; its output is copied to our own file `sink`."""
         if os.isatty(sink):
             ours, theirs = pty.openpty()
             modes = termios.tcgetattr(theirs)
@@ -244,13 +247,13 @@ class Launched:
         return theirs
 
     def resize(self) -> None:
-        """Tell the ranks that the terminal has another size."""
+        """Hand a new size of the terminal on to the ranks."""
         for ours, sink in self._sinks.items():
             if os.isatty(ours) and os.isatty(sink):
                 fcntl.ioctl(ours, termios.TIOCSWINSZ, _window(sink))
 
     def watch(self, seconds: float) -> bool:
-        """Pass on what is printed and note who ends, for so long or until a signal arrives.
+        """Copy the output and note ranks that end, for some seconds or until a signal arrives.
 
         Returns:
             Whether the launcher still runs.
@@ -274,7 +277,7 @@ class Launched:
         return False
 
     def close(self) -> None:
-        """Wait for the launcher, which must be ending, and let go of the files."""
+        """Wait for the launcher, which must be ending, and close the files."""
         self.process.wait()
         for descriptor in self._sinks:
             self._pass_on(descriptor)
@@ -317,13 +320,13 @@ class Launched:
             self.failing_since = time.monotonic()
 
     def _pass_on(self, descriptor: int) -> None:
-        """Copy all that there is to read."""
+        """Copy everything that can be read now."""
         while True:
             try:
                 content = os.read(descriptor, 65536)
             except BlockingIOError:
                 return
-            except OSError:  # a terminal that nobody has open any more
+            except OSError:  # all writers of the terminal have closed it
                 content = b""
             if not content:
                 if descriptor in self._selector.get_map():
@@ -350,9 +353,10 @@ class Launched:
 
     @property
     def _first(self) -> Death | None:
-        """The death that the others follow from: the first of the heaviest.
+        """The death that caused the others: the first among those with the largest weight.
 
-        Long after one has failed, the launcher kills those that do not end by themselves.
+        Deaths long after the first failure do not count: the launcher kills ranks that do not end
+        by themselves.
         """
         failed = [death for death in self.deaths if death.status != 0]
         failed = [death for death in failed if death.when - failed[0].when < _TOGETHER]
@@ -360,7 +364,7 @@ class Launched:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether a rank has failed and the others have had their time to say so and end."""
+        """Whether a rank has failed and the others have had their time to report and end."""
         if self.failing_since is None:
             return False
         first = self._first
@@ -370,7 +374,7 @@ class Launched:
 
     @property
     def status(self) -> int:
-        """How the training ended: the launcher hands on whichever rank it looks at first."""
+        """The status of the training; the launcher's own is that of the rank it looks at first."""
         first = self._first
         if first is not None and first.weight > 0:
             assert first.status is not None
@@ -378,7 +382,7 @@ class Launched:
         return self.process.returncode
 
     def cause(self) -> str:
-        """Why it ended, as far as can be seen from here."""
+        """The cause of the end, as far as it is known on this machine."""
         status, first = self.process.returncode, self._first
         if first is not None:
             # Its parent may have waited for it before we could look. The launcher's status is then
@@ -393,7 +397,7 @@ class Launched:
         return f"{text}: {said}" if said else text
 
     def _said(self) -> str:
-        """The last error that a rank has printed, with the lines indented below it."""
+        """The last error that a rank printed, with the lines indented below it."""
         lines = list(self.lines)
         begins = [i for i, line in enumerate(lines) if _ERROR.match(line) and not _is_echo(line)]
         if not begins:
@@ -414,7 +418,7 @@ def _window(terminal: int) -> bytes:
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
-    """Write to our own output. If nobody reads it any more, the run goes on all the same."""
+    """Write to our own output. The run continues even if the output is closed."""
     try:
         while content:
             content = content[os.write(descriptor, content) :]

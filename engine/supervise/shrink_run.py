@@ -1,4 +1,4 @@
-"""The layout of a run on fewer ranks, or more, than its JSON was written for."""
+"""The layout of a run on another number of ranks than its JSON was written for."""
 
 import json
 import math
@@ -16,13 +16,13 @@ _MOE = "magnetar.model.moe"
 
 
 class Layout(NamedTuple):
-    """Where a run's samples and experts lie.
+    """The distribution of a run's samples and experts.
 
     Attributes:
-        num_ranks: ranks that take part; there may be more.
-        ep_size: ranks that share a set of experts; 1 without experts.
-        micro: samples of a rank in a forward pass.
-        accumulation: forward passes of an optimizer step.
+        num_ranks: number of ranks that take part; there may be more.
+        ep_size: number of ranks that share a set of experts; 1 without experts.
+        micro: number of samples of a rank in a forward pass.
+        accumulation: number of forward passes of an optimizer step.
     """
 
     num_ranks: int
@@ -45,17 +45,19 @@ def wanted_layout(config: RunConfig) -> Layout:
 
 
 def fitting_layout(config: RunConfig, num_ranks: int) -> Layout:
-    """The layout nearest to the wanted one on at most so many ranks.
+    """The layout nearest to the wanted one on at most `num_ranks` ranks.
 
-    The batch of an optimizer step stays, so it is divided otherwise: into micro-batches no larger
-    than those wanted, or, where the numbers depend on accumulation, into as many as before.
+    The global batch size does not change. It is re-split: normally with micro-batches at most as
+    large as requested; if results depend on the number of accumulation steps, that number is kept
+    instead.
 
     Args:
-        config: checked with the wanted number of ranks.
-        num_ranks: that there are. Where the batch cannot be divided among them, fewer are used.
+        config: config that was checked with the wanted number of ranks.
+        num_ranks: number of ranks that exist. If the batch cannot be divided among them, fewer are
+            used.
 
     Raises:
-        UserError: for a run whose numbers would change, with the ways out.
+        UserError: if the numbers of the run would change; it names the ways out.
     """
     wanted = wanted_layout(config)
     if num_ranks == wanted.num_ranks:
@@ -70,6 +72,7 @@ def fitting_layout(config: RunConfig, num_ranks: int) -> Layout:
     for ranks in range(num_ranks, 0, -1):
         cut = _cut(config, wanted, ranks)
         if cut is not None:
+            # A divisor of the old ep_size also divides the number of experts.
             return Layout(ranks, math.gcd(wanted.ep_size, ranks), *cut)
     raise UserError(
         f"{TRAIN}={config.deepspeed[TRAIN]} in {wanted.accumulation} bins a rank cannot be "
@@ -80,7 +83,7 @@ def fitting_layout(config: RunConfig, num_ranks: int) -> Layout:
 
 
 def _cut(config: RunConfig, wanted: Layout, num_ranks: int) -> tuple[int, int] | None:
-    """Micro-batch and accumulation on exactly so many ranks; None where there are none."""
+    """Micro-batch and accumulation on exactly `num_ranks` ranks; None if impossible."""
     share, rest = divmod(config.deepspeed[TRAIN], num_ranks)
     if rest:
         return None
@@ -111,16 +114,16 @@ def overrides_of(config: RunConfig, layout: Layout) -> list[str]:
 def fitted_settings(
     path: Path, settings: Sequence[str], wanted_ranks: int, num_ranks: int
 ) -> tuple[Layout, list[str]]:
-    """The layout on at most so many ranks, and the `--set` arguments with it in.
+    """The layout on at most `num_ranks` ranks, and the `--set` arguments that make it.
 
     Args:
-        path: the JSON.
+        path: path of the JSON.
         settings: the user's `--set` arguments.
-        wanted_ranks: for which the two were written.
-        num_ranks: that there are.
+        wanted_ranks: number of ranks that JSON and settings were written for.
+        num_ranks: number of ranks that exist.
 
     Raises:
-        UserError: for a wrong JSON, or one that goes with no other number of ranks.
+        UserError: if the JSON is wrong, or allows no other number of ranks.
     """
     config = load_config(path, settings, wanted_ranks)
     layout = fitting_layout(config, num_ranks)

@@ -1,4 +1,4 @@
-"""Starting a training again after a crash, on what is left of its machines."""
+"""The supervisor restarts a training after a crash, on the machines that are left."""
 
 import os
 import re
@@ -33,23 +33,23 @@ _STEP = re.compile(r"step_(\d+)")
 
 @dataclass(frozen=True)
 class Options:
-    """What supervises and what is supervised.
+    """The options of the supervisor and of the run.
 
     Attributes:
         config: the run's JSON.
-        settings: its `--set` arguments.
-        max_restarts: restarts without a new checkpoint between them, at most.
-        backoff: seconds before a restart; twice as many before each further one without progress.
-        max_backoff: at most.
-        hostfile: of the machines; None: this one.
-        num_nodes: of the hostfile, from its start; None: all.
-        num_gpus: ranks on each machine; None: its slots, or this machine's GPUs.
-        include: as DeepSpeed's launcher has it.
-        exclude: likewise.
-        master_addr: the first machine's address; None: found.
-        master_port: None: one that is free, another at each start.
-        ssh_port: None: ssh's own.
-        force_multi: a single machine of the hostfile is reached over ssh, too.
+        settings: `--set` arguments of the JSON.
+        max_restarts: largest number of restarts in a row without a new checkpoint.
+        backoff: pause in seconds before a restart, doubled for each further one without progress.
+        max_backoff: longest pause in seconds.
+        hostfile: path of the hostfile; None: only this machine.
+        num_nodes: number of machines, from the start of the hostfile; None: all.
+        num_gpus: number of ranks on each machine; None: its slots, or this machine's GPUs.
+        include: hosts and slots to use, in DeepSpeed's syntax.
+        exclude: hosts to leave out, in DeepSpeed's syntax.
+        master_addr: address of the first machine; None: found.
+        master_port: port of the rendezvous; None: a free one, another at each start.
+        ssh_port: port of sshd; None: ssh's default.
+        force_multi: whether a single machine of the hostfile is also reached over ssh.
         passed: further arguments for the launcher.
     """
 
@@ -71,13 +71,13 @@ class Options:
 
 
 class Place(NamedTuple):
-    """Where a start runs.
+    """The machines of one start.
 
     Attributes:
-        slots: host -> slots that take part; none: this machine, as the launcher finds it.
+        slots: host -> slots that take part; empty: this machine, as the launcher finds it.
         left_out: hosts that did not answer.
         is_remote: whether hosts are reached over ssh.
-        first: the host that the user's master_addr is of.
+        first: host that the user's master_addr belongs to.
     """
 
     slots: dict[str, list[int]]
@@ -87,11 +87,11 @@ class Place(NamedTuple):
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that there can be; 0 where only the launcher knows."""
+        """Largest number of ranks; 0 if only the launcher knows it."""
         return sum(map(len, self.slots.values()))
 
     def of_first_ranks(self, num_ranks: int) -> "Place":
-        """The same with the first of its slots."""
+        """The same place with only its first `num_ranks` slots."""
         slots: dict[str, list[int]] = {}
         for host, there in self.slots.items():
             if taken := there[: num_ranks - sum(map(len, slots.values()))]:
@@ -100,14 +100,14 @@ class Place(NamedTuple):
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
+    """A TCP port of this machine that is free now."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return listener.getsockname()[1]
 
 
 def last_saved_step(run_dir: Path) -> int:
-    """Steps of the run's newest checkpoint, damaged or not; 0 where there is none."""
+    """Step of the run's newest checkpoint, damaged or not; 0 if there is none."""
     matches = map(_STEP.fullmatch, (path.name for path in run_dir.glob("checkpoints/step_*")))
     return max((int(match[1]) for match in matches if match), default=0)
 
@@ -116,10 +116,10 @@ class Supervisor:
     """Starts, watches and restarts one run."""
 
     def __init__(self, options: Options) -> None:
-        """Read the JSON for its run folder.
+        """Read the run's folder from the JSON.
 
         Raises:
-            UserError: for a JSON or hostfile that is wrong.
+            UserError: if the JSON or the hostfile is wrong.
         """
         self.options = options
         config = load_config(options.config, options.settings)
@@ -127,13 +127,13 @@ class Supervisor:
         self.run_id = secrets.token_hex(8)
         self.signals: deque[int] = deque()
         self.stopping: int | None = None  # the signal that asked for it
-        self.hosts: set[str] = set()  # on which this run may have processes
+        self.hosts: set[str] = set()  # hosts on which this run may have processes
         self.wanted_ranks = self._place(set()).num_ranks
         self.wake, self._woken = os.pipe()
         os.set_blocking(self._woken, False)
 
     def run(self) -> int:
-        """Supervise to the end; the status to leave with."""
+        """The exit status, after supervising the run to its end."""
         handlers = {number: self._handle(number) for number in (*_STOPPING, *_PASSED)}
         before = signal.set_wakeup_fd(self._woken)
         try:
@@ -182,7 +182,7 @@ class Supervisor:
                 return 128 + self.stopping
 
     def _start_and_watch(self) -> tuple[int, str]:
-        """One start to its end: a status, and the cause of a crash ("": not to be restarted)."""
+        """Status of one start, and the cause of its crash; "" if it must not be restarted."""
         place, settings = self._fitted_place()
         if self.options.hostfile is not None and not place.slots:
             return CRASHED, f"no host of {self.options.hostfile} answers over ssh"
@@ -221,14 +221,14 @@ class Supervisor:
         return CRASHED, cause
 
     def _fitted_place(self) -> tuple[Place, list[str]]:
-        """Where the next start runs, and the settings that make the run fit it."""
+        """The machines of the next start, and the settings that fit the run to them."""
         options = self.options
         if options.hostfile is None:
             return Place({}), list(options.settings)
-        everybody = self._place(set())
+        all_hosts = self._place(set())
         silent: set[str] = set()
-        if everybody.is_remote:
-            answers = on_hosts(everybody.slots, ["true"], options.ssh_port)
+        if all_hosts.is_remote:
+            answers = on_hosts(all_hosts.slots, ["true"], options.ssh_port)
             silent = {host for host, answer in answers.items() if answer is None}
         place = self._place(silent)
         for host in place.left_out:
@@ -248,7 +248,7 @@ class Supervisor:
         return place.of_first_ranks(layout.num_ranks), settings
 
     def _place(self, silent: set[str]) -> Place:
-        """The hostfile as it is now, without the hosts that do not answer."""
+        """The machines of the current hostfile, without the hosts that do not answer."""
         options = self.options
         if options.hostfile is None:
             return Place({})
@@ -278,6 +278,7 @@ class Supervisor:
             command += [] if options.num_gpus is None else ["--num_gpus", str(options.num_gpus)]
         else:
             named = "@".join(f"{h}:{','.join(map(str, s))}" for h, s in place.slots.items())
+            # The supervisor has just asked every host; the launcher would ask the first one again.
             command += ["--hostfile", str(options.hostfile), "--include", named, "--no_ssh_check"]
             command += ["--master_addr", self._master_addr(place)]
             command += ["--force_multi"] if place.is_remote else []
@@ -296,7 +297,7 @@ class Supervisor:
         return address_of(host, self.options.ssh_port) if place.is_remote else "127.0.0.1"
 
     def _pass_signals(self, launched: Launched) -> str:
-        """Hand on what has arrived; why all is to end at once, or ""."""
+        """Hand arrived signals on; the reason to end everything at once, or ""."""
         while self.signals:
             number = self.signals.popleft()
             if number == signal.SIGWINCH:
@@ -317,7 +318,7 @@ class Supervisor:
         return ""
 
     def _sleep(self, seconds: float) -> bool:
-        """Wait; False if a signal asks to stop."""
+        """Whether the pause ended without a signal that asks to stop."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             time.sleep(min(0.1, seconds))
@@ -329,7 +330,7 @@ class Supervisor:
         return True
 
     def _kill_left(self) -> int:
-        """End all that is left of the run on every host; how much there was."""
+        """Number of processes of the run that were left on all hosts, after killing them."""
         num_left = sum(process.rank is not None for process in run_processes(self.run_id))
         stuck = kill_processes(self.run_id)
         if stuck:
@@ -338,7 +339,7 @@ class Supervisor:
         return num_left
 
     def _on_other_hosts(self, function: str, *arguments: int) -> list[str | None]:
-        """What a function of `launched_run` returns there, in the same Python and folder."""
+        """Results of a function of `launched_run` on the other hosts, in the same folder."""
         call = f"{function}({', '.join(map(repr, (self.run_id, *map(int, arguments))))})"
         program = f"from magnetar.engine.supervise.launched_run import *; print({call})"
         there = 'cd "$1" && exec "$2" -c "$3"'
@@ -346,11 +347,11 @@ class Supervisor:
         return list(on_hosts(sorted(self.hosts), words, self.options.ssh_port).values())
 
     def _say(self, event: str, text: str) -> None:
-        """Into the logbook and onto the terminal."""
+        """Write to the logbook and to the terminal."""
         self._tell(f"{event}: {text}")
         try:
             logbook.write(self.run_dir, event, text)
-        except OSError as error:  # a full disk is no reason to stop
+        except OSError as error:  # a full disk must not stop the run
             self._tell(f"the logbook cannot be written: {error}")
 
     def _tell(self, text: str) -> None:

@@ -1,7 +1,7 @@
 """What can go wrong with a run, done to it, and what must come of it; see tests.faults.faults.
 
-Each case is a function of a Lab that raises AssertionError where the run does not end as it
-should, and returns how it has ended.
+Each case is a function of a Lab. It returns how the run has ended, and raises AssertionError if
+that is not how it should end.
 """
 
 import json
@@ -176,11 +176,11 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def fill_disk(lab: Lab, of_checkpoints: bool) -> Outcome:
-    """A disk with room for a few checkpoints, on which somebody then leaves no space.
+    """A disk with room for a few checkpoints, which is then filled.
 
     Args:
-        lab: of the case.
-        of_checkpoints: the disk holds nothing else of the run, so that it is noticed in a save.
+        lab: lab of the case.
+        of_checkpoints: whether the disk holds only checkpoints, so that a save meets it full.
     """
     name = f"disk_{of_checkpoints}"
     run_dir = lab.folder / name / "run"
@@ -349,7 +349,7 @@ def edit_sensibly(lab: Lab) -> Outcome:
 def on_two_hosts(
     lab: Lab, name: str, harm: Callable[[Lab, TwoHosts, Supervised], Outcome]
 ) -> Outcome:
-    """A run with a rank on each of two hosts, to which something happens."""
+    """A run with a rank on each of two hosts, and a fault in it."""
     if reason := missing():
         raise SkipError(reason)
     with two_hosts(lab.folder / f"{name}_hosts", slots=1) as two:
@@ -389,7 +389,7 @@ def unplug_for_good(lab: Lab, two: TwoHosts, run: Supervised) -> Outcome:
 
 
 def switch_off(lab: Lab, two: TwoHosts, run: Supervised) -> Outcome:
-    """The second host is gone without a word."""
+    """The second host is switched off; no connection is closed."""
     fault = Fault.now(run)
     two.hosts[1].switch_off()
     outcome = goes_on(run, fault)

@@ -19,12 +19,12 @@ RESUMED = re.compile(r"resuming after step (\d+)")
 
 
 class Outcome(NamedTuple):
-    """How a case has ended.
+    """The end of a case.
 
     Attributes:
-        end: in words: status, or what went on.
-        seconds: from the fault to its consequence: the run's end, or its next new step.
-        lost: steps that were trained again; None where no step was trained again.
+        end: the end in words: status, or how the run continued.
+        seconds: time from the fault to its consequence: the run's end, or its next new step.
+        lost: number of steps that were trained again; None if there were none.
     """
 
     end: str
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 class SkipError(Exception):
-    """Why this machine cannot have a case."""
+    """The reason why a case is impossible on this machine."""
 
 
 @dataclass
@@ -41,10 +41,10 @@ class Lab:
     """Folders for runs, and two runs to start from.
 
     Attributes:
-        folder: of everything.
-        settings: of every run.
-        whole: a run that nobody disturbed.
-        half: the same, as it was after HALF steps.
+        folder: folder of all runs.
+        settings: settings of every run.
+        whole: an undisturbed run.
+        half: the same run after HALF steps.
     """
 
     folder: Path
@@ -147,7 +147,7 @@ def finishes_alike(run: Supervised, lab: Lab) -> None:
 
 
 def ends_with(run: Supervised, status: int, words: str, since: float) -> Outcome:
-    """The end of a run that a person must look after."""
+    """Check that a run has ended with a message for a person."""
     found = run.end()
     seconds = time.monotonic() - since
     assert found == status, f"status {found} in place of {status}:\n{run.output}"
@@ -160,9 +160,9 @@ class Fault(NamedTuple):
     """A moment of a run.
 
     Attributes:
-        when: by time.monotonic.
-        step: the last one in the metrics.
-        resumed: how often the run had been resumed.
+        when: time by time.monotonic, in seconds.
+        step: last step in the metrics.
+        resumed: number of times that the run had been resumed.
     """
 
     when: float
@@ -171,7 +171,7 @@ class Fault(NamedTuple):
 
     @classmethod
     def now(cls, run: Supervised) -> "Fault":
-        """This one."""
+        """The current moment of a run."""
         return cls(time.monotonic(), run.last_step(), len(RESUMED.findall(run.output)))
 
 

@@ -4,7 +4,7 @@
 
 Every fault is really done: to processes, files, disks, a cable between two hosts (network
 namespaces), or put into the numbers by a program around launchers.train. A run that goes on is
-compared with one that nobody disturbed, to the last bit of its metrics and weights; where it goes
+compared with an undisturbed one, to the last bit of its metrics and weights; where it goes
 on in another layout, its losses are, to 5e-4. Text: the speeches of `make train`. Some need root,
 and are left out without.
 """
@@ -26,10 +26,10 @@ class Case(NamedTuple):
     """A fault.
 
     Attributes:
-        fault: in words.
-        documented: what comes of it.
-        within: seconds in which it must have.
-        case: does it.
+        fault: the fault in words.
+        documented: the documented consequence.
+        within: time limit of the consequence in seconds.
+        case: function that does it.
     """
 
     fault: str
@@ -106,7 +106,7 @@ CASES = (
     ),
     Case(
         "the disk is full when it writes metrics.jsonl",
-        "likewise; a line that was cut off is none",
+        "status 2, and what to do; a line that was cut off is ignored",
         60,
         partial(cases.fill_disk, of_checkpoints=False),
     ),

@@ -4,10 +4,10 @@
     python -m tests.faults.fuzz --configs 2000 --files 500 --only 17  # a case again
 
 Each JSON of ds_configs/, cut down to two steps of a tiny model, is changed in one to three places
-or damaged as text; so are files of prepared folders, and raw text before it is prepared. A
-launcher's real `main` gets it, in a process forked from one that has imported everything. A case
-fails if it ends with a traceback, with any status but 0 and 2, without a message or a step, after
---limit seconds without a step, or with another byte in any file that was there before.
+or damaged as text. Files of prepared folders and raw text are damaged too. A launcher's real `main`
+gets the result, in a process forked from one that has imported everything. A case fails if it ends
+with a traceback, with a status other than 0 and 2, or without a message or a step. It also fails
+after --limit seconds without a step, or if a file that existed before has changed.
 """
 
 import argparse

@@ -15,13 +15,13 @@ _COUNTS = ("num_tokens", "num_documents", "num_bytes", "sha256")  # of a split i
 
 
 class Case(NamedTuple):
-    """What is run.
+    """A case.
 
     Attributes:
-        kind: the JSON or the file that was broken.
-        module: the launcher.
-        arguments: of it, in the case's folder.
-        files: content by its path in the case's folder.
+        kind: name of the JSON or the file that was broken.
+        module: name of the launcher.
+        arguments: arguments of the launcher, in the case's folder.
+        files: contents of files by their path in the case's folder.
     """
 
     kind: str

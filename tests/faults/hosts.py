@@ -1,4 +1,4 @@
-"""Two hosts on one machine, for what only happens between machines.
+"""Two hosts on one machine, to test what only happens between machines.
 
 Each has its own network, processes, host name and sshd; they share the disk. A cable, `eth0` on
 both, joins them, and nothing else: neither reaches the network outside. Linux, root and the
@@ -33,7 +33,7 @@ _NAMESPACES = ("--net", "--pid", "--mount", "--uts")
 
 
 def missing() -> str | None:
-    """Why this machine cannot be two hosts; None if it can."""
+    """The reason why this machine cannot be two hosts; None if it can."""
     if sys.platform != "linux":
         return "two hosts on one machine need Linux's namespaces"
     if os.geteuid() != 0:
@@ -57,9 +57,9 @@ class Host:
     """One of the two.
 
     Attributes:
-        name: what `hostname` says there.
-        address: of its end of the cable.
-        pid: of its first process, with which every other one there ends.
+        name: output of `hostname` there.
+        address: address of its end of the cable.
+        pid: id of its first process; all other processes there end with it.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Host:
     pid: int
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """That runs a command there, in the working folder of whoever calls it."""
+        """The words that run a command there, in the caller's working folder."""
         folder = f"--wd={os.getcwd()}"
         return ["nsenter", f"--target={self.pid}", *_NAMESPACES, folder, "--", *command]
 
@@ -91,19 +91,20 @@ class Host:
         self.run(["ip", "link", "set", INTERFACE, "up"], check=True)
 
     def switch_off(self) -> None:
-        """End everything there at once, and say goodbye to nobody."""
+        """End everything there at once, without closing a connection."""
         self.unplug()
         os.kill(self.pid, 9)
 
 
 @dataclass(frozen=True)
 class TwoHosts:
-    """What a launcher needs to know.
+    """The two hosts, as a launcher needs them.
 
     Attributes:
-        hosts: the first, where launchers are started, and the second.
-        hostfile: DeepSpeed's.
-        environment: of a launcher on the first: keys for ssh, and what DeepSpeed hands on.
+        hosts: the first host, where launchers are started, and the second.
+        hostfile: path of DeepSpeed's hostfile.
+        environment: variables of a launcher on the first host: keys for ssh, and those that
+            DeepSpeed hands on.
     """
 
     hosts: tuple[Host, Host]
@@ -129,8 +130,8 @@ def two_hosts(
     """Two hosts, until the end of the `with` statement or of this process, however it ends.
 
     Args:
-        folder: empty or new, for keys, logs of sshd and the hostfile.
-        slots: ranks on each.
+        folder: empty or new folder for keys, logs of sshd and the hostfile.
+        slots: number of ranks on each host.
         exports: variables that every rank gets, beside DS_ACCELERATOR=cpu and one thread each.
     """
     folder.mkdir(parents=True, exist_ok=True)

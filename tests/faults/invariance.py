@@ -2,11 +2,12 @@
 
     python -m tests.faults.invariance --out docs/invariance.md
 
-Trains benchmarks/layouts.json for 50 steps in every combination of ranks (1, 2, 4), ep_size
-(1, 2, 4, dividing the ranks), ZeRO stage, top_k (1, 2), dispatch (dropless, capacity) and
-gradient accumulation (1, 4), in fp32 and in bf16, on the text of `make train`. Compared is with one
-rank, ep_size 1, ZeRO 0 (in bf16 ZeRO 1) of the same top_k, dispatch and accumulation: capacity and
-balance loss are those of one accumulation step over all ranks (`moe.balance_scope`).
+Trains benchmarks/layouts.json for 50 steps on the text of `make train`, in fp32 and in bf16. It
+takes every combination of ranks (1, 2, 4), ep_size (1, 2, 4, dividing the ranks), ZeRO stage, top_k
+(1, 2), dispatch (dropless, capacity) and gradient accumulation (1, 4). Each run is compared with
+one rank, ep_size 1, ZeRO 0 (in bf16 ZeRO 1) of the same top_k, dispatch and accumulation. The
+accumulation must be the same, since capacity and balance loss are those of one accumulation step
+over all ranks (`moe.balance_scope`).
 """
 
 import argparse

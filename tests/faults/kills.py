@@ -1,4 +1,4 @@
-"""Random kills of a run under supervision, which must end as if nobody had touched it.
+"""Random kills of a run under supervision, which must end like an undisturbed one.
 
     python -m tests.faults.kills --kills 50 --out benchmarks/results/kills.json
 

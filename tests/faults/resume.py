@@ -4,7 +4,7 @@
 
 Each layout trains 20 steps and saves. From each of these checkpoints each layout goes on for 20
 steps, through the `deepspeed` launcher and `magnetar train`, on the text of `make train`. The
-losses of those steps are compared with those of a run of one rank that nobody stopped.
+losses of those steps are compared with those of an uninterrupted run of one rank.
 """
 
 import argparse
@@ -53,11 +53,11 @@ def train(
     """Train a run to a step in a layout; the losses of all of its steps so far.
 
     Args:
-        layout: of the ranks that train.
-        run_dir: the run's folder, whose newest checkpoint is continued.
-        num_steps: of the whole run.
+        layout: layout of the ranks that train.
+        run_dir: the run's folder; its newest checkpoint is continued.
+        num_steps: number of steps of the whole run.
         settings: further KEY=VALUE pairs.
-        seconds: see `launch`.
+        seconds: time limit, see `launch`.
     """
     keys = {
         "zero_optimization.stage": layout.stage,

@@ -35,12 +35,12 @@ class Supervised:
         """Start it.
 
         Args:
-            run_dir: of the run.
+            run_dir: the run's folder.
             settings: `--set` arguments.
-            arguments: further ones of launchers.supervise.
-            prefix: what starts it, such as a shell that sets a limit.
-            config: the JSON.
-            module: in place of launchers.supervise.
+            arguments: further arguments of launchers.supervise.
+            prefix: words before the command, such as a shell that sets a limit.
+            config: path of the JSON.
+            module: module that runs instead of launchers.supervise.
             environment: variables beside our own.
         """
         self.run_dir = run_dir

@@ -94,7 +94,7 @@ def test_a_port_in_use_is_named(place: Place) -> None:
     [
         ("203.0.113.7", r"MASTER_ADDR=203.0.113.7 is not an address of .*: use one of .*127.0.0.1"),
         ("no-such-host.invalid", "MASTER_ADDR=no-such-host.invalid is not known here"),
-        ("127.0.0.1", "MASTER_ADDR=127.0.0.1 means this machine to itself alone"),
+        ("127.0.0.1", "MASTER_ADDR=127.0.0.1 is a loopback address"),
     ],
 )
 def test_an_address_where_rank_0_cannot_serve_is_refused(
@@ -121,7 +121,7 @@ def test_ranks_that_do_not_meet_say_where(place: Place) -> None:
     with pytest.raises(MachineError, match=f"rank 1 on .* did not meet rank 0 at 127.0.0.1:{port}"):
         meet()
     place("127.0.0.1", port, rank=0, size=2, local=2)
-    with pytest.raises(MachineError, match=f"not all 2 ranks have come to 127.0.0.1:{port} within"):
+    with pytest.raises(MachineError, match=f"not all 2 ranks reached 127.0.0.1:{port} within"):
         meet()
     assert port not in listening_ports()
 

@@ -97,7 +97,7 @@ CASES: list[tuple[str, str, str, Callable[[dict[str, Any]], Any]]] = [
     ("problem", "versions", "triton none, and 3.6.0", lambda r: r["versions"].pop("triton")),
     ("warning", "versions", "driver 570, and 580.1", lambda r: r["gpus"].update(driver="570")),
     ("problem", "JSON", "run.json is not there", lambda r: r.update(config="")),
-    ("problem", "JSON", "run.json says something else than on n0", lambda r: r.update(config="2")),
+    ("problem", "JSON", "run.json has other content than on n0", lambda r: r.update(config="2")),
     ("problem", "data", "prepared is not there", lambda r: r.update(data="")),
     ("problem", "data", "prepared holds other data than on n0", lambda r: r.update(data="2")),
     (
@@ -150,7 +150,7 @@ CASES: list[tuple[str, str, str, Callable[[dict[str, Any]], Any]]] = [
     (
         "problem",
         "JIT",
-        "/c/lock is 2 minutes old and nobody's",
+        "/c/lock is 2 minutes old and no process holds it",
         lambda r: r["locks"].append({"path": "/c/lock", "seconds": 120.0, "holder": None}),
     ),
     (

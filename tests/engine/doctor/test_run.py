@@ -50,11 +50,11 @@ def test_sizes_are_those_of_the_runs_gradients_and_tokens(
     ((command, sizes),) = world_of
     assert command[-4:] == ["--num_gpus", "2", "--master_port", "29500"]
     # 2 sequences of 32 tokens, to 2 experts each, of 32 float32 numbers
-    assert (sizes.exchanged, sizes.ep_size) == (2 * 32 * 2 * 32 * 4, 2)
+    assert (sizes.all_to_all_bytes, sizes.ep_size) == (2 * 32 * 2 * 32 * 4, 2)
     # All of the model's, which training prints, but those of 4 experts: two matrices, their biases,
     # the inner LayerNorm.
     experts = 4 * (2 * 32 * 64 + 64 + 32 + 2 * 64)
-    assert sizes.reduced == 4 * (41_409 - experts)
+    assert sizes.all_reduce_bytes == 4 * (41_409 - experts)
 
 
 def test_a_single_remote_host_is_not_where_the_launcher_starts(
@@ -103,7 +103,7 @@ def test_ranks_that_cannot_work_together_are_a_problem(
     assert finding.text == (
         "the ranks cannot work together: the launcher ended with status 1:\nValueError: x"
     )
-    assert found.skipped == "the ranks did not come so far"
+    assert found.skipped == "the ranks failed before the measurement"
 
 
 def test_what_a_failed_launcher_printed_is_handed_on(tmp_path: Path) -> None:
