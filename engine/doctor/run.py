@@ -184,9 +184,8 @@ def _wanted(config: RunConfig | None, options: Options, address: str) -> tuple[W
     vocab_size = config.model.vocab_size
     if vocab_size is None:
         try:
-            vocab_size = open_folder(
-                Path(config.data.path), config.data.pairs is not None
-            ).vocab_size
+            folder, holds_pairs = Path(config.data.path), config.data.pairs is not None
+            vocab_size = open_folder(folder, holds_pairs).vocab_size
         except UserError:  # the data may be on other machines only, which are asked for it
             vocab_size = _VOCAB_SIZE
     model = config.model.model_copy(update={"vocab_size": vocab_size})
