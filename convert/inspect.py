@@ -31,7 +31,7 @@ from magnetar.engine.checkpoint.format import (
 )
 from magnetar.engine.checkpoint.open_run import SavedModel, is_run, of_checkpoint, open_run
 from magnetar.engine.optim.adam import MOMENTS
-from magnetar.engine.progress import table
+from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
 
 _GATE = ".deepspeed_moe.gate."

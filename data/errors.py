@@ -1,12 +1,22 @@
-"""The two errors that are not defects of ours: a mistake of the user, and a fault of a machine."""
+"""The two errors that are not defects of ours, and the sentences for what pydantic refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+_SHOWN_CHARACTERS = 60  # of a wrong value
 
 
 class UserError(ValueError):
     """Bad input: a key, a value or a file that a user can change.
 
     Its message names the key or file, the value, the rule and a way out. The launchers print it
-    without a traceback and exit with status 2; anything else is a defect of ours and keeps its
-    traceback.
+    without a traceback and exit with status 2. Anything else is a defect of ours: its traceback is
+    written into a file, and the status is 1.
 
     Attributes:
         on_every_rank: True if every rank raises it together, so that one of them prints it.
@@ -31,3 +41,54 @@ class MachineError(RuntimeError):
     def __init__(self, message: str, on_every_rank: bool = False) -> None:
         super().__init__(message)
         self.on_every_rank = on_every_rank
+
+
+def missing_package(what: str, package: str, extra: str, otherwise: str = "") -> UserError:
+    """The refusal of what needs a package that not everybody installs.
+
+    Args:
+        what: what needs it: a file, an option, a key.
+        package: its name, with a version if only one will do.
+        extra: the extra of magnetar that installs it.
+        otherwise: a way out without the package, "use type \"AdamW\"" say.
+    """
+    name = package.partition("==")[0]
+    way_out = f", or {otherwise}" if otherwise else ""
+    return UserError(
+        f"{what} needs the package {name}, which is not installed: run pip install "
+        f"'magnetar[{extra}]' or pip install {package}{way_out}"
+    )
+
+
+def all_problems(error: ValidationError, section: str = "") -> list[str]:
+    """A sentence for each key that pydantic refuses in a file: key, value and rule.
+
+    The JSON of a run has `magnetar.engine.config.errors.problems_of`, which says more.
+
+    Args:
+        error: pydantic's error.
+        section: dotted path of the part of the file that was validated, "" for a whole file.
+    """
+    sentences = []
+    for each in error.errors(include_url=False):
+        key = ".".join(map(str, (section, *each["loc"]))).removeprefix(".")
+        value = "" if isinstance(each["input"], bytes) else json.dumps(each["input"], default=str)
+        if len(value) > _SHOWN_CHARACTERS:
+            value = f"{value[:_SHOWN_CHARACTERS]}..."
+        shown = f"{key}={value}" if key else "the whole file"
+        if each["type"] == "missing":
+            sentences.append(f"{key} is missing")
+        elif each["type"] == "extra_forbidden":
+            sentences.append(f"{key} is not a key that this version knows")
+        elif each["type"] == "value_error":  # our own rule names key and value
+            sentences.append(f"{key}: {each['ctx']['error']}".removeprefix(": "))
+        elif each["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            sentences.append(f"{shown}: it should be an object")
+        else:
+            sentences.append(f"{shown}: {each['msg'].replace('Input', 'it', 1)}")
+    return sentences
+
+
+def first_problem(error: ValidationError, section: str = "") -> str:
+    """The first sentence of `all_problems`."""
+    return all_problems(error, section)[0]

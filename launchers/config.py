@@ -1,6 +1,6 @@
 """Checks a config, and writes the pages that describe configs.
 
-magnetar config check ds_configs/quickstart.json [--set path=value ...] [--world-size N]
+magnetar config check quickstart [--set key=value ...] [--world-size N]
 magnetar config docs [--check]
 """
 
@@ -12,9 +12,13 @@ from pathlib import Path
 
 from magnetar.engine.config.docs import generated_files
 from magnetar.engine.config.schema import load_config
+from magnetar.launchers.command_line import (
+    CONFIGS,
+    CommandParser,
+    add_set_option,
+    find_config,
+)
 from magnetar.launchers.user_errors import user_errors
-
-CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
 def _ranks(text: str) -> int:
@@ -26,19 +30,11 @@ def _ranks(text: str) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command and its options."""
-    parser = argparse.ArgumentParser(prog="magnetar config", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="magnetar config", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="print the resolved config, or all that is wrong")
-    check.add_argument("config", type=Path, help="a JSON file, such as ds_configs/quickstart.json")
-    check.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        help="replace one value, such as magnetar.model.num_layers=4 (may be repeated)",
-    )
+    check.add_argument("config", help="a JSON file, or a shipped config's name, such as quickstart")
+    add_set_option(check, dest="overrides")
     check.add_argument(
         "--world-size", type=_ranks, help="ranks: fills in the batch sizes, checks ep_size"
     )
@@ -74,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.command == "docs":
         return write_docs(options.folder, options.check)
-    config = load_config(options.config, options.overrides, options.world_size)
+    config = load_config(find_config(options.config), options.overrides, options.world_size)
     print(json.dumps(config.to_dict(), indent=2))
     return 0
 

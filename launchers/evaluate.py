@@ -8,6 +8,7 @@ The answer is also written into the run's folder, as evaluation.json.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -19,35 +20,40 @@ from rich.console import Console
 from rich.progress import track
 
 from magnetar.data.errors import UserError
-from magnetar.launchers.translate import MAX_LENGTH_PENALTY
+from magnetar.launchers.command_line import (
+    CommandParser,
+    add_run_options,
+    given_values,
+    option_of,
+    require_at_least_1,
+)
+from magnetar.launchers.translate import MAX_LENGTH_PENALTY, translation_bar
 from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
+    from magnetar.data.pairs.folder import Texts
     from magnetar.engine.checkpoint.open_run import SavedModel
-    from magnetar.engine.translation.translate import Texts, TranslationScores
+    from magnetar.engine.translation.translate import TranslationScores
 
 _OF_TRANSLATION = ("directions", "max_sentences", "beam", "length_penalty", "write_translations")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="magnetar evaluate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add(
-        "run",
-        type=Path,
-        help="the run's folder, such as runs/quickstart, or what convert export made of it",
+    parser = CommandParser(prog="magnetar evaluate", description=__doc__)
+    add_run_options(
+        parser,
+        "the run's folder, such as runs/quickstart, or what convert export made of it",
+        "a prepared folder (default: the run's own)",
     )
-    add("--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)")
-    add("--data", type=Path, metavar="DIR", help="a prepared folder (default: the run's own)")
+    add = parser.add_argument
     add("--batch-size", type=int, default=16, metavar="N", help="sequences at once (%(default)s)")
     add("--sequences", type=int, metavar="N", help="only the first N sequences (default: all)")
     add("--json", action="store_true", help="print one JSON object")
     of_translation = parser.add_argument_group("for a run that translates")
     add = of_translation.add_argument
     add("--directions", nargs="+", metavar="FROM-TO", help="such as en-de (default: all)")
-    add("--max-sentences", type=int, metavar="N", help="of each direction (default: all)")
+    add("--max-sentences", type=int, metavar="N", help="sentences of each direction (default: all)")
     add("--beam", type=int, metavar="N", help="hypotheses; 1: greedy (4)")
     add("--length-penalty", type=float, metavar="A", help="see magnetar translate (1.0)")
     add(
@@ -57,10 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="new folder for en-de.translations.txt, en-de.references.txt and so on, for sacrebleu",
     )
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "sequences", "max_sentences", "beam"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    require_at_least_1(options, ("batch_size", "sequences", "max_sentences", "beam"))
     if options.length_penalty is not None and not 0 <= options.length_penalty <= MAX_LENGTH_PENALTY:
         raise UserError(
             f"--length-penalty {options.length_penalty:g} must be 0 to {MAX_LENGTH_PENALTY}"
@@ -108,37 +111,29 @@ def _check_kind(options: argparse.Namespace, translates: bool) -> None:
         if getattr(options, name) is not None:
             kind = "translates" if translates else "does not translate"
             raise UserError(
-                f"--{name.replace('_', '-')} says nothing about {options.run}, which {kind}: leave "
-                "it out"
+                f"{option_of(name)} says nothing about {options.run}, which {kind}: leave it out"
             )
 
 
 def evaluate_translations(options: argparse.Namespace, run: "SavedModel") -> None:
     """Translate the validation split, and print how good that is."""
     from magnetar.data.pairs.codec import parse_direction
-    from magnetar.engine.translation.translate import (
-        Decoding,
-        evaluate_translation,
+    from magnetar.engine.report.translations import (
         sample_words,
         signature_lines,
         translation_tables,
-        validation_texts,
     )
-    from magnetar.launchers.translate import translation_bar
+    from magnetar.engine.translation.translate import Decoding, evaluate_translation
 
     # The prepared folder, which is needed here anyhow, holds the vocabulary too.
     codec, prepared = run.codec, run.pairs(options.data)
     learnt = run.run_config.data.pairs if run.run_config else None
     asked = options.directions or (learnt.directions if learnt else None)
     directions = [parse_direction(name, prepared.languages) for name in asked] if asked else None
-    texts = validation_texts(prepared, directions, options.max_sentences)
-    given = {"beam": options.beam, "length_penalty": options.length_penalty}
-    decoding = Decoding(
-        batch_size=options.batch_size,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    texts = prepared.texts("valid", directions, options.max_sentences)
+    given = given_values(options, ("batch_size", "beam", "length_penalty"))
     with translation_bar() as progress:
-        scores = evaluate_translation(run.translator, codec, texts, decoding, progress)
+        scores = evaluate_translation(run.translator, codec, texts, Decoding(**given), progress)
     if options.write_translations is not None:
         _write_translations(options.write_translations, texts, scores)
     answer = {
@@ -164,31 +159,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate and print."""
     options = parse_arguments(arguments)
     quiet_deepspeed()
+    from magnetar.data.loader import TextData
     from magnetar.engine.checkpoint.open_run import open_run
     from magnetar.engine.evaluate import evaluate
-    from magnetar.engine.report.samples import asked_about, evaluation_table
-    from magnetar.engine.windows import predicted_bytes, unigram_perplexity, windows
+    from magnetar.engine.prepare_run import data_options
+    from magnetar.engine.report.samples import evaluation_table
 
     run = open_run(options.run, options.checkpoint, options.data)
     _check_kind(options, run.has_learnt_pairs)
     if run.has_learnt_pairs:
         evaluate_translations(options, run)
         return
-    config = run.text_config
-    valid = windows(run.prepared.valid, config)
-    num_sequences = math.ceil((valid.split.num_tokens - 1) / valid.seq_len)
+    own = data_options(run.text_config)
+    num_sequences = math.ceil((run.prepared.valid.num_tokens - 1) / own.seq_len)
     num_sequences = min(num_sequences, options.sequences or num_sequences)
+    data = TextData(run.prepared, dataclasses.replace(own, eval_sequences=num_sequences))
 
     def progress(batches: Iterable) -> Iterable:
         total = math.ceil(num_sequences / options.batch_size)
         console = Console(stderr=True)
         return track(batches, "evaluating", total, console=console, disable=not console.is_terminal)
 
-    num_bytes = predicted_bytes(run.prepared, valid, config, num_sequences)
-    result = evaluate(
-        run.model, valid, options.batch_size, run.device, num_bytes, num_sequences, progress
-    )
-    unigram = unigram_perplexity(run.prepared, config, result.num_tokens)
+    batches = data.valid_batches(options.batch_size, rank=0, world_size=1)
+    result = evaluate(run.model, batches, run.device, data.predicted_bytes(), progress)
+    unigram = data.unigram_perplexity(result.num_tokens)
     answer = {
         "run": str(options.run),
         "checkpoint": run.name,
@@ -202,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if _tell(options, answer):
         return
     title = f"Validation split of {run.prepared.path}, "
-    title += asked_about(config, result.num_tokens)
+    title += f"{result.num_tokens:,} {data.asked_tokens}"
     rows = {run.name: result.to_dict()}
     Console(highlight=False).print(evaluation_table(title, rows, unigram))
 

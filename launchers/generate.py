@@ -9,28 +9,25 @@ import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from magnetar.data.errors import UserError
+from magnetar.data.text.lines import require_utf8
+from magnetar.launchers.command_line import CommandParser, add_run_options, require_at_least_1
 from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="magnetar generate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("run", type=Path, help="the run's folder, such as runs/quickstart, or a folder of weights")
-    add("--prompt", metavar="TEXT", help="what to continue (default: each line of the input)")
-    add("--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)")
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder of the tokenizer (default: the run's)",
+    parser = CommandParser(prog="magnetar generate", description=__doc__)
+    add_run_options(
+        parser,
+        "the run's folder, such as runs/quickstart, or a folder of weights",
+        "folder of the tokenizer (default: the run's)",
     )
+    add = parser.add_argument
+    add("--prompt", metavar="TEXT", help="what to continue (default: each line of the input)")
     add("--tokens", type=int, default=100, metavar="N", help="tokens to add (%(default)s)")
     add(
         "--temperature",
@@ -46,8 +43,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="P",
         help="draw among the likeliest tokens that make up this probability (%(default)s)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the draw (%(default)s)")
-    add("--num-samples", type=int, default=1, metavar="N", help="texts a prompt (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the draw (%(default)s)")
+    add(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="texts per prompt (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     _check(options)
     return options
@@ -55,12 +58,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
     if options.prompt is not None:
-        _check_utf8(options.prompt, "--prompt", "give it in UTF-8")
+        require_utf8(options.prompt, "--prompt", "give it in UTF-8")
         if not options.prompt.strip():
             raise UserError("--prompt is empty: give the beginning of a text to continue")
-    for name, value in (("tokens", options.tokens), ("num-samples", options.num_samples)):
-        if value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+    require_at_least_1(options, ("tokens", "num_samples"))
     if not 0 <= options.temperature < math.inf:
         raise UserError(
             f"--temperature {options.temperature:g} must be 0 or more: 0 takes the most probable "
@@ -72,14 +73,6 @@ def _check(options: argparse.Namespace) -> None:
         )
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed {options.seed} must be 0 or more and less than 2^63")
-
-
-def _check_utf8(text: str, name: str, way_out: str) -> None:
-    """Refuses the surrogates by which Python stands for bytes that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is not UTF-8 at character {error.start + 1}: {way_out}") from None
 
 
 def prompts_of(prompt: str | None) -> Iterator[str]:
@@ -97,7 +90,7 @@ def prompts_of(prompt: str | None) -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # judged line by line
     for number, line in enumerate(sys.stdin, start=1):
-        _check_utf8(line, f"line {number} of standard input", "save the prompts as UTF-8")
+        require_utf8(line, f"line {number} of standard input", "save the prompts as UTF-8")
         if line.strip():
             num_prompts += 1
             yield line.rstrip("\r\n")

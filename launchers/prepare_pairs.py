@@ -7,21 +7,22 @@ A table has a column a language (en, de, ...), or source_language, target_langua
 docs/translation.md shows both. Stopped runs resume: give the same command again.
 """
 
-import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
-import rich.box
 import rich.table
-from rich.console import Console
 
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.filters import PairFilter, dropped, in_words
 from magnetar.data.pairs.folder import PairsManifest, TableRecord
 from magnetar.data.pairs.prepare import PreparePairsConfig, TableConfig, prepare_pairs
 from magnetar.data.text.token_files import SPLITS
-from magnetar.launchers.prepare_data import terminal_reporter
+from magnetar.launchers.command_line import CommandParser
+from magnetar.launchers.preparing import (
+    add_options,
+    print_summary,
+    summary_table,
+    terminal_reporter,
+)
 from magnetar.launchers.user_errors import user_errors
 
 
@@ -31,11 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
     Raises:
         UserError: a value is not of its form, or speaks of a table that is not there.
     """
-    parser = argparse.ArgumentParser(
-        prog="magnetar prepare-pairs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="magnetar prepare-pairs", description=__doc__)
     add = parser.add_argument
     add(
         "--table",
@@ -44,8 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
         metavar="NAME=TRAIN[,VALID]",
         help="globs of .tsv or .jsonl [.gz .xz .zst], either may be empty; again for each corpus",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
-    add("--vocab-size", type=int, metavar="N", help="train a SentencePiece vocabulary")
+    add_options(parser, "use the vocabulary of other prepared pairs", "DIR")
     add(
         "--vocab-temperature",
         type=float,
@@ -54,7 +50,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
         help="a language of n characters gives n^(1/T) of what the vocabulary learns from "
         "(default %(default)s)",
     )
-    add("--tokenizer", type=Path, metavar="DIR", help="use the vocabulary of other prepared pairs")
     add(
         "--columns",
         action="append",
@@ -78,13 +73,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
     add("--dedupe", action="store_true", help="drop pairs seen before, or in a validation split")
     add("--max-length-ratio", type=float, metavar="R", help="drop pairs of more unequal lengths")
     add("--max-length", type=int, metavar="N", help="drop pairs with more tokens on a side")
-    add(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes (default: every core, %(default)s here)",
-    )
     values = parser.parse_args(arguments)
     return PreparePairsConfig(
         out=values.out,
@@ -142,12 +130,10 @@ def _list(values: str) -> tuple[str, ...]:
     return tuple(value for value in values.split(",") if value)
 
 
-def print_summary(manifest: PairsManifest, out: Path, was_there: bool) -> None:
-    """Prints what the folder holds, what was dropped, and whether it was there before."""
-    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for column in ("table", "split", "rows", "tokens", "directions", "pairs", "dropped"):
-        is_text = column in ("table", "split", "dropped")
-        shown.add_column(column, justify="left" if is_text else "right")
+def summary(manifest: PairsManifest) -> rich.table.Table:
+    """What each split of each table holds, and what was dropped."""
+    columns = ("table", "split", "rows", "tokens", "directions", "pairs", "dropped")
+    shown = summary_table(columns, texts=("table", "split", "dropped"))
     names = [*dict.fromkeys(table.name.partition(".")[0] for table in manifest.tables)]
     for name in names:
         for split in SPLITS:
@@ -161,15 +147,7 @@ def print_summary(manifest: PairsManifest, out: Path, was_there: bool) -> None:
                 counts = [*map(sum, zip(*(_counts(one, split) for one in found), strict=True))]
                 reasons = in_words(dropped(found, split))
                 shown.add_row(name, split, *(f"{count:,}" for count in counts), reasons)
-    console = Console()
-    console.print(shown)
-    console.print(
-        f"languages: {', '.join(manifest.languages)}\n"
-        f"vocabulary: {manifest.vocab_size:,} entries, {manifest.tokenizer_file}\n"
-        f"{'up to date' if was_there else 'written'}: {out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    return shown
 
 
 def _counts(table: TableRecord, split: str) -> tuple[int, int, int, int]:
@@ -185,12 +163,13 @@ def _counts(table: TableRecord, split: str) -> tuple[int, int, int, int]:
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Prepare pairs, and print what the folder holds."""
     config = parse_arguments(arguments)
-    was_there = config.out.exists()  # `prepare_pairs` then leaves it as it is
+    was_there = config.out.exists()  # it is left as it is then
     with terminal_reporter() as reporter:
         manifest = prepare_pairs(config, reporter)
-    print_summary(manifest, config.out, was_there)
+    languages = f"languages: {', '.join(manifest.languages)}"
+    print_summary(summary(manifest), [languages], manifest, config.out, was_there)
 
 
 if __name__ == "__main__":

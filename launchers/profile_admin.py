@@ -1,11 +1,15 @@
-"""The profile that a model with norm "admin" starts from: one batch, before training.
+"""Measure the profile that a model with norm "admin" starts from: one batch, before training.
 
-deepspeed [--hostfile H] --module magnetar.launchers.profile_admin --deepspeed_config X.json
+`magnetar profile-admin JSON` starts the deepspeed launcher, which starts this. By hand:
+
+deepspeed [--hostfile H] --module magnetar.launchers.profile_admin --deepspeed_config JSON
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from magnetar.launchers.train import launched_world_size, parse_arguments
+from magnetar.launchers.defects import reports_in
+from magnetar.launchers.train import launched_config, parse_arguments
 from magnetar.launchers.user_errors import user_errors
 
 
@@ -13,19 +17,17 @@ from magnetar.launchers.user_errors import user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check everything, then join the other ranks, profile and print."""
     options = parse_arguments(arguments, "magnetar.launchers.profile_admin", __doc__)
-    from magnetar.engine.config.schema import load_config
-
-    world_size = launched_world_size()
-    config = load_config(options.deepspeed_config, options.set, world_size)
+    config, world_size = launched_config(options)
     from magnetar.engine.admin import profile_path, require_admin
     from magnetar.engine.build import launched_rank
     from magnetar.engine.cluster.process_groups import leave_distributed
+    from magnetar.engine.prepare_run import resolve_run
     from magnetar.engine.profile_admin import profile
-    from magnetar.engine.trainer import resolve_run
 
     require_admin(config)
-    omegas = profile(*resolve_run(config, world_size))
-    leave_distributed()
+    with reports_in(Path(config.training.run_dir)):
+        omegas = profile(*resolve_run(config, world_size))
+        leave_distributed()
     if launched_rank() == 0:
         for stack, values in omegas.items():
             shown = " ".join(f"{value:.3f}" for value in values)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Train in a Slurm job, one task a GPU; `srun` and `sbatch` both take this file, in Magnetar's folder:
+# Train in a Slurm job, one task a GPU; `srun` and `sbatch` both take this file:
 #
 #   sbatch launchers/slurm.sh --deepspeed_config ds_configs/lm_xmoe.json
 #   srun --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 \
 #     launchers/slurm.sh --deepspeed_config ds_configs/lm_xmoe.json
 #
-# All arguments go to magnetar.launchers.train. Options for sbatch stand before the file's name and count for
+# Start it in Magnetar's folder, or anywhere if the package is installed. All arguments go to
+# magnetar.launchers.train. Options for sbatch stand before the file's name and count for
 # more than those below. Where only one task a node is allowed, DeepSpeed's launcher starts the ranks:
 #
 #   sbatch --ntasks-per-node=1 --export=ALL,SLOTS=8 launchers/slurm.sh ...
@@ -45,8 +46,13 @@ first_address() {
 }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is no Slurm job: start it with sbatch or srun"
-[ -f launchers/train.py ] || fail "start it in Magnetar's folder, as launchers/slurm.sh"
 python=$(command -v "${PYTHON:-python}") || fail "no ${PYTHON:-python} in PATH: activate the environment first, or set PYTHON"
+script=launchers/slurm.sh
+if [ ! -f $script ]; then # no checkout: the installed package, since sbatch starts a copy of this
+  room=$("$python" -c 'import magnetar.launchers as room; print(room.__path__[0])' 2> /dev/null) || true
+  script=$room/slurm.sh
+  [ -f "$script" ] || fail "$python has no magnetar: start it in Magnetar's folder, or install the package"
+fi
 [ -n "${SLURM_JOB_NODELIST:-}" ] || fail "SLURM_JOB_NODELIST is not set, which Slurm does in a job"
 if [ -z "${MASTER_ADDR:-}" ]; then
   MASTER_ADDR=$(first_address) || true
@@ -58,7 +64,7 @@ export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
 if [ -z "${SLURM_STEP_ID:-}" ]; then # sbatch: the file itself, once
   # When a rank has failed the others end by themselves, with a status that says more than that of a
   # task that was killed: not --kill-on-bad-exit.
-  srun --wait=60 launchers/slurm.sh "$@"
+  srun --wait=60 "$script" "$@"
   exit
 fi
 

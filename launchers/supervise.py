@@ -1,111 +1,75 @@
 """Train, and start again after a crash, until the run has finished.
 
-magnetar supervise --num_gpus 8 --deepspeed_config ds_configs/lm_xmoe.json
-magnetar supervise --hostfile hosts --deepspeed_config ds_configs/lm_xmoe.json
+magnetar supervise lm_xmoe --num_gpus 8
+magnetar supervise lm_xmoe --hostfile hosts
 
-It takes what `deepspeed ... --module magnetar.launchers.train ...` takes, and calls that. Restarts,
-with their causes, are in logbook.md of the run's folder.
+It takes the options of `magnetar train` and starts the same launcher. The restarts and their causes
+are in logbook.md of the run's folder.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from magnetar.engine.supervise.supervisor import Options, Supervisor
+from magnetar.launchers.command_line import (
+    CommandParser,
+    add_config_options,
+    take_config,
+    whole_number,
+)
+from magnetar.launchers.launch import (
+    add_launcher_options,
+    handed_on,
+    refuse_contradictions,
+    underscored,
+)
 from magnetar.launchers.user_errors import user_errors
 
-# Of DeepSpeed's launcher, handed on as they are.
-_FLAGS = ("--no_ssh_check", "--save_pid", "--bind_cores_to_rank", "--no_local_rank")
-_VALUES = (
-    *("--launcher", "--launcher_args", "--bind_core_list", "--venv_script", "--log_level"),
-    "--enable_each_rank_log",
+_SAME_NAME = (
+    *("max_restarts", "backoff", "max_backoff", "hostfile", "num_nodes", "num_gpus", "include"),
+    *("exclude", "master_addr", "master_port", "ssh_port", "force_multi"),
 )
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> Options:
     """The command line; what is no option of ours or of the launcher's ends the program."""
-    parser = argparse.ArgumentParser(
-        prog="magnetar supervise",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="magnetar supervise", description=__doc__, allow_abbrev=False)
+    add_config_options(parser)
     add = parser.add_argument
-    add("--deepspeed_config", type=Path, required=True, metavar="JSON", help="the run's JSON")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override any key")
     add(
         *("--max-restarts", "--max_restarts"),
-        type=_at_least_0,
+        type=partial(whole_number, least=0),
         default=10,
-        help="give up after so many restarts without a new checkpoint between them (10)",
+        metavar="N",
+        help="give up after N restarts with no new checkpoint between them (%(default)s)",
     )
     add(
         "--backoff",
         type=_seconds,
         default=5.0,
-        help="seconds before a restart, doubled at each further one without progress (5)",
+        metavar="S",
+        help="seconds before a restart, doubled after each restart without progress (%(default)g)",
     )
-    add("--max-backoff", "--max_backoff", type=_seconds, default=300.0, help="at most (300)")
-    theirs = parser.add_argument_group("of the deepspeed launcher").add_argument
-    theirs("-H", "--hostfile", type=Path, help="read again before every start")
-    theirs("-i", "--include", default="")
-    theirs("-e", "--exclude", default="")
-    theirs("--num_nodes", type=_at_least_1)
-    theirs("--num_gpus", "--num_accelerators", type=_at_least_1)
-    theirs("--master_addr")
-    theirs("--master_port", type=_at_least_1, help="default: a free one, another at each start")
-    theirs("--ssh_port", type=_at_least_1)
-    theirs("--force_multi", action="store_true")
-    theirs("-q", "--quiet", action="store_true")
-    for name in _FLAGS:
-        theirs(name, action="store_true", help=argparse.SUPPRESS)
-    for name in _VALUES:
-        theirs(name, help=argparse.SUPPRESS)
-    theirs("--module", choices=["magnetar.launchers.train"], help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.include and given.exclude:
-        parser.error("--include and --exclude contradict each other: use one of them")
-    if (given.include or given.exclude) and (given.num_nodes or given.num_gpus):
-        parser.error("--include and --exclude do not go with --num_nodes and --num_gpus")
+    add(
+        *("--max-backoff", "--max_backoff"),
+        type=_seconds,
+        default=300.0,
+        metavar="S",
+        help="longest pause before a restart, in seconds (%(default)g)",
+    )
+    add_launcher_options(parser, "magnetar.launchers.train")
+    given = parser.parse_args(underscored(arguments))
+    refuse_contradictions(parser, given)
     if given.hostfile is None and (given.include or given.exclude or given.num_nodes):
         parser.error("--include, --exclude and --num_nodes need --hostfile")
-    passed = ["--quiet"] if given.quiet else []
-    passed += [name for name in _FLAGS if getattr(given, name[2:])]
-    for name in _VALUES:
-        if (value := getattr(given, name[2:])) is not None:
-            passed.append(f"{name}={value}")
     return Options(
-        config=given.deepspeed_config,
+        config=take_config(parser, given),
         settings=tuple(given.set),
-        max_restarts=given.max_restarts,
-        backoff=given.backoff,
-        max_backoff=given.max_backoff,
-        hostfile=given.hostfile,
-        num_nodes=given.num_nodes,
-        num_gpus=given.num_gpus,
-        include=given.include,
-        exclude=given.exclude,
-        master_addr=given.master_addr,
-        master_port=given.master_port,
-        ssh_port=given.ssh_port,
-        force_multi=given.force_multi,
-        passed=tuple(passed),
+        passed=tuple(handed_on(given)),
+        **{name: getattr(given, name) for name in _SAME_NAME},
     )
-
-
-def _at_least_1(text: str) -> int:
-    return _at_least(text, 1)
-
-
-def _at_least_0(text: str) -> int:
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

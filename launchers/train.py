@@ -1,39 +1,52 @@
-"""Train a model.
+"""Train a model, as one of the ranks that a launcher has started.
 
-deepspeed [--hostfile H] --module magnetar.launchers.train --deepspeed_config X.json
+`magnetar train JSON` starts the deepspeed launcher, which starts this. By hand, one of
+
+deepspeed [--hostfile H] --module magnetar.launchers.train --deepspeed_config JSON
+deepspeed [--hostfile H] launchers/train.py --deepspeed_config JSON
 """
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if __name__ == "__main__" and not __package__:
+    # A script, not a module: Python has put this file's folder in front. What we need there is the
+    # folder that holds magnetar/, a checkout's or site-packages.
+    _ROOM = Path(__file__).resolve().parent.parent
+    sys.path[0] = str(_ROOM if (_ROOM / "magnetar").is_dir() else _ROOM.parent)
+
+from magnetar.launchers.command_line import CommandParser, add_config_options, take_config
+from magnetar.launchers.defects import reports_in
 from magnetar.launchers.user_errors import user_errors
+
+if TYPE_CHECKING:
+    from magnetar.engine.config.schema import RunConfig
 
 
 def parse_arguments(
     arguments: Sequence[str] | None, prog: str, description: str | None
 ) -> argparse.Namespace:
     """The command line of what the deepspeed launcher starts; it adds --local_rank."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument(
-        "--deepspeed_config", type=Path, required=True, metavar="JSON", help="the run's JSON"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override any key, magnetar.model.num_layers=4 say; may be repeated",
-    )
+    parser = CommandParser(prog=prog, description=description)
+    add_config_options(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.config = take_config(parser, options)
+    return options
 
 
-def launched_world_size() -> int:
-    """Ranks that were started with this one: by deepspeed or torchrun, by MPI, or none."""
+def launched_config(options: argparse.Namespace) -> "tuple[RunConfig, int]":
+    """The run's config, checked for the ranks that were started with this one; their number."""
+    from magnetar.engine.config.schema import load_config
+
+    # Set by deepspeed and torchrun, by Open MPI, by MPICH; by nobody for a single process.
     names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    world_size = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    return load_config(options.config, options.set, world_size), world_size
 
 
 @user_errors()
@@ -43,18 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     times = StartTimes()
     options = parse_arguments(arguments, "magnetar.launchers.train", __doc__)
-    from magnetar.engine.config.schema import load_config
-
-    world_size = launched_world_size()
-    config = load_config(options.deepspeed_config, options.set, world_size)
+    config, world_size = launched_config(options)
     from magnetar.engine.cluster.process_groups import leave_distributed
-    from magnetar.engine.trainer import prepare_run, train
+    from magnetar.engine.prepare_run import prepare_run
+    from magnetar.engine.trainer import train
 
     times.end("imports")
-    prepared = prepare_run(config, world_size)
-    times.end("checks")
-    train(*prepared, times)
-    leave_distributed()
+    with reports_in(Path(config.training.run_dir)):
+        prepared = prepare_run(config, world_size)
+        times.end("checks")
+        train(*prepared, times)
+        leave_distributed()
 
 
 if __name__ == "__main__":

@@ -11,39 +11,44 @@ pauses for a moment. Ctrl-C keeps what has come out, and says how many lines tha
 import argparse
 import math
 import os
-import select
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from magnetar.data.errors import UserError
+from magnetar.data.text.lines import sentences_of, windows_of_input
+from magnetar.launchers.command_line import (
+    CommandParser,
+    add_run_options,
+    given_values,
+    option_of,
+    require_at_least_1,
+)
 from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
     from magnetar.engine.checkpoint.open_run import SavedModel
-    from magnetar.engine.translation.long_sentences import TooLong
-    from magnetar.engine.translation.translate import Decoding
+    from magnetar.engine.translation.translator import Translator
 
-BYTE_ORDER_MARK = "\ufeff"
 MAX_LENGTH_PENALTY = 10  # what n tokens are raised to must stay a number
 WINDOW = 512  # lines that are sorted by length together, and come out together
-PAUSE = 0.2  # seconds without a line after which those of a pipe are translated
-PARTS = 1 << 32  # more lines than there are: part p of line n draws as n + p * PARTS
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="magnetar translate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="magnetar translate", description=__doc__)
+    add_run_options(
+        parser,
+        "the run's folder, such as runs/bible, or a folder of weights",
+        "folder of the vocabulary (default: the run's, or the one that it was trained on)",
+    )
     add = parser.add_argument
-    add("run", type=Path, help="the run's folder, such as runs/bible, or a folder of weights")
     add(
         "files",
         type=Path,
@@ -90,30 +95,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what happens to a sentence longer than the model's positions (default: what the "
         "run's data.pairs.too_long_inference says, or split)",
     )
-    add("--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)")
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder of the vocabulary (default: the run's, or the one that it was trained on)",
-    )
     options = parser.parse_intermixed_args(arguments)  # a FILE may follow options
     _check(options)
     return options
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("beam", "batch_size", "max_len"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    require_at_least_1(options, ("beam", "batch_size", "max_len"))
     if not 0 <= options.length_penalty <= MAX_LENGTH_PENALTY:
         raise UserError(
             f"--length-penalty {options.length_penalty:g} must be 0 to {MAX_LENGTH_PENALTY}: 0 "
             "compares plain probabilities, 1 those of a token"
         )
     for name in ("temperature", "top_p", "seed"):
-        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        value, option = getattr(options, name), option_of(name)
         if value is not None and not options.sample:
             raise UserError(f"{option} {value:g} belongs to --sample: add it, or leave it out")
     if options.temperature is not None and not 0 < options.temperature < math.inf:
@@ -147,141 +142,6 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{file} is not a file: name a text file, a sentence a line")
 
 
-def sentences_of(options: argparse.Namespace) -> list[str] | None:
-    """Every line of --text or of the files; None where standard input is to be translated.
-
-    Raises:
-        UserError: a line is not UTF-8.
-    """
-    if options.text is not None:
-        try:
-            options.text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"--text is not UTF-8 at character {error.start + 1}: give it in UTF-8"
-            ) from None
-        return options.text.split("\n")
-    if not options.files:
-        return None
-    found: list[str] = []
-    for file in options.files:
-        with file.open("rb") as lines:
-            found += lines_of(str(file), lines)
-    return found
-
-
-def lines_of(name: str, lines: Iterable[bytes]) -> Iterator[str]:
-    """Lines of a file, without their ends.
-
-    Raises:
-        UserError: one of them is not UTF-8.
-    """
-    for number, line in enumerate(lines, start=1):
-        yield decoded(name, number, line)
-
-
-def decoded(name: str, number: int, line: bytes) -> str:
-    """Line `number`, from 1, of a file, without its end; see `lines_of`."""
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name}, line {number}, is not UTF-8 at byte {error.start + 1}: save it as UTF-8"
-        ) from None
-    if number == 1:
-        text = text.removeprefix(BYTE_ORDER_MARK)
-    return text.rstrip("\r\n")
-
-
-def arriving(stream: IO[bytes]) -> Iterator[list[bytes]]:
-    """What a pipe brings, in lines; an empty list once at each pause."""
-    rest = b""
-    while True:
-        if not select.select([stream], [], [], PAUSE)[0]:
-            yield []
-        chunk = stream.read1(1 << 16)  # type: ignore[attr-defined]
-        if not chunk:
-            break
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield lines
-    if rest:
-        yield [rest]
-
-
-def windows_of_input(stream: IO[bytes], size: int) -> Iterator[list[str]]:
-    """Lines of standard input, at most `size` at a time, and fewer where it pauses or ends.
-
-    Raises:
-        UserError: one of them is not UTF-8; those before it may have come.
-    """
-    number, window = 0, list[str]()
-    try:
-        stream.fileno()
-        groups = arriving(stream)
-    except OSError:  # nothing that can pause
-        groups = iter([list(stream)])
-    for lines in groups:
-        for line in lines:
-            number += 1
-            window.append(decoded("standard input", number, line))
-            if len(window) == size:
-                yield window
-                window = []
-        if not lines and window:
-            yield window
-            window = []
-    if window:
-        yield window
-
-
-class Translator:
-    """Translates lines, a window after the other.
-
-    Attributes:
-        num_done: lines so far.
-        too_long: numbers, from 0, of those that did not fit.
-    """
-
-    def __init__(
-        self, run: "SavedModel", options: argparse.Namespace, decoding: "Decoding"
-    ) -> None:
-        """Nothing is done yet."""
-        self.run, self.target, self.decoding = run, options.target, decoding
-        self.how: TooLong = options.too_long or "split"
-        if options.too_long is None and run.run_config is not None and run.run_config.data.pairs:
-            self.how = run.run_config.data.pairs.too_long_inference
-        self.num_done, self.too_long = 0, list[int]()
-
-    def lines(
-        self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
-    ) -> list[str]:
-        """A line for each of the next texts, "" for one that is empty."""
-        from magnetar.engine.translation.long_sentences import fit
-        from magnetar.engine.translation.translate import joined, one_line, translate_ids
-
-        model, codec, first = self.run.translator, self.run.codec, self.num_done
-        fitted = fit(texts, codec, self.target, model.encoder.max_len, self.how, first)
-        parts: list[list[str]] = [[] for _ in texts]
-        # A line's draws depend on its number in all of the input, and on no window.
-        seen = Counter[int]()
-        ids = []
-        for number in fitted.sentence:
-            ids.append(first + number + PARTS * seen[number])
-            seen[number] += 1
-        found = translate_ids(model, codec, fitted.ids, self.decoding, progress, ids)
-        for number, translation in zip(fitted.sentence, found, strict=True):
-            parts[number].append(one_line(codec.decode(translation.tokens)))
-        self.num_done += len(texts)
-        self.too_long += [first + number for number in fitted.too_long]
-        return [joined(of_text, self.target) for of_text in parts]
-
-    def told(self) -> str:
-        """What is to be said about long ones, or ""."""
-        from magnetar.engine.translation.long_sentences import told
-
-        return told(self.too_long, self.num_done, self.run.translator.encoder.max_len, self.how)
-
-
 def warn_of_untrained(run: "SavedModel", options: argparse.Namespace) -> None:
     """Say so where the run has not learnt the direction, as far as its config or data tell."""
     if run.run_config is None or run.run_config.data.pairs is None:
@@ -310,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from magnetar.data.pairs.codec import check_language
     from magnetar.engine.checkpoint.open_run import open_run
     from magnetar.engine.translation.translate import Decoding
+    from magnetar.engine.translation.translator import Translator
     from magnetar.models.decoding.beam_search import Sampling
 
     run = open_run(options.run, options.checkpoint, options.data)
@@ -319,19 +180,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except UserError as error:
             raise UserError(f"{option}: {error}") from None
     warn_of_untrained(run, options)
-    sampling = None
-    if options.sample:
-        given = {name: getattr(options, name) for name in Sampling._fields}
-        sampling = Sampling(**{name: v for name, v in given.items() if v is not None})
+    given = given_values(options, Sampling._fields)
+    sampling = Sampling(**given) if options.sample else None
     decoding = Decoding(
         options.beam or 4, options.length_penalty, options.max_len, sampling, options.batch_size
     )
-    _translate_all(options, Translator(run, options, decoding))
+    _translate_all(options, Translator(run, decoding, options.target, options.too_long))
 
 
-def _translate_all(options: argparse.Namespace, translator: Translator) -> None:
+def _translate_all(options: argparse.Namespace, translator: "Translator") -> None:
     """Write the translations of the input, window after window."""
-    texts = sentences_of(options)
+    texts = sentences_of(options.text, options.files)
     size = max(WINDOW, 8 * options.batch_size)
     if texts is None:
         if sys.stdin.isatty():

@@ -1,14 +1,18 @@
-"""How every launcher ends when something a person can mend has gone wrong."""
+"""How every command ends when something has gone wrong: a message and an exit status."""
 
 import errno
 import os
+import select
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from magnetar.data.errors import MachineError, UserError
+from magnetar.launchers.defects import TRACEBACK, defect_message, is_first_to_fail, write_report
 
 
 def quiet_deepspeed() -> None:
@@ -30,6 +34,8 @@ _WAYS_OUT = {
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
     errno.ENOENT: "it is not there, or a folder of the path cannot be made; choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "the disk has failed to read or write; look into the system's log",
+    errno.ESTALE: "the network's disk has gone; mount it again",
     errno.EMFILE: "raise the limit on open files (ulimit -n), or prepare fewer directions",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or choose another disk",
 }
@@ -39,7 +45,8 @@ _NEED_LESS = (
     "more ranks"
 )
 
-_FAULT_OF_A_MACHINE = 3
+_DEFECT, _FAULT_OF_A_MACHINE = 1, 3
+
 
 # What torch says of a GPU's and of the host's memory.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -72,11 +79,26 @@ def _leave(status: int) -> NoReturn:
     raise SystemExit(status) from None
 
 
+def _end_of_defect(error: Exception) -> NoReturn:
+    """Write the report, print a paragraph if no other rank does, and exit with status 1."""
+    where = write_report(error)
+    if is_first_to_fail():
+        if os.environ.get(TRACEBACK, "0") != "0":
+            traceback.print_exception(error)
+        print(f"error: {defect_message(error, where)}", file=sys.stderr, flush=True)
+    if "WORLD_SIZE" in os.environ:
+        # The rank that prints must not be killed before, and others must see for a while that it
+        # has printed: a launcher ends all ranks when it finds that one has ended.
+        time.sleep(1.0)
+    _leave(_DEFECT)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program without a traceback: status 2 after a UserError, 3 after a MachineError.
+    """Ends the program without a traceback, whatever is raised.
 
-    After Ctrl-C it is 130.
+    The status is 2 after a UserError, 3 after a MachineError, 130 after Ctrl-C. Anything that
+    nobody expected is a defect of ours: its traceback goes into a file, and the status is 1.
 
     Wrap a launcher's `main` in it, as a decorator or in a `with` statement. The message is printed
     once a machine, by local rank 0. The other ranks wait a second first: a multi-process launcher
@@ -85,14 +107,17 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()  # or a closed pipe would be found when it is too late to say so
     except UserError as error:
         _end(str(error), is_everybodys=error.on_every_rank or not _ranks_have_joined())
     except MachineError as error:
         is_everybodys = error.on_every_rank or not _ranks_have_joined()
         _end(str(error), is_everybodys, _FAULT_OF_A_MACHINE)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            _leave_closed_pipe()
         if error.errno not in _WAYS_OUT:
-            raise
+            _end_of_defect(error)
         name = error.filename or "a file of this run"
         _end(f"{name}: {error.strerror}: {_WAYS_OUT[error.errno]}", is_everybodys=False)
     except MemoryError as error:
@@ -102,8 +127,26 @@ def user_errors() -> Iterator[None]:
             said = str(error).partition("\n")[0]
             _end(f"not enough memory: {said}: {_NEED_LESS}", is_everybodys=False)
         if not any(words in str(error) for words in _LOST_PEER):
-            raise
+            _end_of_defect(error)
         words = "another rank has ended; what it printed, if it could, says why"
         _end(words, is_everybodys=False, status=_FAULT_OF_A_MACHINE)
     except KeyboardInterrupt:
         _leave(130)
+    except Exception as error:
+        _end_of_defect(error)
+
+
+def _output_is_closed() -> bool:
+    """Whether the standard output is a pipe that nobody reads any more."""
+    with suppress(OSError, ValueError):  # an output that is no file
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False
+
+
+def _leave_closed_pipe() -> NoReturn:
+    """End as a program does that SIGPIPE kills: the reader of the output has seen enough."""
+    with suppress(OSError, ValueError):  # what is left in the buffer must go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _leave(128 + signal.SIGPIPE)

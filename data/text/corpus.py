@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, missing_package
 
 Documents = Literal["file", "blank-line", "line"]
 PIECE_CHARS = 1 << 20
@@ -285,7 +285,7 @@ def _parquet_texts(path: Path, raw: IO[bytes], text_key: str) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: reading it needs pyarrow: run `pip install pyarrow`") from error
+        raise missing_package(f"{path}: reading it", "pyarrow", "parquet") from error
     try:
         file = pyarrow.parquet.ParquetFile(raw)
     except pyarrow.ArrowInvalid as error:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from magnetar.data.errors import UserError
-from magnetar.models.moe.config import StrictModel
+from magnetar.models.section import StrictModel
 from magnetar.models.weights.load_save import CONFIG_FILE, first_problem
 
 RUN_KEY = "run"

@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from magnetar.data.errors import UserError
+from magnetar.data.loader import RunData
 from magnetar.engine.checkpoint.format import (
     PARTIAL,
     WEIGHT,
@@ -31,7 +32,6 @@ from magnetar.engine.checkpoint.format import (
 from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.optim.adam import EightBitMoment, Moment
-from magnetar.engine.run_data import RunData
 from magnetar.engine.zero import (
     Share,
     adam_step,

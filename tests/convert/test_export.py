@@ -548,7 +548,9 @@ def test_shards_without_their_index_are_named_by_it(
     with pytest.raises(SystemExit):
         generate.main([str(folder), "--prompt", "the senate"])
     said.append(capsys.readouterr().err)
-    assert all(f"{index} is missing, which says what lies in which shard" in one for one in said)
+    assert all(
+        f"{index} is missing, which says which shard holds which tensor" in one for one in said
+    )
 
 
 @pytest.mark.parametrize("command", ["export", "import"])

@@ -1,7 +1,7 @@
 """A dense model and what it is upcycled to are one function."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from magnetar.engine.checkpoint.starting_weights import (
     load_starting_weights,
     require_starting_weights,
 )
+from magnetar.models.config import NormName
 from magnetar.models.transformer import build_model
 from magnetar.models.weights.load_save import load_model, load_weights
 from tests.convert.checkpoints import run_config, write_checkpoint
@@ -25,7 +26,7 @@ from tests.convert.conversions import (
     save_random,
 )
 
-NORMS = ("pre", "post", "subln", "deepnorm", "normformer", "admin")
+NORMS = get_args(NormName)
 CASES: dict[str, dict[str, Any]] = (
     {norm: {"norm": norm} for norm in NORMS}
     | {name: {"activation": name} for name in ("relu", "swish", "swiglu")}

@@ -233,7 +233,7 @@ def _verdict(
     """One of GOOD, or what is wrong."""
     if changed:
         return f"overwrote {', '.join(changed)}"
-    if "Traceback (most recent call last)" in output:
+    if "Traceback (most recent call last)" in output or "is a defect of Magnetar" in output:
         return "traceback"
     prepares = case.module != "magnetar.launchers.train"
     if status is None:

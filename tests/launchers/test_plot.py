@@ -1,6 +1,7 @@
 """magnetar plot."""
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -68,3 +69,14 @@ def test_a_folder_without_records_is_refused(
         main([str(tmp_path)])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(RECORD)}\n")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 2
+    assert "run pip install 'magnetar[plot]' or pip install matplotlib" in capsys.readouterr().err

@@ -135,10 +135,15 @@ def test_only_the_first_local_rank_prints(monkeypatch, capsys, rank):
     )
 
 
-def test_ctrl_c_ends_with_130_and_defects_keep_their_traceback(capsys):
+def test_ctrl_c_ends_with_130_and_a_defects_traceback_is_kept(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as ended:
         fail(KeyboardInterrupt())
     assert ended.value.code == 130
-    with pytest.raises(ValueError, match="ours"):
-        fail(ValueError("ours"))
     assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit) as ended:
+        fail(ValueError("ours"))
+    assert ended.value.code == 1
+    (report,) = tmp_path.iterdir()
+    assert "ValueError: ours" in report.read_text()
+    assert str(report) in capsys.readouterr().err

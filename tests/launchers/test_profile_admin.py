@@ -105,7 +105,10 @@ def test_an_admin_model_without_a_profile_does_not_start(tmp_path: Path, corpus:
         (b"{", "is no profile (the whole file: Invalid JSON"),
         (b"\xff\xfe", "is no profile"),
         (b"[]", "is no profile"),
-        (json.dumps(good | {"variances": "wide"}).encode(), "is no profile (variances: Input"),
+        (
+            json.dumps(good | {"variances": "wide"}).encode(),
+            'is no profile (variances="wide": it should be an object',
+        ),
         (
             json.dumps(good | {"seed": 7}).encode(),
             "another seed and another model and another data",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from magnetar.engine.supervise.supervisor import Options, Place, Supervisor
+from magnetar.launchers.command_line import CONFIGS
 from magnetar.launchers.supervise import main, parse_arguments
 from tests.runs import write_config
 
@@ -26,7 +27,9 @@ def test_what_one_typed_before_is_understood() -> None:
     ("arguments", "words"),
     [
         ("--module magnetar.launchers.plot", "invalid choice: 'magnetar.launchers.plot'"),
-        ("rm", "unrecognized arguments: rm"),
+        ("rm", "two JSONs, rm and x.json: give one of them"),
+        ("rm -r", "unrecognized arguments: -r"),
+        ("--num_gpu 2", "unrecognized arguments: --num_gpu: did you mean --num_gpus?"),
         ("--no_python", "unrecognized arguments: --no_python"),
         ("--include a --exclude b --hostfile h", "contradict each other"),
         ("--include a --num_gpus 2 --hostfile h", "do not go with --num_nodes and --num_gpus"),
@@ -44,6 +47,13 @@ def test_anything_else_is_refused(
         parse_arguments([*arguments.split(), "--deepspeed_config", "x.json"])
     assert raised.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_hyphens_and_a_shipped_configs_name_will_do() -> None:
+    found = parse_arguments(["quickstart", "--num-gpus", "2", "--launcher-args=--a-b"])
+    assert found.num_gpus == 2
+    assert found.config == CONFIGS / "quickstart.json"
+    assert found.passed == ("--launcher_args=--a-b",)
 
 
 def test_a_json_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,16 +14,12 @@ from typing import NamedTuple
 import pytest
 
 from magnetar.data.errors import UserError
+from magnetar.data.text.lines import lines_of, windows_of_input
 from magnetar.data.text.tokenizer import train_sentencepiece
 from magnetar.engine.checkpoint.open_run import open_run
+from magnetar.engine.translation.translator import Translator
 from magnetar.launchers import translate
-from magnetar.launchers.translate import (
-    Translator,
-    lines_of,
-    main,
-    warn_of_untrained,
-    windows_of_input,
-)
+from magnetar.launchers.translate import main, warn_of_untrained
 from magnetar.models.transformer import empty_model
 from magnetar.models.weights.load_save import save_weights
 from tests.engine.translations import MAX_LEN, make_folder, model_config
@@ -370,7 +366,7 @@ def test_more_tokens_than_the_model_has_positions_are_as_many_as_it_has(
 def test_a_pipe_gives_a_window_when_it_is_full_pauses_or_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("magnetar.launchers.translate.PAUSE", 0.05)
+    monkeypatch.setattr("magnetar.data.text.lines.PAUSE", 0.05)
     read, write = os.pipe()
     with os.fdopen(read, "rb") as stream:
         windows = windows_of_input(stream, 3)
@@ -408,7 +404,8 @@ def test_a_direction_that_was_not_learnt_is_warned_of(capsys: pytest.CaptureFixt
 def test_the_run_says_what_becomes_of_long_sentences_unless_the_option_does() -> None:
     def how(*more: str) -> str:
         options = translate.parse_arguments(["runs/any", *TO_ENGLISH, *more])
-        return Translator(Learnt(None, "truncate"), options, None).how
+        run = Learnt(None, "truncate")
+        return Translator(run, None, options.target, options.too_long).how
 
     assert how() == "truncate"
     assert how("--too-long", "refuse") == "refuse"

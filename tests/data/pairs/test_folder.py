@@ -106,7 +106,7 @@ def test_what_is_not_there_is_a_message(folder):
 
 
 def test_a_folder_that_holds_no_pairs_is_a_message(tmp_path, text_file):
-    with pytest.raises(UserError, match=r"is not a folder of prepared pairs.*launchers\.prepare_p"):
+    with pytest.raises(UserError, match=r"is not a folder of prepared pairs.*magnetar prepare-p"):
         open_pairs(tmp_path)
     text = PrepareConfig(
         tmp_path / "text", train=(str(text_file),), documents="line", vocab_size=300
@@ -179,7 +179,7 @@ def test_pairs_of_a_language_that_is_not_there_are_a_message(copy):
 def test_a_manifest_with_another_key_is_a_message(copy):
     file = copy / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "colour": "blue"}))
-    with pytest.raises(UserError, match=r"version 1: colour: Extra inputs"):
+    with pytest.raises(UserError, match=r"version 1: colour is not a key"):
         open_pairs(copy)
 
 

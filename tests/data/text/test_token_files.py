@@ -87,7 +87,7 @@ def test_the_dtype_is_the_narrowest_that_holds_the_vocabulary(size, dtype):
 
 
 def test_a_missing_folder_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match=r"none does not exist: run `python -m launchers\.prepare"):
+    with pytest.raises(UserError, match=r"none does not exist: run `magnetar prepare "):
         open_prepared(tmp_path / "none")
 
 
@@ -110,7 +110,9 @@ def test_a_manifest_that_is_not_json_is_refused(folder):
 
 def test_a_manifest_of_another_version_is_refused(folder):
     edit_manifest(folder, version=2)
-    with pytest.raises(UserError, match=r"not a valid manifest of version 1: version: .*again"):
+    with pytest.raises(
+        UserError, match=r"not a valid manifest of version 1: version=2: it .*again"
+    ):
         open_prepared(folder)
 
 

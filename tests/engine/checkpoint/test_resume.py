@@ -11,7 +11,7 @@ from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.checkpoint.open_run import load_model
 from magnetar.engine.config.schema import load_config
-from magnetar.engine.trainer import prepare_run
+from magnetar.engine.prepare_run import prepare_run
 from tests.ranks import ROOT
 from tests.runs import (
     environment,
@@ -115,7 +115,7 @@ def test_a_run_that_never_saves_leaves_its_numbers_and_starts_anew(
         assert "tokens, saving nothing" in done.stdout
         assert 'none, by magnetar.training.save_every="never"' in done.stdout
         assert "resuming" not in done.stdout
-        assert "magnetar.launchers.generate" not in done.stdout
+        assert "magnetar generate" not in done.stdout
         assert not (tmp_path / "run" / "checkpoints").exists()
         assert records(tmp_path / "run") == records(tmp_path / "saved")
     saved, unsaved = (

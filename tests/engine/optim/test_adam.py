@@ -118,7 +118,12 @@ def test_embeddings_and_small_tensors_keep_32_bits() -> None:
     changes = TYPE | {"magnetar.model.tie_embeddings": False, "magnetar.model.positions": "learned"}
     config, _ = check_config(with_keys(BASE, changes), 1)
     assert config is not None
-    model = build_model(config.model, 0, trained_moe_class(config), drawn_on=torch.device("cpu"))
+    model = build_model(
+        config.model,
+        0,
+        trained_moe_class(config.zero_stage, config.model.moe),
+        drawn_on=torch.device("cpu"),
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     before = parameter_groups(model, 0.1)
     groups = groups_by_bits(model, before, 2048)
@@ -199,7 +204,7 @@ def test_8_bits_go_with_every_stage_and_precision() -> None:
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install bitsandbytes==0\.50\.2, or use type"):
+    with pytest.raises(UserError, match=r"\[8bit\]' or pip install bitsandbytes==0\.50\.2, or"):
         require_optimizer_package({"optimizer": {"type": "AdamW8bit"}})
     require_optimizer_package({"optimizer": {"type": "AdamW"}})
 

@@ -7,7 +7,9 @@ import pytest
 import sacrebleu
 import torch
 
+from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import Codec
+from magnetar.engine.report.translations import signature_lines, translation_tables
 from magnetar.engine.translation.translate import (
     Decoding,
     DirectionScore,
@@ -17,9 +19,8 @@ from magnetar.engine.translation.translate import (
     evaluate_translation,
     joined,
     one_line,
-    signature_lines,
+    require_sacrebleu,
     translate_ids,
-    translation_tables,
 )
 from magnetar.models.decoding.beam_search import Sampling, Translation, default_max_len, translate
 from magnetar.models.transformer import EncoderDecoder
@@ -206,3 +207,11 @@ def test_two_ranks_with_half_of_the_experts_each_find_what_one_finds(
     for found, examples in run_on_ranks("tests.engine.translations:scores_on_a_rank", 2, folder):
         assert found == expected.to_dict()
         assert examples == expected.examples
+
+
+def test_without_sacrebleu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magnetar.engine.translation.translate.find_spec", lambda _: None)
+    with pytest.raises(
+        UserError, match=r"run pip install 'magnetar\[translate\]' or pip install s"
+    ):
+        require_sacrebleu()

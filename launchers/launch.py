@@ -1,0 +1,177 @@
+"""Start the deepspeed launcher, which starts a process for each rank.
+
+magnetar train quickstart
+magnetar train quickstart --num_gpus 4 --set magnetar.training.num_steps=500
+magnetar train runs/my.json --hostfile hosts
+
+Without a GPU the ranks are processes on the CPU: as many as the model's ep_size, or --num_gpus.
+Options may also be written with hyphens: --num-gpus.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from magnetar.engine.config.schema import RunConfig, load_config
+from magnetar.engine.supervise.supervisor import free_port
+from magnetar.launchers.command_line import (
+    CommandParser,
+    add_config_options,
+    positive,
+    take_config,
+    whole_number,
+)
+from magnetar.launchers.user_errors import user_errors
+
+# Options of DeepSpeed's launcher that we hand on as they are.
+FLAGS = ("--no_ssh_check", "--save_pid", "--bind_cores_to_rank", "--no_local_rank")
+VALUES = (
+    *("--launcher", "--launcher_args", "--bind_core_list", "--venv_script", "--log_level"),
+    "--enable_each_rank_log",
+)
+# Options of DeepSpeed's launcher that mean something to us, too.
+_TAKEN = (
+    *("hostfile", "include", "exclude", "num_nodes", "num_gpus"),
+    *("master_addr", "master_port", "ssh_port", "node_rank"),
+)
+_SPELT = (*(f"--{name}" for name in _TAKEN), "--num_accelerators", "--force_multi", "--no_ssh")
+_HOSTFILE = Path("/job/hostfile")  # the one that DeepSpeed reads if none is given
+
+
+def add_launcher_options(parser: argparse.ArgumentParser, module: str) -> None:
+    """The options of DeepSpeed's launcher that `train` and `supervise` both take."""
+    add = parser.add_argument_group("options of DeepSpeed's launcher").add_argument
+    add("-H", "--hostfile", type=Path, help="the machines, a line `NAME slots=N` each")
+    add("-i", "--include", default="", help="hosts and slots to use, such as node-1@node-2:0,2")
+    add("-e", "--exclude", default="", help="hosts and slots to leave out, in the same syntax")
+    add("--num_nodes", type=positive, metavar="N", help="only the first N hosts")
+    add("--num_gpus", "--num_accelerators", type=positive, metavar="N", help="ranks on each host")
+    add("--master_addr", metavar="ADDRESS", help="address of rank 0's machine (default: found)")
+    add(
+        "--master_port",
+        type=positive,
+        metavar="PORT",
+        help="port of rank 0's machine (default: a free one)",
+    )
+    add("--ssh_port", type=positive, metavar="PORT", help="port that ssh connects to")
+    add("--force_multi", action="store_true", help="use ssh even for a single host")
+    add("-q", "--quiet", action="store_true", help="print only the launcher's errors")
+    for name in FLAGS:
+        add(name, action="store_true", help=argparse.SUPPRESS)
+    for name in VALUES:
+        add(name, help=argparse.SUPPRESS)
+    add("--module", choices=[module], help=argparse.SUPPRESS)
+
+
+def underscored(arguments: Sequence[str] | None) -> list[str]:
+    """The arguments with `--num-gpus` written as `--num_gpus`: the launcher's own spelling."""
+    spelt = {name.replace("_", "-"): name for name in (*_SPELT, *FLAGS, *VALUES)}
+    words = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        name, equals, value = word.partition("=")
+        words.append(spelt.get(name, name) + equals + value)
+    return words
+
+
+def handed_on(options: argparse.Namespace) -> list[str]:
+    """The launcher's arguments that are handed on as they are."""
+    words = ["--quiet"] if options.quiet else []
+    words += [name for name in FLAGS if getattr(options, name[2:])]
+    values = {name: getattr(options, name[2:]) for name in VALUES}
+    return words + [f"{name}={value}" for name, value in values.items() if value is not None]
+
+
+def refuse_contradictions(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program with status 2 if options choose the ranks in two ways."""
+    if options.include and options.exclude:
+        parser.error("--include and --exclude contradict each other: use one of them")
+    if (options.include or options.exclude) and (options.num_nodes or options.num_gpus):
+        parser.error("--include and --exclude do not go with --num_nodes and --num_gpus")
+
+
+def parse_arguments(arguments: Sequence[str] | None, command: str) -> argparse.Namespace:
+    """The command line; `config` is the JSON's path."""
+    parser = CommandParser(prog=f"magnetar {command}", description=__doc__, allow_abbrev=False)
+    add_config_options(parser)
+    add_launcher_options(parser, _module_of(command))
+    parser.add_argument("--no_ssh", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--node_rank", type=lambda text: whole_number(text, 0), help=argparse.SUPPRESS
+    )
+    options = parser.parse_args(underscored(arguments))
+    options.config = take_config(parser, options)
+    refuse_contradictions(parser, options)
+    return options
+
+
+def _module_of(command: str) -> str:
+    return f"magnetar.launchers.{command.replace('-', '_')}"
+
+
+def _num_gpus() -> int:
+    """GPUs of this machine; 0 if DS_ACCELERATOR says that they are not to be used."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _num_ranks_on_cpu(config: RunConfig) -> int:
+    """The fewest ranks that the model can be spread over as its JSON says."""
+    return config.model.moe.ep_size if config.model.moe is not None else 1
+
+
+def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[str], dict[str, str]]:
+    """The command line that starts DeepSpeed's launcher, and the variables that it adds.
+
+    Raises:
+        UserError: the JSON is wrong, as far as that is known before the ranks start.
+    """
+    words = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    config = load_config(options.config, options.set)
+    variables: dict[str, str] = {}
+    num_ranks, port = options.num_gpus, options.master_port
+    is_here = options.hostfile is None and not _HOSTFILE.is_file()
+    if is_here and not options.include and not options.exclude:
+        num_gpus = _num_gpus()
+        if num_gpus == 0:
+            variables["DS_ACCELERATOR"] = "cpu"
+            num_ranks = num_ranks or _num_ranks_on_cpu(config)
+        load_config(options.config, options.set, num_ranks or num_gpus)
+    if is_here:
+        port = port or free_port()
+    if options.log_level is None and not options.quiet:
+        options.log_level = "error"  # DeepSpeed tells its whole command line otherwise
+    given = {**vars(options), "num_gpus": num_ranks, "master_port": port}
+    for name in _TAKEN:
+        if given[name] not in (None, ""):
+            words += [f"--{name}", str(given[name])]
+    words += ["--force_multi"] if options.force_multi else []
+    words += ["--no_ssh"] if options.no_ssh else []
+    words += handed_on(options)
+    words += ["--module", _module_of(command), "--deepspeed_config", str(options.config)]
+    return words + [part for text in options.set for part in ("--set", text)], variables
+
+
+def _start(words: list[str], variables: Mapping[str, str]) -> NoReturn:
+    """Become the launcher. Programs beside this Python, such as ninja, are found first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(words[0], words, {**os.environ, **variables, "PATH": path})
+
+
+@user_errors()
+def train(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`magnetar train`."""
+    _start(*launcher_command(parse_arguments(arguments, "train"), "train"))
+
+
+@user_errors()
+def profile_admin(arguments: Sequence[str] | None = None) -> NoReturn:
+    """`magnetar profile-admin`."""
+    _start(*launcher_command(parse_arguments(arguments, "profile-admin"), "profile-admin"))
