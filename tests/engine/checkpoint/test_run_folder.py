@@ -195,11 +195,11 @@ def test_tags_group_metrics_by_what_they_are_of(name: str, tag: str) -> None:
 def test_a_monitor_without_its_package_is_refused(
     key: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from magnetar.engine import trainer
+    from magnetar.engine import prepare_run
 
-    monkeypatch.setattr(trainer, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(prepare_run, "find_spec", lambda name: None if name == package else name)
     with pytest.raises(UserError, match=f"{key}=true needs the package {package}.*pip install"):
-        trainer.require_monitor_packages(with_keys(BASE, {key: True}))
+        prepare_run.require_monitor_packages(with_keys(BASE, {key: True}))
 
 
 def test_the_schedule_of_steps_done_does_not_bend_when_a_run_gets_longer(tmp_path: Path) -> None:
