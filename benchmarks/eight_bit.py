@@ -46,26 +46,30 @@ def work(out: Path, name: str, settings: list[str]) -> None:
     import torch
 
     from benchmarks.provenance import git_commit, hardware, versions
-    from magnetar.engine.batches import TrainingBatches
     from magnetar.engine.build import build_engine, start_distributed
     from magnetar.engine.config.schema import load_config
-    from magnetar.engine.evaluate import evaluate
-    from magnetar.engine.train_step import loss_weights, train_step
-    from magnetar.engine.trainer import resolve_run
-    from magnetar.engine.windows import windows
+    from magnetar.engine.evaluate import evaluate, rank_and_world_size
+    from magnetar.engine.prepare_run import resolve_run
+    from magnetar.engine.train_step import loss_weights, train_step, training_batches
     from magnetar.models.cost import num_parameters
 
     device = start_distributed()
     ranks, is_cuda = dist.get_world_size(), device.type == "cuda"
     config, prepared = resolve_run(load_config(CONFIG, settings, ranks), ranks)
-    data = TrainingBatches(config, windows(prepared.train, config), device)
+    data = training_batches(prepared, config.deepspeed["gradient_accumulation_steps"], device)
     engine, clip = build_engine(config, device)
     losses, norms, seconds = [], [], []
     for step in range(1, config.training.num_steps + 1):
         batches = data.of_step(step)
         dist.barrier()
         begin = time.perf_counter()
-        result = train_step(engine, batches, loss_weights(config), config.training.seed, step)
+        result = train_step(
+            engine,
+            batches,
+            loss_weights(config.model.moe, config.training),
+            config.training.seed,
+            step,
+        )
         loss = result.loss.clone()
         dist.all_reduce(loss)  # waits for the update, too
         losses.append(float(loss) / ranks)
@@ -79,9 +83,8 @@ def work(out: Path, name: str, settings: list[str]) -> None:
     ]
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in states}
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
-    held_out = windows(prepared.valid, config)
-    sequences = config.training.eval_sequences
-    valid = evaluate(engine.module, held_out, micro, device, None, sequences)
+    held_out = prepared.valid_batches(micro, *rank_and_world_size())
+    valid = evaluate(engine.module, held_out, device)
     if dist.get_rank() != 0:
         return
     found = {

@@ -8,13 +8,12 @@ tokens, with as many sequences and experts for each GPU in every run:
 
     one          one GPU, which has all its experts
     replicated   all GPUs, each with the same experts (ep_size 1): what data parallelism alone costs
-    spread       all GPUs, each with experts of its own (ep_size = GPUs), in 1, 2 and 4 chunks
+    spread       all GPUs, each with experts of its own (ep_size = GPUs)
 
 and `spread` once more where nothing travels: each rank keeps the rows that it would send and
-computes on those. Weak scaling is tokens/s a GPU over those of `one`. Chunks take turns within one
-process, in rotated order. One step of each is profiled on every rank; exposed is the time in which
-a GPU runs an all-to-all kernel (that includes waiting for the other ranks to come to it) and no
-kernel that computes.
+computes on those. Weak scaling is tokens/s a GPU over those of `one`. One step of each is profiled
+on every rank; exposed is the time in which a GPU runs an all-to-all kernel (that includes waiting
+for the other ranks to come to it) and no kernel that computes.
 """
 
 import argparse
@@ -130,7 +129,7 @@ def _turns(num_tokens: int, top_k: int, num_experts: int, device: Any) -> dict[s
     experts = (turns + torch.arange(top_k, device=device) * (num_experts // top_k)) % num_experts
     if device.type != "cuda":
         return {"experts": experts}
-    from magnetar.models.moe.kernels.sorting import kept_block_counts  # Triton is not everywhere
+    from magnetar.models.moe.kernels.counting_sort import kept_block_counts
 
     found = {"experts": experts.int(), "load": expert_counts(experts, num_experts)}
     return found | {"block_counts": kept_block_counts(experts.int(), num_experts)}
@@ -211,7 +210,7 @@ def busiest_rank(loads: list[Any], ranks: int) -> float:
 
 
 class Bench:
-    """The engine of a config on this rank, whose number of chunks may change between steps."""
+    """The engine of a config on this rank."""
 
     def __init__(self, config: Any, device: Any) -> None:
         """Build it; the ranks must have joined."""
@@ -234,7 +233,13 @@ class Bench:
         self.number += 1
         batch = random_batch(self.config, self.number * self.ranks + self.rank, self.device)
         seed = self.config.training.seed
-        train_step(self.engine, batch, loss_weights(self.config), seed, self.number)
+        train_step(
+            self.engine,
+            batch,
+            loss_weights(self.config.model.moe, self.config.training),
+            seed,
+            self.number,
+        )
 
     def finish(self) -> None:
         """Wait for the device."""
@@ -243,13 +248,11 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def use(self, num_chunks: int | None) -> None:
-        """From now on exchange in so many chunks; None: nothing travels, in one chunk."""
+    def keep_rows(self) -> None:
+        """From now on nothing travels between ranks."""
         for layer in self.layers:
             if layer.ep_size > 1:
-                layer.moe = layer.moe.model_copy(update={"exchange_chunks": num_chunks or 1})
-                if num_chunks is None:
-                    layer.comm = NothingTravels(self.device)
+                layer.comm = NothingTravels(self.device)
 
     def force_balance(self) -> None:
         """From now on every expert gets as many rows, and every rank."""
@@ -319,42 +322,27 @@ def work(options: argparse.Namespace) -> None:
     device = start_distributed()
     ranks = torch.distributed.get_world_size()
     bench = Bench(config_of(options, options.run, ranks), device)
-    chunk_counts = [1]
-    if options.run == "spread":
-        local = bench.layers[0].num_local_experts
-        chunk_counts = [number for number in options.chunks if local % number == 0]
-    records: dict[str, dict[str, Any]] = {
-        str(number): {"run": options.run, "ranks": bench.ranks, "chunks": number, "step_ms": []}
-        for number in chunk_counts
-    }
+    record: dict[str, Any] = {"run": options.run, "ranks": bench.ranks, "step_ms": []}
     bench.say("engine built")
-    for number in chunk_counts:
-        bench.use(number)
-        for _ in range(WARM_UP):
-            bench.step()
+    for _ in range(WARM_UP):
+        bench.step()
     bench.say("warmed up")
-    for turn in range(options.rounds):
-        shift = turn % len(chunk_counts)
-        for number in chunk_counts[shift:] + chunk_counts[:shift]:
-            bench.use(number)
-            records[str(number)]["step_ms"].append(bench.milliseconds(options.steps))
-            bench.say(f"{number} chunks: {records[str(number)]['step_ms'][-1]:.1f} ms a step")
-    for number in chunk_counts:
-        bench.use(number)
-        record = records[str(number)]
-        record["busiest_rank"] = bench.imbalance()
-        if profiles := bench.profiles():
-            record["profile"] = profiles
-        bench.say(f"{number} chunks: profiled")
+    for _ in range(options.rounds):
+        record["step_ms"].append(bench.milliseconds(options.steps))
+        bench.say(f"{record['step_ms'][-1]:.1f} ms a step")
+    record["busiest_rank"] = bench.imbalance()
+    if profiles := bench.profiles():
+        record["profile"] = profiles
+    bench.say("profiled")
+    records = [record]
     if options.run == "spread":
-        bench.use(None)
+        bench.keep_rows()
         bench.step()
         times = [bench.milliseconds(options.steps) for _ in range(options.rounds)]
-        record = {"run": NOTHING_TRAVELS, "ranks": bench.ranks, "chunks": 1, "step_ms": times}
-        records[NOTHING_TRAVELS] = record
+        records.append({"run": NOTHING_TRAVELS, "ranks": bench.ranks, "step_ms": times})
     if bench.rank == 0:
         sizes = {"seq_len": bench.config.data.seq_len, "hardware": hardware(bench.device)}
-        options.out.write_text(json.dumps(sizes | {"records": list(records.values())}))
+        options.out.write_text(json.dumps(sizes | {"records": records}))
     torch.distributed.barrier()
 
 
@@ -377,11 +365,11 @@ def summarised(records: list[dict[str, Any]], tokens: int) -> list[dict[str, Any
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown, a line for each run and number of chunks."""
+    """Markdown, a line for each run."""
     lines = [
-        "| | GPUs | chunks | ms a step | tokens/s a GPU | over one GPU's | all-to-all, ms "
+        "| | GPUs | ms a step | tokens/s a GPU | over one GPU's | all-to-all, ms "
         "| exposed, share of each rank's step | host waits | busiest rank |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in found["results"]:
         profiles = record.get("profile", [])
@@ -390,7 +378,7 @@ def table(found: dict[str, Any]) -> str:
         waits = ", ".join(str(profile["synchronisations"]) for profile in profiles)
         busiest = f"{record['busiest_rank']:.3f}" if "busiest_rank" in record else ""
         lines.append(
-            f"| {record['run']} | {record['ranks']} | {record['chunks']} "
+            f"| {record['run']} | {record['ranks']} "
             f"| {record['median_ms']:.1f} ({min(record['step_ms']):.1f} to "
             f"{max(record['step_ms']):.1f}) | {record['tokens_per_second_per_gpu']:,.0f} "
             f"| {record['scaling']:.3f} | {exchange} | {exposed} | {waits} | {busiest} |"
@@ -427,7 +415,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the defaults of a GPU or of a CPU."""
-    from benchmarks.moe_layer import counts, positive
+    from benchmarks.moe_layer import positive
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.expert_parallel", description=__doc__
@@ -439,7 +427,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=positive, help="of a layer for each GPU: 16; --cpu 4")
     parser.add_argument("--batch", type=positive, help="sequences of a step, a GPU: 1024; --cpu 4")
     parser.add_argument("--micro-batch", type=positive, help="sequences at once: 128; --cpu 2")
-    parser.add_argument("--chunks", type=counts, default=[1, 2, 4], help="with commas: 1,2,4")
     parser.add_argument("--rounds", type=positive, default=5, help="timed, of each: 5")
     parser.add_argument("--steps", type=positive, default=2, help="of a round: 2")
     parser.add_argument(

@@ -35,13 +35,11 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
     import deepspeed.comm as dist
     import torch
 
-    from magnetar.engine.batches import TrainingBatches
     from magnetar.engine.build import build_engine, start_distributed
     from magnetar.engine.checkpoint.save_load import Saver
     from magnetar.engine.config.schema import load_config
-    from magnetar.engine.train_step import loss_weights, train_step
-    from magnetar.engine.trainer import resolve_run
-    from magnetar.engine.windows import windows
+    from magnetar.engine.prepare_run import resolve_run
+    from magnetar.engine.train_step import loss_weights, train_step, training_batches
 
     device = start_distributed()
     ranks = dist.get_world_size()
@@ -50,11 +48,17 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
     own = [f"{key}={json.dumps(value)}" for key, value in keys.items() if key not in given]
     changes = own + settings
     config, prepared = resolve_run(load_config(CONFIG, changes, ranks), ranks)
-    batches = TrainingBatches(config, windows(prepared.train, config), device)
+    batches = training_batches(prepared, config.deepspeed["gradient_accumulation_steps"], device)
     engine, _ = build_engine(config, device)
 
     def train_one(step: int) -> None:
-        train_step(engine, batches.of_step(step), loss_weights(config), config.training.seed, step)
+        train_step(
+            engine,
+            batches.of_step(step),
+            loss_weights(config.model.moe, config.training),
+            config.training.seed,
+            step,
+        )
 
     def slowest(seconds: float) -> float:
         value = torch.tensor([seconds], dtype=torch.float64, device=device)

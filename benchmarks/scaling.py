@@ -70,10 +70,10 @@ class Session:
 
     def save(self) -> None:
         """Write the results."""
-        from magnetar.engine.checkpoint.run_folder import write_whole
+        from magnetar.data.atomic import write_atomically
 
         self.found["elapsed_seconds"] = time.monotonic() - self.begun
-        write_whole(self.options.out, json.dumps(self.found, indent=1) + "\n")
+        write_atomically(self.options.out, json.dumps(self.found, indent=1) + "\n")
 
     def attempt(self, label: str, action: Callable[[float], None]) -> None:
         """Do it in the seconds that it is given, if any are left; keep why it failed."""

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.expert_parallel import WARM_UP, Bench
 from benchmarks.step_contenders import checked, cost
+from magnetar.data.atomic import write_atomically
 from magnetar.engine.build import start_distributed
-from magnetar.engine.checkpoint.run_folder import write_whole
 from magnetar.engine.cluster.process_groups import leave_distributed
 from magnetar.launchers.user_errors import user_errors
 from magnetar.models.cost import num_parameters
@@ -68,7 +68,7 @@ def balanced(bench: Bench, rounds: int, steps: int) -> list[float]:
 def keep(job: dict[str, Any], found: dict[str, Any]) -> None:
     """Rank 0 writes what there is."""
     if dist.get_rank() == 0:
-        write_whole(Path(job["out"]), json.dumps(found))
+        write_atomically(Path(job["out"]), json.dumps(found))
 
 
 def work(file: Path) -> None:

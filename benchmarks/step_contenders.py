@@ -201,7 +201,7 @@ def build_magnetar(
         output = engine.module.output
         output.forward = torch.compiler.disable(output.forward)
         engine.module.compile()
-    weights, seed = loss_weights(config), config.training.seed
+    weights, seed = loss_weights(config.model.moe, config.training), config.training.seed
 
     def step(batch: Sequence[MicroBatch], number: int) -> Tensor:
         done = train_step(engine, batch, weights, seed, number, before_update=guards.watch)

@@ -20,12 +20,11 @@ import torch
 
 from benchmarks.layers import NotInstalled
 from benchmarks.step_contenders import CONTENDERS, Trainee, checked
-from magnetar.data.text.token_files import open_prepared
-from magnetar.engine.batches import TrainingBatches
+from magnetar.data.loader import open_data
 from magnetar.engine.build import start_distributed
 from magnetar.engine.config.schema import RunConfig
-from magnetar.engine.train_step import MicroBatch
-from magnetar.engine.windows import windows
+from magnetar.engine.prepare_run import data_options
+from magnetar.engine.train_step import MicroBatch, training_batches
 
 WARM_UP = 2  # steps: the first ones compile, allocate and make the optimizer's states
 OUT_OF_MEMORY = "out of memory"
@@ -72,8 +71,8 @@ def read_batches(
     """The micro-batches of a step (from 1)."""
     if not uses_data:
         return lambda number: list(random_batch(config, number, device))
-    dataset = windows(open_prepared(Path(config.data.path)).train, config)
-    return TrainingBatches(config, dataset, device).of_step
+    data = open_data(Path(config.data.path), data_options(config))
+    return training_batches(data, config.deepspeed["gradient_accumulation_steps"], device).of_step
 
 
 class Runner:

@@ -37,7 +37,7 @@ from benchmarks.step_worker import OUT_OF_MEMORY, Job, Runner
 from magnetar.data.errors import UserError
 from magnetar.data.text.token_files import open_prepared
 from magnetar.engine.config.schema import RunConfig, load_config
-from magnetar.engine.trainer import fitting_vocab_size
+from magnetar.engine.prepare_run import fitting_vocab_size
 from magnetar.launchers.user_errors import user_errors
 
 RANDOM_VOCAB_SIZE = 2000  # where the config leaves it to the data, and there is none
@@ -351,7 +351,8 @@ def chosen_configs(options: argparse.Namespace) -> list[RunConfig]:
         )
     vocab_size = config.model.vocab_size or RANDOM_VOCAB_SIZE
     if options.data is not None:
-        vocab_size = fitting_vocab_size(config, open_prepared(options.data))
+        data = open_prepared(options.data)
+        vocab_size = fitting_vocab_size(config.model.vocab_size, data.vocab_size, False, data.path)
     return [sparse_config(config, count, vocab_size=vocab_size) for count in options.experts]
 
 

@@ -13,10 +13,11 @@ from magnetar.convert.folders import (
     vocabulary_file,
     write_folder,
 )
-from magnetar.convert.sources import Source, is_run
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import checkpoint_folders
+from magnetar.engine.checkpoint.open_run import SavedModel, is_run
 from magnetar.engine.checkpoint.run_folder import differing, flat_keys
+from magnetar.engine.checkpoint.vocabulary import require_vocabulary
 from magnetar.models.weights.files import LazyTensors, Spec
 
 
@@ -85,7 +86,7 @@ def _expanded(paths: Sequence[Path], last: int | None) -> list[Path]:
     return found[-last:]  # reading refuses a damaged one
 
 
-def _require_same_model(first: Source, other: Source) -> None:
+def _require_same_model(first: SavedModel, other: SavedModel) -> None:
     """Refuse another model or vocabulary.
 
     Raises:
@@ -97,16 +98,17 @@ def _require_same_model(first: Source, other: Source) -> None:
             f"{other.path} has another model than {first.path}: magnetar.model.{key} is {here}, "
             f"not {there}: average checkpoints of one model"
         )
-    both = [one.checkpoint for one in (first, other) if one.checkpoint is not None]
-    fingerprints = {one.manifest["tokenizer_fingerprint"] for one in both}
-    if len(fingerprints) > 1:
-        raise UserError(
-            f"{other.path} was trained with another vocabulary than {first.path}: average "
-            "checkpoints of one vocabulary"
+    if first.fingerprint and other.fingerprint:
+        require_vocabulary(
+            f"{other.path} was trained with",
+            other.fingerprint,
+            str(first.path),
+            first.fingerprint,
+            "average checkpoints of one vocabulary",
         )
 
 
-def mean_of(sources: Sequence[Source]) -> LazyTensors:
+def mean_of(sources: Sequence[SavedModel]) -> LazyTensors:
     """The mean of each tensor, summed in float64, in the sources' type or, if they differ, float32.
 
     Args:

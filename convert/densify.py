@@ -23,7 +23,7 @@ def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) 
     """A report in lines, after writing the dense model to a new folder.
 
     Args:
-        path: the MoE model, see `open_source`.
+        path: the MoE model, see `open_run`.
         out: new folder; it must not exist, or be empty.
         expert: index of the expert that remains; None: the mean of all.
         shard_bytes: largest size of a file, see `write_files`.

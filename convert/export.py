@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from magnetar.convert.folders import how_to_load, open_whole, vocabulary, write_folder
-from magnetar.convert.sources import Source
-from magnetar.data.errors import UserError
+from magnetar.convert.folders import how_to_load, open_whole, vocabulary_file, write_folder
 from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun
+from magnetar.engine.checkpoint.open_run import SavedModel
 from magnetar.models.weights.files import as_type
 from magnetar.models.weights.load_save import read_config
 
@@ -57,15 +56,13 @@ def export(
             missing, or the folder holds something.
     """
     source = open_whole(path, out, checkpoint)
-    found = vocabulary(source, tokenizer)
     about = _about(source)
-    if found is None and source.checkpoint is not None:
-        prepared = source.checkpoint.manifest["config"]["magnetar"]["data"]["path"]
-        raise UserError(
-            f"the tokenizer of {path} is not in {prepared}, which it was trained on: start the "
-            "command where training was started, or say where it is with --tokenizer"
-        )
-    files: dict[str, bytes] = {} if found is None else {found.file_name: found.file_content}
+    files: dict[str, bytes]
+    if source.checkpoint is None and tokenizer is None:
+        files = vocabulary_file(source)  # imported weights may have none
+    else:
+        found = source.require_tokenizer(tokenizer, "--tokenizer")
+        files = {found.file_name: found.file_content}
     both = source.config.architecture == "encoder_decoder"
     load = _LOAD.replace("{arguments}", "tokens, tokens" if both else "tokens").replace(
         "{comment}", "  # the source, and the same tokens as the target" if both else ""
@@ -94,8 +91,8 @@ def _shown_files(folder: Path) -> list[str]:
     return names
 
 
-def _about(source: Source) -> dict[str, Any]:
-    """The origin of the weights, as further keys of config.json."""
+def _about(source: SavedModel) -> dict[str, Any]:
+    """Where the weights come from: the further keys of config.json."""
     if source.checkpoint is None:
         return read_config(source.path)[1]
     entries = {key: source.checkpoint.manifest[key] for key in ExportedRun.model_fields}

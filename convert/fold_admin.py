@@ -5,7 +5,7 @@ from pathlib import Path
 
 from magnetar.convert.folders import how_to_load, require_new
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.starting_weights import read_model
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.models import admin
 from magnetar.models.weights.files import WEIGHTS_FILE
 from magnetar.models.weights.load_save import CONFIG_FILE, save_weights
@@ -19,9 +19,10 @@ def fold_admin(source: Path, out: Path) -> list[str]:
             something.
     """
     require_new(out, source)
-    config, tensors = read_model(source)
+    saved = open_run(source)
+    config = saved.config
     try:
-        folded_config, folded = admin.fold_admin(config, tensors)
+        folded_config, folded = admin.fold_admin(config, saved.state_dict())
         save_weights(out, folded_config, folded)
     except ValueError as error:
         raise UserError(str(error)) from None

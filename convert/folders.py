@@ -1,4 +1,4 @@
-"""Reading and writing of folders of weights, with checks before and after."""
+"""Sources and results of conversions: both are checked before anything is written."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -16,13 +16,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from magnetar.convert.sources import Source, open_source, source_of
 from magnetar.data.errors import UserError
-from magnetar.data.text.token_files import read_manifest
-from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
-from magnetar.engine.checkpoint.format import MANIFEST, checkpoint_folders, require_whole
-from magnetar.engine.checkpoint.open_run import choose_checkpoint
-from magnetar.engine.checkpoint.translation_run import VOCABULARY
+from magnetar.engine.checkpoint.format import MANIFEST, checkpoint_folders
+from magnetar.engine.checkpoint.open_run import SavedModel, open_run
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.files import LazyTensors
 from magnetar.models.weights.load_save import CONFIG_FILE, require_free, write_weights
@@ -32,12 +28,12 @@ def require_new(out: Path, source: Path | None = None) -> None:
     """Refuse an --out that cannot become a folder of its own.
 
     Args:
-        out: new folder; it must not exist, or be empty, and not lie in the source or among a run's
-            checkpoints.
-        source: the folder that is converted.
+        out: Folder to make. It must not exist, or be empty, and must not lie in the source or among
+            the checkpoints of a run.
+        source: Folder that is converted.
 
     Raises:
-        UserError: if something is in the way; it says what.
+        UserError: The folder cannot be made. The message names what is in the way.
     """
     if out == Path():
         raise UserError(
@@ -65,7 +61,7 @@ def require_new(out: Path, source: Path | None = None) -> None:
 
 
 def _taken_by(folder: Path, source: Path | None) -> str | None:
-    """A name for a folder that must not take other files, such as a run's; None for any other."""
+    """What a folder is, if nothing may be written into it; otherwise None."""
     if source is not None and folder == Path(os.path.realpath(source)):
         return "what is converted"
     run = folder.parent
@@ -77,7 +73,7 @@ def _taken_by(folder: Path, source: Path | None) -> str | None:
 
 
 def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
-    """The names, with a progress bar if stderr is a terminal."""
+    """The names, with a progress bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     return track(
         names, description=doing, console=console, transient=True, disable=not console.is_terminal
@@ -85,7 +81,7 @@ def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
 
 
 def how_to_load(out: Path, architecture: str) -> list[str]:
-    """Python that loads a folder of weights."""
+    """Lines of Python that load a folder of weights."""
     tokens = "source, target" if architecture == "encoder_decoder" else "tokens"
     return [
         "from magnetar.models.weights.load_save import load_model",
@@ -95,7 +91,7 @@ def how_to_load(out: Path, architecture: str) -> list[str]:
 
 
 def how_to_train_on(config_file: Path, num_ranks: int) -> str:
-    """The shell command that continues a run."""
+    """The shell command that trains a run on."""
     return (
         f"deepspeed --num_gpus {num_ranks} --module magnetar.launchers.train --deepspeed_config "
         f"{shlex.quote(str(config_file))}"
@@ -103,11 +99,11 @@ def how_to_train_on(config_file: Path, num_ranks: int) -> str:
 
 
 def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
-    """The shell arguments with which a run starts from a folder of weights.
+    """Shell arguments that make a run start from a folder of weights.
 
     Args:
-        weights: the folder.
-        model_keys: keys of `magnetar.model` that the run must change, by dotted path.
+        weights: Folder of weights.
+        model_keys: Dotted key of `magnetar.model` -> value that the run must have.
     """
     values = [f"magnetar.model.{key}={json.dumps(value)}" for key, value in model_keys.items()]
     values.append(f"magnetar.training.init_from={weights}")
@@ -115,7 +111,7 @@ def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
 
 
 def config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """A run's config with its output in another folder."""
+    """A run's config with its outputs in another folder."""
     moved, old = copy.deepcopy(dict(config)), config["magnetar"]["training"]["run_dir"]
     moved["magnetar"]["training"]["run_dir"] = str(run_dir)
     for monitor in ("tensorboard", "csv_monitor"):
@@ -125,30 +121,27 @@ def config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def equal_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether float32 tensors are equal to the last bit, NaN included."""
+    """Whether two float32 tensors have equal bits, those of a NaN too."""
     return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> Source:
-    """A source with undamaged files, for a folder that is still to be made.
+def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> SavedModel:
+    """A model to convert whose files are what was saved, and a free place for the result.
 
     Args:
-        path: the source, see `open_source`.
-        out: the new folder, see `require_new`.
-        checkpoint: name of a checkpoint of the run; None: the newest complete one.
+        path: Folder of a run, of a checkpoint, or of weights.
+        out: Folder to make; see `require_new`.
+        checkpoint: Name of the run's checkpoint. None for the newest one.
 
     Raises:
-        UserError: if the source cannot be opened, a file is damaged, or the folder holds something.
+        UserError: See `open_run`; or a file is damaged, or the folder holds something.
     """
     require_new(out, path)
-    source = (
-        open_source(path) if checkpoint is None else source_of(choose_checkpoint(path, checkpoint))
-    )
-    if source.checkpoint is not None:
-        require_whole(source.checkpoint)
+    source = open_run(path, checkpoint)
+    source.require_whole()
     return source
 
 
@@ -163,7 +156,7 @@ def write_folder(
     """`write_weights`, with progress on a terminal.
 
     Raises:
-        UserError: if the folder holds something, or the disk does not hold what was written.
+        UserError: The folder holds something, or what is read back is not what was written.
     """
     try:
         write_weights(
@@ -183,7 +176,7 @@ def parse_size(text: str) -> int:
     """Number of bytes of a size such as 5GB, 500MB, 2GiB or 1000000.
 
     Raises:
-        UserError: if the text is not a size, or the size is 0.
+        UserError: The text is no size, or the size is 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = found[2].upper() if found else ""
@@ -200,12 +193,12 @@ def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) ->
     """A model's config with changed keys.
 
     Args:
-        config: the config to change.
-        changes: new values of keys, in a JSON's types.
-        what: start of the message.
+        config: Config before the changes.
+        changes: Key -> value in JSON's types.
+        what: Beginning of the message.
 
     Raises:
-        UserError: if the keys contradict each other or the rest of the model.
+        UserError: The changes contradict each other or the model.
     """
     try:
         return ModelConfig.model_validate(config.model_dump(mode="json") | dict(changes))
@@ -218,48 +211,7 @@ def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) ->
         raise UserError(f"{what}: {listed}") from None
 
 
-def vocabulary(source: Source, given: Path | None = None) -> Tokenizer | None:
-    """The tokenizer of a model; None if it is no longer at its place.
-
-    Args:
-        source: a folder that holds it, or a checkpoint of a run whose data holds it.
-        given: another path of the vocabulary, see `load_tokenizer`.
-
-    Raises:
-        UserError: if the run was trained with another one, or it cannot be read.
-    """
-    place = given or _its_place(source)
-    if place is None:
-        return None
-    tokenizer = load_tokenizer(place)
-    if source.checkpoint is not None:
-        trained_with = source.checkpoint.manifest["tokenizer_fingerprint"]
-        if tokenizer.fingerprint != trained_with:
-            raise UserError(
-                f"{place} is another vocabulary (sha256 {tokenizer.fingerprint[:12]}) than "
-                f"{source.path} was trained with ({trained_with[:12]}): give that one with "
-                "--tokenizer"
-            )
-    return tokenizer
-
-
-def _its_place(source: Source) -> Path | None:
-    if source.checkpoint is None:
-        files = [source.path / name for name in get_args(TokenizerFile)]
-    else:
-        data = source.checkpoint.manifest["config"]["magnetar"]["data"]
-        prepared = Path(data["path"])
-        if data.get("pairs"):  # the run's folder has the vocabulary, too
-            run_dir = source.checkpoint.path.parents[1]
-            files = [folder / VOCABULARY for folder in (run_dir, prepared)]
-        elif (prepared / "manifest.json").is_file():
-            files = [prepared / read_manifest(prepared).tokenizer_file]
-        else:
-            return None
-    return next((file for file in files if file.is_file()), None)
-
-
-def vocabulary_file(source: Source) -> dict[str, bytes]:
-    """Name and content of a model's tokenizer file; empty if it is no longer at its place."""
-    tokenizer = vocabulary(source)
+def vocabulary_file(source: SavedModel) -> dict[str, bytes]:
+    """Name and content of a model's tokenizer file. Empty if it is not where it was."""
+    tokenizer = source.find_tokenizer(None, "--tokenizer")
     return {} if tokenizer is None else {tokenizer.file_name: tokenizer.file_content}

@@ -1,7 +1,6 @@
 """An exported folder as a run's folder again, with one checkpoint of weights without moments."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,18 +11,19 @@ from magnetar.convert.folders import (
     how_to_start,
     how_to_train_on,
     require_new,
+    vocabulary_file,
     watched,
 )
-from magnetar.convert.sources import read_folder
+from magnetar.data.atomic import atomic_folder
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun, exported_run
+from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun, read_entry
 from magnetar.engine.checkpoint.format import WEIGHT, Checkpoint, CheckpointWriter, Piece
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.save_load import part_name
-from magnetar.engine.checkpoint.translation_run import VOCABULARY
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.weights.files import LazyTensors, as_type, grouped
-from magnetar.models.weights.load_save import CONFIG_FILE, appearing_whole
+from magnetar.models.weights.load_save import CONFIG_FILE
 
 PART_BYTES = 1 << 26  # bytes of a checkpoint's file, whose tensors are in memory at once
 
@@ -40,16 +40,22 @@ def import_weights(path: Path, out: Path) -> list[str]:
             file is damaged or of another vocabulary, or `out` holds something.
     """
     require_new(out, path)
-    model, tensors, about = read_folder(path)
-    if RUN_KEY not in about:
+    source = open_run(path)
+    if source.checkpoint is not None:
+        raise UserError(
+            f"{path} is a run or a checkpoint, and not what export has written: train on from it, "
+            "or name a folder of weights"
+        )
+    config = source.run_config
+    if config is None:
         raise UserError(
             f"{path / CONFIG_FILE} has no {RUN_KEY!r}, so it does not say which training these "
             "weights are from: start a run of your own from them, with "
             f"{how_to_start(path, {})}"
         )
-    run, config = exported_run(path, model, about)
-    tensors = as_type(tensors, torch.float32)
-    with appearing_whole(out) as folder:
+    run = read_entry(path, source.about)
+    tensors = as_type(source.tensors, torch.float32)
+    with atomic_folder(out) as folder:
         (folder / "checkpoints").mkdir()
         checkpoint = _write_checkpoint(folder, run, tensors)
         for name in watched("checking", list(tensors.specs)):
@@ -57,8 +63,9 @@ def import_weights(path: Path, out: Path) -> list[str]:
                 raise UserError(f"{out}: {name} is not what was written: use another disk")
         text = json.dumps(config_in(run.config, out), indent=1)
         (folder / CONFIG_FILE).write_text(text + "\n")
-        if config.data.pairs is not None and (path / VOCABULARY).is_file():
-            shutil.copyfile(path / VOCABULARY, folder / VOCABULARY)
+        if config.data.pairs is not None:  # a run of pairs keeps its vocabulary
+            for name, content in vocabulary_file(source).items():
+                (folder / name).write_bytes(content)
     return [
         f"imported  {path}",
         f"wrote     {out / 'checkpoints' / checkpoint.path.name}, weights alone: Adam starts anew, "

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from magnetar.convert.expert_tensors import place_of
 from magnetar.convert.folders import watched
-from magnetar.convert.sources import Source, is_run, open_source, source_of
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
@@ -30,8 +29,9 @@ from magnetar.engine.checkpoint.format import (
     read_checkpoint,
     sha256,
 )
+from magnetar.engine.checkpoint.open_run import SavedModel, is_run, of_checkpoint, open_run
 from magnetar.engine.optim.adam import MOMENTS
-from magnetar.engine.progress import table
+from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
 
 _GATE = ".deepspeed_moe.gate."
@@ -202,17 +202,20 @@ def require_undamaged(contents: Contents) -> None:
         raise UserError("\n  ".join([*contents.damaged, instead_of(Path(contents.path))]))
 
 
-def _source(path: Path) -> Source:
-    """The source like `open_source`, but also a newest checkpoint with missing files."""
+def _source(path: Path) -> SavedModel:
+    """As `open_run`, but the newest checkpoint of a run even if some of its files are missing."""
     if not is_run(path):
-        return open_source(path)
+        source = open_run(path)
+        if source.checkpoint is None:
+            source.require_whole()
+        return source
     folders = checkpoint_folders(path)
     if not folders:
         raise UserError(f"{path} holds no checkpoint yet: train first")
-    return source_of(read_checkpoint(folders[-1]))
+    return of_checkpoint(read_checkpoint(folders[-1]))
 
 
-def _about(source: Source) -> dict[str, str]:
+def _about(source: SavedModel) -> dict[str, str]:
     words = in_words(source.config)
     checkpoint = source.checkpoint
     if checkpoint is None:
@@ -228,7 +231,7 @@ def _about(source: Source) -> dict[str, str]:
     }
 
 
-def _files(source: Source) -> list[File]:
+def _files(source: SavedModel) -> list[File]:
     """The files with their hashes, each compared with what was saved."""
     if source.checkpoint is None:
         paths = sorted(source.path.glob("*.safetensors"))
@@ -242,8 +245,8 @@ def _files(source: Source) -> list[File]:
     return files
 
 
-def _read_tensors(source: Source, contents: Contents) -> None:
-    """Fill in the statistics of the numbers."""
+def _read_tensors(source: SavedModel, contents: Contents) -> None:
+    """Fill in what depends on the numbers."""
     squares: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     experts: dict[str, dict[int, _Expert]] = defaultdict(lambda: defaultdict(_Expert))
     temperatures: dict[str, float] = {}
@@ -289,7 +292,7 @@ def group_of(name: str) -> str:
     return next((group for group, words in _GROUPS if any(word in name for word in words)), "other")
 
 
-def _places(source: Source) -> dict[str, list[str]]:
+def _places(source: SavedModel) -> dict[str, list[str]]:
     """The files in which each tensor lies."""
     if source.checkpoint is not None:
         return {name: source.checkpoint.files_of(name) for name in source.tensors.specs}
@@ -301,7 +304,7 @@ def _places(source: Source) -> dict[str, list[str]]:
 
 
 def _found(
-    source: Source, name: str, files: list[str], weight: Tensor, square: float
+    source: SavedModel, name: str, files: list[str], weight: Tensor, square: float
 ) -> TensorFound:
     checkpoint = source.checkpoint
     return TensorFound(
@@ -320,8 +323,8 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
-def _suspicious(source: Source, name: str, weight: Tensor) -> Iterator[str]:
-    """Warnings about a tensor: matrices of zeros, and values that are not finite."""
+def _suspicious(source: SavedModel, name: str, weight: Tensor) -> Iterator[str]:
+    """Zeros where there must be something, and values that are no numbers."""
     if weight.dim() > 1 and not weight.any():
         yield f"{name} is all zeros"
     for state, values in _states(source.checkpoint, name, weight):

@@ -21,7 +21,7 @@ from magnetar.convert.folders import (
     vocabulary_file,
     watched,
 )
-from magnetar.convert.sources import find_checkpoint, source_of
+from magnetar.data.atomic import atomic_folder
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     Checkpoint,
@@ -31,11 +31,11 @@ from magnetar.engine.checkpoint.format import (
     evenly_cut,
     require_whole,
 )
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.save_load import part_name
 from magnetar.engine.memory_planner import GIB, Layout, nearest_layout, parameters_of, problems_of
 from magnetar.engine.metrics import keep_records_up_to
 from magnetar.models.config import ModelConfig
-from magnetar.models.weights.load_save import appearing_whole
 
 # Largest size of a file in bytes; its tensors are in memory while it is written.
 PART_BYTES = 1 << 30
@@ -56,12 +56,18 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
             folder holds something, or the disk is full.
     """
     require_new(out, path)
-    checkpoint = find_checkpoint(path)
-    source = source_of(checkpoint)
+    source = open_run(path)
+    checkpoint = source.checkpoint
+    if checkpoint is None:
+        raise UserError(
+            f"{path} is a folder of weights, which are of no step and no layout: name a run, or a "
+            "checkpoint step_..."
+        )
+    _ = source.tensors  # names and shapes first: comparing hashes takes longer
     config = _config_for(checkpoint, source.config, layout, gpu_memory)
     _require_whole(checkpoint)
     try:
-        with appearing_whole(out) as folder:
+        with atomic_folder(out) as folder:
             written = _write(checkpoint, folder, config_in(config, out), layout)
             _compare(checkpoint, written)
             _copy_metrics(checkpoint, folder)

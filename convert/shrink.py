@@ -28,7 +28,7 @@ def shrink(
     """A report in lines, after writing the shallower model to a new folder.
 
     Args:
-        path: the deeper model, see `open_source`.
+        path: the deeper model, see `open_run`.
         out: new folder; it must not exist, or be empty.
         layers: value of each option ("--layers", "--encoder-layers", "--decoder-layers").
         shard_bytes: largest size of a file, see `write_files`.

@@ -37,7 +37,7 @@ def upcycle(
     """A report in lines, after writing the upcycled model to a new folder.
 
     Args:
-        path: the dense model, see `open_source`.
+        path: the dense model, see `open_run`.
         out: new folder; it must not exist, or be empty.
         moe: keys of `model.moe`.
         seed: seed of the routers' weights.

@@ -1,4 +1,14 @@
-"""The two errors that are not defects of ours: a mistake of the user, and a fault of a machine."""
+"""The two errors that are not defects of ours, and the sentences for what pydantic refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+_SHOWN_CHARACTERS = 60  # of a wrong value
 
 
 class UserError(ValueError):
@@ -48,3 +58,37 @@ def missing_package(what: str, package: str, extra: str, otherwise: str = "") ->
         f"{what} needs the package {name}, which is not installed: run pip install "
         f"'magnetar[{extra}]' or pip install {package}{way_out}"
     )
+
+
+def all_problems(error: ValidationError, section: str = "") -> list[str]:
+    """A sentence for each key that pydantic refuses in a file: key, value and rule.
+
+    The JSON of a run has `magnetar.engine.config.errors.problems_of`, which says more.
+
+    Args:
+        error: pydantic's error.
+        section: dotted path of the part of the file that was validated, "" for a whole file.
+    """
+    sentences = []
+    for each in error.errors(include_url=False):
+        key = ".".join(map(str, (section, *each["loc"]))).removeprefix(".")
+        value = "" if isinstance(each["input"], bytes) else json.dumps(each["input"], default=str)
+        if len(value) > _SHOWN_CHARACTERS:
+            value = f"{value[:_SHOWN_CHARACTERS]}..."
+        shown = f"{key}={value}" if key else "the whole file"
+        if each["type"] == "missing":
+            sentences.append(f"{key} is missing")
+        elif each["type"] == "extra_forbidden":
+            sentences.append(f"{key} is not a key that this version knows")
+        elif each["type"] == "value_error":  # our own rule names key and value
+            sentences.append(f"{key}: {each['ctx']['error']}".removeprefix(": "))
+        elif each["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            sentences.append(f"{shown}: it should be an object")
+        else:
+            sentences.append(f"{shown}: {each['msg'].replace('Input', 'it', 1)}")
+    return sentences
+
+
+def first_problem(error: ValidationError, section: str = "") -> str:
+    """The first sentence of `all_problems`."""
+    return all_problems(error, section)[0]

@@ -1,4 +1,4 @@
-"""The profile that an Admin model starts from: one batch through the initial model."""
+"""The profile that an Admin model starts from: variances of one batch in the initial model."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,18 +6,19 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from torch import nn
 
-from magnetar.data.errors import UserError
+from magnetar.data.atomic import write_atomically
+from magnetar.data.errors import UserError, first_problem
 from magnetar.engine.checkpoint.format import complete_checkpoints
-from magnetar.engine.checkpoint.run_folder import write_whole
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.admin import set_omegas
-from magnetar.models.moe.config import ON_ONE_RANK, StrictModel
+from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.section import StrictModel
 
 PROFILE_FILE = "admin_profile.json"
 
 
 def profile_path(config: RunConfig) -> Path:
-    """Where a run keeps its profile."""
+    """The file of a run's profile."""
     return Path(config.training.run_dir) / PROFILE_FILE
 
 
@@ -25,10 +26,10 @@ class Profile(StrictModel):
     """What admin_profile.json holds.
 
     Attributes:
-        seed: of the initial weights.
-        model: the model's section, without where its experts lie.
-        data: what a sequence is and how it is masked.
-        variances: for each stack those of its embedding and of every sublayer's output.
+        seed: seed of the initial weights.
+        model: the model's section without the keys of its layout.
+        data: the data's section without its path.
+        variances: variances of the embedding and of each sublayer's output, by stack.
     """
 
     seed: int
@@ -38,7 +39,7 @@ class Profile(StrictModel):
 
 
 def new_profile(config: RunConfig, variances: dict[str, list[float]]) -> Profile:
-    """A profile and what it depends on."""
+    """A profile, and all that it depends on."""
     model = config.model.model_dump(mode="json")
     if model["moe"] is not None:
         for key in ON_ONE_RANK:
@@ -51,7 +52,7 @@ def require_admin(config: RunConfig) -> None:
     """Refuse to profile a model of another norm.
 
     Raises:
-        UserError: naming the norm.
+        UserError: the model has another norm.
     """
     if config.model.norm != "admin":
         raise UserError(
@@ -61,7 +62,7 @@ def require_admin(config: RunConfig) -> None:
 
 
 def needs_profile(config: RunConfig) -> bool:
-    """Whether omegas start from the run's profile: not where a checkpoint or weights hold them."""
+    """Whether omegas start from the profile, since neither checkpoint nor weights hold them."""
     begun = complete_checkpoints(Path(config.training.run_dir))
     return config.model.norm == "admin" and config.training.init_from is None and not begun
 
@@ -70,7 +71,7 @@ def require_profile(config: RunConfig) -> None:
     """Refuse an Admin model that starts anew without a profile of its own.
 
     Raises:
-        UserError: if the run's folder has none, or one of another model.
+        UserError: the run's folder has no profile, or one of another model.
     """
     if needs_profile(config):
         _read_profile(config)
@@ -96,9 +97,7 @@ def _read_profile(config: RunConfig) -> Profile:
     try:
         profile = Profile.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the whole file"
-        raise UserError(f"{path} is no profile ({key}: {first['msg']}): {again}") from error
+        raise UserError(f"{path} is no profile ({first_problem(error)}): {again}") from error
     expected = new_profile(config, profile.variances)
     different = [
         name
@@ -126,7 +125,7 @@ def _read_profile(config: RunConfig) -> Profile:
 
 
 def write_profile(config: RunConfig, variances: dict[str, list[float]]) -> None:
-    """Keep a profile with the run: for each stack the variances of embedding and sublayers."""
+    """Write the profile of a run; `variances` are those of `Profile`."""
     path = profile_path(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, new_profile(config, variances).model_dump_json(indent=1) + "\n")
+    write_atomically(path, new_profile(config, variances).model_dump_json(indent=1) + "\n")

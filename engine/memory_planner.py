@@ -1,13 +1,13 @@
-"""What a layout needs of a GPU's memory, and which layouts can hold a model.
+"""The memory that a layout needs on a GPU, and the layouts that can hold a model.
 
-Counted are the states that a rank keeps for as long as it trains: weights, gradients at their
-largest, master weights and Adam's moments. Not counted: activations, buffers of communication,
-what ZeRO 3 collects for the layer at work, padding, the allocator's slack. So a layout that is
-refused for its memory cannot run, and one that is not may still be too large.
+The planner counts the states that a rank keeps as long as it trains: weights, gradients at their
+largest, master weights and Adam's moments. It does not count activations, communication buffers,
+the weights that ZeRO 3 gathers for the current layer, padding, and the allocator's slack. So a
+layout that is refused for its memory cannot run, and one that is accepted may still be too large.
 
-P: parameters of a rank, of all experts those that it holds. w: bytes of a weight, 4, or 2 in bf16
-and fp16. g: bytes of a summed gradient, w, or what data_types.grad_accum_dtype says. n: ranks that
-share a parameter's states, all of them, or for experts those that hold the same.
+Letters: P parameters that a rank holds; w bytes of a weight, 4, or 2 in bf16 and fp16; g bytes of
+a summed gradient, w unless data_types.grad_accum_dtype differs; n ranks that share a parameter's
+states, which are all ranks or, for experts, those that hold the same experts.
 
 | ZeRO | weights | gradients | master | moments |
 |---|---|---|---|---|
@@ -17,8 +17,9 @@ share a parameter's states, all of them, or for experts those that hold the same
 | 3 | w P/n, and w P of those up to stage3_param_persistence_threshold | g P/n | 4 P/n | 8 P/n |
 
 Moments of 8 bits (`optimizer.type` AdamW8bit) take 2 bytes and 1/32 more for their scales, not 8.
-bf16 that accumulates in float32 under ZeRO 1 keeps both, (2 + 4) P. With offload_optimizer, master
-weights and moments lie in the host's memory and so, under ZeRO 1 and 2, do the summed gradients.
+bf16 that accumulates in float32 under ZeRO 1 keeps both kinds of gradients, (2 + 4) P. With
+offload_optimizer, master weights and moments are in the host's memory. The summed gradients are
+there as well under ZeRO 1 and 2.
 """
 
 import copy
@@ -36,11 +37,10 @@ from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import RunConfig, check_config
 from magnetar.engine.optim.adam import BLOCK, MIN_8BIT_SIZE, takes_8_bits
-from magnetar.models.config import ModelConfig
+from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.config import ON_ONE_RANK
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import empty_model
-from magnetar.models.weights.load_save import on_one_rank
 
 GIB = 2**30
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -49,14 +49,14 @@ _STAGES = (0, 1, 2, 3)
 
 
 class Layout(NamedTuple):
-    """Ranks, ranks that share one set of experts, and the ZeRO stage."""
+    """Number of ranks, ranks that share one set of experts, and the ZeRO stage."""
 
     world_size: int
     ep_size: int
     zero_stage: int
 
     def __str__(self) -> str:
-        """As options of a command."""
+        """The layout as options of a command."""
         return (
             f"--world-size {self.world_size} --ep-size {self.ep_size} "
             f"--zero-stage {self.zero_stage}"
@@ -64,14 +64,14 @@ class Layout(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A parameter of the whole model; of experts, all of a layer's together.
+    """A parameter of the whole model. A layer's experts have their tensors stacked into one.
 
     Attributes:
-        numel: its elements.
-        is_experts: whether it is the experts'.
-        trains: whether it has gradients and states.
-        own_numel: elements of one of the tensors in it, of an expert's own.
-        is_embedding: whether it is an embedding's.
+        numel: number of elements.
+        is_experts: True for stacked tensors of experts.
+        trains: True if it has gradients and optimizer states.
+        own_numel: number of elements of one expert's tensor; numel for other parameters.
+        is_embedding: True for an embedding's table.
     """
 
     numel: int
@@ -91,12 +91,12 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return sum(self)
 
 
 def parameters_of(model: ModelConfig) -> list[Parameter]:
-    """Every parameter of a model, tied ones once."""
+    """Every parameter of a model; tied ones are listed once."""
     with torch.device("meta"):
         built = empty_model(on_one_rank(model))
     of_experts = {
@@ -116,12 +116,12 @@ def parameters_of(model: ModelConfig) -> list[Parameter]:
 
 
 def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_size: int) -> Memory:
-    """Bytes that each rank keeps; see above what is counted.
+    """Bytes that each rank keeps, by the table above.
 
     Args:
-        parameters: of config.model.
-        config: what runs, its ep_size and ZeRO stage included.
-        world_size: ranks, a multiple of ep_size.
+        parameters: the parameters of config.model.
+        config: the config, with its ep_size and ZeRO stage.
+        world_size: number of ranks, a multiple of ep_size.
     """
     stage = config.zero_stage
     zero = config.deepspeed["zero_optimization"]
@@ -165,16 +165,17 @@ def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_siz
 
 
 def require_host_memory(config: RunConfig, world_size: int) -> None:
-    """Refuse a model that the ranks of this machine cannot hold in its memory, without GPUs.
+    """Refuse a model that does not fit into the memory of a machine without GPUs.
 
-    Linux would promise them all they ask for, and then kill one. A GPU says no by itself.
+    Linux would promise the ranks all the memory they ask for, and then kill one of them. A GPU
+    refuses by itself.
 
     Args:
-        config: resolved for its ranks, its vocab_size known.
-        world_size: ranks.
+        config: config that is resolved for its ranks, with a vocab_size.
+        world_size: number of ranks.
 
     Raises:
-        UserError: saying what they need.
+        UserError: the ranks of this machine need more memory than it has.
     """
     if torch.cuda.is_available():
         return
@@ -198,7 +199,7 @@ def _in_words(needed: Memory) -> str:
 def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """A resolved config for another layout: the same global batch, accumulation and model.
 
-    Of sentence pairs, whose micro batch is a bin, accumulation follows from the ranks.
+    With sentence pairs a micro-batch is one bin, so accumulation follows from the ranks.
     """
     result = copy.deepcopy(dict(saved))
     # The third size follows from the other two and the ranks.
@@ -208,7 +209,7 @@ def with_layout(saved: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     zero["stage"] = layout.zero_stage
     moe = result["magnetar"]["model"]["moe"]
     if moe is not None:
-        moe |= ON_ONE_RANK if layout.ep_size == 1 else {"exchange_chunks": None}
+        moe |= ON_ONE_RANK if layout.ep_size == 1 else {}
         moe["ep_size"] = layout.ep_size
         zero.pop("parameter_alignment", None)  # follows from the stage
     return result
@@ -220,13 +221,13 @@ def problems_of(
     parameters: Sequence[Parameter],
     gpu_memory: float | None,
 ) -> tuple[RunConfig | None, list[str]]:
-    """The config of a run in a layout, or why the layout cannot hold it, a line each.
+    """The config of a run in a layout, or lines about why the layout cannot hold it.
 
     Args:
         saved: a resolved config, in any layout.
-        layout: the one that is asked for.
-        parameters: of the model.
-        gpu_memory: bytes of each rank's GPU; None: memory is not looked at.
+        layout: the layout that is asked for.
+        parameters: the parameters of the model.
+        gpu_memory: bytes of each rank's GPU; None if memory is not compared.
     """
     ranks = f"{layout.world_size} rank{'s' * (layout.world_size > 1)}"
     lines = []
@@ -245,7 +246,7 @@ def problems_of(
             f"{counts} experts cannot be divided into ep_size={layout.ep_size} equal parts"
         )
     config, found = check_config(with_layout(saved, layout), layout.world_size)
-    said = (TRAIN, "magnetar.model.moe.num_experts")  # in words that fit a run that has begun
+    said = (TRAIN, "magnetar.model.moe.num_experts")  # the lines above say it better
     lines += [problem.text for problem in found if problem.path not in said]
     if lines or config is None:
         return None, lines
@@ -267,10 +268,9 @@ def nearest_layout(
 ) -> Layout | None:
     """The layout nearest to one that cannot hold a run; None if there is none.
 
-    The world size is kept if any stage and ep_size make it fit, then the ep_size if any stage
-    does, and the stage changes first: sizes are near by their ratio, stages by their difference,
-    and of two that are equally near the larger is taken. World sizes are those that divide the
-    batch.
+    The stage changes first, then the ep_size, and the world size only if no stage and ep_size make
+    it fit. The distance of two sizes is their ratio, that of two stages their difference. Of two
+    that are equally near the larger is taken. Only world sizes that divide the batch count.
     """
     for candidate in sorted(_candidates(saved), key=lambda other: _distance(layout, other)):
         if problems_of(saved, candidate, parameters, gpu_memory)[0] is not None:
@@ -289,7 +289,7 @@ def _candidates(saved: Mapping[str, Any]) -> Iterator[Layout]:
 
 
 def _expert_counts(moe: Mapping[str, Any]) -> list[int]:
-    """See MoEConfig; of keys that may be wrong together."""
+    """num_experts as a list, from keys that are not checked yet; see MoEConfig."""
     counts = moe["num_experts"]
     return counts if isinstance(counts, list) else [counts]
 

@@ -1,4 +1,7 @@
-"""What a run reports: one flat record a logged step, to metrics.jsonl and DeepSpeed's monitor."""
+"""The records of a run: one flat record for each logged step and each evaluation.
+
+They go to metrics.jsonl and to DeepSpeed's monitor.
+"""
 
 import json
 import math
@@ -12,55 +15,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from magnetar.engine.checkpoint.open_run import DTYPES
-from magnetar.engine.checkpoint.run_folder import write_whole
-from magnetar.engine.config.batch_sizes import MICRO
-from magnetar.engine.config.schema import RunConfig
+from magnetar.data.atomic import write_atomically
+from magnetar.engine.deepspeed_engine import DeepSpeedEngine
 from magnetar.engine.sparse_clip import SparseClip
-from magnetar.engine.train_step import StepResult, loss_weights
+from magnetar.engine.train_step import LossWeights, StepResult
 from magnetar.models.config import ModelConfig
 from magnetar.models.cost import flops_per_token
 from magnetar.models.moe.all_to_all import Traffic
 from magnetar.models.moe.layer import RoutingStats, SparseFeedForward
 
-# A message to another node up to which it pays to send fewer and larger ones, in bytes: what a
-# message costs times what a node's inside carries meanwhile. On CPUs as benchmarks.exchange finds
-# it over gloo. On GPUs reckoned and not measured: 5 microseconds of 200 GB/s.
-PAYS_UP_TO = {"cpu": 8 * 2**10, "cuda": 2**20}
-LINKS = ("stayed", "inside", "between")  # of Traffic, all in bytes
-
-
-def message_bytes(config: RunConfig, ranks: int) -> float:
-    """Mean bytes that a rank sends straight to each of so many that share experts, of a layer."""
-    moe, data = config.model.moe, config.data
-    assert moe is not None
-    num_tokens = config.deepspeed[MICRO] * data.seq_len
-    if data.pairs is not None:
-        num_tokens = config.deepspeed[MICRO] * data.pairs.bin_tokens
-    bytes_of_row = config.model.d_model * DTYPES[config.dtype].itemsize
-    return num_tokens * moe.top_k * bytes_of_row / ranks
-
-
-def choose_ways(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """With moe.exchange "auto", have rows travel straight where going by nodes does not pay."""
-    moe = config.model.moe
-    if moe is None or moe.exchange != "auto":
-        return
-    if message_bytes(config, moe.ep_size) <= PAYS_UP_TO[device.type]:
-        return
-    for module in model.modules():
-        if isinstance(module, SparseFeedForward) and module.peers is not None:
-            module.peers = module.peers._replace(inside=None, across=None)
+LINKS = ("local", "intra_node", "inter_node")  # fields of Traffic, all in bytes
 
 
 class TrafficMeter:
-    """Counts the bytes of each MoE layer on all ranks together, forward and backward.
+    """Counts the all_to_all bytes of each MoE layer over all ranks, forward and backward.
 
-    What is asked outside training is not counted, what is computed again for the backward pass is.
+    Evaluations are not counted. Layers that are computed again for the backward pass are.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], device: torch.device) -> None:
-        """names: of the model's MoE layers, see engine.metrics.moe_layers."""
+        """Find the layers; `names` are theirs, as `moe_layers` gives them."""
         layers = [module for module in model.modules() if isinstance(module, SparseFeedForward)]
         self.layers = dict(zip(names, layers, strict=True))
         self.counts = any(layer.ep_size > 1 for layer in layers)
@@ -68,15 +42,15 @@ class TrafficMeter:
         self.last = [Traffic() for _ in layers]
 
     def count_step(self) -> None:
-        """A step is done."""
+        """Close the count of a step."""
         self.last = [layer.traffic for layer in self.layers.values()]
         for layer in self.layers.values():
             layer.traffic = Traffic()
 
     def record(self) -> dict[str, float]:
-        """GiB of the last step, of each layer and of all; every rank takes part.
+        """GiB of the last step, for each layer and in all; empty with ep_size 1.
 
-        Empty with ep_size 1.
+        Every rank calls this.
         """
         if not self.counts:
             return {}
@@ -92,7 +66,7 @@ class TrafficMeter:
         return record
 
 
-LOSSES = ("loss", "aux_loss", "z_loss", "router_z_loss")  # of a StepResult
+LOSSES = ("loss", "aux_loss", "z_loss", "router_z_loss")  # fields of a StepResult
 
 # Dense bf16 / fp16 peak of one card, FLOP/s, from the vendors' datasheets.
 PEAK_FLOPS = {
@@ -105,7 +79,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Datasheet FLOP/s of this rank's card; None where it is not known (a CPU, another card)."""
+    """Datasheet FLOP/s of this rank's card; None if they are not known (a CPU, another card)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -113,7 +87,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def reduce_over_ranks(result: StepResult) -> tuple[dict[str, float], list[RoutingStats]]:
-    """Losses and routing of the whole batch, in one all-reduce and one read.
+    """Losses and routing of the whole batch, in one all_reduce and one read of the device.
 
     Returns:
         The losses by their names in a StepResult, and one RoutingStats of the whole batch for
@@ -133,7 +107,7 @@ def reduce_over_ranks(result: StepResult) -> tuple[dict[str, float], list[Routin
 
 
 def moe_layers(model: ModelConfig) -> list[str]:
-    """The names of the MoE layers in the metrics, in the order of a model's routing: layer_2."""
+    """Names of the MoE layers in the metrics, such as layer_2, in the order of the routing."""
     stacks = {"layer": model.num_layers}
     if model.architecture == "encoder_decoder":
         stacks = {"encoder_layer": model.encoder_depth, "decoder_layer": model.decoder_depth}
@@ -148,8 +122,8 @@ def moe_layers(model: ModelConfig) -> list[str]:
 def routing_record(layer: str, stats: RoutingStats) -> dict[str, float]:
     """The metrics of one MoE layer, from statistics of the whole batch.
 
-    `load_max` and `load_min` are the busiest and the idlest expert's load in even shares (1 is
-    even); `dropped` is the share of assignments dropped.
+    `load_max` and `load_min` are the loads of the busiest and the idlest expert, divided by the
+    mean load. `dropped` is the share of assignments that were dropped.
     """
     total = stats.load.sum().clamp(min=1)  # a batch may be all padding
     even = total / stats.load.numel()
@@ -172,64 +146,78 @@ class Metrics:
 
     def __init__(
         self,
-        engine: Any,
-        config: RunConfig,
+        engine: DeepSpeedEngine,
         sparse_clip: SparseClip,
         path: Path,
-        num_targets: int = 0,
+        model: ModelConfig,
+        seq_len: int,
+        tokens_per_step: int | None,
+        weights: LossWeights,
     ) -> None:
-        """Open the file; only rank 0 writes. num_targets: those of the steps before."""
-        self.engine, self.config, self.sparse_clip, self.path = engine, config, sparse_clip, path
+        """Prepare for the first step.
+
+        Args:
+            engine: the engine.
+            sparse_clip: its clipping.
+            path: the file; only rank 0 writes it.
+            model: the model's section.
+            seq_len: tokens of a sequence, for the FLOPs of a token.
+            tokens_per_step: tokens of a step, or None to count targets.
+            weights: the weights of the losses; a loss without weight is not recorded.
+        """
+        self.engine, self.sparse_clip, self.path = engine, sparse_clip, path
+        self.tokens_per_step, self.weights = tokens_per_step, weights
         self.peak_flops = peak_flops(engine.device)
-        # Windows are all of one length; pairs are counted by their targets.
-        self.batch_tokens = engine.train_batch_size() * config.data.seq_len
-        self.num_targets = torch.tensor(num_targets, device=engine.device)
-        self.num_bad = 0  # steps that engine.guards left out
-        self.flops_per_token = flops_per_token(config.model, config.data.seq_len)
-        self.moe_layers = moe_layers(config.model)
+        self.flops_per_token = flops_per_token(model, seq_len)
+        self.moe_layers = moe_layers(model)
         self.traffic = TrafficMeter(engine.module, self.moe_layers, engine.device)
-        self.loss_weights = loss_weights(config)
+        self.start_from(0, 0.0)
+
+    def start_from(self, num_targets: int, seconds: float) -> None:
+        """Go on from a checkpoint's targets and training time."""
+        self.num_targets = torch.tensor(num_targets, device=self.engine.device)
+        self.seconds = seconds
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Count the time of training steps from now."""
-        self.last_time = time.perf_counter()
+        """Measure the time of training steps from now."""
+        self.last_time = self.lap_begin = time.perf_counter()
         self.last_tokens = self.num_tokens(self.engine.global_steps)
-        self.started = self.last_time
-
-    def go_back(self, num_targets: int) -> None:
-        """Count from a checkpoint's targets again, and the time from now."""
-        self.num_targets = torch.full_like(self.num_targets, num_targets)
-        self.restart_clock()
 
     @contextmanager
     def paused_clock(self) -> Iterator[None]:
-        """Leave what happens inside (an evaluation, a save) out of times and tokens/s."""
+        """Exclude the time spent inside (an evaluation, a save) from times and tokens/s."""
         begin = time.perf_counter()
         yield
         paused = time.perf_counter() - begin
         self.last_time += paused
-        self.started += paused
+        self.lap_begin += paused
 
     def count(self, result: StepResult) -> None:
-        """Add a step's targets to their number; nobody waits for the device."""
+        """Count a step's targets and its traffic, without waiting for the device."""
         self.num_targets += result.num_targets
         self.traffic.count_step()
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the run so far: the places of its windows, or the targets of its pairs."""
-        if self.config.data.pairs is not None:
+        if self.tokens_per_step is None:
             return int(self.num_targets)
-        return step * self.batch_tokens
+        return step * self.tokens_per_step
 
-    def lap(self) -> float:
-        """Seconds of training since the last lap."""
+    def end_lap(self) -> None:
+        """Add the training time since the last lap to `seconds`."""
         now = time.perf_counter()
-        seconds, self.started = now - self.started, now
-        return seconds
+        self.seconds += now - self.lap_begin
+        self.lap_begin = now
 
-    def training_record(self, step: int, result: StepResult) -> dict[str, float]:
-        """The record of a step; every rank takes part. Times cover the steps since the last."""
+    def training_record(self, step: int, result: StepResult, num_bad: int) -> dict[str, float]:
+        """The record of a step; every rank calls this. Times cover the steps since the last.
+
+        Args:
+            step: optimizer steps done.
+            result: result of the step on this rank.
+            num_bad: steps so far that the guards left out.
+        """
         losses, routing = reduce_over_ranks(result)
         now = time.perf_counter()
         num_tokens = self.num_tokens(step)
@@ -239,7 +227,7 @@ class Metrics:
         norms: list[Tensor] = [clip.norm, clip.dense_norm, clip.expert_norm, clip.coefficient]
         norm, dense_norm, expert_norm, coefficient = torch.stack(norms).tolist()
         if getattr(self.engine.optimizer, "overflow", False):
-            # DeepSpeed skipped the update, and did not ask for a norm: there is none.
+            # DeepSpeed skipped the update without computing a norm.
             norm = dense_norm = expert_norm = math.inf
             coefficient = 0.0
         record: dict[str, float] = {
@@ -253,18 +241,18 @@ class Metrics:
             "expert_grad_norm": expert_norm,
             "clip_coefficient": coefficient,
             "clipped_steps": int(clip.num_clipped),
-            "skipped_steps": self.engine.skipped_steps + self.num_bad,
+            "skipped_steps": self.engine.skipped_steps + num_bad,
             "tokens_per_second": tokens_per_second,
         }
         if self.moe_layers:
             record["balance_loss"] = losses["aux_loss"]
             entropies = [float(stats.mean_entropy) for stats in routing]
             record["routing_entropy"] = sum(entropies) / len(entropies)
-        if self.loss_weights.z > 0:
+        if self.weights.z > 0:
             record["z_loss"] = losses["z_loss"]
-        if self.loss_weights.router_z > 0:
+        if self.weights.router_z > 0:
             record["router_z_loss"] = losses["router_z_loss"]
-        if self.config.dtype == "fp16":
+        if self.engine.fp16_enabled():
             record["loss_scale"] = float(self.engine.optimizer.loss_scale)
         if self.peak_flops is not None:
             flops = tokens_per_second * self.flops_per_token / dist.get_world_size()
@@ -275,7 +263,7 @@ class Metrics:
         return record | self.traffic.record()
 
     def _memory_gib(self) -> float:
-        """Peak memory of this rank: the card's where there is one, else the process's."""
+        """Peak memory of this rank in GiB: the card's if there is one, else the process's."""
         if self.engine.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         status = Path("/proc/self/status").read_text()
@@ -283,14 +271,14 @@ class Metrics:
         return int(peak.split()[1]) / 2**20
 
     def write_validation(self, step: int, values: dict[str, float]) -> None:
-        """Write the record of an evaluation after a step (0: of the initial weights)."""
+        """Write the record of an evaluation after a step; step 0 has the initial weights."""
         self.write({"step": step} | {f"valid_{name}": v for name, v in values.items()})
 
     def write(self, record: dict[str, float]) -> None:
         """Append a record to metrics.jsonl and send it to DeepSpeed's monitor, on rank 0."""
         if dist.get_rank() != 0:
             return
-        # JSON has no infinity and no NaN: null says that there is no number.
+        # JSON has no infinity and no NaN, so null stands for both.
         finite = {name: v if math.isfinite(v) else None for name, v in record.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
@@ -308,7 +296,7 @@ def monitor_tag(name: str) -> str:
 
 
 def keep_records_up_to(path: Path, step: int) -> None:
-    """Remove the records after a step from metrics.jsonl: they will be written again."""
+    """Remove the records after a step from metrics.jsonl, since they will be written again."""
     if not path.is_file():
         return
     kept = []
@@ -318,4 +306,14 @@ def keep_records_up_to(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:  # a killed run can leave half a line
             continue
-    write_whole(path, "".join(kept))
+    write_atomically(path, "".join(kept))
+
+
+def purge_tensorboard(monitor: Any, step: int) -> None:
+    """Make TensorBoard forget what was logged after a step, since it will be logged again."""
+    writer = getattr(monitor.tb_monitor, "summary_writer", None)
+    if writer is not None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        writer.file_writer.add_event(start, step + 1)

@@ -4,32 +4,33 @@ import deepspeed.comm as dist
 import torch
 
 from magnetar.data.errors import UserError
+from magnetar.data.loader import RunData
 from magnetar.engine.admin import profile_path, write_profile
-from magnetar.engine.batches import TrainingBatches
 from magnetar.engine.build import start_distributed, trained_moe_class
 from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.config.batch_sizes import ACCUMULATION
 from magnetar.engine.config.schema import RunConfig
-from magnetar.engine.run_data import RunData, training_set
+from magnetar.engine.train_step import training_batches
 from magnetar.models.admin import omegas, recorded_moments, variances
 from magnetar.models.moe.deepspeed import join_expert_groups
 from magnetar.models.transformer import build_model
 
 
-def profile(config: RunConfig, prepared: RunData) -> dict[str, list[float]]:
-    """Run the first training batch through the initial model and write the run's profile.
+def profile(config: RunConfig, data: RunData) -> dict[str, list[float]]:
+    """Run the first training batch through the initial model, and write the run's profile.
 
-    Every rank calls this; the batch is the first that training will read, whole, so the profile
-    does not depend on the layout.
+    Every rank calls this. The batch is the whole first batch of the training, so the profile does
+    not depend on the layout.
 
     Args:
-        config: resolved for this world size, vocab_size known.
-        prepared: the data.
+        config: config that is resolved for this world size, with a vocab_size.
+        data: the run's data.
 
     Returns:
-        For each stack, omega of every sublayer.
+        The omegas of the sublayers, by stack.
 
     Raises:
-        UserError: if a run has begun in the folder.
+        UserError: a run has begun in the folder.
     """
     run_dir = profile_path(config).parent
     if complete_checkpoints(run_dir):
@@ -39,11 +40,12 @@ def profile(config: RunConfig, prepared: RunData) -> dict[str, list[float]]:
         )
     device = start_distributed()
     with torch.device(device):
-        model = build_model(config.model, config.training.seed, trained_moe_class(config)).eval()
+        moe_class = trained_moe_class(config.zero_stage, config.model.moe)
+        model = build_model(config.model, config.training.seed, moe_class).eval()
     join_expert_groups(model)
-    data = training_set(prepared, config)
+    batches = training_batches(data, config.deepspeed[ACCUMULATION], device)
     with recorded_moments(model) as moments, torch.no_grad():
-        for inputs, _ in TrainingBatches(config, data, device).of_step(1):
+        for inputs, _ in batches.of_step(1):
             model(*inputs)
     for table in moments.values():
         dist.all_reduce(table)

@@ -8,9 +8,9 @@ the threshold xi (`gradient_clipping` of the JSON):
     every g     *= xi / max(xi, ||g||)
 
 Only the norm is re-weighted; experts and dense parameters are scaled by the same coefficient.
-DeepSpeed computes its clipping norm in a different place in each mode, and wrongly in one
-(fp32 without ZeRO averages the norms of the ranks). `SparseClip.install` takes the place of all
-of them, so the norm and the arithmetic are the same in every mode.
+DeepSpeed computes its clipping norm in a different place in each mode, and in one of them wrongly
+(fp32 without ZeRO averages the norms of the ranks). `SparseClip.install` replaces all of them, so
+the norm and the arithmetic are the same in every mode.
 """
 
 import math
@@ -27,17 +27,18 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from magnetar.data.errors import UserError
+from magnetar.engine.deepspeed_engine import DeepSpeedEngine
 
 KNOWN_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "BlockwiseAdamW"}
 
 
 @dataclass(frozen=True)
 class GradientGroup:
-    """Gradients that count alike: the dense ones, or those of layers with E experts.
+    """Gradients with the same kappa: the dense ones, or those of layers with E experts.
 
     Attributes:
-        gradients: tensors of any shape and float dtype; this rank's share.
-        num_experts: E of the layers they belong to; None for dense parameters.
+        gradients: this rank's share, tensors of any shape and float dtype.
+        num_experts: E of the layers; None for dense parameters.
         group_name: DeepSpeed's name of the expert-parallel group; None for dense parameters.
     """
 
@@ -54,10 +55,10 @@ def squared_sum(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
     if gradients[0].is_cuda:
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # one pass, no copy
         return torch.stack(norms).square().sum()
-    # torch's norm on a CPU adds up one after another: 4e-3 off at ten million elements. Its sum
-    # adds pairwise: 1e-7.
+    # On a CPU torch's norm adds one element after another and is 4e-3 off at ten million of them.
+    # Its sum adds pairwise and is 1e-7 off.
     squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
-    return squares.to(device)  # offloaded gradients lie on the host
+    return squares.to(device)  # offloaded gradients are on the host
 
 
 def clip_coefficient(norm: Tensor, threshold: float) -> Tensor:
@@ -68,24 +69,23 @@ def clip_coefficient(norm: Tensor, threshold: float) -> Tensor:
 
 
 class SparseClip:
-    """The clipping of one DeepSpeed engine, and what it measured in the last step.
+    """The clipping of one DeepSpeed engine, and the norms of its last step.
 
     Attributes (tensors stay on the device; reading one is a synchronisation):
         dense_norm, expert_norm: () float32, ||g_d|| and ||g_s|| of the last step.
         norm: () float32, the ||g|| that is compared with the threshold.
-        coefficient: () float32, what the gradients were multiplied by.
+        coefficient: () float32, the factor of all gradients.
         num_clipped: () int64, steps so far in which the coefficient was below 1.
-
-    `is_bad_step` may be set: to whether the step is left out, see engine.guards.
+        is_bad_step: function that says whether the step is left out; engine.guards sets it.
     """
 
     def __init__(self, threshold: float, enabled: bool, device: torch.device) -> None:
         """Prepare the clipping.
 
         Args:
-            threshold: xi; 0 means no clipping (norms are still measured).
+            threshold: xi; 0 means no clipping, and norms are still measured.
             enabled: False gives vanilla clipping, kappa = 1, for comparison.
-            device: where the gradients are.
+            device: device of the gradients.
         """
         self.threshold = threshold or math.inf
         self.enabled = enabled
@@ -103,9 +103,9 @@ class SparseClip:
 
         Args:
             gradient_groups: this rank's gradients, already averaged over the data.
-            partitioned: True if every element of every gradient lies on exactly one rank of the
-                job (ZeRO 1, 2 and 3); False if ranks hold whole gradients, an expert's on each rank
-                that holds the expert.
+            partitioned: True if every element of every gradient is on exactly one rank of the job
+                (ZeRO 1, 2 and 3). False if ranks hold whole gradients; an expert's is then on each
+                rank that holds the expert.
             scale: loss scale that the gradients still carry.
         """
         squares = torch.stack([squared_sum(g.gradients, self.device) for g in gradient_groups])
@@ -128,19 +128,19 @@ class SparseClip:
         self.num_clipped = self.num_clipped + clipped
 
     def _reported_norm(self, optimizer: Any) -> Tensor:
-        """What DeepSpeed is told.
+        """The norm that DeepSpeed gets.
 
-        A norm that is not finite tells fp16's dynamic loss scale of an overflow. In other types
-        DeepSpeed would leave the step out in some modes and count it in none alike: engine.guards
-        does that in all of them.
+        With fp16, a norm that is not finite tells the dynamic loss scale of an overflow. With other
+        types DeepSpeed would leave the step out in some modes only, and never count it the same
+        way. There engine.guards leaves it out in every mode, and DeepSpeed gets a finite norm.
         """
         is_fp16 = optimizer.dtype == torch.float16
         return self.norm if is_fp16 else self.norm.nan_to_num(0.0, 0.0)
 
     def _constants(self, num_experts: tuple[int | None, ...]) -> tuple[Tensor, Tensor]:
-        """kappa^2 of groups with so many experts, and which are of experts.
+        """kappa^2 of each group, and whether it holds experts: (groups,) float32 and bool.
 
-        Kept, for making them on a GPU is waiting for it.
+        The tensors are kept, since making them on a GPU would wait for it in each step.
         """
         if num_experts not in self._made:
             kappas = [1.0 / count if count and self.enabled else 1.0 for count in num_experts]
@@ -151,11 +151,11 @@ class SparseClip:
             )
         return self._made[num_experts]
 
-    def install(self, engine: Any) -> None:
-        """Put this clipping in the place of DeepSpeed's in an engine.
+    def install(self, engine: DeepSpeedEngine) -> None:
+        """Replace DeepSpeed's clipping in an engine.
 
         Raises:
-            UserError: for an optimizer whose step SparseClip does not know.
+            UserError: SparseClip does not know the step of the engine's optimizer.
         """
         optimizer = engine.optimizer
         basic = type(engine.basic_optimizer).__name__
@@ -198,12 +198,12 @@ class SparseClip:
         flattened_before = optimizer._get_preflattened_grad_partition
 
         def flat_and_clipped(index: int) -> Tensor:
-            """One pass for what DeepSpeed would do in three: flatten, make float32, scale."""
+            """Flatten, convert to float32 and scale in one pass; DeepSpeed would use three."""
             whole = flattened_before(index)
             gradients = optimizer.averaged_gradients[index] if whole is None else [whole]
             like = optimizer.single_partition_of_fp32_groups[index]
             flat = like.new_empty(int(optimizer.partition_size[index]))
-            # With one dimension it has a say in the type, and the product is float32.
+            # Of one dimension and not a scalar, so that type promotion makes the product float32.
             factor = (self.coefficient / optimizer.loss_scale).to(flat).view(1)
             end = 0
             for gradient in gradients:
@@ -222,12 +222,12 @@ class SparseClip:
         optimizer.scaled_global_norm = scaled_global_norm
         optimizer._get_preflattened_grad_partition = flat_and_clipped
         optimizer.unscale_and_clip_grads = unscale_and_clip_grads
-        # DeepSpeed would look through every tensor for what is not finite, in ten launches each,
-        # and wait. The norm, which follows, is finite on every rank alike if all of them are.
+        # DeepSpeed would search every tensor for values that are not finite, with ten launches
+        # each, and wait. The norm that follows is the same on all ranks and shows them as well.
         optimizer.check_overflow = lambda partition_gradients=True: None
 
     def _install_zero_3(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-        """ZeRO 3: as ZeRO 1 and 2, but a parameter group is several groups of partitions."""
+        """ZeRO 3: like ZeRO 1 and 2, but a parameter group is several groups of partitions."""
 
         def norm_groups() -> list[Tensor]:
             gradient_groups = [
@@ -277,7 +277,7 @@ class SparseClip:
 
         optimizer.step = step
 
-    def _install_fp32(self, engine: Any) -> None:
+    def _install_fp32(self, engine: DeepSpeedEngine) -> None:
         """fp32 without ZeRO: every rank holds whole gradients in `.grad`."""
 
         def clip_fp32_gradients() -> None:

@@ -1,160 +1,189 @@
-"""Training a model from a config: the loop, from start or resume to summary."""
+"""Training a model from a config: the loop, and around it the start, rollbacks and the end."""
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import deepspeed.comm as dist
 import torch
 
+from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
-from magnetar.data.pairs.folder import PreparedPairs
-from magnetar.engine import logbook
-from magnetar.engine.admin import require_profile
-from magnetar.engine.batches import TrainingBatches
+from magnetar.data.loader import RunData, TrainingBatches
 from magnetar.engine.build import build_engine, launched_rank, start_distributed
-from magnetar.engine.checkpoint.format import Checkpoint, complete_checkpoints
+from magnetar.engine.checkpoint.format import Checkpoint
 from magnetar.engine.checkpoint.run_folder import (
-    check_run_folder,
     claim_run_folder,
     differing,
     flat_keys,
-    write_whole,
 )
-from magnetar.engine.checkpoint.save_load import (
-    Saver,
-    check_fits,
-    load_checkpoint,
-    newest_whole_checkpoint,
-)
-from magnetar.engine.checkpoint.starting_weights import require_starting_weights
+from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint, newest_whole_checkpoint
+from magnetar.engine.cluster import logbook
 from magnetar.engine.cluster.signals import Requests
 from magnetar.engine.cluster.start_times import StartTimes
 from magnetar.engine.cluster.watchdog import Watchdog
-from magnetar.engine.config.schema import RunConfig, check_config
-from magnetar.engine.evaluate import evaluation
-from magnetar.engine.guards import Guards, require_equal_replicas
-from magnetar.engine.memory_planner import require_host_memory
-from magnetar.engine.metrics import Metrics, keep_records_up_to
-from magnetar.engine.optim.adam import require_optimizer_package
-from magnetar.engine.pair_data import MAX_BIN_ROWS
-from magnetar.engine.progress import ProgressLine
-from magnetar.engine.report.samples import describe, finish, validation_words
-from magnetar.engine.run_data import RunData, open_run_data, training_set, validation_set
-from magnetar.engine.train_step import loss_weights, train_step
-from magnetar.engine.translation.translate import require_sacrebleu
+from magnetar.engine.config.batch_sizes import ACCUMULATION, TRAIN
+from magnetar.engine.config.schema import RunConfig, TrainingConfig
+from magnetar.engine.deepspeed_engine import DeepSpeedEngine
+from magnetar.engine.evaluate import Evaluations
+from magnetar.engine.guards import Guards, Verdict, require_equal_replicas
+from magnetar.engine.metrics import Metrics, keep_records_up_to, purge_tensorboard
+from magnetar.engine.report.progress import ProgressLine, RunLog
+from magnetar.engine.report.samples import (
+    RunTotals,
+    describe,
+    finish,
+    layout_words,
+    validation_words,
+)
+from magnetar.engine.sparse_clip import SparseClip
+from magnetar.engine.train_step import (
+    LossWeights,
+    StepResult,
+    loss_weights,
+    train_step,
+    training_batches,
+)
 
 
-def prepare_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]:
-    """Check everything that can be checked before a process group exists.
+def train(config: RunConfig, data: RunData, times: StartTimes | None = None) -> None:
+    """Train to the end, resuming from the run's newest checkpoint.
+
+    A signal may ask the run to stop earlier, see engine.cluster.signals.
+
+    Args:
+        config: the config of `prepare_run`.
+        data: the data of `prepare_run`.
+        times: times of the start so far; None if it begins here.
+
+    Raises:
+        UserError: the loss is not finite and rolling back does not help, or a checkpoint cannot
+            be written or read.
+        MachineError: ranks that should hold the same weights do not.
+    """
+    run_dir = Path(config.training.run_dir)
+    # Before the ranks join, since the others would report the loss of a refused first rank.
+    lock = claim_run_folder(run_dir) if launched_rank() == 0 else None
+    times = times or StartTimes()
+    device = start_distributed()
+    times.end("join")
+    with Watchdog(run_dir, config.guards.hang_timeout_seconds) as watchdog, Requests() as requests:
+        run = start_run(config, data, device, watchdog, requests, times)
+        if train_to_the_end(run):
+            run.finish()
+        run.engine.destroy()
+    if lock is not None:
+        lock.close()
+
+
+def train_to_the_end(run: "Run") -> bool:
+    """The loop over the steps.
 
     Returns:
-        The config with vocab_size filled in and outputs placed in the run's folder; the data.
-
-    Raises:
-        UserError: for data that is missing or does not fit, a model that this machine's memory
-            does not hold, a run folder of another config, an Admin model without its profile, or
-            a checkpoint of another model or other data.
+        True if the last step was reached, False if a signal has stopped the run.
     """
-    result, prepared = resolve_run(config, world_size)
-    require_host_memory(result, world_size)
-    check_run_folder(result)
-    require_starting_weights(result, prepared.manifest.tokenizer_fingerprint)
-    require_profile(result)
-    run_dir = Path(result.training.run_dir)
-    for checkpoint in complete_checkpoints(run_dir)[-1:]:
-        check_fits(checkpoint, result, prepared)
-        if checkpoint.step > result.training.num_steps:
-            raise UserError(
-                f"magnetar.training.num_steps={result.training.num_steps} is less than the "
-                f"{checkpoint.step} steps that {run_dir} has done: use {checkpoint.step} or more, "
-                "or name another training.run_dir"
+    engine, data, guards, training = run.engine, run.data, run.guards, run.config.training
+    num_steps = training.num_steps
+    run.evaluate_initial()
+    with run.log.progress, run.checkpoints.saver:
+        for step in run.steps():
+            batch = step + guards.batch_offset  # skips what rollbacks have left out
+            result = train_step(
+                engine,
+                run.batches.of_step(batch),
+                run.weights,
+                training.seed,
+                batch,
+                data.max_rows,
+                guards.watch,  # before the update, so that a bad step changes nothing
             )
-    return result, prepared
+            verdict = guards.judge()
+            run.note_step(step, result, verdict)
+            if verdict is Verdict.ROLL_BACK:
+                run.roll_back(step, guards.problem())
+                continue
+            if due(step, training.log_every, num_steps):
+                run.record(step, result)
+            if due(step, guards.config.replica_check_every):
+                require_equal_replicas(engine.module, step, run.run_dir)
+            if due(step, training.eval_every, num_steps):
+                run.evaluate(step)
+            if problem := run.final_problem(step):  # the last weights must be of use
+                run.roll_back(step, problem)
+                continue
+            if run.checkpoints.are_due(step, verdict, asked=guards.save):
+                run.save(step)
+            if verdict is Verdict.STOP:
+                run.stop(step)
+                return False
+    return True
 
 
-def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]:
-    """The config with what depends on the data filled in, and the data.
+class Checkpoints:
+    """When a run saves, and what it rolls back to.
 
-    Raises:
-        UserError: for data that is missing or does not fit, or a missing package of a
-            monitor or of the optimizer.
+    Attributes:
+        saver: the writer.
+        are_kept: False if training.save_every is "never".
+        is_pending: True if a checkpoint is due and waits for a good step.
+        num_rollbacks: rollbacks since the last save.
     """
-    prepared = open_run_data(config)
-    training_set(prepared, config)
-    validation_set(prepared, config)
-    resolved = config.to_dict()
-    resolved["magnetar"]["model"]["vocab_size"] = fitting_vocab_size(config, prepared)
-    schedule = resolved["magnetar"]["training"]["lr_schedule"]
-    if schedule["type"] == "polynomial" and schedule["total_steps"] is None:
-        # Written down, so that a longer run cannot bend the schedule of the steps already done.
-        schedule["total_steps"] = config.training.num_steps
-    run_dir = config.training.run_dir
-    require_monitor_packages(resolved)
-    require_optimizer_package(resolved)
-    if config.data.pairs is not None:
-        require_sacrebleu()
-    for monitor, name in (("tensorboard", "tensorboard"), ("csv_monitor", "csv")):
-        section = resolved.get(monitor, {})
-        if section.get("enabled") and not section.get("output_path"):
-            section |= {"output_path": run_dir, "job_name": name}
-    result, problems = check_config(resolved, world_size)
-    assert result is not None, problems
-    return result, prepared
 
+    def __init__(self, saver: Saver, training: TrainingConfig, max_rollbacks: int) -> None:
+        self.saver, self.training, self.max_rollbacks = saver, training, max_rollbacks
+        self.are_kept = training.save_every != "never"
+        self.is_pending, self.num_rollbacks = False, 0
 
-def fitting_vocab_size(config: RunConfig, prepared: RunData) -> int:
-    """Rows of the embedding: one for each piece of the vocabulary, and one for a mask token.
+    def are_due(self, step: int, verdict: Verdict, asked: bool) -> bool:
+        """Whether to save after a step; `asked` is True if a signal asks for it."""
+        training = self.training
+        self.is_pending |= asked or due(step, training.save_every, training.num_steps)
+        # A rollback must not end among the bad steps, so they wait.
+        is_good = verdict is Verdict.GO or step == training.num_steps
+        return verdict is Verdict.STOP or (self.is_pending and is_good)
 
-    Raises:
-        UserError: the config asks for fewer.
-    """
-    given, is_masked = config.model.vocab_size, config.data.masking is not None
-    needed = prepared.vocab_size + is_masked
-    if given is not None and given < needed:
-        with_mask = " and a mask token" if is_masked else ""
-        raise UserError(
-            f"magnetar.model.vocab_size={given} is smaller than the vocabulary of "
-            f"{prepared.path}{with_mask}, {needed}: use null, or at least {needed}"
-        )
-    return given or needed
+    def save(self, step: int, state: "TrainerState") -> None:
+        """Begin to write a checkpoint."""
+        if self.are_kept:
+            self.saver.save(step, asdict(state))
+            self.num_rollbacks = 0
+        self.is_pending = False
 
-
-def require_monitor_packages(config: dict[str, Any]) -> None:
-    """Refuse a monitor whose package is missing; DeepSpeed would notice when all ranks run.
-
-    Raises:
-        UserError: naming the section and the package.
-    """
-    for monitor, package in (("tensorboard",) * 2, ("wandb",) * 2, ("comet", "comet_ml")):
-        if config.get(monitor, {}).get("enabled") and find_spec(package) is None:
-            raise UserError(
-                f"{monitor}.enabled=true needs the package {package}, which is not installed: "
-                f"run pip install {package}, or set {monitor}.enabled=false"
+    def to_roll_back_to(self) -> tuple[Checkpoint | None, str]:
+        """The newest checkpoint, and why the run cannot go on from it, or ""."""
+        self.saver.wait()
+        run_dir = Path(self.training.run_dir)
+        checkpoint = newest_whole_checkpoint(run_dir)
+        if checkpoint is None:
+            return None, "it has saved no checkpoint to go back to"
+        if self.num_rollbacks >= self.max_rollbacks:
+            return checkpoint, (
+                f"going back to step {checkpoint.step} {self.max_rollbacks} times did not help. "
+                f"What it saved is in {run_dir / 'checkpoints'}"
             )
+        self.num_rollbacks += 1
+        return checkpoint, ""
 
 
 @dataclass
 class TrainerState:
-    """What a checkpoint keeps beside DeepSpeed's own state.
+    """The part of a checkpoint beside DeepSpeed's own state: the states of a run's components.
 
     The position in the data, the learning rate and the noise are functions of the step and of
-    `batch_offset`, so they need no entry here.
+    `batch_offset`, so they have no entry here.
 
     Attributes:
-        seconds: training time so far, over all starts.
-        num_clipped: steps so far that SparseClip clipped.
-        num_targets: tokens so far that were asked about.
-        num_bad: steps so far that engine.guards left out.
-        batch_offset: batches that were left out when the run went back: step s trains on batch
-            s + batch_offset.
-        recent_losses: with which engine.guards compares the next one.
+        seconds: training time over all starts, without evaluations and saves.
+        num_clipped: steps that SparseClip clipped.
+        num_targets: tokens that were asked about.
+        num_bad: steps that the guards left out.
+        batch_offset: batches that rollbacks left out.
+        recent_losses: losses with which the guards compare the next one.
         before: validation of the initial weights.
-        after: the last validation so far.
-        examples: what the initial weights made of a few sentences, see engine.evaluate.
+        after: the last validation.
+        examples: a few translations by the initial weights.
     """
 
     seconds: float = 0.0
@@ -168,277 +197,291 @@ class TrainerState:
     examples: list = field(default_factory=list)
 
 
-def train(config: RunConfig, prepared: RunData, times: StartTimes | None = None) -> None:
-    """Train to the end, resuming where the run's newest checkpoint left off.
+@dataclass
+class Run:
+    """The components of one run in this process; each owns its state.
 
-    A signal may ask it to stop earlier: see engine.cluster.signals.
-
-    Args:
-        config: from `prepare_run`.
-        prepared: from `prepare_run`.
-        times: of the start so far; None: of this function on.
-
-    Raises:
-        UserError: if the loss stops being a number and going back does not help, or a checkpoint
-            cannot be written or read.
-        MachineError: if ranks that should hold the same weights do not.
+    Attributes:
+        config: the resolved config, for checkpoints and the closing table.
+        run_dir: the run's folder.
+        weights: weights of the losses.
+        data: the data.
+        batches: this rank's micro-batches.
+        engine: the DeepSpeed engine.
+        sparse_clip: its clipping.
+        guards: the judge of its steps.
+        metrics: its records.
+        evaluations: its evaluations.
+        checkpoints: its checkpoints.
+        log: the terminal and the logbook.
+        watchdog: the thread that finds a rank that hangs.
+        times: times of the start; None after the first step.
     """
-    run_dir = Path(config.training.run_dir)
-    # Before the ranks join: the others would report the loss of a refused first rank.
-    lock = claim_run_folder(run_dir) if launched_rank() == 0 else None
-    times = times or StartTimes()
-    device = start_distributed()
-    times.end("join")
-    with Watchdog(run_dir, config.guards.hang_timeout_seconds) as watchdog, Requests() as requests:
-        trainer = Trainer(config, prepared, device, watchdog, requests, times)
-        if trainer.run():
-            watchdog.beat("the last evaluation")
-            trainer.finish()
-        trainer.engine.destroy()  # its hooks are cycles that no garbage collection finds
-    if lock is not None:
-        lock.close()
 
+    config: RunConfig
+    run_dir: Path
+    weights: LossWeights
+    data: RunData
+    batches: TrainingBatches
+    engine: DeepSpeedEngine
+    sparse_clip: SparseClip
+    guards: Guards
+    metrics: Metrics
+    evaluations: Evaluations
+    checkpoints: Checkpoints
+    log: RunLog
+    watchdog: Watchdog
+    times: StartTimes | None
 
-class Trainer:
-    """One run in this process: from start or resume to its last step."""
+    def steps(self) -> Iterator[int]:
+        """The steps to do, from 1; a rollback goes on behind its checkpoint."""
+        while self.engine.global_steps < self.config.training.num_steps:
+            step = self.engine.global_steps + 1
+            self.watchdog.beat(f"step {step}")
+            yield step
 
-    def __init__(
-        self,
-        config: RunConfig,
-        prepared: RunData,
-        device: torch.device,
-        watchdog: Watchdog,
-        requests: Requests,
-        times: StartTimes,
-    ) -> None:
-        """Build the engine, and load the newest checkpoint if there is one."""
-        self.config, self.prepared, self.device = config, prepared, device
-        self.watchdog, self.times = watchdog, times
-        self.run_dir = Path(config.training.run_dir)
-        self.is_first_rank = dist.get_rank() == 0
-        self.train_data = training_set(prepared, config)
-        self.batches = TrainingBatches(config, self.train_data, device)
-        self.valid_data = validation_set(prepared, config)
-        self.weights = loss_weights(config)
-        self.engine, self.sparse_clip = build_engine(config, device)
-        times.end("build")
-        self.guards = Guards(self.engine, self.sparse_clip, config.guards, requests)
-        if self.is_first_rank:  # not earlier: a start that fails must not claim the folder
-            self._write_config()
-        self.state = TrainerState()
-        self.num_returns, self.save_is_due, self.has_begun = 0, False, False
-        checkpoint = newest_whole_checkpoint(self.run_dir)
-        self._forget_records_after(checkpoint.step if checkpoint else -1)
-        if checkpoint is not None:
-            self._load(checkpoint)
-            purge_tensorboard(self.engine.monitor, checkpoint.step)
-        times.end("load")
-        first_step = self.engine.global_steps
-        self.metrics = Metrics(
-            self.engine,
-            config,
-            self.sparse_clip,
-            self.run_dir / "metrics.jsonl",
-            self.state.num_targets,
-        )
-        self.metrics.num_bad = self.state.num_bad
-        num_steps = config.training.num_steps
-        self.progress = ProgressLine(first_step, num_steps, shown=self.is_first_rank)
-        about = describe(config, prepared, self.train_data, self.valid_data, first_step)
-        self.progress.note(about)
-        self._log("resume" if first_step else "start", about)
-
-    def run(self) -> bool:
-        """Train to the last step; whether it was reached, and no signal has stopped the run."""
-        training, engine, state = self.config.training, self.engine, self.state
-        if not state.before:
+    def evaluate_initial(self) -> None:
+        """Evaluate the initial weights, unless an earlier start has, and start the clock."""
+        if not self.evaluations.before:
             self.watchdog.beat("the first evaluation")
-            state.before, state.examples = evaluation(
-                engine, self.config, self.prepared, self.valid_data
-            )
-            self.metrics.write_validation(0, state.before)
-            self.times.end("evaluation")
+            self.metrics.write_validation(0, self.evaluations.evaluate_initial())
+            if self.times is not None:
+                self.times.end("evaluation")
         self.metrics.restart_clock()
-        with self.progress, Saver(engine, self.config, self.prepared) as self.saver:
-            while engine.global_steps < training.num_steps:
-                if problem := self._step(engine.global_steps + 1):
-                    self._go_back(problem)
-                elif self.guards.stop:
-                    self._stop()
-                    return False
-        return True
 
-    def finish(self) -> None:
-        """Evaluate, write summary.json and print the closing table."""
-        state = self.state
-        if not state.after:
-            state.after, _ = evaluation(self.engine, self.config, self.prepared, self.valid_data)
-        finish(
-            self.engine, self.config, self.prepared, self.valid_data, asdict(state), self.progress
-        )
-        self._log("end", f"{self.engine.global_steps} steps: {validation_words(state.after)}")
-
-    def _step(self, step: int) -> str:
-        """One step and what is due after it; why the run cannot go on from here, or ""."""
-        config, training, guards = self.config, self.config.training, self.guards
-        self.watchdog.beat(f"step {step}")
-        batch = step + self.state.batch_offset
-        result = train_step(
-            self.engine,
-            self.batches.of_step(batch),
-            self.weights,
-            training.seed,
-            batch,
-            MAX_BIN_ROWS if config.data.pairs else None,
-            guards.watch,
-        )
+    def note_step(self, step: int, result: StepResult, verdict: Verdict) -> None:
+        """Count a step, and tell what is special about it."""
         self.metrics.count(result)
-        if not self.has_begun:
-            self.has_begun = True
+        if self.times is not None:
             self.times.end("first step")
-            self._log("going", f"first step after {self.times}")
-        if problem := guards.problem():
-            self.state.num_bad += 1
-            self.metrics.num_bad = self.state.num_bad
-            self._tell("skip", f"step {step} is left out: {problem}")
-            if guards.has_had_enough():
-                return problem
-        if guards.save:
-            self._tell("signal", f"SIGUSR1 asks for a checkpoint after step {step}")
-        if due(step, training.log_every, training.num_steps):
-            record = self.metrics.training_record(step, result)
-            self.metrics.write(record)
-            self.progress.update(record)
-        if due(step, config.guards.replica_check_every, None):
-            require_equal_replicas(self.engine.module, step, self.run_dir)
-        if due(step, training.eval_every, training.num_steps):
-            with self.metrics.paused_clock():
-                self._evaluate(step)
-            if step == training.num_steps and not math.isfinite(self.state.after["loss"]):
-                return f"validation loss {self.state.after['loss']}"
-        self.save_is_due |= due(step, training.save_every, training.num_steps) or guards.save
-        # What the run goes back to shall lie before the bad steps.
-        if guards.stop or (self.save_is_due and (not problem or step == training.num_steps)):
-            with self.metrics.paused_clock():
-                self._save(step)
-        return ""
+            self.log.write("going", f"first step after {self.times}")
+            self.times = None
+        if problem := self.guards.problem():
+            self.log.tell("skip", f"step {step} is left out: {problem}")
+        if self.guards.save and verdict is not Verdict.ROLL_BACK:
+            self.log.tell("signal", f"SIGUSR1 asks for a checkpoint after step {step}")
 
-    def _evaluate(self, step: int) -> None:
-        self.watchdog.beat(f"the evaluation after step {step}")
-        self.state.after, _ = evaluation(self.engine, self.config, self.prepared, self.valid_data)
-        self.metrics.write_validation(step, self.state.after)
-        self.progress.note(f"step {step}: validation {validation_words(self.state.after)}")
+    def record(self, step: int, result: StepResult) -> None:
+        """Write and show the record of a step."""
+        record = self.metrics.training_record(step, result, self.guards.num_bad)
+        self.metrics.write(record)
+        self.log.progress.update(record)
 
-    def _save(self, step: int) -> None:
-        self.watchdog.beat(f"the checkpoint of step {step}")
-        state = self.state
-        state.seconds += self.metrics.lap()
-        state.num_clipped = int(self.sparse_clip.num_clipped)
-        state.num_targets = int(self.metrics.num_targets)
-        state.recent_losses = self.guards.recent_losses
-        if self.config.training.save_every != "never":
-            self.saver.save(step, asdict(state))
-            self.num_returns = 0
-        self.save_is_due = False
+    def evaluate(self, step: int) -> None:
+        """Evaluate the weights after a step."""
+        with self.metrics.paused_clock():
+            self.watchdog.beat(f"the evaluation after step {step}")
+            values = self.evaluations.evaluate()
+            self.metrics.write_validation(step, values)
+            self.log.progress.note(f"step {step}: validation {validation_words(values)}")
 
-    def _stop(self) -> None:
-        self.saver.wait()
-        kept = "saved"
-        if self.config.training.save_every == "never":
-            kept = 'not saved, by magnetar.training.save_every="never"'
-        self._tell(
-            "signal",
-            f"stopped by {self.guards.stop} after step {self.engine.global_steps}, {kept}; the "
-            "same command goes on",
+    def final_problem(self, step: int) -> str:
+        """Why the last step's weights are no result, or ""."""
+        loss = self.evaluations.after["loss"] if step == self.config.training.num_steps else 0.0
+        return "" if math.isfinite(loss) else f"validation loss {loss}"
+
+    def save(self, step: int) -> None:
+        """Save the state after a step."""
+        with self.metrics.paused_clock():
+            self.watchdog.beat(f"the checkpoint of step {step}")
+            self.metrics.end_lap()
+            self.checkpoints.save(step, self.state())
+
+    def state(self) -> TrainerState:
+        """The states of the components, for a checkpoint."""
+        metrics, guards, evaluations = self.metrics, self.guards, self.evaluations
+        return TrainerState(
+            seconds=metrics.seconds,
+            num_clipped=int(self.sparse_clip.num_clipped),
+            num_targets=int(metrics.num_targets),
+            num_bad=guards.num_bad,
+            batch_offset=guards.batch_offset,
+            recent_losses=guards.recent_losses,
+            before=evaluations.before,
+            after=evaluations.after,
+            examples=evaluations.examples,
         )
 
-    def _go_back(self, problem: str) -> None:
+    def restore(self, state: TrainerState) -> None:
+        """Give the components the states of a checkpoint."""
+        clip, guards, evaluations = self.sparse_clip, self.guards, self.evaluations
+        clip.num_clipped = torch.full_like(clip.num_clipped, state.num_clipped)
+        guards.start_from(state.num_bad, state.batch_offset, state.recent_losses)
+        evaluations.before, evaluations.after = state.before, state.after
+        evaluations.examples = state.examples
+        self.metrics.start_from(state.num_targets, state.seconds)
+
+    def roll_back(self, step: int, problem: str) -> None:
         """Load the newest checkpoint again, and leave out the batches since.
 
         Args:
-            problem: why.
+            step: number of the step after which the run cannot go on.
+            problem: reason of the rollback, in words.
 
         Raises:
-            UserError: if there is none, or the run has gone back to it often enough.
+            UserError: there is no checkpoint, or the run has rolled back to it often enough.
         """
-        step, limit = self.engine.global_steps, self.config.guards.max_rollbacks
-        self.saver.wait()
-        checkpoint = newest_whole_checkpoint(self.run_dir)
-        if checkpoint is None or self.num_returns >= limit:
-            self._log("divergence", f"step {step}: {problem}")
-            why = "it has saved no checkpoint to go back to"
-            if checkpoint is not None:
-                why = (
-                    f"going back to step {checkpoint.step} {limit} times did not help. What it "
-                    f"saved is in {self.run_dir / 'checkpoints'}"
-                )
+        checkpoint, why = self.checkpoints.to_roll_back_to()
+        if checkpoint is None or why:
+            self.log.write("divergence", f"step {step}: {problem}")
             out = "a longer training.lr_schedule.warmup_steps"
-            if self.config.guards.spike_deviations is not None:
+            if self.guards.config.spike_deviations is not None:
                 out += ", or more guards.spike_deviations"
             raise UserError(
                 f"the run diverged: {problem} at step {step}, and {why}. Start in another "
                 f"training.run_dir with a lower optimizer.params.lr or gradient_clipping, or {out}",
                 on_every_rank=True,
             )
-        self.num_returns += 1
-        num_bad, offset = self.state.num_bad, self.state.batch_offset
-        self._load(checkpoint)
-        self.state.num_bad = num_bad
-        self.state.batch_offset = offset + step - checkpoint.step
-        self.metrics.go_back(self.state.num_targets)
-        self._forget_records_after(checkpoint.step)
-        purge_tensorboard(self.engine.monitor, checkpoint.step)
-        self._tell(
+        state = load_state(self.engine, self.config, checkpoint)
+        batch_offset = self.guards.batch_offset + step - checkpoint.step
+        self.restore(replace(state, num_bad=self.guards.num_bad, batch_offset=batch_offset))
+        self.log.tell(
             "rollback",
             f"back from step {step} ({problem}) to step {checkpoint.step}; the batches between "
             "are left out",
         )
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        self.state = TrainerState(**load_checkpoint(self.engine, self.config, checkpoint))
-        self.sparse_clip.num_clipped = torch.full_like(
-            self.sparse_clip.num_clipped, self.state.num_clipped
+    def stop(self, step: int) -> None:
+        """Wait for the last checkpoint, and tell that a signal has stopped the run."""
+        self.checkpoints.saver.wait()
+        kept = "saved"
+        if not self.checkpoints.are_kept:
+            kept = 'not saved, by magnetar.training.save_every="never"'
+        self.log.tell(
+            "signal",
+            f"stopped by {self.guards.stop} after step {step}, {kept}; the same command goes on",
         )
-        self.guards.start_over(self.state.recent_losses)
 
-    def _forget_records_after(self, step: int) -> None:
-        if self.is_first_rank:
-            keep_records_up_to(self.run_dir / "metrics.jsonl", step)
-
-    def _tell(self, event: str, text: str) -> None:
-        """Say what has happened, and write it into the logbook."""
-        self.progress.note(text)
-        self._log(event, text)
-
-    def _log(self, event: str, text: str) -> None:
-        if self.is_first_rank:
-            logbook.write(self.run_dir, event, text)
-
-    def _write_config(self) -> None:
-        """Keep the config, and write into the logbook what has changed since the last start."""
-        file, config = self.run_dir / "config.json", self.config.to_dict()
-        if file.is_file():
-            there = dict(flat_keys(json.loads(file.read_text())))
-            changes = differing(there, dict(flat_keys(config)))
-            if changes:
-                lines = [f"{key}: {old} -> {new}" for key, old, new in changes]
-                logbook.write(self.run_dir, "change", "\n".join(["the JSON:", *lines]))
-        write_whole(file, json.dumps(config, indent=1) + "\n")
-        if isinstance(self.prepared, PreparedPairs):  # all that translating needs but the weights
-            name = self.prepared.manifest.tokenizer_file
-            (self.run_dir / name).write_bytes((self.prepared.path / name).read_bytes())
+    def finish(self) -> None:
+        """Write summary.json, and print the closing table."""
+        self.watchdog.beat("the last evaluation")
+        values = self.evaluations.after or self.evaluations.evaluate()
+        steps = self.engine.global_steps
+        totals = RunTotals(
+            steps=steps,
+            tokens=self.metrics.num_tokens(steps),
+            seconds=self.metrics.seconds,
+            num_clipped=int(self.sparse_clip.num_clipped),
+        )
+        finish(
+            self.evaluations,
+            self.config.model,
+            self.config.training,
+            totals,
+            has_tensorboard=self.config.deepspeed.get("tensorboard", {}).get("enabled", False),
+            progress=self.log.progress,
+        )
+        self.log.write("end", f"{steps} steps: {validation_words(values)}")
 
 
-def due(step: int, every: int | str | None, last: int | None) -> bool:
-    """Whether something that happens every so many steps, and at the last one, happens now."""
+def start_run(
+    config: RunConfig,
+    data: RunData,
+    device: torch.device,
+    watchdog: Watchdog,
+    requests: Requests,
+    times: StartTimes,
+) -> Run:
+    """The components of a run, with the newest checkpoint loaded if there is one.
+
+    The order matters: the checkpoint is loaded into the engine, and what is shown and written
+    first depends on its step.
+
+    Args:
+        config: the resolved config.
+        data: the run's data.
+        device: this rank's device.
+        watchdog: the thread that finds a rank that hangs.
+        requests: signals that the run has received.
+        times: times of the start so far.
+    """
+    run_dir, training = Path(config.training.run_dir), config.training
+    batches = training_batches(data, config.deepspeed[ACCUMULATION], device)
+    engine, sparse_clip = build_engine(config, device)
+    times.end("build")
+    guards = Guards(engine, sparse_clip, config.guards, requests)
+    if dist.get_rank() == 0:  # not earlier, since a start that fails must not claim the folder
+        write_config(config, data)
+    state, checkpoint = TrainerState(), newest_whole_checkpoint(run_dir)
+    if checkpoint is None:
+        forget_records_after(run_dir, -1)
+    else:
+        state = load_state(engine, config, checkpoint)
+    times.end("load")
+    first_step = engine.global_steps
+    weights = loss_weights(config.model.moe, training)
+    metrics = Metrics(
+        engine,
+        sparse_clip,
+        run_dir / "metrics.jsonl",
+        config.model,
+        config.data.seq_len,
+        data.tokens_per_step,
+        weights,
+    )
+    progress = ProgressLine(first_step, training.num_steps, shown=dist.get_rank() == 0)
+    saver = Saver(engine, config, data)
+    run = Run(
+        config=config,
+        run_dir=run_dir,
+        data=data,
+        batches=batches,
+        weights=weights,
+        engine=engine,
+        sparse_clip=sparse_clip,
+        guards=guards,
+        metrics=metrics,
+        evaluations=Evaluations(engine, data, training.eval_translations),
+        checkpoints=Checkpoints(saver, training, config.guards.max_rollbacks),
+        log=RunLog(run_dir, progress),
+        watchdog=watchdog,
+        times=times,
+    )
+    run.restore(state)
+    layout = layout_words(
+        dist.get_world_size(),
+        config.model.moe.ep_size if config.model.moe else 1,
+        config.zero_stage,
+        config.dtype,
+    )
+    train_batch_size = config.deepspeed[TRAIN]
+    about = describe(config.model, layout, data, training, train_batch_size, first_step)
+    run.log.tell("resume" if first_step else "start", about)
+    return run
+
+
+def load_state(engine: DeepSpeedEngine, config: RunConfig, checkpoint: Checkpoint) -> TrainerState:
+    """Load a checkpoint into the engine, and forget what was recorded after it."""
+    state = TrainerState(**load_checkpoint(engine, config, checkpoint))
+    forget_records_after(Path(config.training.run_dir), checkpoint.step)
+    purge_tensorboard(engine.monitor, checkpoint.step)
+    return state
+
+
+def forget_records_after(run_dir: Path, step: int) -> None:
+    """Remove the records after a step, which a resumed run writes again; only rank 0 does it."""
+    if dist.get_rank() == 0:
+        keep_records_up_to(run_dir / "metrics.jsonl", step)
+
+
+def write_config(config: RunConfig, data: RunData) -> None:
+    """Keep the config, and write into the logbook what has changed since the last start.
+
+    For pairs the vocabulary is kept as well, so that translating needs the run's folder only.
+    """
+    run_dir, now = Path(config.training.run_dir), config.to_dict()
+    file = run_dir / "config.json"
+    if file.is_file():
+        there = dict(flat_keys(json.loads(file.read_text())))
+        changes = differing(there, dict(flat_keys(now)))
+        if changes:
+            lines = [f"{key}: {old} -> {new}" for key, old, new in changes]
+            logbook.write(run_dir, "change", "\n".join(["the JSON:", *lines]))
+    write_atomically(file, json.dumps(now, indent=1) + "\n")
+    for name in data.run_files:
+        write_atomically(run_dir / name, (data.path / name).read_bytes())
+
+
+def due(step: int, every: int | str | None, last: int | None = None) -> bool:
+    """Whether something is due that happens every `every` steps, and after the last one."""
     return step == last or (isinstance(every, int) and step % every == 0)
-
-
-def purge_tensorboard(monitor: Any, step: int) -> None:
-    """Have TensorBoard forget what was logged after a step: it will be logged again."""
-    writer = getattr(monitor.tb_monitor, "summary_writer", None)
-    if writer is not None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        writer.file_writer.add_event(start, step + 1)

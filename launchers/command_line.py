@@ -136,7 +136,7 @@ def whole_number(text: str, least: int) -> int:
     """A whole number of at least `least`.
 
     Raises:
-        argparse.ArgumentTypeError: for anything else.
+        argparse.ArgumentTypeError: the text is anything else.
     """
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")

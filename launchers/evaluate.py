@@ -8,6 +8,7 @@ The answer is also written into the run's folder, as evaluation.json.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -30,7 +31,9 @@ from magnetar.launchers.translate import MAX_LENGTH_PENALTY, translation_bar
 from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
-    from magnetar.engine.translation.translate import Texts, TranslationScores
+    from magnetar.data.pairs.folder import Texts
+    from magnetar.engine.checkpoint.open_run import SavedModel
+    from magnetar.engine.translation.translate import TranslationScores
 
 _OF_TRANSLATION = ("directions", "max_sentences", "beam", "length_penalty", "write_translations")
 
@@ -75,13 +78,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _tell(options: argparse.Namespace, answer: dict[str, Any]) -> bool:
     """Write the answer beside the run and, with --json, print it; whether it was printed."""
-    from magnetar.engine.checkpoint.run_folder import write_whole
+    from magnetar.data.atomic import write_atomically
 
     text, file = json.dumps(answer, indent=1) + "\n", options.run / "evaluation.json"
     if options.json:
         print(text, end="")
     try:
-        write_whole(file, text)
+        write_atomically(file, text)
     except OSError as error:  # the answer is worth more than its file
         print(
             f"warning: {file} is not written ({error.strerror}): keep the answer with --json",
@@ -112,29 +115,25 @@ def _check_kind(options: argparse.Namespace, translates: bool) -> None:
             )
 
 
-def evaluate_translations(options: argparse.Namespace) -> None:
+def evaluate_translations(options: argparse.Namespace, run: "SavedModel") -> None:
     """Translate the validation split, and print how good that is."""
     from magnetar.data.pairs.codec import parse_direction
-    from magnetar.engine.checkpoint.translation_run import open_pairs_of, open_translation_run
-    from magnetar.engine.translation.translate import (
-        Decoding,
-        evaluate_translation,
+    from magnetar.engine.report.translations import (
         sample_words,
         signature_lines,
         translation_tables,
-        validation_texts,
     )
+    from magnetar.engine.translation.translate import Decoding, evaluate_translation
 
     # The prepared folder, which is needed here anyhow, holds the vocabulary too.
-    run = open_translation_run(options.run, options.checkpoint, options.data)
-    prepared = open_pairs_of(run, options.run, options.data)
-    learnt = run.config.data.pairs if run.config else None
+    codec, prepared = run.codec, run.pairs(options.data)
+    learnt = run.run_config.data.pairs if run.run_config else None
     asked = options.directions or (learnt.directions if learnt else None)
     directions = [parse_direction(name, prepared.languages) for name in asked] if asked else None
-    texts = validation_texts(prepared, directions, options.max_sentences)
+    texts = prepared.texts("valid", directions, options.max_sentences)
     given = given_values(options, ("batch_size", "beam", "length_penalty"))
     with translation_bar() as progress:
-        scores = evaluate_translation(run.model, run.codec, texts, Decoding(**given), progress)
+        scores = evaluate_translation(run.translator, codec, texts, Decoding(**given), progress)
     if options.write_translations is not None:
         _write_translations(options.write_translations, texts, scores)
     answer = {
@@ -160,32 +159,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate and print."""
     options = parse_arguments(arguments)
     quiet_deepspeed()
+    from magnetar.data.loader import TextData
     from magnetar.engine.checkpoint.open_run import open_run
-    from magnetar.engine.checkpoint.translation_run import is_translation_run
     from magnetar.engine.evaluate import evaluate
-    from magnetar.engine.report.samples import asked_about, evaluation_table
-    from magnetar.engine.windows import predicted_bytes, unigram_perplexity, windows
+    from magnetar.engine.prepare_run import data_options
+    from magnetar.engine.report.samples import evaluation_table
 
-    translates = is_translation_run(options.run, options.checkpoint)
-    _check_kind(options, translates)
-    if translates:
-        evaluate_translations(options)
-        return
     run = open_run(options.run, options.checkpoint, options.data)
-    valid = windows(run.prepared.valid, run.config)
-    num_sequences = math.ceil((valid.split.num_tokens - 1) / valid.seq_len)
+    _check_kind(options, run.has_learnt_pairs)
+    if run.has_learnt_pairs:
+        evaluate_translations(options, run)
+        return
+    own = data_options(run.text_config)
+    num_sequences = math.ceil((run.prepared.valid.num_tokens - 1) / own.seq_len)
     num_sequences = min(num_sequences, options.sequences or num_sequences)
+    data = TextData(run.prepared, dataclasses.replace(own, eval_sequences=num_sequences))
 
     def progress(batches: Iterable) -> Iterable:
         total = math.ceil(num_sequences / options.batch_size)
         console = Console(stderr=True)
         return track(batches, "evaluating", total, console=console, disable=not console.is_terminal)
 
-    num_bytes = predicted_bytes(run.prepared, valid, run.config, num_sequences)
-    result = evaluate(
-        run.model, valid, options.batch_size, run.device, num_bytes, num_sequences, progress
-    )
-    unigram = unigram_perplexity(run.prepared, run.config, result.num_tokens)
+    batches = data.valid_batches(options.batch_size, rank=0, world_size=1)
+    result = evaluate(run.model, batches, run.device, data.predicted_bytes(), progress)
+    unigram = data.unigram_perplexity(result.num_tokens)
     answer = {
         "run": str(options.run),
         "checkpoint": run.name,
@@ -199,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if _tell(options, answer):
         return
     title = f"Validation split of {run.prepared.path}, "
-    title += asked_about(run.config, result.num_tokens)
+    title += f"{result.num_tokens:,} {data.asked_tokens}"
     rows = {run.name: result.to_dict()}
     Console(highlight=False).print(evaluation_table(title, rows, unigram))
 

@@ -105,25 +105,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_deepspeed()
     import torch
 
-    from magnetar.engine.checkpoint.open_run import open_text_model
+    from magnetar.engine.checkpoint.open_run import open_run
     from magnetar.engine.report.samples import continuation_text, decode_continuation
     from magnetar.models.decoding.generation import sample
     from magnetar.models.transformer import Transformer
 
-    model, tokenizer, device = open_text_model(options.run, options.checkpoint, options.data)
-    architecture = model.config.architecture
+    run = open_run(options.run, options.checkpoint, options.data)
+    architecture = run.config.architecture
     if architecture != "decoder":
         raise UserError(
             f"{options.run} holds an {architecture.replace('_', '-')}, which continues no text: "
             f"use `magnetar evaluate {options.run}`, or name the run of a decoder"
         )
     console = Console(highlight=False)
+    tokenizer, model = run.tokenizer, run.model
     assert isinstance(model, Transformer)
     for prompt in prompts_of(options.prompt):
         ids = tokenizer.encode(prompt)
         tokens = sample(
             model,
-            torch.tensor([ids] * options.num_samples, device=device),
+            torch.tensor([ids] * options.num_samples, device=run.device),
             options.tokens,
             options.temperature,
             options.top_p,

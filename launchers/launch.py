@@ -129,7 +129,7 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
     """The command line that starts DeepSpeed's launcher, and the variables that it adds.
 
     Raises:
-        UserError: for what is wrong in the JSON, as far as that is known before the ranks start.
+        UserError: the JSON is wrong, as far as that is known before the ranks start.
     """
     words = [sys.executable, "-m", "deepspeed.launcher.runner"]
     config = load_config(options.config, options.set)

@@ -13,8 +13,8 @@ import rich.progress
 import rich.table
 from rich.console import Console
 
-from magnetar.data.atomic import Reporter
 from magnetar.data.pairs.folder import PairsManifest
+from magnetar.data.prepared_folder import Reporter
 from magnetar.data.text.token_files import Manifest
 
 SECONDS_BETWEEN_LINES = 10.0

@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from magnetar.engine.admin import profile_path, require_admin
     from magnetar.engine.build import launched_rank
     from magnetar.engine.cluster.process_groups import leave_distributed
+    from magnetar.engine.prepare_run import resolve_run
     from magnetar.engine.profile_admin import profile
-    from magnetar.engine.trainer import resolve_run
 
     require_admin(config)
     with reports_in(Path(config.training.run_dir)):

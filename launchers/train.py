@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments, "magnetar.launchers.train", __doc__)
     config, world_size = launched_config(options)
     from magnetar.engine.cluster.process_groups import leave_distributed
-    from magnetar.engine.trainer import prepare_run, train
+    from magnetar.engine.prepare_run import prepare_run
+    from magnetar.engine.trainer import train
 
     times.end("imports")
     with reports_in(Path(config.training.run_dir)):

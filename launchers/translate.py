@@ -33,7 +33,7 @@ from magnetar.launchers.command_line import (
 from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
-    from magnetar.engine.checkpoint.translation_run import TranslationRun
+    from magnetar.engine.checkpoint.open_run import SavedModel
     from magnetar.engine.translation.translator import Translator
 
 MAX_LENGTH_PENALTY = 10  # what n tokens are raised to must stay a number
@@ -142,16 +142,14 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{file} is not a file: name a text file, a sentence a line")
 
 
-def warn_of_untrained(run: "TranslationRun", options: argparse.Namespace) -> None:
+def warn_of_untrained(run: "SavedModel", options: argparse.Namespace) -> None:
     """Say so where the run has not learnt the direction, as far as its config or data tell."""
-    from magnetar.engine.checkpoint.translation_run import open_pairs_of
-
-    if run.config is None or run.config.data.pairs is None:
+    if run.run_config is None or run.run_config.data.pairs is None:
         return
-    learnt = run.config.data.pairs.directions
+    learnt = run.run_config.data.pairs.directions
     if learnt is None:
         try:
-            found = open_pairs_of(run, options.run).directions("train")
+            found = run.pairs(None).directions("train")
         except (UserError, OSError):  # the data need not be there
             return
         learnt = ["-".join(direction) for direction in found]
@@ -170,12 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     quiet_deepspeed()
     from magnetar.data.pairs.codec import check_language
-    from magnetar.engine.checkpoint.translation_run import open_translation_run
+    from magnetar.engine.checkpoint.open_run import open_run
     from magnetar.engine.translation.translate import Decoding
     from magnetar.engine.translation.translator import Translator
     from magnetar.models.decoding.beam_search import Sampling
 
-    run = open_translation_run(options.run, options.checkpoint, options.data)
+    run = open_run(options.run, options.checkpoint, options.data)
     for option, language in (("--from", options.source), ("--to", options.target)):
         try:
             check_language(language, run.codec.languages)

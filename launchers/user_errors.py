@@ -152,7 +152,7 @@ def _output_is_closed() -> bool:
 
 
 def _leave_closed_pipe() -> NoReturn:
-    """End as a program does that SIGPIPE kills: whoever reads the output has seen enough."""
+    """End as a program does that SIGPIPE kills: the reader of the output has seen enough."""
     with suppress(OSError, ValueError):  # what is left in the buffer must go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _leave(128 + signal.SIGPIPE)

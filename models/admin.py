@@ -28,7 +28,7 @@ from magnetar.models.moe.router import XMoERouter
 from magnetar.models.transformer import Transformer, empty_model
 
 SUBLAYERS = ("attention", "cross_attention", "ffn")
-# Folding divides by omega. A residual weight of this size adds nothing in float32, like 0.
+# Folding divides by omega. In float32 a residual weight of this size adds as little as 0 does.
 MIN_OMEGA = 1e-12
 
 
@@ -54,9 +54,8 @@ def recorded_moments(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Sum up what the forward passes inside produce.
 
     Yields:
-        For each stack (1 + number of sublayers, 3) float64: of the embedding and of every
-        sublayer's output the count, the sum and the sum of squares of its numbers. They add up
-        over batches, and over ranks.
+        (1 + number of sublayers, 3) float64 for each stack: count, sum and sum of squares of the
+        numbers in the embedding and in every sublayer's output. They add up over batches and ranks.
     """
     moments = {}
     hooks = []
@@ -70,13 +69,13 @@ def recorded_moments(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         return hook
 
     for name, stack in stacks(model).items():
-        found = list(sublayers(stack))
+        pairs = list(sublayers(stack))
         table = torch.zeros(
-            1 + len(found), 3, dtype=torch.float64, device=stack.embedding.weight.device
+            1 + len(pairs), 3, dtype=torch.float64, device=stack.embedding.weight.device
         )
         moments[name] = table
         hooks.append(stack.blocks[0].register_forward_pre_hook(watch(table[0])))
-        for row, (module, _) in zip(table[1:], found, strict=True):
+        for row, (module, _) in zip(table[1:], pairs, strict=True):
             hooks.append(module.register_forward_hook(watch(row)))
     try:
         yield moments
@@ -86,13 +85,13 @@ def recorded_moments(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def variances(moments: Tensor) -> list[float]:
-    """Of the embedding and of every sublayer, from their (1 + sublayers, 3) moments."""
+    """The variances of the embedding and of every sublayer, from (1 + sublayers, 3) moments."""
     counts, sums, squares = moments.unbind(1)
     return (squares / counts - (sums / counts) ** 2).tolist()
 
 
 def omegas(profile: list[float]) -> list[float]:
-    """omega of every sublayer of a stack, from the variances of its embedding and sublayers."""
+    """The omega of every sublayer of a stack, from the variances of embedding and sublayers."""
     total, values = profile[0], [1.0]
     for variance in profile[1:-1]:
         total += variance
@@ -104,8 +103,8 @@ def set_omegas(model: nn.Module, profile: dict[str, list[float]]) -> None:
     """Start every omega at its profiled value.
 
     Args:
-        model: with norm "admin".
-        profile: for each stack, the variances of its embedding and its sublayers.
+        model: model with norm "admin".
+        profile: variances of the embedding and the sublayers of each stack, by its name.
     """
     for name, stack in stacks(model).items():
         residuals = [residual for _, residual in sublayers(stack)]
@@ -120,12 +119,13 @@ def fold_admin(
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A Post-LN model with the function of an Admin model.
 
-    Where the embedding itself must be scaled, it can no longer be the output projection or the
-    other stack's embedding, and computed positions become a table.
+    If no LayerNorm precedes the first sublayer, the embedding itself is scaled. Then it can no
+    longer be tied to the output projection or to the other stack, and computed positions become a
+    table.
 
     Args:
-        config: of a model with norm "admin".
-        tensors: its state dict, tied tensors at least once.
+        config: config of a model with norm "admin".
+        tensors: state dict of the model, tied tensors at least once.
 
     Returns:
         Config and float32 state dict of the folded model.
@@ -161,13 +161,13 @@ def fold_admin(
             _scale_inputs(module, 1.0 / omega)
             producer = residual.norm
     state = {name: t for name, t in model.state_dict().items() if not name.endswith(".omega")}
-    # In 16 bits the folded weights would be rounded to another function.
+    # float32, since rounding the folded weights to 16 bits would change the function.
     state = {name: tensor.float() for name, tensor in (state | folded).items()}
     return config.model_copy(update=changes), state
 
 
 def _scale_norm(norm: nn.Module, omega: Tensor) -> None:
-    """Multiply what a LayerNorm (or each of its pools) returns."""
+    """Multiply the output of a LayerNorm (of each of its pools) by omega."""
     for _, pool in pools(norm, ""):
         pool.weight *= omega  # type: ignore[operator]
         pool.bias *= omega  # type: ignore[operator]
@@ -176,24 +176,24 @@ def _scale_norm(norm: nn.Module, omega: Tensor) -> None:
 def _scale_embedding(
     stack: Transformer, omega: Tensor, prefix: str, changes: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """The tensors by which a stack's embedding is multiplied by omega; notes changed keys."""
-    found = {}
+    """The tensors that multiply a stack's embedding by omega; adds the keys that change."""
+    scaled = {}
     if stack.token_norm is not None:
         _scale_norm(stack.token_norm, omega)
     else:
         changes |= {"tie_embeddings": False}
         if stack.config.share_embeddings:
             changes |= {"share_embeddings": False}
-        found[f"{prefix}embedding.weight"] = stack.embedding.weight * omega
+        scaled[f"{prefix}embedding.weight"] = stack.embedding.weight * omega
     table = stack.sinusoids if stack.positions is None else stack.positions.weight
     if table is not None:
         changes |= {"positions": "learned"}
-        found[f"{prefix}positions.weight"] = table * omega
-    return found
+        scaled[f"{prefix}positions.weight"] = table * omega
+    return scaled
 
 
 def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
-    """Multiply what a sublayer's first matrices read, column by column."""
+    """Multiply the input of a sublayer's first matrices, column by column."""
     if isinstance(module, MoE):
         gate, experts = module.deepspeed_moe.gate, module.deepspeed_moe.experts
         router = "projection" if isinstance(gate, XMoERouter) else "wg"

@@ -17,18 +17,18 @@ from magnetar.models.moe.layer import MoE, RoutingStats
 
 
 class Context(NamedTuple):
-    """What every block of a stack sees beside the residual stream.
+    """The inputs of every block of a stack, beside the residual stream.
 
     Attributes:
-        mask: added to self-attention's logits, broadcast to (B, H, T, S), or None.
-        is_causal: whether self-attention sees only the past; False where the mask says so.
-        rotary: turns queries and keys, or None.
+        mask: summand of self-attention's logits, broadcast to (B, H, T, S), or None.
+        is_causal: whether self-attention sees only the past; False if the mask hides the future.
+        rotary: rotation of queries and keys, or None.
         first_position: position of the first token.
-        split_position: tokens of the first modality, or None.
+        split_position: number of tokens of the first modality, or None.
         padding: (B, T) bool, tokens that no MoE layer routes, or None.
-        memory: (B, S, D), the encoder's output, or None.
-        memory_mask: added to cross-attention's logits, broadcast to (B, H, T, S), or None.
-        sample_keys: (B,) int64, what the routers' noise is a function of, or None.
+        memory: (B, S, D), output of the encoder, or None.
+        memory_mask: summand of cross-attention's logits, broadcast to (B, H, T, S), or None.
+        sample_keys: (B,) int64, keys of the routers' noise, or None.
     """
 
     mask: Tensor | None
@@ -43,7 +43,7 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention in a decoder that has an encoder, feed-forward or MoE.
+    """Self-attention, cross-attention in the decoder of an encoder-decoder, feed-forward or MoE.
 
     `models.layers.norms` has the picture of each sublayer's residual stream.
     """
@@ -51,7 +51,7 @@ class Block(nn.Module):
     def __init__(
         self, config: ModelConfig, depths: Depths, index: int, moe_class: type[MoE] = MoE
     ) -> None:
-        """Build the layer of this index (from 0) of a stack, with MoE layers of a class."""
+        """Build the layer with this index (from 0) of a stack."""
         super().__init__()
         style = NORM_STYLES[config.norm]
         alpha, gain = style.alpha(depths), style.gain(depths)
@@ -95,7 +95,7 @@ class Block(nn.Module):
         has_inner_norm = "ffn" in style.inner
         self.ffn: nn.Module
         if config.moe is not None and config.is_moe_layer(index):
-            # The encoder's MoE layers are counted before the decoder's.
+            # MoE layers are numbered through the encoder first, then through the decoder.
             earlier = 0 if depths.in_encoder else depths.encoder // config.moe.every
             number = earlier + index // config.moe.every
             self.ffn = moe_class(
@@ -141,7 +141,7 @@ class Block(nn.Module):
             x = self.cross_attention_residual(x, h)
         h, routing = self.ffn_residual.before(x, split), None
         if isinstance(self.ffn, MoE):
-            h, routing = self.ffn(h, context.padding, context.sample_keys)
+            h, routing = self.ffn(h, context.padding, context.sample_keys)  # (B, T, D)
         else:
             h = per_modality(self.ffn, h, split)
         return self.ffn_residual(x, h, split), routing

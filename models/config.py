@@ -1,154 +1,141 @@
-"""What a model is: the keys under `magnetar.model` of the JSON."""
+"""The keys under `magnetar.model` of the JSON."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from magnetar.models.moe.config import MAX_WIDTH, MoEConfig, StrictModel
+from magnetar.models.moe.config import MAX_WIDTH, ON_ONE_RANK, MoEConfig
+from magnetar.models.section import Count, Positive, Share, StrictModel, key
 
+# Larger than anybody trains: a slip of the keyboard must not ask for terabytes.
 MAX_LAYERS = 10_000
 MAX_LENGTH = 1 << 24
 
+NormName = Literal["pre", "post", "subln", "deepnorm", "normformer", "admin"]
 
-class ModelConfig(StrictModel):
+Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+
+
+class ModelKeys(StrictModel):
+    """The keys that most models need."""
+
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = key(
+        "decoder",
+        "Kind of Transformer. `decoder`: a causal language model. `encoder`: bidirectional, a "
+        "masked language model. `encoder_decoder`: both, joined by cross-attention.",
+    )
+    vocab_size: int | None = key(
+        None,
+        "Rows of the embedding. null: the size of the data's vocabulary, plus a mask token if "
+        "masking needs one. A larger number pads it (a multiple of 64 is faster on a GPU).",
+        ge=2,
+        le=1 << 24,
+    )
+    num_layers: Layers = key(
+        ..., "Transformer layers; the encoder's layers in an `encoder_decoder`."
+    )
+    num_decoder_layers: Layers | None = key(
+        None, "Layers of the decoder in an `encoder_decoder`. null: num_layers."
+    )
+    d_model: int = key(..., "Width of the residual stream.", ge=2, le=MAX_WIDTH)
+    d_ff: int = key(
+        ..., "Width of a feed-forward network, and of each expert.", ge=1, le=4 * MAX_WIDTH
+    )
+    num_heads: Count = key(..., "Attention heads; must divide d_model.")
+    max_seq_len: Length = key(
+        ..., "Positions, in tokens; the encoder's positions in an `encoder_decoder`."
+    )
+    max_target_len: Length | None = key(
+        None, "Positions of the decoder in an `encoder_decoder`, in tokens. null: max_seq_len."
+    )
+    norm: NormName = key(
+        "subln",
+        "Places of the LayerNorms, scale of the residuals and initial weights: `subln` (Magneto, "
+        "arXiv 2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv 2110.09456), `pre` "
+        "(Pre-LN), `post` (Post-LN) or `admin` (arXiv 2004.08249). `admin` starts from a profile "
+        "that magnetar profile-admin makes; give it embedding_norm or stable_embedding.",
+    )
+    norm_eps: Positive = key(1e-5, "Epsilon of the LayerNorms.")
+    activation: Literal["gelu", "relu", "swish", "swiglu"] = key(
+        "gelu",
+        "Activation of the feed-forward networks. `swiglu`: swish(w1 x) * (w3 x), with a third "
+        "matrix (arXiv 2002.05202).",
+    )
+    positions: Literal["learned", "sinusoidal", "sinusoidal_fairseq", "none"] | None = key(
+        None,
+        "Positions added to the embedding. null: `none` if attention_positions is set, else "
+        "`learned`. `sinusoidal`: the Transformer paper's. `sinusoidal_fairseq`: fairseq's, for "
+        "imported weights.",
+    )
+    attention_positions: Literal["none", "relative", "rotary", "xpos", "xpos_relative"] = key(
+        "none",
+        "Positions inside attention. `relative`: a learned bias by bucket of distance, one table "
+        "for all layers (T5). `rotary` (arXiv 2104.09864). `xpos`: rotary with decay (arXiv "
+        "2212.10554). `xpos_relative`: both.",
+    )
+    relative_buckets: int = key(32, "Buckets of `relative` positions.", ge=4, le=MAX_WIDTH)
+    relative_max_distance: int = key(
+        128, "Distance, in tokens, from which `relative` positions share the last bucket.", ge=2
+    )
+    xpos_scale_base: Positive = key(512.0, "Distance, in tokens, over which `xpos` decays.")
+    dropout: Share = key(0.0, "Dropout of embeddings and sublayer outputs.")
+    attention_dropout: Share = key(0.0, "Dropout of attention probabilities.")
+    activation_dropout: Share = key(0.0, "Dropout after the feed-forward activation.")
+    drop_path: Share = key(
+        0.0,
+        "Probability that a sample skips a sublayer of the last layer (stochastic depth). It rises "
+        "linearly from 0 in the first layer.",
+    )
+    qk_norm: bool = key(
+        False, "Whether a LayerNorm acts on each head's queries and keys (arXiv 2309.14322)."
+    )
+    scale_embedding: bool = key(False, "Whether token embeddings are multiplied by sqrt(d_model).")
+    embedding_norm: bool = key(
+        False, "Whether a LayerNorm follows the sum of token and position embeddings."
+    )
+    stable_embedding: bool = key(
+        False,
+        "Whether token embeddings start Xavier-uniform and have a LayerNorm before positions are "
+        "added (arXiv 2110.02861).",
+    )
+    tie_embeddings: bool = key(
+        True, "Whether the output projection is the (decoder's) embedding matrix."
+    )
+    share_embeddings: bool = key(
+        False, "Whether encoder and decoder of an `encoder_decoder` have one embedding matrix."
+    )
+    moe: MoEConfig | None = key(None, "MoE layers. null: a dense model.")
+
+
+class TorchScaleModelKeys(StrictModel):
+    """The keys of imported models, which keep what TorchScale 0.3.0 and its examples do."""
+
+    cross_attention_inner_norm: bool = key(
+        True,
+        "Whether Sub-LN's inner LayerNorm is in cross-attention too, as in its paper. TorchScale "
+        "0.3.0: false. Only with norm `subln` in an `encoder_decoder`.",
+    )
+    relative_bidirectional: bool = key(
+        False,
+        "Whether a causal decoder gives half of its `relative` buckets to the future, which it "
+        "never sees. TorchScale 0.3.0: true. Encoders and cross-attention always do.",
+    )
+    output_projection: bool = key(
+        True,
+        "Whether the model returns logits. false: it returns the last LayerNorm's output, as "
+        "imported feature extractors do, and cannot be trained.",
+    )
+    multiway: bool = key(
+        False,
+        "Whether norms, attention and dense feed-forward networks of an `encoder` have two pools "
+        "of parameters, one for each modality (BEiT-3, arXiv 2208.10442). Positions before the "
+        "split use the first pool, the others the second.",
+    )
+
+
+class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in the JSON
     """The Transformer: its shape, its norms, its positions, its regularisation."""
-
-    architecture: Literal["decoder", "encoder", "encoder_decoder"] = Field(
-        default="decoder",
-        description="`decoder`: a causal language model. `encoder`: bidirectional, a masked "
-        "language model. `encoder_decoder`: both, joined by cross-attention.",
-    )
-    vocab_size: int | None = Field(
-        default=None,
-        ge=2,
-        le=1 << 24,  # no vocabulary is larger, and a slip must not ask for terabytes
-        description="null: the size of the data's vocabulary (and a mask token, where masking "
-        "asks for one). A larger number pads the embedding (a multiple of 64 is faster on a GPU).",
-    )
-    num_layers: int = Field(
-        ge=1,
-        le=MAX_LAYERS,
-        description="Transformer layers; those of the encoder in an `encoder_decoder`.",
-    )
-    num_decoder_layers: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_LAYERS,
-        description="Layers of the decoder of an `encoder_decoder`. null: num_layers.",
-    )
-    d_model: int = Field(ge=2, le=MAX_WIDTH, description="Width of the residual stream.")
-    d_ff: int = Field(
-        ge=1, le=4 * MAX_WIDTH, description="Width of a feed-forward network, and of each expert."
-    )
-    num_heads: int = Field(ge=1, description="Attention heads; must divide d_model.")
-    max_seq_len: int = Field(
-        ge=1,
-        le=MAX_LENGTH,
-        description="Positions, in tokens; those of the encoder in an `encoder_decoder`.",
-    )
-    max_target_len: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_LENGTH,
-        description="Positions of the decoder of an `encoder_decoder`. null: max_seq_len.",
-    )
-    norm: Literal["pre", "post", "subln", "deepnorm", "normformer", "admin"] = Field(
-        default="subln",
-        description="Where the LayerNorms stand, how residuals are scaled and how weights start: "
-        "`subln` (Magneto, arXiv 2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv "
-        "2110.09456), `admin` (arXiv 2004.08249; profile first, with magnetar profile-admin, and "
-        "give it embedding_norm or stable_embedding), "
-        "`pre` (Pre-LN) or `post` (Post-LN).",
-    )
-    norm_eps: float = Field(default=1e-5, gt=0, description="Epsilon of the LayerNorms.")
-    cross_attention_inner_norm: bool = Field(
-        default=True,
-        description="Sub-LN's inner LayerNorm in cross-attention too, as in its paper. false: not "
-        "there, as in TorchScale 0.3.0. Only with norm `subln` in an `encoder_decoder`.",
-    )
-    activation: Literal["gelu", "relu", "swish", "swiglu"] = Field(
-        default="gelu",
-        description="Activation of the feed-forward networks. `swiglu`: swish(w1 x) * (w3 x), a "
-        "third matrix (arXiv 2002.05202).",
-    )
-    positions: Literal["learned", "sinusoidal", "sinusoidal_fairseq", "none"] | None = Field(
-        default=None,
-        description="Positions added to the embedding. null: `learned`, or `none` where "
-        "attention_positions are given. `sinusoidal`: the Transformer paper's. "
-        "`sinusoidal_fairseq`: fairseq's, for imported weights.",
-    )
-    attention_positions: Literal["none", "relative", "rotary", "xpos", "xpos_relative"] = Field(
-        default="none",
-        description="Positions inside attention. `relative`: a learned bias by bucket of distance, "
-        "one table for all layers (T5). `rotary` (arXiv 2104.09864). `xpos`: rotary with decay "
-        "(arXiv 2212.10554). `xpos_relative`: both.",
-    )
-    relative_buckets: int = Field(
-        default=32, ge=4, le=MAX_WIDTH, description="Buckets of `relative` positions."
-    )
-    relative_max_distance: int = Field(
-        default=128,
-        ge=2,
-        description="Distance, in tokens, from which `relative` positions share the last bucket.",
-    )
-    relative_bidirectional: bool = Field(
-        default=False,
-        description="Give half the buckets of a causal decoder to the future, which it never sees, "
-        "as in TorchScale 0.3.0. Encoders and cross-attention always do.",
-    )
-    xpos_scale_base: float = Field(
-        default=512.0, gt=0, description="Distance, in tokens, over which `xpos` decays."
-    )
-    dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout of embeddings and sublayer outputs."
-    )
-    attention_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout of attention probabilities."
-    )
-    activation_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout after the feed-forward activation."
-    )
-    drop_path: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Probability that a sample skips a sublayer (stochastic depth): 0 in the first "
-        "layer, rising linearly to this in the last.",
-    )
-    qk_norm: bool = Field(
-        default=False,
-        description="A LayerNorm on each head's queries and keys (arXiv 2309.14322).",
-    )
-    scale_embedding: bool = Field(
-        default=False, description="Multiply token embeddings by sqrt(d_model)."
-    )
-    embedding_norm: bool = Field(
-        default=False, description="A LayerNorm after token and position embeddings are added."
-    )
-    stable_embedding: bool = Field(
-        default=False,
-        description="Xavier-uniform token embeddings with a LayerNorm after the lookup, before "
-        "positions are added (arXiv 2110.02861).",
-    )
-    tie_embeddings: bool = Field(
-        default=True, description="The output projection is the (decoder's) embedding matrix."
-    )
-    share_embeddings: bool = Field(
-        default=False,
-        description="Encoder and decoder of an `encoder_decoder` have one embedding matrix.",
-    )
-    output_projection: bool = Field(
-        default=True,
-        description="false: the model returns the last LayerNorm's output in place of logits; for "
-        "imported feature extractors.",
-    )
-    multiway: bool = Field(
-        default=False,
-        description="Two pools of parameters, one a modality, in norms, attention and dense "
-        "feed-forward networks of an `encoder` (BEiT-3, arXiv 2208.10442): positions before the "
-        "split use the first, the others the second.",
-    )
-    moe: MoEConfig | None = Field(default=None, description="null: a dense model.")
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
@@ -170,11 +157,11 @@ class ModelConfig(StrictModel):
             )
         wrong += self._contradictions()
         if self.moe is not None and isinstance(self.moe.num_experts, list) and not wrong:
-            given, needed = len(self.moe.num_experts), self.num_moe_layers
-            if given != needed:
+            num_counts, needed = len(self.moe.num_experts), self.num_moe_layers
+            if num_counts != needed:
                 wrong.append(
                     f"moe.num_experts={self.moe.num_experts} must have one number for each MoE "
-                    f"layer, of which moe.every={self.moe.every} makes {needed}, not {given}: "
+                    f"layer, of which moe.every={self.moe.every} makes {needed}, not {num_counts}: "
                     "give as many, or one number for all"
                 )
         if wrong:
@@ -182,25 +169,31 @@ class ModelConfig(StrictModel):
         return self
 
     def _contradictions(self) -> list[str]:
-        """What only makes sense together with something else that is not there."""
+        """The problems of keys that belong to another value of another key."""
         wrong = []
         two_stacks = self.architecture == "encoder_decoder"
-        for name in ("num_decoder_layers", "max_target_len", "share_embeddings"):
-            if getattr(self, name) and not two_stacks:
+        is_xpos = self.is_rotary and self.attention_positions != "rotary"
+        for name, fits, other, value in (
+            ("num_decoder_layers", two_stacks, "architecture", "encoder_decoder"),
+            ("max_target_len", two_stacks, "architecture", "encoder_decoder"),
+            ("share_embeddings", two_stacks, "architecture", "encoder_decoder"),
+            ("multiway", self.architecture == "encoder", "architecture", "encoder"),
+            ("relative_buckets", self.is_relative, "attention_positions", "relative"),
+            ("relative_max_distance", self.is_relative, "attention_positions", "relative"),
+            ("relative_bidirectional", self.is_relative, "attention_positions", "relative"),
+            ("xpos_scale_base", is_xpos, "attention_positions", "xpos"),
+        ):
+            own = getattr(self, name)
+            if not fits and own != type(self).model_fields[name].default:
                 wrong.append(
-                    f"{name}={str(getattr(self, name)).lower()} belongs to architecture "
-                    f"'encoder_decoder', but architecture is {self.architecture!r}: leave it out"
+                    f"{name}={str(own).lower()} belongs to {other} {value!r}, but {other} is "
+                    f"{getattr(self, other)!r}: leave it out"
                 )
         if not self.cross_attention_inner_norm and not (two_stacks and self.norm == "subln"):
             wrong.append(
                 "cross_attention_inner_norm=false belongs to norm 'subln' in architecture "
                 f"'encoder_decoder', not to norm {self.norm!r} in {self.architecture!r}: leave it "
                 "out"
-            )
-        if self.multiway and self.architecture != "encoder":
-            wrong.append(
-                f"multiway=true belongs to architecture 'encoder', but architecture is "
-                f"{self.architecture!r}: leave it out"
             )
         if self.multiway and self.moe is not None:
             wrong.append(
@@ -212,21 +205,7 @@ class ModelConfig(StrictModel):
                 "output_projection=false leaves nothing to tie, and magnetar train nothing to "
                 "learn: set tie_embeddings false as well for a model that is not trained"
             )
-        wrong += self._position_problems()
-        is_xpos = self.is_rotary and self.attention_positions != "rotary"
-        for name, fits, place in (
-            ("relative_buckets", self.is_relative, "attention_positions 'relative'"),
-            ("relative_max_distance", self.is_relative, "attention_positions 'relative'"),
-            ("relative_bidirectional", self.is_relative, "attention_positions 'relative'"),
-            ("xpos_scale_base", is_xpos, "attention_positions 'xpos'"),
-        ):
-            value = getattr(self, name)
-            if not fits and value != type(self).model_fields[name].default:
-                wrong.append(
-                    f"{name}={str(value).lower()} belongs to {place}, but attention_positions is "
-                    f"{self.attention_positions!r}: leave it out"
-                )
-        return wrong
+        return wrong + self._position_problems()
 
     def _position_problems(self) -> list[str]:
         wrong = []
@@ -239,8 +218,8 @@ class ModelConfig(StrictModel):
             )
         positions = max(self.max_seq_len, self.max_target_len or 0)
         if self.is_rotary and self.attention_positions != "rotary":
-            # A query times a key reaches 3.5^(positions / base), 3.5 being the inverse of the
-            # smallest zeta, and 3.5^64 leaves room for what queries and keys are themselves.
+            # A query times a key grows to 3.5^(positions / base), where 1 / 3.5 is the smallest
+            # zeta. 3.5^64 leaves room in float32 for the queries and keys themselves.
             least = positions / 64
             if self.xpos_scale_base < least:
                 wrong.append(
@@ -279,7 +258,7 @@ class ModelConfig(StrictModel):
 
     @property
     def absolute_positions(self) -> str:
-        """The kind of positions that are added to the embedding, null resolved."""
+        """The kind of positions that the embedding adds; null is resolved."""
         return self.positions or ("learned" if self.attention_positions == "none" else "none")
 
     @property
@@ -289,7 +268,7 @@ class ModelConfig(StrictModel):
 
     @property
     def is_rotary(self) -> bool:
-        """Whether queries and keys are turned by their positions."""
+        """Whether queries and keys are rotated by their positions."""
         return self.attention_positions in ("rotary", "xpos", "xpos_relative")
 
     def is_moe_layer(self, index: int) -> bool:
@@ -302,3 +281,10 @@ class ModelConfig(StrictModel):
         if self.moe is None:
             return 0
         return self.encoder_depth // self.moe.every + self.decoder_depth // self.moe.every
+
+
+def on_one_rank(config: ModelConfig) -> ModelConfig:
+    """The config of the same model with all experts on one rank."""
+    if config.moe is None:
+        return config
+    return config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})

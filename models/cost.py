@@ -1,25 +1,21 @@
-"""How large a model is, and how much it computes."""
+"""The size of a model and its computation per token."""
 
 import torch
 from torch import nn
 
-from magnetar.models.config import ModelConfig
-from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import empty_model
 
 
 def num_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of the whole model over all ranks, and those that one token passes through.
+    """Parameters of the whole model over all ranks, and active parameters per token.
 
-    The second number counts top_k experts a MoE layer and leaves embedding and position tables
-    out (a look-up costs nothing), but not the output projection: 6 FLOPs a token each, forward
-    and backward.
+    The active parameters cost 6 FLOPs each per token, forward and backward: top_k experts of each
+    MoE layer and the output projection count, embedding and position tables do not.
     """
-    if config.moe is not None:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
     with torch.device("meta"):
-        model = empty_model(config)
+        model = empty_model(on_one_rank(config))
     total = sum(parameter.numel() for parameter in model.parameters())
     active = total
     for module in model.modules():
@@ -40,7 +36,7 @@ def num_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def in_words(config: ModelConfig) -> dict[str, str]:
-    """A few lines for a person, by what they say: `model`, `size` and, if there are, `experts`."""
+    """Lines for a person, by name: `model`, `size` and, in a MoE model, `experts`."""
     total, active = num_parameters(config)
     depth = f"{config.num_layers}"
     if config.architecture == "encoder_decoder":
@@ -59,12 +55,13 @@ def in_words(config: ModelConfig) -> dict[str, str]:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Useful FLOPs of one training token, forward and backward, causal attention counted half.
+    """Useful FLOPs per training token, forward and backward; causal attention counts half.
 
-    In an encoder-decoder a token is one of the source and one of the target, of equal lengths.
+    In an encoder-decoder a token is one source token and one target token, with equal lengths.
     """
     _, active = num_parameters(config)
-    # Pairs of tokens, in units of seq_len: all in an encoder and in cross-attention, else half.
+    # Attended pairs per token and layer, in units of seq_len: 1 in an encoder and in
+    # cross-attention, 1/2 in causal attention.
     crossed = config.decoder_depth if config.architecture == "encoder_decoder" else 0
     pairs = config.encoder_depth + config.decoder_depth / 2 + crossed
     return 6.0 * active + 6.0 * 2 * pairs * seq_len * config.d_model

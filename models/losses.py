@@ -1,7 +1,7 @@
-"""What the output of a language model costs, without the logits of the whole batch.
+"""The losses of a language model's output, without the logits of the whole batch.
 
-Logits are made for a chunk of tokens at a time, and with them, while they are at hand, the
-gradients. What is kept for the backward pass is as large as the model's output and its matrix.
+Logits are computed for a chunk of tokens at a time, and their gradients at once, in the same
+memory. The backward pass keeps only what is as large as the hidden states and the output matrix.
 
 Letters: B batch, T tokens, N = B*T, C tokens of a chunk, D d_model, V vocab_size.
 """
@@ -18,15 +18,16 @@ from magnetar.models.layers.feed_forward import Linear
 
 IGNORE_INDEX = -100
 
-# Of a chunk's logits in float32. On a GPU a chunk must fill the device, and each costs a pass over
-# the gradient of the output's matrix; on a CPU it should stay in the caches.
+# Largest size of a chunk's logits in float32. On a GPU a chunk must fill the device, and each chunk
+# costs a pass over the gradient of the output matrix. On a CPU a chunk should stay in the caches.
 GPU_CHUNK_BYTES = 1024 * 2**20
 CPU_CHUNK_BYTES = 4 * 2**20
 TILE = 128
-MIN_CHUNK = 2 * TILE  # tokens: below, passes over the matrix cost more than those over the logits
+# Tokens. In smaller chunks the passes over the matrix cost more than those over the logits.
+MIN_CHUNK = 2 * TILE
 
-# What fp16 keeps of a probability is this times it, so that 2^-20 still has all its digits. Sums
-# over the vocabulary stay below fp16's largest number while the weights are below 512.
+# fp16 gradients are stored times this factor, so that a probability of 2^-20 keeps all its digits.
+# Sums over the vocabulary stay below fp16's largest number while the weights are below 512.
 FP16_SCALE = 64.0
 
 
@@ -34,10 +35,10 @@ class TokenLosses(NamedTuple):
     """Sums over the targets that count. Only `total` has a gradient.
 
     Attributes:
-        total: () float32, what is minimised: the smoothed cross entropy + z_weight * z_loss.
+        total: () float32, the minimised sum: smoothed cross entropy + z_weight * z_loss.
         cross_entropy: () float32, nats.
-        z_loss: () float32, log^2 Z of the output logits (arXiv 2309.14322); 0 if z_weight is.
-        num_tokens: () int64, targets that are not IGNORE_INDEX.
+        z_loss: () float32, log^2 Z of the output logits (arXiv 2309.14322); 0 if z_weight is 0.
+        num_tokens: () int64, number of targets that are not IGNORE_INDEX.
     """
 
     total: Tensor
@@ -47,9 +48,9 @@ class TokenLosses(NamedTuple):
 
 
 class Output(Linear):
-    """The matrix before the vocabulary: the logits, or what they cost.
+    """The output projection: the logits, or their losses.
 
-    The losses are computed in here because ZeRO 3 collects a module's weights when it is called.
+    It computes the losses itself because ZeRO 3 collects a module's weights when it is called.
     """
 
     def forward(  # type: ignore[override]
@@ -74,17 +75,17 @@ def token_losses(
 ) -> TokenLosses:
     """The losses of the logits hidden @ weight.T, summed over the tokens.
 
-    Logits are rounded to their type; softmax and sums are float32 (of float64, float64).
+    Logits have the dtype of the inputs; softmax and sums are float32 (float64 for float64).
 
     Smoothing is that of Szegedy et al. (arXiv 1512.00567, eq. 7): in the total the cross entropy is
     (1 - eps) * -log p(target) + eps * the mean over the vocabulary of -log p, which is
     -log p(target) + eps * (the target's logit - the mean logit).
 
     Args:
-        hidden: (B, T, D) of any float dtype.
-        weight: (V, D) of the same.
+        hidden: (B, T, D), any float dtype.
+        weight: (V, D), the same dtype.
         targets: (B, T) int64; IGNORE_INDEX does not count.
-        z_weight: of the z-loss in the total.
+        z_weight: weight of the z-loss in the total.
         label_smoothing: eps, from 0 to below 1.
     """
     has_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -104,8 +105,8 @@ def token_losses(
 class _LinearCrossEntropy(torch.autograd.Function):
     """(total, cross_entropy, z_loss), each () float32, of flat tokens.
 
-    The total has a single upstream gradient, so the forward pass, which has the logits, computes
-    what the backward pass only multiplies.
+    The total is a scalar, so its upstream gradient is one number. The forward pass, which has the
+    logits, computes the gradients, and the backward pass multiplies them by that number.
     """
 
     @staticmethod
@@ -125,16 +126,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = weight_grad = None
         if has_gradients:
             hidden_grad = torch.empty_like(hidden)
-            # Wide: it is a sum over chunks, and in fp16 that over tokens could overflow.
+            # float32, since chunks are added here, and in fp16 the sum over tokens could overflow.
             weight_grad = torch.zeros_like(weight, dtype=wide)
         ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         targets = targets.masked_fill(~counted, 0)
         chunk_len = _chunk_len(hidden, weight)
         softmax = _softmax
         if kernels.usable(hidden):
-            from magnetar.models.kernels.cross_entropy import (
-                cross_entropy as softmax,  # needs Triton
-            )
+            # Imported here, since Triton is not installed everywhere.
+            from magnetar.models.kernels.cross_entropy import cross_entropy as softmax
         all_logits = hidden.new_empty(chunk_len, len(weight))
         for first in range(0, len(hidden), chunk_len):
             chunk = slice(first, first + chunk_len)
@@ -168,8 +168,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        # A float32 matrix, not a number, so that torch multiplies in float32: a loss scale is too
-        # large for fp16, and bf16 would round all gradients alike.
+        # A (1, 1) float32 tensor makes torch multiply in float32. A Python number or a () tensor
+        # would take the gradients' dtype: fp16 cannot hold a loss scale, and bf16 would round it.
         factor = (upstream / ctx.scale).view(1, 1)
         return (
             torch.mul(hidden_grad, factor, out=torch.empty_like(hidden_grad)),
@@ -187,7 +187,7 @@ def _softmax(
     scale: float,
     has_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `models.kernels.cross_entropy.cross_entropy` does it, in several passes."""
+    """See `models.kernels.cross_entropy.cross_entropy`, which needs fewer passes over memory."""
     targets, counted = targets.unsqueeze(-1), counted.unsqueeze(-1)  # (C, 1)
     wide = torch.promote_types(logits.dtype, torch.float32)
     target_logits = logits.gather(1, targets).to(wide)
@@ -199,8 +199,8 @@ def _softmax(
     total = torch.sub(logits, top, out=probs).exp_().sum(-1, keepdim=True)
     log_z = top + total.log()
     if has_gradients:
-        # Probabilities times a factor of the row, less the smoothed target: 1 - eps where it is,
-        # and eps / V everywhere. That difference is rounded, not its terms.
+        # Gradient: probabilities times a factor of the row, minus 1 - eps at the target, minus
+        # eps / V everywhere. Only the difference is rounded to the logits' dtype, not its terms.
         everywhere = label_smoothing / logits.size(1) * scale
         factor = (1.0 + 2.0 * z_weight * log_z) * scale
         at_target = factor * (target_logits - log_z).exp() - (1.0 - label_smoothing) * scale
@@ -215,7 +215,7 @@ def _softmax(
 
 
 def _chunk_len(hidden: Tensor, weight: Tensor) -> int:
-    """Tokens of a chunk: as many in each, but for the last, in multiples of a matmul's tile."""
+    """Tokens per chunk: a multiple of a matmul's tile, equal in all chunks but the last."""
     num_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
     largest = max(MIN_CHUNK, num_bytes // (4 * len(weight)))
     num_chunks = math.ceil(len(hidden) / largest)
@@ -223,7 +223,7 @@ def _chunk_len(hidden: Tensor, weight: Tensor) -> int:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, the product of two low-precision matrices in total's float32."""
+    """total += a @ b; the product of low-precision matrices is summed in total's float32."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

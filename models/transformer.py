@@ -26,14 +26,15 @@ from magnetar.models.layers.positions import (
 from magnetar.models.losses import Output, TokenLosses
 from magnetar.models.moe.layer import MoE, RoutingStats
 
-MAX_VERSIONS = 64  # of what all blocks share: dense or sparse, first or last, other sizes
+MAX_VERSIONS = 64  # compiled versions of a block: dense or sparse, first or last, other sizes
 
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile each block by itself, in training: attention, norms, residuals, dense networks.
 
-    Blocks of a kind share what is compiled, when the first of them is called. MoE layers stay as
-    they are: their kernels are this project's own, and their sizes those of the routing.
+    Blocks of a kind share one compiled version; the first call of the first of them compiles it.
+    MoE layers are not compiled: they have kernels of their own, and the routing changes their sizes
+    in every step.
     """
     torch._dynamo.config.recompile_limit = MAX_VERSIONS
     for block in model.modules():
@@ -56,7 +57,8 @@ def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.forward = forward
 
 
-# GPT-2's. The papers leave it open; TorchScale's 1/sqrt(D) starts a small model well above ln V.
+# GPT-2's value. The papers leave it open. With TorchScale's 1/sqrt(D) the loss of a small model
+# starts well above ln V.
 EMBEDDING_STD = 0.02
 
 
@@ -64,8 +66,8 @@ class ModelOutput(NamedTuple):
     """Logits and one RoutingStats for each MoE layer, first layer first.
 
     Attributes:
-        logits: (B, T, V), in the model's dtype; the features (B, T, D) of a model without an
-            output projection.
+        logits: (B, T, V), in the model's dtype; in a model without an output projection the
+            features (B, T, D).
         routing: one entry for each MoE layer, the encoder's before the decoder's.
     """
 
@@ -74,11 +76,11 @@ class ModelOutput(NamedTuple):
 
 
 class ModelLosses(NamedTuple):
-    """What the logits cost, in the place of ModelOutput where a model is given targets.
+    """The losses of the logits, which a model returns in place of ModelOutput if it gets targets.
 
     Attributes:
         losses: sums over the targets that count.
-        routing: as in ModelOutput.
+        routing: one entry for each MoE layer, the encoder's before the decoder's.
     """
 
     losses: TokenLosses
@@ -86,7 +88,7 @@ class ModelLosses(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """One stack: embedding, blocks, and what follows them.
+    """One stack: embedding, blocks, final norm and output projection.
 
     A decoder, an encoder, or one of the two stacks of an encoder-decoder.
     """
@@ -102,14 +104,14 @@ class Transformer(nn.Module):
         embedding: Embedding | None = None,
         moe_class: type[MoE] = MoE,
     ) -> None:
-        """Build a stack of a resolved config (vocab_size not None), weights not yet drawn.
+        """Build a stack of a resolved config (vocab_size not None) without drawing its weights.
 
         Args:
-            config: the whole model's.
-            depths: which stack of it.
-            has_output: whether logits follow.
-            embedding: the other stack's, to share; None: an own one.
-            moe_class: of the MoE layers.
+            config: config of the whole model.
+            depths: depths of both stacks, and which of them this is.
+            has_output: whether an output projection follows.
+            embedding: embedding of the other stack, to share; None builds one.
+            moe_class: class of the MoE layers.
         """
         super().__init__()
         assert config.vocab_size is not None
@@ -147,7 +149,7 @@ class Transformer(nn.Module):
         self.positions = Embedding(*shape) if kind == "learned" else None
         tables = {"sinusoidal": sinusoidal_table, "sinusoidal_fairseq": fairseq_sinusoidal_table}
         table = tables[kind](*shape) if kind in tables else None
-        # Not persistent: the table is a function of the config.
+        # Not persistent, since the table follows from the config.
         self.register_buffer("sinusoids", table, persistent=False)
         self.rotary: Rotary | None = None
         if config.is_rotary:
@@ -163,7 +165,7 @@ class Transformer(nn.Module):
                 self.cross_relative_bias = RelativeBias(*sizes, both=True)
 
     def init_weights(self, source: RandomSource) -> None:
-        """Embeddings and an untied output from N(0, 0.02^2), so that logits start near 0.
+        """Draw embeddings and an untied output from N(0, 0.02^2), so that logits start near 0.
 
         A stable embedding is Xavier-uniform (arXiv 2110.02861, sec. 2.3).
         """
@@ -192,28 +194,28 @@ class Transformer(nn.Module):
         z_weight: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> ModelOutput | ModelLosses:
-        """Logits at every position, or with targets what they cost.
+        """Logits at every position, or with targets their losses.
 
         Args:
             tokens: (B, T) int64; None if token_embeddings are given.
-            padding: (B, S) bool, True at padding, S the cached positions and T: seen by nobody,
-                routed to no expert.
+            padding: (B, S) bool, True at padding, where S counts the cached positions too. No token
+                attends to padding, and no expert gets it.
             token_embeddings: (B, T, D) in place of the embedding's rows, for other modalities.
-            split_position: tokens of the first modality of a multiway encoder; None: all.
-            memory: (B, S', D), the encoder's output.
+            split_position: number of tokens of the first modality in a multiway encoder; None: all.
+            memory: (B, S', D), output of the encoder.
             memory_padding: (B, S') bool, True at the encoder's padding.
-            sample_keys: (B,) int64, what the routers' noise in training is a function of, one for
-                each sample of each step; None: drawn from torch's generator.
-            cache: of the positions before these; it grows by T.
-            targets: (B, T) int64, see `models.losses.token_losses`; None: logits are wanted.
-            z_weight: of the z-loss in the total of the losses.
-            label_smoothing: of the targets in that total, see `models.losses.token_losses`.
+            sample_keys: (B,) int64, keys of the routers' noise in training, another one for each
+                sample of each step; None draws them from torch's generator.
+            cache: keys and values of the positions before these; it grows by T.
+            targets: (B, T) int64, see `models.losses.token_losses`; None returns logits.
+            z_weight: weight of the z-loss in the total.
+            label_smoothing: see `models.losses.token_losses`.
 
         Raises:
             ValueError: if the positions exceed the model's maximum.
         """
         first = cache.length if cache is not None else 0
-        x = self.embed(tokens, token_embeddings, first, split_position)
+        x = self.embed(tokens, token_embeddings, first, split_position)  # (B, T, D)
         if padding is not None and not self.is_causal:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
         source_len = cache.source_len if cache is not None else None
@@ -226,7 +228,7 @@ class Transformer(nn.Module):
         routing = []
         for index, block in enumerate(self.blocks):
             if self.checkpoint is not None and recomputes:
-                x, stats = _checkpointed(self.checkpoint, block, x, context)
+                x, stats = _checkpointed(self.checkpoint, block, x, context)  # (B, T, D)
             else:
                 x, stats = block(x, context, cache.layers[index] if cache is not None else None)
             if stats is not None:
@@ -318,18 +320,15 @@ def _checkpointed(
 ) -> tuple[Tensor, RoutingStats | None]:
     """A block whose activations are computed again in the backward pass.
 
-    Checkpointing functions pass tensors alone, and only gradients of their arguments.
+    A checkpointing function passes only tensors on, and only gradients of its arguments. So the
+    tensors of the context become arguments, and are put back into a context inside.
     """
     tensors = [value for value in context if isinstance(value, Tensor)]
-    places = [isinstance(value, Tensor) for value in context]
 
-    def run(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        values = iter(given)
-        filled = [
-            next(values) if is_tensor else value
-            for value, is_tensor in zip(context, places, strict=True)
-        ]
-        x, stats = block(x, Context(*filled))  # type: ignore[arg-type]
+    def run(x: Tensor, *passed_on: Tensor) -> tuple[Tensor, ...]:
+        remaining = iter(passed_on)
+        fields = [next(remaining) if isinstance(value, Tensor) else value for value in context]
+        x, stats = block(x, Context(*fields))  # type: ignore[arg-type]
         return (x, *(stats or ()))
 
     outputs = checkpoint(run, x, *tensors)
@@ -367,20 +366,20 @@ class EncoderDecoder(nn.Module):
         z_weight: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> ModelOutput | ModelLosses:
-        """Logits of the token after each target position, or with targets what they cost.
+        """Logits of the token after each target position, or with targets their losses.
 
         Args:
             source: (B, S) int64.
             target: (B, T) int64, the tokens so far.
             source_padding: (B, S) bool, True at padding.
             target_padding: (B, T) bool, True at padding.
-            sample_keys: (B,) int64, see Transformer.
-            targets: (B, T) int64, see Transformer.
-            z_weight: see Transformer.
-            label_smoothing: see Transformer.
+            sample_keys: (B,) int64, see Transformer, which has the other arguments too.
+            targets: (B, T) int64.
+            z_weight: weight of the z-loss in the total.
+            label_smoothing: eps, from 0 to below 1.
         """
         memory, routing = self.encoder(source, source_padding, sample_keys=sample_keys)
-        found = self.decoder(
+        output = self.decoder(
             target,
             target_padding,
             memory=memory,
@@ -390,7 +389,7 @@ class EncoderDecoder(nn.Module):
             z_weight=z_weight,
             label_smoothing=label_smoothing,
         )
-        return found._replace(routing=routing + found.routing)
+        return output._replace(routing=routing + output.routing)
 
 
 def build_model(
@@ -405,15 +404,15 @@ def build_model(
     indices; not on the number of ranks.
 
     Args:
-        config: vocab_size not None.
-        seed: of the weights.
-        moe_class: of the MoE layers: models.moe.deepspeed has those that DeepSpeed trains.
-        drawn_on: whose generator draws the weights; None: that of the default device.
+        config: resolved config, vocab_size not None.
+        seed: seed of the weights.
+        moe_class: class of the MoE layers; models.moe.deepspeed has those that DeepSpeed trains.
+        drawn_on: device whose generator draws the weights; None: the default device.
     """
     model = empty_model(config, moe_class)
     for name, module in model.named_modules():
         if hasattr(module, "init_weights"):
-            # An Experts module is drawn by its MoE layer, which knows the global indices.
+            # The MoE layer draws its Experts, since it knows their global indices.
             if name.endswith("deepspeed_moe.experts"):
                 continue
             module.init_weights(RandomSource(seed, name, drawn_on))
@@ -421,7 +420,7 @@ def build_model(
 
 
 def empty_model(config: ModelConfig, moe_class: type[MoE] = MoE) -> Transformer | EncoderDecoder:
-    """The model of a resolved config with weights that nobody has drawn, to be loaded."""
+    """The model of a resolved config with uninitialised weights, for loading."""
     if config.architecture == "encoder_decoder":
         return EncoderDecoder(config, moe_class)
     depths = Depths(config.encoder_depth, config.decoder_depth, config.architecture == "encoder")
@@ -429,7 +428,7 @@ def empty_model(config: ModelConfig, moe_class: type[MoE] = MoE) -> Transformer 
 
 
 def set_checkpointing(model: nn.Module, checkpoint: Callable[..., Any] | None) -> None:
-    """Run every block through `checkpoint(function, *tensors)` in training; None: plainly."""
+    """Run every block through `checkpoint(function, *tensors)` in training; None turns it off."""
     for module in model.modules():
         if isinstance(module, Transformer):
             module.checkpoint = checkpoint

@@ -13,9 +13,10 @@ stored as one such table for each of its directions.
 
 import hashlib
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, first_problem
 from magnetar.data.pairs.codec import Codec, check_language
 from magnetar.data.text.packed_lm import IntArray
 from magnetar.data.text.token_files import SplitRecord, TokenSplit
@@ -31,6 +32,8 @@ from magnetar.data.text.tokenizer import load_tokenizer
 
 PAIRS_VERSION = 1
 MOST_OPEN_FILES = 65536
+# By direction, source and target language: sources, and their references.
+Texts = Mapping[tuple[str, str], tuple[Sequence[str], Sequence[str]]]
 REMEDY = "run `magnetar prepare-pairs --out ...`"
 
 
@@ -237,6 +240,32 @@ class PreparedPairs:
             )
         return by_direction[source, target]
 
+    def texts(
+        self,
+        split: str,
+        directions: Sequence[tuple[str, str]] | None = None,
+        max_sentences: int | None = None,
+    ) -> Texts:
+        """The first pairs of each direction of a split, as text.
+
+        Args:
+            split: "train" or "valid".
+            directions: source and target languages; None for all that the split has.
+            max_sentences: largest number of pairs of a direction; None for all.
+
+        Raises:
+            UserError: the split has no pair of a direction.
+        """
+        chosen = self.directions(split) if directions is None else directions
+        pairs = {direction: self.pairs(split, *direction) for direction in chosen}
+        return {
+            direction: (
+                list(islice(found.sources, max_sentences)),
+                list(islice(found.references, max_sentences)),
+            )
+            for direction, found in pairs.items()
+        }
+
     def _of_split(self, split: str) -> dict[tuple[str, str], DirectionPairs]:
         """The pairs of every direction that has pairs, in the order of the tables; opened once."""
         if split not in self._opened:
@@ -308,11 +337,9 @@ def open_pairs(path: Path) -> PreparedPairs:
     try:
         manifest = PairsManifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise UserError(
-            f"{file} is not a manifest of pairs of version {PAIRS_VERSION}: {key}: {first['msg']}. "
-            f"Give a folder of pairs, or {REMEDY}"
+            f"{file} is not a manifest of pairs of version {PAIRS_VERSION}: "
+            f"{first_problem(error)}. Give a folder of pairs, or {REMEDY}"
         ) from error
     again = f"copy it back, or delete {path} and prepare it again"
     vocabulary = path / manifest.tokenizer_file

@@ -14,15 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from magnetar.data.atomic import (
-    SILENT,
-    Reporter,
-    files_digest,
-    made_whole,
-    refuse_other,
-    remove_scaffolding,
-    write_atomically,
-)
+from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import Codec, parse_direction, tag
 from magnetar.data.pairs.filters import PairFilter, choose_pairs, refuse_no_pair
@@ -42,6 +34,14 @@ from magnetar.data.pairs.stored_tables import (
     counted_tables,
 )
 from magnetar.data.pairs.tables import TABLE_FORMATS
+from magnetar.data.prepared_folder import (
+    SILENT,
+    Reporter,
+    files_digest,
+    refuse_other,
+    remove_scaffolding,
+    resumable_folder,
+)
 from magnetar.data.text.corpus import Piece, matching_files
 from magnetar.data.text.shards import join, tokenise
 from magnetar.data.text.token_files import SPLITS, token_dtype
@@ -97,7 +97,7 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
             "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
         )
     reader = Reader(config.tables, files, {table.name: table for table in tables}, reporter)
-    with made_whole(config.out, settings, config.workers, reporter) as partial:
+    with resumable_folder(config.out, settings, config.workers, reporter) as partial:
         codec = _vocabulary(config, languages, reader, partial, reporter)
         columns = [
             _column(table.name, split, language) for table, split, language in _columns(tables)
@@ -125,7 +125,7 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
             tables=records,
             settings=settings,
         )
-        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2))
+        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
     return manifest
 
 

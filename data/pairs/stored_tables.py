@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from magnetar.data.atomic import Reporter
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.tables import ID_COLUMN, Row, read_rows
+from magnetar.data.prepared_folder import Reporter
 from magnetar.data.text.token_files import SPLITS
 
 

@@ -3,8 +3,8 @@
 One process reads the text and cuts it into shards; workers tokenise shards; the parent joins them
 in order.
 
-The same command resumes a run that was stopped (see data.atomic): it keeps the vocabulary and every
-finished shard.
+The same command resumes a run that was stopped (see data.prepared_folder): it keeps the
+vocabulary and every finished shard.
 
 Memory does not depend on the size of the input: one piece of text (see data.text.corpus), two
     shards for each worker (data.text.shards.SHARD_CHARS characters each), and the sample that the
@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from magnetar.data.atomic import (
+from magnetar.data.atomic import write_atomically
+from magnetar.data.errors import UserError
+from magnetar.data.prepared_folder import (
     SILENT,
     Reporter,
     files_digest,
-    made_whole,
     refuse_other,
     remove_scaffolding,
-    write_atomically,
+    resumable_folder,
 )
-from magnetar.data.errors import UserError
 from magnetar.data.text.corpus import Documents, Piece, matching_files, read_pieces, sotu_files
 from magnetar.data.text.shards import join, tokenise
 from magnetar.data.text.token_files import (
@@ -86,7 +86,7 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
         remove_scaffolding(config.out)
         reporter.message(f"{config.out} is up to date")
         return open_prepared(config.out).manifest
-    with made_whole(config.out, settings, config.workers, reporter) as partial:
+    with resumable_folder(config.out, settings, config.workers, reporter) as partial:
         tokenizer = _vocabulary(config, sources, partial, reporter)
         pieces = _split_pieces(config, sources, "tokenising", reporter)
         stems, num_kept = tokenise(
@@ -103,7 +103,7 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
             splits={split: join(stems[split], partial / f"{split}.bin") for split in SPLITS},
             settings=settings,
         )
-        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2))
+        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
     return manifest
 
 

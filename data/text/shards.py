@@ -20,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from magnetar.data.atomic import write_atomically
+from magnetar.data.atomic import sync, write_atomically
 from magnetar.data.text.corpus import Piece
 from magnetar.data.text.token_files import SPLITS, SplitRecord, token_dtype
 from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -66,14 +66,28 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
         blocks.append(np.array(ids, dtype=dtype).tobytes())
         if piece.ends_document:
             ends.append(num_tokens)
-    stem.with_suffix(".bin").write_bytes(b"".join(blocks))
-    stem.with_suffix(".ends").write_bytes(np.array(ends, dtype="<u8").tobytes())
+    contents = {".bin": b"".join(blocks), ".ends": np.array(ends, dtype="<u8").tobytes()}
+    for suffix, content in contents.items():
+        file = stem.with_suffix(suffix)
+        file.write_bytes(content)
+        sync(file)  # before the record, which says that they are whole
     record = {
         "num_tokens": num_tokens,
         "num_documents": len(ends),
         "num_bytes": sum(len(piece.text.encode()) for piece in pieces),
+        "sizes": {suffix: len(content) for suffix, content in contents.items()},
     }
-    write_atomically(stem.with_suffix(".json"), json.dumps(record))
+    write_atomically(stem.with_suffix(".json"), json.dumps(record) + "\n")
+
+
+def is_finished(stem: Path) -> bool:
+    """Whether a shard's files are there in the sizes that its record gives."""
+    try:
+        sizes = json.loads(stem.with_suffix(".json").read_text())["sizes"]
+        found = {suffix: stem.with_suffix(suffix).stat().st_size for suffix in sizes}
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+    return found == sizes
 
 
 @functools.cache
@@ -109,8 +123,7 @@ def tokenise(
         for name, shard in _shards(pieces, splits):
             stem = folder / name
             stems[name.rpartition("-")[0]].append(stem)
-            # The text is read and cut again even if the shard exists: its cuts define the rest.
-            if stem.with_suffix(".json").exists():
+            if is_finished(stem):
                 num_kept += 1
             else:
                 yield vocabulary, stem, shard

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, first_problem
 from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 
 SPLITS = ("train", "valid")
@@ -202,10 +202,8 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise UserError(
-            f"{file} is not a valid manifest of version {FORMAT_VERSION}: {key}: {first['msg']}. "
+            f"{file} is not a valid manifest of version {FORMAT_VERSION}: {first_problem(error)}. "
             f"Delete {path} and prepare it again"
         ) from error
 

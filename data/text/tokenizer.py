@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import sentencepiece
 import tokenizers
 
+from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
 
 TokenizerFile = Literal["tokenizer.model", "tokenizer.json"]
@@ -216,9 +217,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise UserError(_trainer_message(str(error), vocab_size)) from error
-    temporary = out_model.with_suffix(".tmp")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(out_model)
+    write_atomically(out_model, model.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -1,19 +1,19 @@
-"""The files of a checkpoint, which belongs to no layout: who wrote them does not matter.
+"""The files of a checkpoint. They belong to no layout: any number of ranks reads them.
 
     step_00000400/
         manifest.json            what there is: see below
-        rank_00000.safetensors   the share of everything that one rank kept
+        rank_00000.safetensors   what the first rank saved
         rank_00001.safetensors   ...
 
 Every parameter has its name in the whole model's state dict, every expert its global index. Of each
 there are up to three states: `weight` (the float32 master weights), `exp_avg` and `exp_avg_sq`
-(Adam's). A state is a flat float32 vector cut into pieces `[start, stop)`; a piece lies in one file
-under the key `state/name/start`. Whoever reads asks for a range and gets it from the pieces that
-hold it, so a rank of another layout reads its own share and no more.
+(Adam's). A state is a flat float32 vector cut into pieces `[start, stop)`. A piece lies in one file
+under the key `state/name/start`. `Checkpoint.read` takes a range from the pieces that hold it, so a
+rank of another layout reads its own shard and no more.
 
 The manifest holds `format`, `step`, `layout`, `config`, fingerprints, `trainer`, `optimizer`,
-`files` (name -> bytes and sha256), `tensors` (name -> shape, states, pieces) and `sha256` of all
-that. It is written last, before the folder gets its name.
+`files` (name -> bytes and sha256), `tensors` (name -> shape, states, pieces) and `sha256` (of all
+the other entries). It is written last. Then the folder is renamed from partial_step_... to step_...
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -35,13 +35,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from magnetar.data.atomic import rename_durably, sync, write_atomically
 from magnetar.data.errors import UserError
 from magnetar.models.weights.files import read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 WEIGHT = "weight"
-PARTIAL = "partial_"  # begins the name of what is being written or removed
+PARTIAL = "partial_"  # prefix of a folder that is being written or removed
 _CHECKPOINTS = "checkpoints"  # in a run's folder
 _STEP = re.compile(r"step_\d+")
 
@@ -50,8 +51,8 @@ class Piece(NamedTuple):
     """A stretch of one tensor.
 
     Attributes:
-        name: the tensor's in the whole model's state dict.
-        start: index of the stretch's first element in the flattened tensor.
+        name: Name of the tensor in the whole model's state dict.
+        start: Index of the first element in the flattened tensor.
         values: state -> (n,) float32, all of one length.
     """
 
@@ -67,11 +68,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose files are there; `damaged_files` says whether they are whole.
+    """A checkpoint on disk. `damaged_files` says whether its files are whole.
 
     Attributes:
-        path: its folder.
-        manifest: see above.
+        path: Folder of the checkpoint.
+        manifest: Content of manifest.json, described above.
     """
 
     path: Path
@@ -80,7 +81,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return self.manifest["step"]
 
     @cached_property
@@ -89,7 +90,7 @@ class Checkpoint:
         return {name: tuple(t["shape"]) for name, t in self.manifest["tensors"].items()}
 
     def states(self, name: str) -> tuple[str, ...]:
-        """The states that there are of a tensor: its moments only if it trains."""
+        """The states saved of a tensor. A frozen one has no moments."""
         return tuple(self.manifest["tensors"][name]["states"])
 
     def read(self, name: str, state: str, start: int, stop: int) -> Tensor:
@@ -112,7 +113,7 @@ class Checkpoint:
         return self.read(name, state, 0, prod(shape)).view(shape)
 
     def files_of(self, name: str) -> list[str]:
-        """The files in which a tensor lies."""
+        """Names of the files that hold a tensor."""
         return sorted({file for _, _, file in self.manifest["tensors"][name]["pieces"]})
 
     def _open(self, file: str) -> Any:
@@ -128,7 +129,7 @@ def sha256(path: Path) -> str:
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """Hex digest of all of a manifest's entries but that of the digest itself."""
+    """Hex digest of a manifest's entries, without the entry of the digest itself."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -137,7 +138,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint of a folder; only its manifest is read.
 
     Raises:
-        UserError: if the manifest is missing, altered, of another version or of another step.
+        UserError: The manifest is missing, altered, of another version or of another step.
     """
     manifest, problem = _read_manifest(path)
     if manifest is None:
@@ -177,13 +178,13 @@ def step_of(path: Path) -> int:
 def damaged_files(
     checkpoint: Checkpoint, part: int = 0, num_parts: int = 1, content: bool = True
 ) -> list[str]:
-    """What is wrong with the files, a line for each: missing, of another size, or altered.
+    """A line for each file that is missing, of another size, or altered.
 
     Args:
-        checkpoint: whose files are looked at.
-        part: which share of them, so that ranks can divide the work.
-        num_parts: how many shares there are.
-        content: also compare the hashes, which reads everything.
+        checkpoint: The checkpoint.
+        part: Index of the part of the files to look at, so that ranks can divide the work.
+        num_parts: Number of parts.
+        content: True to compare hashes too, which reads everything.
     """
     lines = []
     for name, saved in list(checkpoint.manifest["files"].items())[part::num_parts]:
@@ -201,7 +202,7 @@ def damaged_files(
 
 
 def _held(checkpoint: Checkpoint, file: str) -> str:
-    """`embedding.weight and 17 more tensors`: what lies in a file."""
+    """The tensors in a file, in words: `embedding.weight and 17 more tensors`."""
     held = [name for name in checkpoint.shapes if file in checkpoint.files_of(name)]
     if not held:
         return "nothing"
@@ -212,7 +213,7 @@ def require_whole(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint with a damaged file.
 
     Raises:
-        UserError: naming every damaged file.
+        UserError: A file is damaged. The message names each.
     """
     damaged = damaged_files(checkpoint)
     if damaged:
@@ -220,7 +221,7 @@ def require_whole(checkpoint: Checkpoint) -> None:
 
 
 def instead_of(damaged: Path) -> str:
-    """What to do about a damaged checkpoint: use the run's newest other one that is complete."""
+    """Way out of a damaged checkpoint: the newest other one of the run that is complete."""
     others: list[Path] = []
     if damaged.parent.name == _CHECKPOINTS:
         complete = complete_checkpoints(damaged.parent.parent)
@@ -230,16 +231,16 @@ def instead_of(damaged: Path) -> str:
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """The folders of a run's checkpoints, oldest first, damaged ones included."""
+    """Folders of a run's checkpoints, oldest first, damaged ones included."""
     folders = (run_dir / _CHECKPOINTS).glob("step_*")
     return sorted((p for p in folders if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
 def looked_at(path: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint of a folder, or what is wrong with its names and sizes, a line for each.
+    """The checkpoint of a folder, or a line for each file that is missing or of another size.
 
     Raises:
-        UserError: if it is of another version.
+        UserError: It is of another version.
     """
     manifest, problem = _read_manifest(path)
     if manifest is None:
@@ -250,10 +251,10 @@ def looked_at(path: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """The run's checkpoints, oldest first, but for those of missing or truncated files.
+    """The run's checkpoints whose files are all there in their sizes, oldest first.
 
     Raises:
-        UserError: for a checkpoint of another version.
+        UserError: A checkpoint is of another version.
     """
     found = (looked_at(path)[0] for path in checkpoint_folders(run_dir))
     return [checkpoint for checkpoint in found if checkpoint is not None]
@@ -263,7 +264,7 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
     """The newest checkpoint of a run.
 
     Raises:
-        UserError: if the run has none, or a file of it is missing or truncated.
+        UserError: The run has none, or a file of it is missing or truncated.
     """
     folders = checkpoint_folders(run_dir)
     if not folders:
@@ -280,14 +281,14 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
 
 
 def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> None:
-    """Remove the checkpoints up to a step but for the newest ones.
+    """Remove old checkpoints.
 
     Args:
-        run_dir: the run's folder.
-        step: of the newest checkpoint; what lies beyond it is left alone.
-        keep: how many remain.
-        whole: steps of checkpoints that are known to be whole. Others remain only where there are
-            too few of these: their files may be altered.
+        run_dir: Folder of the run.
+        step: Step of the newest checkpoint. Folders of later steps are not touched.
+        keep: Number of checkpoints that remain.
+        whole: Steps of checkpoints that are known to be whole. Others, whose files may be altered,
+            remain only if there are fewer than `keep` of these.
     """
     folders = [path for path in checkpoint_folders(run_dir) if step_of(path) <= step]
     kept = [path for path in folders if step_of(path) in whole][-keep:]
@@ -296,26 +297,30 @@ def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> N
         kept += [path for path in others if path not in kept][len(kept) - keep :]
     for path in folders:
         if path not in kept:
-            # Whoever kills us meanwhile leaves no half of a checkpoint.
+            # Renamed first: a kill in here must not leave half a checkpoint under its name.
             shutil.rmtree(path.rename(path.with_name(f"{PARTIAL}{path.name}")))
 
 
 class CheckpointWriter:
-    """Writes a checkpoint under another name, and gives it its own when it is whole.
+    """Writes a checkpoint into a partial folder, and renames that when it is whole.
 
-    Several processes may each write parts; one of them commits.
+    Several processes may each write parts. One of them commits.
     """
 
     def __init__(self, final: Path) -> None:
-        """Nothing is written yet."""
+        """Choose the partial folder; nothing is written yet."""
         self.final = final
         self.partial = final.with_name(f"{PARTIAL}{final.name}")
 
     def write_part(self, name: str, pieces: Sequence[Piece]) -> None:
         """Write one .safetensors file and, when it is on the disk, a note about it.
 
+        Args:
+            name: Name of the file.
+            pieces: Content of the file.
+
         Raises:
-            OSError: if it cannot be written.
+            OSError: The file cannot be written.
         """
         self.partial.mkdir(parents=True, exist_ok=True)
         path = self.partial / name
@@ -328,34 +333,32 @@ class CheckpointWriter:
             save_file(tensors, path)
         except SafetensorError as error:
             raise _system_error(error, path) from error
-        # safetensors writes for the owner alone; a person's umask says who else may read.
+        # safetensors lets only the owner read; the umask says who else may.
         path.chmod(0o666 & ~_umask())
-        _flush(path)
+        sync(path)
         note = {
             "file": {"bytes": path.stat().st_size, "sha256": sha256(path)},
             "pieces": [[p.name, p.start, p.stop, list(p.values)] for p in pieces],
         }
-        partial_note = path.with_suffix(".partial")
-        partial_note.write_text(json.dumps(note))
-        partial_note.rename(path.with_suffix(".json"))
+        write_atomically(path.with_suffix(".json"), json.dumps(note))
 
     def has_part(self, name: str) -> bool:
-        """Whether a part is on the disk."""
+        """Whether a part and its note are on the disk."""
         return (self.partial / name).with_suffix(".json").is_file()
 
     def commit(
         self, parts: Iterable[str], shapes: Mapping[str, Iterable[int]], about: Mapping[str, Any]
     ) -> Checkpoint:
-        """Join the parts: write the manifest, give the folder its name.
+        """Join the parts: write the manifest, then rename the folder.
 
         Args:
-            parts: names of the files.
-            shapes: of every tensor, in the model's order.
-            about: the manifest's other entries: step, layout, config, ...
+            parts: Names of the files.
+            shapes: Name -> shape of every tensor, in the model's order.
+            about: Other entries of the manifest: step, layout, config, ...
 
         Raises:
-            OSError: if the manifest cannot be written.
-            ValueError: if the parts do not make up each tensor exactly once.
+            OSError: The manifest cannot be written.
+            ValueError: The parts do not make up each tensor exactly once.
         """
         files: dict[str, Any] = {}
         pieces: dict[str, list[tuple[int, int, str]]] = {name: [] for name in shapes}
@@ -375,16 +378,13 @@ class CheckpointWriter:
             tensors[name] = {"shape": list(shape), "states": states[name], "pieces": pieces[name]}
         manifest = {"format": FORMAT, **about, "files": files, "tensors": tensors}
         manifest["sha256"] = manifest_digest(manifest)
-        path = self.partial / MANIFEST
-        path.write_text(json.dumps(manifest, indent=1) + "\n")
-        _flush(path)
+        write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         self._make_way()
-        self.partial.rename(self.final)
-        _flush(self.final.parent)
+        rename_durably(self.partial, self.final)
         return read_checkpoint(self.final)
 
     def _make_way(self) -> None:
-        """Remove the same step, saved before a resume; what else has its name gets another."""
+        """Remove a checkpoint of the same step, saved before a resume. Rename anything else."""
         path = self.final
         if not os.path.lexists(path):
             return
@@ -403,12 +403,12 @@ class CheckpointWriter:
         )
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove the partial folder."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a checkpoint's folder can hold such a file."""
+    """Whether a file is one that a checkpoint consists of."""
     return path.is_file() and (path.name == MANIFEST or path.suffix == ".safetensors")
 
 
@@ -423,7 +423,7 @@ def _require_whole_tensor(name: str, numel: int, pieces: Sequence[tuple[int, int
 
 
 def _system_error(error: SafetensorError, path: Path) -> OSError:
-    """What the system has refused, which safetensors tells in words alone."""
+    """The OSError behind a SafetensorError, which has the number in its text alone."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     if found is None:
         return OSError(f"{path}: {error}")
@@ -431,28 +431,12 @@ def _system_error(error: SafetensorError, path: Path) -> OSError:
 
 
 def _umask() -> int:
-    """The process's, read without changing it: other threads make files too."""
+    """The umask of the process. os.umask would change it for other threads for a moment."""
     status = Path("/proc/self/status").read_text()
     (umask,) = re.findall(r"^Umask:\s*(\d+)", status, re.MULTILINE)
     return int(umask, 8)
 
 
-def _flush(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def evenly_cut(numel: int, part: int, num_parts: int) -> tuple[int, int]:
-    """The part-th of num_parts stretches of nearly equal length."""
+    """Start and stop of the part-th of num_parts stretches of nearly equal length."""
     return numel * part // num_parts, numel * (part + 1) // num_parts
-
-
-def whole_tensors(checkpoint: Checkpoint, state: str = WEIGHT) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a state, one after the other."""
-    for name in checkpoint.shapes:
-        if state in checkpoint.states(name):
-            yield name, checkpoint.tensor(name, state)

@@ -1,232 +1,477 @@
-"""A run that training has saved: its model and its data, opened again in one process."""
+"""One opener for every trained model on disk, whatever its task.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+`open_run` takes a run's folder, a checkpoint's folder or a folder of weights, and reads only what
+is asked for: first the config, then names and shapes of tensors, then the tensors or the data.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
+from pydantic import ValidationError
 
 from magnetar.data.errors import UserError
-from magnetar.data.text.token_files import Prepared, open_prepared, read_manifest
-from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
-from magnetar.engine.checkpoint.exported_run import RUN_KEY, exported_run
-from magnetar.engine.checkpoint.format import Checkpoint, complete_checkpoints, newest_checkpoint
-from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.data.pairs.codec import Codec, tagged_languages
+from magnetar.data.pairs.folder import PreparedPairs, open_pairs
+from magnetar.data.text.token_files import Prepared, open_prepared
+from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile
+from magnetar.engine.checkpoint.exported_run import RUN_KEY, read_entry
+from magnetar.engine.checkpoint.format import (
+    MANIFEST,
+    Checkpoint,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    require_whole,
+    sha256,
+)
+from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
+from magnetar.engine.checkpoint.save_load import require_same_tensors
+from magnetar.engine.checkpoint.vocabulary import (
+    fitting_tokenizer,
+    require_vocabulary,
+    vocabulary_in,
+)
 from magnetar.engine.config.schema import RunConfig, check_config
 from magnetar.models.config import ModelConfig
+from magnetar.models.layers.attention import expect_many_shapes
 from magnetar.models.transformer import EncoderDecoder, Transformer
-from magnetar.models.weights import load_save as weights
-from magnetar.models.weights.files import has_weights
+from magnetar.models.weights.files import WEIGHTS_FILE, LazyTensors, Spec, has_weights
+from magnetar.models.weights.load_save import (
+    CONFIG_FILE,
+    model_of_tensors,
+    on_one_rank,
+    open_weights,
+    read_config,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHOWN_SIBLINGS = 5
 
 
-def _device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @dataclass(frozen=True)
-class TrainedRun:
-    """A checkpoint of a run, or what was exported of it, and the data it goes with.
+class SavedModel:
+    """A trained model on disk, and what is known about its training.
 
     Attributes:
-        name: the checkpoint's, or the exported folder's.
-        step: optimizer steps done.
-        config: the config that it was trained with.
-        prepared: data of the vocabulary that it was trained with.
-        load: reads the model.
+        named: Path that the user has given.
+        path: Folder of the checkpoint or of the weights.
+        config: Config of the model, with all experts on one rank.
+        about: Entries of the checkpoint's manifest, or those that an export has kept. Empty for
+            weights that come from no run.
+        checkpoint: The checkpoint. None for a folder of weights.
+        data: Folder or file that the user has named for the data or the vocabulary. None for the
+            run's own.
     """
 
-    name: str
-    step: int
-    config: RunConfig
-    prepared: Prepared
-    load: Callable[[], Transformer | EncoderDecoder]
+    named: Path
+    path: Path
+    config: ModelConfig
+    about: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    data: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint, or of the folder of weights."""
+        return self.path.name
+
+    @property
+    def step(self) -> int | None:
+        """Number of optimizer steps done. None if the folder does not say."""
+        return self.about.get("step")
+
+    @property
+    def fingerprint(self) -> str | None:
+        """sha256 of the vocabulary, in hexadecimal. None if the folder does not say."""
+        return self.about.get("tokenizer_fingerprint")
+
+    @property
+    def has_learnt_pairs(self) -> bool:
+        """Whether a run has trained the model on sentence pairs."""
+        config = self.about.get("config", {})
+        return bool(config.get("magnetar", {}).get("data", {}).get("pairs"))
 
     @cached_property
+    def run_config(self) -> RunConfig | None:
+        """Config of the training. None if the folder does not say.
+
+        Raises:
+            UserError: This version cannot read it, or an export contradicts itself.
+        """
+        if not self.about:
+            return None
+        config, problems = check_config(self.about["config"])
+        if config is None:
+            where = f"{self.path}: its config"
+            if self.checkpoint is None:
+                where = f"{self.path / CONFIG_FILE}: its run.config"
+            raise _of_another_version(where, [problem.text for problem in problems])
+        if self.checkpoint is None:
+            _require_consistent_export(self.path, self.config, config.model, self.fingerprint)
+        return config
+
+    @property
+    def text_config(self) -> RunConfig:
+        """Config of the training of a model that has learnt running text.
+
+        Raises:
+            UserError: The model has learnt pairs, or the weights come from no run.
+        """
+        if self.has_learnt_pairs:
+            raise UserError(
+                f"{self.named} has learnt sentence pairs: use `magnetar translate {self.named} "
+                f"--from A --to B`, or `magnetar evaluate {self.named}`"
+            )
+        if self.run_config is None:
+            raise UserError(
+                f"{self.named} holds weights that no run has trained as they are: name a run, or "
+                "what `magnetar convert export` has made of one"
+            )
+        return self.run_config
+
+    @cached_property
+    def tensors(self) -> LazyTensors:
+        """Every tensor in the model's order and in the type that was saved, tied ones once.
+
+        Raises:
+            UserError: A name or a shape is not the model's, or a file is missing. On reading a
+                tensor of a folder of weights: it was altered.
+        """
+        if self.checkpoint is not None:
+            require_same_tensors(self.checkpoint, self.config)
+            shapes = self.checkpoint.shapes
+            specs = {name: Spec(torch.float32, shape) for name, shape in shapes.items()}
+            return LazyTensors(specs, self.checkpoint.tensor)
+        try:
+            tensors = open_weights(self.path)[1]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+        def read(name: str) -> torch.Tensor:
+            try:
+                return tensors.read(name)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+
+        return LazyTensors(tensors.specs, read)
+
+    def require_whole(self) -> None:
+        """Refuse damaged files of a checkpoint, which reads them all, or a contradictory export.
+
+        The tensors of a folder of weights are compared with their hashes when they are read.
+        """
+        _ = self.tensors  # names and shapes first: comparing hashes takes longer
+        if self.checkpoint is not None:
+            require_whole(self.checkpoint)
+        else:
+            _ = self.run_config
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Every tensor by its name, read and checked; tied ones once."""
+        if self.checkpoint is not None:
+            require_whole(self.checkpoint)
+        return {name: self.tensors.read(name) for name in self.tensors.specs}
+
+    @property
     def device(self) -> torch.device:
         """The GPU if there is one."""
-        return _device()
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def model(self) -> Transformer | EncoderDecoder:
-        """The model, in the type that it was trained in."""
-        return self.load().to(self.device, DTYPES[self.config.dtype])
+        """The model on `device`, in evaluation mode.
+
+        The type is the one it was trained in, or the saved one if no run is known. A model that
+        translates is in float32: there the rounding of a batch hardly ever changes a choice of the
+        beam search, and in bfloat16 it does.
+        """
+        dtype = DTYPES[self.run_config.dtype] if self.run_config is not None else None
+        if self.has_learnt_pairs or self.config.architecture == "encoder_decoder":
+            dtype = torch.float32
+        return self.load().to(self.device, dtype)
+
+    @property
+    def translator(self) -> EncoderDecoder:
+        """The model of a run that translates."""
+        assert isinstance(self.model, EncoderDecoder)
+        return self.model
+
+    def load(self) -> Transformer | EncoderDecoder:
+        """The model on the CPU in the type that was saved, in evaluation mode."""
+        model = model_of_tensors(self.config, self.state_dict())
+        if self.checkpoint is not None:
+            expect_many_shapes()
+        return model
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Prepared text: the one named by `data`, or the one the run was trained on.
+
+        Raises:
+            UserError: It is missing or damaged, or made with another vocabulary.
+        """
+        own = Path(self.text_config.data.path)
+        prepared = open_prepared(self.data or self._require_own_data(own))
+        assert self.fingerprint is not None
+        require_vocabulary(
+            f"{prepared.path} was made with",
+            prepared.manifest.tokenizer_fingerprint,
+            f"{self.named} was trained with",
+            self.fingerprint,
+            f"prepare it again with --tokenizer and {vocabulary_in(own, self.fingerprint)}",
+        )
+        return prepared
+
+    def pairs(self, data: Path | None) -> PreparedPairs:
+        """Prepared pairs.
+
+        Args:
+            data: Prepared folder. None for the one the run was trained on.
+
+        Raises:
+            UserError: It is missing or damaged, or made with another vocabulary.
+        """
+        if data is None:
+            if self.run_config is None:
+                raise UserError(
+                    f"{self.named} does not say what it was trained on: name the pairs with --data"
+                )
+            data = self._require_own_data(Path(self.run_config.data.path))
+        prepared = open_pairs(data)
+        require_vocabulary(
+            f"{data} was made with",
+            prepared.manifest.tokenizer_fingerprint,
+            f"{self.named} was trained with",
+            self.fingerprint or self.tokenizer.fingerprint,
+            "prepare it again with the vocabulary of the run",
+        )
+        return prepared
+
+    def _require_own_data(self, folder: Path) -> Path:
+        if not folder.is_dir():
+            raise UserError(
+                f"prepared folder {folder}, which {self.named} was trained on, is not there: start "
+                "the command where training was started, copy the folder back, or name another "
+                "with --data"
+            )
+        return folder
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary: the one named by `data`, or the run's own.
+
+        Raises:
+            UserError: It is missing, or not the one that the model was trained with.
+        """
+        return self.require_tokenizer(self.data, "--data")
+
+    def require_tokenizer(self, place: Path | None, option: str) -> Tokenizer:
+        """`find_tokenizer`, which must find one."""
+        tokenizer = self.find_tokenizer(place, option)
+        if tokenizer is None:
+            looked = " and ".join(map(str, self._vocabulary_files(place)))
+            has_data = place is None and self.about
+            where = "start the command where training was started, or " if has_data else ""
+            raise UserError(
+                f"the vocabulary of {self.named} is not there ({looked}): {where}name the prepared "
+                f"folder, or the file that the model was trained with, with {option}"
+            )
+        return tokenizer
+
+    def find_tokenizer(self, place: Path | None, option: str) -> Tokenizer | None:
+        """The vocabulary of the model. None if it is not there.
+
+        Args:
+            place: File or folder of the vocabulary. None for those of the run.
+            option: Option of the command that names another place, for messages.
+
+        Raises:
+            UserError: It cannot be read, or is not the one that the model was trained with.
+        """
+        files = [file for file in self._vocabulary_files(place) if file.exists()]
+        if not files:
+            return None
+        return fitting_tokenizer(
+            files[0], self.named, self.fingerprint, self.config.vocab_size or 0, option
+        )
+
+    def _vocabulary_files(self, place: Path | None) -> list[Path]:
+        """Where the vocabulary may be, the likeliest first."""
+        if place is not None:
+            return [place]
+        # A run of pairs and an export have a copy; text has it in the prepared folder.
+        folders = [self.path if self.checkpoint is None else self.path.parent.parent]
+        if self.about:
+            folders.append(Path(self.about["config"]["magnetar"]["data"]["path"]))
+        return [folder / name for folder in folders for name in get_args(TokenizerFile)]
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The vocabulary of a model that translates, with its languages.
+
+        Raises:
+            UserError: The model does not translate. See also `tokenizer`.
+        """
+        is_encoder_decoder = self.config.architecture == "encoder_decoder"
+        if not (self.has_learnt_pairs if self.about else is_encoder_decoder):
+            use = "generate" if self.config.architecture == "decoder" else "evaluate"
+            raise UserError(
+                f"{self.named} is no translation run: a model that translates has learnt sentence "
+                f"pairs (data.pairs): use `magnetar {use} {self.named}`, or name another run"
+            )
+        languages = tagged_languages(self.tokenizer)
+        if not languages:
+            raise UserError(
+                f"the vocabulary of {self.named} has no language tags such as <2de>: prepare pairs "
+                "with `magnetar prepare-pairs`, and train a model on them"
+            )
+        return Codec(self.tokenizer, languages)
 
 
-def open_run(run_dir: Path, checkpoint: str | None = None, data: Path | None = None) -> TrainedRun:
-    """A checkpoint of a run, and data for it.
+def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None) -> SavedModel:
+    """A trained model; only its config is read.
 
     Args:
-        run_dir: the run's folder, or one that `magnetar convert export` has made of it.
-        checkpoint: name of the checkpoint; None: the newest complete one.
-        data: a prepared folder; None: the one that the run read.
+        path: Folder of a run, of a checkpoint, or of weights.
+        checkpoint: Name of the run's checkpoint. None for the newest one.
+        data: Folder or file of the data or the vocabulary. None for the run's own.
 
     Raises:
-        UserError: for a folder that is no run, a checkpoint that is not there, or data that is
-            missing or of another vocabulary.
+        UserError: The folder is none of these, a checkpoint is missing or has lost a file, or
+            this version cannot read the model's config.
     """
-    if has_weights(run_dir) and checkpoint is None:
-        return _open_exported(run_dir, data)
-    chosen = choose_checkpoint(run_dir, checkpoint)
-    config, problems = check_config(chosen.manifest["config"])
-    if config is None:
-        listed = "\n  ".join(problem.text for problem in problems)
+    if is_run(path) or not has_weights(path):
+        return of_checkpoint(choose_checkpoint(path, checkpoint), path, data)
+    if checkpoint is not None:
         raise UserError(
-            f"{chosen.path}: its config is not one that this version can read:\n  {listed}"
+            f"--checkpoint {checkpoint}: {path} is a folder of weights, which holds one model: "
+            "leave it out, or name a run"
         )
-    if config.data.pairs is not None:
-        raise UserError(
-            f"{run_dir} has learnt sentence pairs: use `magnetar translate {run_dir} "
-            f"--from A --to B`, or `magnetar evaluate {run_dir}`"
-        )
-    trained_with = chosen.manifest["tokenizer_fingerprint"]
-    prepared = _open_data(run_dir, config, trained_with, data)
-    return TrainedRun(chosen.path.name, chosen.step, config, prepared, lambda: load_model(chosen))
-
-
-def _open_exported(folder: Path, data: Path | None) -> TrainedRun:
-    model, about = read_folder_config(folder)
-    if RUN_KEY not in about:
-        raise UserError(
-            f"{folder} holds weights that no run has trained as they are: name a run, or what "
-            "`magnetar convert export` has made of one"
-        )
-    run, config = exported_run(folder, model, about)
-    prepared = _open_data(folder, config, run.tokenizer_fingerprint, data)
-    return TrainedRun(folder.name, run.step, config, prepared, lambda: load_folder(folder))
-
-
-def read_folder_config(folder: Path) -> tuple[ModelConfig, dict]:
-    """The model of a folder of weights, and the further keys of its config.json."""
     try:
-        return weights.read_config(folder)
+        config, entries = read_config(path)
     except ValueError as error:
         raise UserError(str(error)) from None
+    about = entries.get(RUN_KEY, {})
+    if RUN_KEY in entries:
+        read_entry(path, about)
+    return SavedModel(path, path, on_one_rank(config), about, None, data)
 
 
-def load_folder(folder: Path) -> Transformer | EncoderDecoder:
-    """The model of a folder of weights."""
-    try:
-        return weights.load_model(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _open_data(run_dir: Path, config: RunConfig, trained_with: str, data: Path | None) -> Prepared:
-    """Data of the vocabulary, given by its fingerprint, that a run was trained with."""
-    path = data or Path(config.data.path)
-    if data is None and not path.is_dir():
-        raise UserError(
-            f"prepared folder {path}, which {run_dir} was trained on and which holds its "
-            "tokenizer, is not there: start the command where training was started, or copy the "
-            "folder back"
-        )
-    prepared = open_prepared(path)
-    if trained_with != prepared.manifest.tokenizer_fingerprint:
-        raise UserError(
-            f"{path} was made with another vocabulary (sha256 "
-            f"{prepared.manifest.tokenizer_fingerprint[:12]}) than {run_dir} was trained with "
-            f"({trained_with[:12]}): prepare it again with --tokenizer and "
-            f"{_vocabulary_of(Path(config.data.path), trained_with)}"
-        )
-    return prepared
-
-
-class TextModel(NamedTuple):
-    """A model and the vocabulary of its tokens.
-
-    Attributes:
-        model: on the GPU if there is one.
-        tokenizer: its vocabulary.
-        device: where the model is.
-    """
-
-    model: Transformer | EncoderDecoder
-    tokenizer: Tokenizer
-    device: torch.device
-
-
-def open_text_model(
-    path: Path, checkpoint: str | None = None, data: Path | None = None
-) -> TextModel:
-    """A run's model, or that of a folder of weights, and its tokenizer.
+def of_checkpoint(
+    checkpoint: Checkpoint, named: Path | None = None, data: Path | None = None
+) -> SavedModel:
+    """The model of a checkpoint.
 
     Args:
-        path: a run's folder, or a folder of weights.
-        checkpoint: name of the run's checkpoint; None: the newest complete one.
-        data: a prepared folder, for its tokenizer; None: the one that the run read, or the
-            tokenizer that lies beside the weights.
+        checkpoint: The checkpoint.
+        named: Path that the user has given. None for the checkpoint's own.
+        data: Folder or file of the data or the vocabulary. None for the run's own.
 
     Raises:
-        UserError: see `open_run`; or for a folder of weights without a tokenizer, or with one
-            that has more entries than the model.
+        UserError: This version cannot read the model's config.
     """
-    if not has_weights(path) or checkpoint is not None:
-        run = open_run(path, checkpoint, data)
-        return TextModel(run.model, run.prepared.tokenizer, run.device)
-    config, about = read_folder_config(path)
-    files = [path / name for name in get_args(TokenizerFile) if (path / name).is_file()]
-    if data is not None:
-        tokenizer = open_prepared(data).tokenizer
-    elif files:
-        tokenizer = load_tokenizer(files[0])
-    else:
-        raise UserError(
-            f"{path} holds no {' or '.join(get_args(TokenizerFile))}: give the prepared folder of "
-            "its vocabulary with --data"
-        )
-    assert config.vocab_size is not None
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the vocabulary of {data or files[0]} has {tokenizer.vocab_size} entries, and the "
-            f"model of {path} {config.vocab_size}: give the one that it was trained with"
-        )
-    model = load_folder(path)
-    if RUN_KEY in about:  # as the run itself would answer
-        model = model.to(DTYPES[exported_run(path, config, about)[1].dtype])
-    return TextModel(model.to(_device()), tokenizer, _device())
+    section = checkpoint.manifest["config"]["magnetar"]["model"]
+    try:  # keys that were added since have their defaults
+        config = ModelConfig.model_validate_json(json.dumps(section))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, ('magnetar', 'model', *one['loc'])))}: {one['msg']}"
+            for one in error.errors()
+        ]
+        raise _of_another_version(f"{checkpoint.path}: its model", problems) from None
+    path = checkpoint.path
+    return SavedModel(
+        named or path, path, on_one_rank(config), checkpoint.manifest, checkpoint, data
+    )
 
 
-def _vocabulary_of(folder: Path, fingerprint: str) -> str:
-    """What to call the vocabulary that a run was trained with: its file, if that is still there."""
-    try:
-        manifest = read_manifest(folder)
-    except UserError:
-        manifest = None
-    if manifest is None or manifest.tokenizer_fingerprint != fingerprint:
-        return "the vocabulary that the run was trained with"
-    return str(folder / manifest.tokenizer_file)
+def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
+    """The model of a checkpoint; see `SavedModel.load`."""
+    return of_checkpoint(checkpoint).load()
 
 
-def choose_checkpoint(run_dir: Path, name: str | None) -> Checkpoint:
-    """The checkpoint of a run by its name; None: the newest complete one.
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run that has saved checkpoints."""
+    return (path / "checkpoints").is_dir()
+
+
+def choose_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
+    """A checkpoint of a run, or the one of a folder step_...
+
+    Args:
+        path: Folder of the run or of the checkpoint.
+        name: Name of the run's checkpoint. None for the newest one.
 
     Raises:
-        UserError: for a folder that is no run, or a checkpoint that is not there.
+        UserError: The folder is neither, or the checkpoint is missing or has lost a file.
     """
-    if not run_dir.is_dir():
-        siblings = sorted(path.parent.name for path in run_dir.parent.glob("*/config.json"))
-        shown = ", ".join(siblings[:SHOWN_SIBLINGS])
-        if len(siblings) > SHOWN_SIBLINGS:
-            shown += f", ... ({len(siblings)} runs)"
-        there = f"{run_dir.parent} holds {shown}" if siblings else "train one first"
-        raise UserError(f"run folder {run_dir} does not exist: {there}")
-    if name is not None and has_weights(run_dir):
+    if not path.is_dir():
+        raise UserError(f"run folder {path} does not exist: {_siblings(path)}")
+    if name is not None:
+        found = {checkpoint.path.name: checkpoint for checkpoint in complete_checkpoints(path)}
+        if name not in found:
+            raise UserError(
+                f"--checkpoint {name}: {path} has no such complete checkpoint: "
+                + (f"use {' or '.join(found)}" if found else "it has none")
+            )
+        return found[name]
+    if is_run(path):
+        return newest_checkpoint(path)
+    if (path / MANIFEST).is_file():
+        return read_checkpoint(path)
+    raise UserError(
+        f"{path}: holds no complete checkpoint (looked for checkpoints/step_*), no {MANIFEST} (of "
+        f"a checkpoint) and no {WEIGHTS_FILE}: name a run folder that training has saved to, a "
+        "checkpoint step_..., or a folder that magnetar convert has written"
+    )
+
+
+def _siblings(path: Path) -> str:
+    """Which runs there are beside a folder that does not exist."""
+    siblings = sorted(folder.parent.name for folder in path.parent.glob("*/config.json"))
+    if not siblings:
+        return "train one first"
+    shown = ", ".join(siblings[:SHOWN_SIBLINGS])
+    more = f", ... ({len(siblings)} runs)" if len(siblings) > SHOWN_SIBLINGS else ""
+    return f"{path.parent} holds {shown}{more}"
+
+
+def _of_another_version(what: str, problems: Iterable[str]) -> UserError:
+    listed = "\n  ".join(problems)
+    return UserError(
+        f"{what} is not one that this version can read:\n  {listed}\n"
+        "use the version of Magnetar that wrote it"
+    )
+
+
+def _require_consistent_export(
+    folder: Path, model: ModelConfig, in_run: ModelConfig, fingerprint: str | None
+) -> None:
+    """Refuse an export whose files contradict each other.
+
+    Args:
+        folder: Folder of weights.
+        model: Model in the key `model` of its config.json.
+        in_run: Model in the key `run.config`.
+        fingerprint: sha256 of the run's vocabulary, in hexadecimal.
+    """
+    there, here = (dict(flat_keys(one.model_dump(mode="json"))) for one in (in_run, model))
+    for key, run_value, value in differing(there, here, LAYOUT_KEYS):
         raise UserError(
-            f"--checkpoint {name}: {run_dir} is a folder of weights, which holds one model: leave "
-            "it out, or name a run"
+            f"{folder / CONFIG_FILE} contradicts itself: model.{key} is {value}, and {run_value} "
+            "in run.config: export it again"
         )
-    if name is None:
-        return newest_checkpoint(run_dir)
-    found = {checkpoint.path.name: checkpoint for checkpoint in complete_checkpoints(run_dir)}
-    if name not in found:
-        raise UserError(
-            f"--checkpoint {name}: {run_dir} has no such complete checkpoint: "
-            + (f"use {' or '.join(found)}" if found else "it has none")
-        )
-    return found[name]
+    for file in (folder / name for name in get_args(TokenizerFile)):
+        if file.is_file() and fingerprint is not None:
+            require_vocabulary(
+                f"{file} is",
+                sha256(file),
+                "the run was trained with",
+                fingerprint,
+                "copy the folder again, or export it again",
+            )

@@ -1,28 +1,29 @@
-"""The folder of one run, and whether a config may go on in it.
+"""The folder of one run, and whether a config may resume in it.
 
 runs/NAME/
     config.json      the resolved config
-    logbook.md       what happened to it, for people
-    metrics.jsonl    one object a logged step
-    tensorboard/     the same for TensorBoard
+    logbook.md       events of the run, for people
+    metrics.jsonl    one object per logged step
+    tensorboard/     the same numbers for TensorBoard
     checkpoints/     see engine.checkpoint.save_load
     summary.json     written at the end
-    evaluation.json  the last answer of magnetar evaluate
+    evaluation.json  the last result of magnetar evaluate
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from magnetar.data.atomic import lock
 from magnetar.data.errors import UserError
 from magnetar.engine.config.schema import GuardsConfig, RunConfig, check_config
 from magnetar.models.config import ModelConfig
 from magnetar.models.moe.config import ON_ONE_RANK
 
-# What may change when a run goes on: how long it is, how often it reports, where it runs.
+# Keys of a model that belong to the layout: where experts lie, and how tokens reach them.
+LAYOUT_KEYS = {f"moe.{key}" for key in ON_ONE_RANK}
+# Keys that may change when a run resumes: its length, how often it reports, where it runs.
 _FREE_KEYS = {
     "magnetar.data.pairs.too_long_inference",
     "magnetar.training.num_steps",
@@ -35,10 +36,10 @@ _FREE_KEYS = {
     "magnetar.training.keep_checkpoints",
     "magnetar.training.sample_tokens",
     "magnetar.training.resume",
-    "magnetar.training.activation_checkpointing",  # memory against time: the numbers stay
+    "magnetar.training.activation_checkpointing",  # trades memory for time; the numbers stay
     "magnetar.training.compile",
-    # Where experts lie: a checkpoint belongs to no layout.
-    *(f"magnetar.model.moe.{key}" for key in ON_ONE_RANK),
+    # A checkpoint belongs to no layout.
+    *(f"magnetar.model.{key}" for key in LAYOUT_KEYS),
     *(f"magnetar.guards.{key}" for key in GuardsConfig.model_fields),
 }
 _TRAINED_SECTIONS = (
@@ -54,7 +55,7 @@ _TRAINED_SECTIONS = (
 
 
 def flat_keys(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every leaf of a JSON object."""
+    """Every leaf of a JSON object as (dotted path, value)."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from flat_keys(inner, f"{path}.{key}" if path else key)
@@ -65,7 +66,7 @@ def flat_keys(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def differing(
     there: Mapping[str, Any], here: Mapping[str, Any], free: Container[str] = ()
 ) -> list[tuple[str, Any, Any]]:
-    """Keys whose values differ, with both values ("absent" for none), but for the free ones."""
+    """Keys whose values differ and that are not free, with both values ("absent" for none)."""
     return [
         (key, there.get(key, "absent"), here.get(key, "absent"))
         for key in sorted(there.keys() | here.keys())
@@ -74,9 +75,10 @@ def differing(
 
 
 def accumulation_counts(model: ModelConfig) -> bool:
-    """Whether the numbers depend on how many micro-steps an optimizer step is cut into.
+    """Whether the numbers depend on the number of micro-steps per optimizer step.
 
-    Capacity and, with balance_scope "micro_step", the balance loss are a micro-step's.
+    The capacity is computed per micro-step and, with balance_scope "micro_step", so is the balance
+    loss.
     """
     moe = model.moe
     if moe is None:
@@ -89,8 +91,8 @@ def check_run_folder(config: RunConfig) -> None:
     """Refuse a run folder that another config has begun.
 
     Raises:
-        UserError: naming each key that differs, its value there and here; or, with `resume`
-            "never", if the folder holds a run at all.
+        UserError: A key differs. The message names each with both values. Or the folder holds a
+            run, and `resume` is "never".
     """
     run_dir = Path(config.training.run_dir)
     file = run_dir / "config.json"
@@ -138,7 +140,7 @@ def check_run_folder(config: RunConfig) -> None:
 
 
 def _with_defaults(begun: dict) -> dict:
-    """A saved config with the keys that have been added since, if this version can read it."""
+    """A saved config with defaults for keys added since, if this version can read it."""
     config, _ = check_config(begun)
     return begun if config is None else config.to_dict()
 
@@ -148,29 +150,20 @@ def _trained_part(config: dict) -> dict:
 
 
 def claim_run_folder(run_dir: Path) -> IO[str]:
-    """Make the folder and lock it; the lock ends when the returned file is closed or we die.
+    """Make the folder of a run and lock it.
+
+    Returns:
+        The lock's file. The lock ends when it is closed or the process ends.
 
     Raises:
-        UserError: if another process trains in it.
-        OSError: if it cannot be made or written.
+        UserError: Another process trains in the folder.
+        OSError: The folder cannot be made or written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / "lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(run_dir / "lock")
     except BlockingIOError as error:
         raise UserError(
             f"training.run_dir={run_dir} is in use by another run: wait until it ends, or name "
             "another folder (--set magnetar.training.run_dir=...)"
         ) from error
-    return lock
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that there is the old content or the new one, and never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -1,7 +1,7 @@
-"""Saving a run while it trains on, and going on from what another layout has saved.
+"""Saving a run in the background while it trains, and resuming it in any layout.
 
-`engine.checkpoint.format` has the format, `engine.checkpoint.zero_shards` what a rank keeps of each
-parameter.
+`engine.checkpoint.format` describes the files, and `engine.zero` the shard of each parameter that a
+rank keeps.
 """
 
 import shutil
@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from magnetar.data.errors import UserError
+from magnetar.data.loader import RunData
 from magnetar.engine.checkpoint.format import (
     PARTIAL,
     WEIGHT,
@@ -27,58 +28,52 @@ from magnetar.engine.checkpoint.format import (
     damaged_files,
     looked_at,
     remove_old,
-    require_whole,
-    whole_tensors,
 )
-from magnetar.engine.checkpoint.run_folder import differing, flat_keys
-from magnetar.engine.checkpoint.zero_shards import (
+from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
+from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.optim.adam import EightBitMoment, Moment
+from magnetar.engine.zero import (
     Share,
     adam_step,
     finish_adam,
     shares,
+    small_parameters_sharded,
     start_adam,
     whole_weights,
 )
-from magnetar.engine.config.schema import RunConfig
-from magnetar.engine.optim.adam import EightBitMoment, Moment
-from magnetar.engine.run_data import RunData
 from magnetar.models.config import ModelConfig
-from magnetar.models.layers.attention import expect_many_shapes
-from magnetar.models.moe.config import ON_ONE_RANK
-from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model
-from magnetar.models.weights.load_save import check_tensors, load_tensors, tensor_shapes
+from magnetar.models.weights.load_save import check_tensors, tensor_shapes
 
-# Where experts lie, and how tokens reach them, belongs to the layout, not to the model.
-_LAYOUT_KEYS = {f"moe.{key}" for key in ON_ONE_RANK}
 _POLL_SECONDS = 0.05
 
 
 def part_name(rank: int) -> str:
-    """The file of a rank's share."""
+    """Name of the file that a rank saves."""
     return f"rank_{rank:05d}.safetensors"
 
 
 class Saver:
     """Writes checkpoints of one run in the background; only `training.keep_checkpoints` remain.
 
-    `save` returns at once. A thread copies what this rank keeps, while the next step's forward and
-    backward passes run: only its update changes what is copied, and waits. The thread then writes
-    the copy, and when every rank's part is on the disk, rank 0 commits the checkpoint. `wait`
-    returns when it has. As a context manager it waits at the end, and after an error that every
-    rank has alike.
+    `save` returns at once. A thread copies this rank's shards while the next step's forward and
+    backward passes run. Only the optimizer update modifies those tensors, so it waits for the copy.
+    The thread then writes the copy. When the parts of all ranks are on the disk, rank 0 commits the
+    checkpoint, and `wait` returns. As a context manager it waits at the end, and after an error
+    that every rank raises.
     """
 
     def __init__(self, engine: Any, config: RunConfig, prepared: RunData) -> None:
-        """Have the optimizer wait for copies, and clear away what a killed run left."""
+        """Make the optimizer wait for copies, and remove partial folders of a killed run."""
         self.engine, self.config, self.prepared = engine, config, prepared
         self.folder = Path(config.training.run_dir) / "checkpoints"
         self.is_first_rank = dist.get_rank() == 0
-        self.whole = {engine.global_steps}  # checkpoints that were read or written in this process
+        # Steps of checkpoints that this process has read or written.
+        self.whole = {engine.global_steps}
         self.problem = ""
         self.aborted = threading.Event()
         self.writing: threading.Thread | None = None
         self.committing: threading.Thread | None = None
-        self.memory = torch.empty(0)  # for the copy: one allocation, made by the first save
+        self.memory = torch.empty(0)  # for the copy; the first save allocates it
         self.copied = threading.Event()
         self.copied.set()
         engine.basic_optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
@@ -98,11 +93,11 @@ class Saver:
         """Begin a checkpoint; every rank calls this.
 
         Args:
-            step: optimizer steps done.
-            state: what the trainer needs to go on; plain numbers.
+            step: Number of optimizer steps done.
+            state: State of the trainer, in JSON's types.
 
         Raises:
-            UserError: on every rank alike if any could not write the one before.
+            UserError: A rank could not write the checkpoint before. Every rank raises it.
         """
         self.wait()
         writer = CheckpointWriter(self.folder / f"step_{step:08d}")
@@ -117,16 +112,11 @@ class Saver:
             about = self._about(step, state)
             self.committing = _thread(self._commit, writer, about)
 
-    def is_writing(self) -> bool:
-        """Whether this rank still writes or commits; any rank may ask, at any time."""
-        threads = (self.writing, self.committing)
-        return any(thread is not None and thread.is_alive() for thread in threads)
-
     def wait(self) -> None:
         """Return when the last checkpoint is complete; every rank calls this.
 
         Raises:
-            UserError: on every rank alike if any could not write it. Older ones are untouched.
+            UserError: A rank could not write it. Every rank raises it. Older checkpoints stay.
         """
         if self.writing is None:
             return
@@ -156,7 +146,7 @@ class Saver:
         self.copied.wait()
 
     def _pieces(self) -> list[tuple[str, int, dict[str, Moment]]]:
-        """What this rank saves, where it lies: as in a Piece, but moments may have 8 bits."""
+        """Views of what this rank saves, as in a Piece, but moments may be 8-bit."""
         return [
             (name, place, {s: v.narrow(0, index - share.start, n) for s, v in values.items()})
             for share in shares(self.engine)
@@ -196,13 +186,13 @@ class Saver:
             finally:
                 self.copied.set()
             writer.write_part(part_name(dist.get_rank()), copy)
-        except Exception as error:  # in a thread: `wait` raises it on every rank
+        except Exception as error:  # this is a thread; `wait` raises it on every rank
             self.problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
     def _copy_of(
         self, pieces: list[tuple[str, int, dict[str, Moment]]], begun: torch.cuda.Event | None
     ) -> list[Piece]:
-        """The pieces on the host, as they were when `begun` was reached."""
+        """A copy of the pieces on the host, with their values at the event `begun`."""
         is_cuda = begun is not None
         numel = sum(value.numel() for _, _, states in pieces for value in states.values())
         if self.memory.numel() < numel:
@@ -243,7 +233,8 @@ class Saver:
 
 
 def _thread(target: Callable[..., Any], *arguments: Any) -> threading.Thread:
-    # A daemon: when another rank has died, the commit would wait for its part for ever.
+    # A daemon: if another rank has died, the commit waits for its part, and must not keep this
+    # process alive.
     thread = threading.Thread(target=target, args=arguments, daemon=True)
     thread.start()
     return thread
@@ -258,12 +249,13 @@ def _of_all_ranks(value: Any) -> list[Any]:
 def newest_whole_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint of a run without a damaged file; every rank calls this.
 
-    The ranks share the reading. What is damaged is named on stderr, and the one before it taken.
+    The ranks divide the reading. A damaged file is named on stderr, and the checkpoint before it is
+    taken.
 
     Raises:
-        UserError: on every rank alike if there are checkpoints, and none is whole.
+        UserError: There are checkpoints, and none is whole. Every rank raises it.
     """
-    # One rank looks: another might see a folder that is just being renamed.
+    # One rank looks for all: two could see different folders while one is being renamed.
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         found = [[looked_at(path) for path in reversed(checkpoint_folders(run_dir))]]
@@ -298,7 +290,7 @@ def _warn(problems: list[str]) -> None:
 
 
 def layout(config: RunConfig, world_size: int) -> dict[str, int]:
-    """Who wrote a checkpoint; nothing depends on it."""
+    """World size, ep_size and ZeRO stage that wrote a checkpoint. No reader depends on it."""
     return {
         "world_size": world_size,
         "ep_size": config.model.moe.ep_size if config.model.moe else 1,
@@ -307,10 +299,10 @@ def layout(config: RunConfig, world_size: int) -> dict[str, int]:
 
 
 def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> None:
-    """Refuse to go on from a checkpoint of another model or other data.
+    """Refuse to resume from a checkpoint of another model or other data.
 
     Raises:
-        UserError: naming each key that differs.
+        UserError: A key differs. The message names each.
     """
     manifest = checkpoint.manifest
     saved_model = dict(flat_keys(with_defaults(manifest["config"]["magnetar"]["model"])))
@@ -322,7 +314,7 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> 
     ):
         different = [
             f"{key} {value} there and {own} here"
-            for key, value, own in differing(saved, now, _LAYOUT_KEYS)
+            for key, value, own in differing(saved, now, LAYOUT_KEYS)
         ]
         if different:
             raise UserError(
@@ -332,7 +324,7 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> 
 
 
 def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
-    """A saved model section with the keys added since, if this version can read it."""
+    """A saved model section with defaults for keys added since, if this version can read it."""
     try:
         return ModelConfig.model_validate(model).model_dump(mode="json")
     except ValidationError:
@@ -341,19 +333,15 @@ def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_checkpoint(engine: Any, config: RunConfig, checkpoint: Checkpoint) -> dict:
-    """Give this rank its share of weights, moments and counters; return the trainer's state.
+    """Read this rank's shards and the counters; return the trainer's state.
 
     Raises:
-        UserError: on every rank alike, if another version has named the tensors.
+        UserError: Another version has named the tensors. Every rank raises it.
     """
-    _require_same_tensors(checkpoint, config.model)
-    persistent = getattr(engine.optimizer, "persistent_parameters", [])  # ZeRO 3 keeps these whole
-    if persistent:
-        persistent[0].partition(persistent)
-    for tensors, start, values in whole_weights(engine):
-        _fill(checkpoint, Share(tensors, start, {WEIGHT: values}, (start, start + len(values))))
-    if persistent:
-        persistent[0].all_gather(persistent)
+    require_same_tensors(checkpoint, config.model)
+    with small_parameters_sharded(engine):
+        for tensors, start, values in whole_weights(engine):
+            _fill(checkpoint, Share(tensors, start, {WEIGHT: values}, (start, start + len(values))))
     about = checkpoint.manifest["optimizer"]
     if about["step"] > 0:
         start_adam(engine, about["step"])
@@ -365,7 +353,7 @@ def load_checkpoint(engine: Any, config: RunConfig, checkpoint: Checkpoint) -> d
 
 
 def _fill(checkpoint: Checkpoint, share: Share) -> None:
-    """Read all that a rank keeps of a parameter."""
+    """Read a shard of a parameter from the tensors that it consists of."""
     numel = len(next(iter(share.values.values())))
     for name, place, index, length in share.tensors.stretches(share.start, share.start + numel):
         for state, values in share.values.items():
@@ -377,7 +365,7 @@ def _fill(checkpoint: Checkpoint, share: Share) -> None:
 
 
 def _set_counters(engine: Any, step: int, about: dict[str, Any]) -> None:
-    """The counters of engine, schedule and loss scale, as after so many steps."""
+    """Set the counters of the engine, the schedule and the loss scale to those of a step."""
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
@@ -394,25 +382,8 @@ def _set_counters(engine: Any, step: int, about: dict[str, Any]) -> None:
         setattr(engine.optimizer.loss_scaler, name, value)
 
 
-def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
-    """The model of a checkpoint with its weights, every expert in this one process, to be used.
-
-    Raises:
-        UserError: if a file is not what the manifest says, or another version has saved it.
-    """
-    require_whole(checkpoint)
-    config = ModelConfig.model_validate(checkpoint.manifest["config"]["magnetar"]["model"])
-    if config.moe is not None:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
-    _require_same_tensors(checkpoint, config)
-    model = empty_model(config)
-    load_tensors(model, dict(whole_tensors(checkpoint)))
-    expect_many_shapes()
-    return model
-
-
-def _require_same_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Refuse other names or shapes than the config's model has."""
+def require_same_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuse a checkpoint whose tensors have other names or shapes than the config's model."""
     try:
         check_tensors(tensor_shapes(config), checkpoint.shapes)
     except ValueError as error:

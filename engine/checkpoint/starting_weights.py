@@ -1,29 +1,25 @@
-"""Weights that a run starts from: another run's, or a folder that magnetar convert has written."""
+"""Weights that a run starts from (training.init_from): any trained model that can be opened."""
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.exported_run import RUN_KEY
-from magnetar.engine.checkpoint.format import Checkpoint, complete_checkpoints
-from magnetar.engine.checkpoint.open_run import choose_checkpoint
-from magnetar.engine.checkpoint.run_folder import differing, flat_keys
-from magnetar.engine.checkpoint.save_load import load_model, with_defaults
+from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.checkpoint.open_run import open_run
+from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
+from magnetar.engine.checkpoint.vocabulary import require_vocabulary
 from magnetar.engine.config.schema import RunConfig
-from magnetar.models.config import ModelConfig
-from magnetar.models.moe.config import ON_ONE_RANK
-from magnetar.models.weights.files import WEIGHTS_FILE, has_weights, read_json
-from magnetar.models.weights.load_save import CONFIG_FILE, load_tensors, load_weights
+from magnetar.models.weights.load_save import load_tensors
 
-# What may differ from the model that the weights come from: noise, training's own losses and
-# dropping, where experts lie. Everything else is the function that was learned.
+# These keys may differ from the model that the weights come from: noise, losses and dropping in
+# training, and where experts lie. All others change the function that was learnt.
 _FREE_KEYS = {
     "dropout",
     "attention_dropout",
     "activation_dropout",
     "drop_path",
-    *(f"moe.{key}" for key in ON_ONE_RANK),
+    *LAYOUT_KEYS,
     "moe.frozen",
     "moe.jitter",
     "moe.second_expert",
@@ -37,66 +33,31 @@ _FREE_KEYS = {
 }
 
 
-def read_model(source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and tensors of a run's newest checkpoint, or of a folder of weights.
-
-    Raises:
-        UserError: if it is neither, or a file of it is missing or damaged.
-    """
-    if not has_weights(source):
-        model = load_model(_checkpoint_of(source))
-        return model.config, model.state_dict()
-    try:
-        return load_weights(source)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _checkpoint_of(source: Path) -> Checkpoint:
-    if source.is_dir() and not (source / "checkpoints").is_dir():
-        raise UserError(
-            f"{source} holds neither checkpoints/ nor {WEIGHTS_FILE}: name a run's folder, or a "
-            "folder that magnetar convert has written"
-        )
-    return choose_checkpoint(source, None)
-
-
 def starts_from_weights(config: RunConfig) -> bool:
-    """Whether the run will read other weights: not once it has a checkpoint of its own."""
+    """Whether the run will read other weights. It does not once it has a checkpoint of its own."""
     begun = complete_checkpoints(Path(config.training.run_dir))
     return config.training.init_from is not None and not begun
 
 
 def require_starting_weights(config: RunConfig, fingerprint: str | None = None) -> None:
-    """Refuse weights of another model, or of another vocabulary.
+    """Refuse starting weights of another model or another vocabulary.
 
     Args:
-        config: the run's.
-        fingerprint: sha256 of the vocabulary of its data; None: it is not compared. Weights that
-            come with no run, such as imported ones, do not know theirs.
+        config: Config of the run.
+        fingerprint: sha256 of the vocabulary of its data, in hexadecimal. None if it is not to be
+            compared. Weights that come from no run, such as imported ones, have none.
 
     Raises:
-        UserError: naming each key that differs, or what is missing.
+        UserError: The weights are missing, or a key differs. The message names each.
     """
     if not starts_from_weights(config):
         return
     assert config.training.init_from is not None
     source = Path(config.training.init_from)
-    if has_weights(source):
-        try:
-            about = read_json(source / CONFIG_FILE)
-            saved = about["model"]
-            trained_with = about.get(RUN_KEY, {}).get("tokenizer_fingerprint")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{source / CONFIG_FILE} does not describe a model ({error}): convert it again"
-            ) from error
-    else:
-        manifest = _checkpoint_of(source).manifest
-        saved = manifest["config"]["magnetar"]["model"]
-        trained_with = manifest["tokenizer_fingerprint"]
-    there = dict(flat_keys(with_defaults(saved)))
-    here = dict(flat_keys(config.model.model_dump(mode="json")))
+    saved = open_run(source)
+    there, here = (
+        dict(flat_keys(model.model_dump(mode="json"))) for model in (saved.config, config.model)
+    )
     different = [
         f"magnetar.model.{key}: {value} there, {own} here"
         for key, value, own in differing(there, here, _FREE_KEYS)
@@ -107,21 +68,25 @@ def require_starting_weights(config: RunConfig, fingerprint: str | None = None) 
             f"magnetar.training.init_from={source} holds the weights of another model:\n  "
             f"{listed}\nuse those keys, or other weights"
         )
-    if fingerprint and trained_with and fingerprint != trained_with:
-        raise UserError(
-            f"magnetar.training.init_from={source} holds weights of another vocabulary (sha256 "
-            f"{trained_with[:12]}) than that of magnetar.data.path={config.data.path} "
-            f"({fingerprint[:12]}), so that each id is another piece: prepare the data with the "
-            "vocabulary of those weights (--tokenizer), or use other weights"
+    if fingerprint and saved.fingerprint:
+        require_vocabulary(
+            f"magnetar.training.init_from={source} holds weights of",
+            saved.fingerprint,
+            f"that of magnetar.data.path={config.data.path}",
+            fingerprint,
+            "prepare the data with the vocabulary of those weights (--tokenizer), or use other "
+            "weights",
         )
 
 
-def load_starting_weights(model: nn.Module, config: RunConfig) -> None:
-    """Give a model the weights of `training.init_from`, on every rank its own experts.
+def load_starting_weights(model: nn.Module, source: Path) -> None:
+    """Copy starting weights into a model.
+
+    Args:
+        model: Model of this rank, with the rank's own experts.
+        source: Value of training.init_from.
 
     Raises:
-        UserError: see `read_model`.
+        UserError: See `open_run`; or a file is damaged.
     """
-    assert config.training.init_from is not None
-    _, tensors = read_model(Path(config.training.init_from))
-    load_tensors(model, tensors)
+    load_tensors(model, open_run(source).state_dict())

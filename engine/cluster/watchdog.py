@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from magnetar.engine import logbook
+from magnetar.engine.cluster import logbook
 from magnetar.engine.cluster.rendezvous import another_connection
 
 STATUS = 3

@@ -1,366 +1,313 @@
 """The keys of DeepSpeed's own JSON that Magnetar supports; `refused_keys` has the others.
 
-They are models of ours, so that types are strict and each key has a description. The tests hold
-them against the installed DeepSpeed: same names, same defaults, and no key that DeepSpeed reads is
-missing from both files.
+DeepSpeed cannot be asked for them when a config is read, because importing it takes seconds and
+loads torch. So they are declared here. tests/engine/config/test_deepspeed.py compares names, types
+and defaults with the installed DeepSpeed, and finds every key that it reads and neither file has.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from magnetar.models.moe.config import StrictModel
+from magnetar.models.section import (
+    Count,
+    NonNegative,
+    Positive,
+    Share,
+    StoredModel,
+    StrictModel,
+    key,
+)
+
+EIGHT_BIT = "AdamW8bit"  # bitsandbytes' name; DeepSpeed does not know this type
 
 
 def _whole(value: Any) -> Any:
-    """5e8 is how people write sizes; JSON makes a float of it."""
+    """The whole number that a float such as 5e8 stands for; other values as they are."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Size = Annotated[int, BeforeValidator(_whole)]
-
-MAX_BATCH = 1 << 20  # sequences; a step of more would never end
-EIGHT_BIT = "AdamW8bit"  # bitsandbytes' name; the type that DeepSpeed does not know
+Elements = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+BatchSize = Annotated[int, Field(ge=1, le=1 << 20)]  # a step of more would never end
 
 
 class AdamParams(StrictModel):
-    """What `optimizer.params` may hold."""
+    """The optimizer's numbers."""
 
-    lr: float = Field(
-        gt=0,
-        description="Learning rate at the top of the schedule (`magnetar.training.lr_schedule`).",
+    lr: Positive = key(..., "Learning rate at the top of `magnetar.training.lr_schedule`.")
+    betas: tuple[Share, Share] = key((0.9, 0.999), "Decay of the running mean and square.")
+    eps: Positive = key(1e-8, "Number added to the denominator.")
+    weight_decay: NonNegative = key(0.0, "Weight decay.")
+    adam_w_mode: bool = key(
+        True, "Whether weight decay is decoupled. false: L2 penalty, only with type `Adam`."
     )
-    betas: tuple[
-        Annotated[float, Field(ge=0, lt=1)],
-        Annotated[float, Field(ge=0, lt=1)],
-    ] = Field(default=(0.9, 0.999), description="Decay of the running mean and square.")
-    eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay.")
-    adam_w_mode: bool = Field(
-        default=True,
-        description="true: decoupled weight decay. false: L2 penalty in the gradient, only with "
-        "type `Adam`.",
+    torch_adam: bool | None = key(
+        None,
+        "Implementation of types `Adam` and `AdamW`. null or true: PyTorch's fused Adam. false: "
+        "DeepSpeed's Adam, which is compiled at its first use.",
     )
-    torch_adam: bool | None = Field(
-        default=None,
-        description="Of types `Adam` and `AdamW`. null or true: PyTorch's fused Adam. false: "
-        "DeepSpeed's, which is compiled at its first use.",
-    )
-    min_8bit_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="Only with type `AdamW8bit`: elements from which on a tensor (of an expert: "
-        "its own) has moments of 8 bits; smaller ones keep float32. null: 4096, bitsandbytes' own.",
+    min_8bit_size: Count | None = key(
+        None,
+        "Fewest elements of a tensor whose moments have 8 bits; smaller ones keep float32. Each "
+        "expert counts by itself. null: 4096, as in bitsandbytes. Only with type `AdamW8bit`.",
     )
 
 
 class OptimizerConfig(StrictModel):
     """The optimizer."""
 
-    type: Literal["Adam", "AdamW", "AdamW8bit"] = Field(
-        description="`Adam` and `AdamW` decouple the weight decay unless `params.adam_w_mode` is "
-        "false. `AdamW8bit`: AdamW of the package bitsandbytes, whose moments take 2 bytes a "
+    type: Literal["Adam", "AdamW", "AdamW8bit"] = key(
+        ...,
+        "Optimizer. `Adam` and `AdamW` decouple the weight decay unless `params.adam_w_mode` is "
+        "false. `AdamW8bit` is AdamW of the package bitsandbytes: its moments take 2 bytes a "
         "parameter instead of 8 (block-wise, arXiv 2110.02861). The embeddings' moments stay in "
-        "float32, as in that paper's stable embedding; its other half, Xavier-uniform weights and "
-        "a LayerNorm, is `magnetar.model.stable_embedding`, which the paper recommends with it."
+        "float32. The paper recommends `magnetar.model.stable_embedding` with it.",
     )
-    params: AdamParams = Field(description="The optimizer's numbers.")
+    params: AdamParams = key(..., "Numbers of the optimizer.")
 
 
 class OffloadConfig(StrictModel):
     """Where the optimizer's states are and its update is computed (ZeRO-Offload)."""
 
-    device: Literal["none", "cpu"] = Field(
-        default="none",
-        description="`cpu`: in host memory, under ZeRO 1, 2 or 3. The update is PyTorch's "
-        "Adam or, with `torch_adam` false, DeepSpeed's CPU Adam.",
+    device: Literal["none", "cpu"] = key(
+        "none",
+        "Place of the optimizer's states. `cpu`: host memory, under ZeRO 1, 2 or 3. The update is "
+        "PyTorch's Adam or, with `torch_adam` false, DeepSpeed's CPU Adam.",
     )
-    pin_memory: bool = Field(
-        default=True, description="Page-locked memory: faster to copy, and never swapped out."
-    )
+    pin_memory: bool = key(True, "Whether memory is page-locked: faster to copy, never swapped.")
 
 
-class ZeroConfig(StrictModel):
+class ZeroConfig(StoredModel):
     """ZeRO: what is divided among the data-parallel ranks."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        default=0,
-        description="0: nothing is divided. 1: the optimizer's states. 2: gradients too. 3: "
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"load_from_fp32_weights": (True,)}
+
+    stage: Literal[0, 1, 2, 3] = key(
+        0,
+        "ZeRO stage. 0: nothing is divided. 1: the optimizer's states are. 2: gradients too. 3: "
         "weights too.",
     )
-    contiguous_gradients: bool = Field(
-        default=True, description="Copy gradients into one buffer as they appear."
+    contiguous_gradients: bool = key(
+        True, "Whether gradients are copied into one buffer as they appear."
     )
-    reduce_scatter: bool = Field(
-        default=True, description="Average gradients by reduce-scatter instead of all-reduce."
+    reduce_scatter: bool = key(
+        True, "Whether gradients are averaged by reduce-scatter. false: by all-reduce."
     )
-    reduce_bucket_size: Size = Field(
-        default=500_000_000, gt=0, description="Elements reduced at a time."
+    reduce_bucket_size: Size = key(500_000_000, "Elements reduced at a time.", gt=0)
+    use_multi_rank_bucket_allreduce: bool = key(
+        True, "Whether one all-reduce serves the buckets of several ranks."
     )
-    use_multi_rank_bucket_allreduce: bool = Field(
-        default=True, description="One all-reduce for the buckets of several ranks."
+    allgather_partitions: bool = key(
+        True, "Whether updated weights are collected by all-gather. false: by broadcasts."
     )
-    allgather_partitions: bool = Field(
-        default=True, description="Collect updated weights by all-gather, not by broadcasts."
+    allgather_bucket_size: Size = key(
+        500_000_000, "Elements gathered at a time.", gt=0, multiple_of=2
     )
-    allgather_bucket_size: Size = Field(
-        default=500_000_000, gt=0, multiple_of=2, description="Elements gathered at a time."
+    overlap_comm: bool | None = key(
+        None, "Whether gradients are reduced during the backward pass. null: false."
     )
-    overlap_comm: bool | None = Field(
-        default=None, description="Reduce gradients during the backward pass. null: false."
+    compute_grad_norm: bool = key(
+        True, "Whether the norm is computed; clipping and the logs need it."
     )
-    compute_grad_norm: bool = Field(
-        default=True, description="Must stay true: clipping and the logs read this norm."
+    ignore_unused_parameters: bool = key(
+        True, "Whether a parameter may lack a gradient under stage 2. false: the run stops."
     )
-    ignore_unused_parameters: bool = Field(
-        default=True, description="false: under stage 2, stop when a parameter has no gradient."
+    offload_optimizer: OffloadConfig | None = key(
+        None, "Optimizer states in host memory. null: on the device."
     )
-    load_from_fp32_weights: bool = Field(
-        default=True, description="On resuming, take master weights from their float32 copies."
+    sub_group_size: Elements = key(1_000_000_000, "Stage 3: elements of a rank updated at a time.")
+    stage3_prefetch_bucket_size: Elements = key(
+        50_000_000, "Stage 3: elements collected ahead of their use."
     )
-    offload_optimizer: OffloadConfig | None = Field(
-        default=None, description="Optimizer states in host memory. null: on the device."
+    stage3_param_persistence_threshold: Elements = key(
+        100_000, "Stage 3: most elements of a parameter that stays whole between uses."
     )
-    sub_group_size: Size = Field(
-        default=1_000_000_000,
-        ge=0,
-        description="Stage 3: elements of a rank that are updated at a time.",
+    stage3_model_persistence_threshold: Elements | None = key(
+        None, "Stage 3: most elements that stay whole. null: no limit."
     )
-    stage3_prefetch_bucket_size: Size = Field(
-        default=50_000_000, ge=0, description="Stage 3: elements collected ahead of their use."
+    stage3_max_live_parameters: Elements = key(
+        1_000_000_000, "Stage 3: most elements that a rank holds whole at a time."
     )
-    stage3_param_persistence_threshold: Size = Field(
-        default=100_000,
-        ge=0,
-        description="Stage 3: parameters of so many elements or fewer stay whole between uses.",
+    stage3_max_reuse_distance: Elements = key(
+        1_000_000_000,
+        "Stage 3: most elements between two uses of a parameter that stays whole.",
     )
-    stage3_model_persistence_threshold: Size | None = Field(
-        default=None, ge=0, description="Stage 3: most elements that stay whole. null: no limit."
+    stage3_allgather_sequential: bool = key(
+        False, "Whether stage 3 collects parameters one by one: less memory, slower."
     )
-    stage3_max_live_parameters: Size = Field(
-        default=1_000_000_000,
-        ge=0,
-        description="Stage 3: most elements that a rank holds whole at a time.",
+    stage3_use_all_reduce_for_fetch_params: bool = key(
+        False, "Whether stage 3 collects parameters by all-reduce. false: by all-gather."
     )
-    stage3_max_reuse_distance: Size = Field(
-        default=1_000_000_000,
-        ge=0,
-        description="Stage 3: a parameter that is used again within so many elements stays whole.",
+    memory_efficient_linear: bool = key(
+        True, "Whether DeepSpeed's matrix product replaces PyTorch's in stage 3."
     )
-    stage3_allgather_sequential: bool = Field(
-        default=False,
-        description="Stage 3: collect one parameter after the other: less memory, slower.",
+    log_trace_cache_warnings: bool = key(
+        False, "Whether stage 3 prints a line when modules run in an unforeseen order."
     )
-    stage3_use_all_reduce_for_fetch_params: bool = Field(
-        default=False, description="Stage 3: collect parameters by all-reduce, not by all-gather."
-    )
-    memory_efficient_linear: bool = Field(
-        default=True, description="Stage 3: DeepSpeed's matrix product in place of PyTorch's."
-    )
-    log_trace_cache_warnings: bool = Field(
-        default=False,
-        description="Stage 3: say when modules run in another order than was foreseen.",
-    )
-    parameter_alignment: bool | None = Field(
-        default=None,
-        description="Let every parameter start at a multiple of 16 bytes. null: true for a MoE "
-        "model under stage 1 or 2, else false.",
+    parameter_alignment: bool | None = key(
+        None,
+        "Whether every parameter starts at a multiple of 16 bytes. null: true for a MoE model "
+        "under stage 1 or 2, else false.",
     )
 
 
 class Bf16Config(StrictModel):
     """Weights and activations in bfloat16, master weights in float32."""
 
-    enabled: bool = Field(default=False, description="Needs ZeRO stage 1, 2 or 3.")
-    check_grad_overflow: bool = Field(
-        default=True, description="Skip a step whose gradients are not finite."
+    enabled: bool = key(False, "Whether it is on. It needs ZeRO stage 1, 2 or 3.")
+    check_grad_overflow: bool = key(
+        True, "Whether a step whose gradients are not finite is skipped."
     )
 
 
 class Fp16Config(StrictModel):
     """Weights and activations in float16, with a scaled loss."""
 
-    enabled: bool = Field(default=False, description="Needs ZeRO stage 1, 2 or 3.")
-    loss_scale: float = Field(default=0.0, ge=0, description="0: found while training.")
-    initial_scale_power: int = Field(
-        default=16, ge=0, le=127, description="The first loss scale is 2 to this power."
-    )
-    loss_scale_window: int = Field(
-        default=1000, ge=1, description="Steps without overflow before the scale doubles."
-    )
-    hysteresis: int = Field(default=2, ge=1, description="Overflows before the scale halves.")
-    consecutive_hysteresis: bool = Field(
-        default=False, description="Count only overflows in a row."
-    )
-    min_loss_scale: int = Field(default=1, ge=1, description="The scale goes no lower.")
+    enabled: bool = key(False, "Whether it is on. It needs ZeRO stage 1, 2 or 3.")
+    loss_scale: NonNegative = key(0.0, "Loss scale. 0: found while training.")
+    initial_scale_power: int = key(16, "Exponent of the first loss scale, 2^n.", ge=0, le=127)
+    loss_scale_window: Count = key(1000, "Steps without overflow before the scale doubles.")
+    hysteresis: Count = key(2, "Overflows before the scale halves.")
+    consecutive_hysteresis: bool = key(False, "Whether only overflows in a row count.")
+    min_loss_scale: Count = key(1, "Smallest scale.")
 
 
 class DataTypesConfig(StrictModel):
     """Data types beyond bf16 and fp16."""
 
-    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
-        default=None,
-        description="Type in which gradients accumulate. null: the type of the weights.",
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = key(
+        None, "Type in which gradients accumulate. null: the type of the weights."
     )
 
 
-class TensorBoardConfig(StrictModel):
+class _FileMonitor(StrictModel):
+    enabled: bool = key(False, "Whether metrics are written.")
+    output_path: str = key("", "Folder. Empty: one in the run's folder.")
+    job_name: str = key("DeepSpeedJobName", "Subfolder of output_path.")
+
+
+class TensorBoardConfig(_FileMonitor):
     """TensorBoard."""
 
-    enabled: bool = Field(default=False, description="Write event files.")
-    output_path: str = Field(default="", description="Empty: a folder in the run's folder.")
-    job_name: str = Field(default="DeepSpeedJobName", description="Subfolder of output_path.")
 
-
-class CsvConfig(StrictModel):
+class CsvConfig(_FileMonitor):
     """CSV files, one for each metric."""
-
-    enabled: bool = Field(default=False, description="Write CSV files.")
-    output_path: str = Field(default="", description="Empty: a folder in the run's folder.")
-    job_name: str = Field(default="DeepSpeedJobName", description="Subfolder of output_path.")
 
 
 class WandbConfig(StrictModel):
     """Weights & Biases (its package must be installed)."""
 
-    enabled: bool = Field(default=False, description="Send metrics.")
-    group: str | None = Field(default=None, description="Group of runs.")
-    team: str | None = Field(default=None, description="Team.")
-    project: str = Field(default="deepspeed", description="Project.")
+    enabled: bool = key(False, "Whether metrics are sent.")
+    group: str | None = key(None, "Group of runs.")
+    team: str | None = key(None, "Team.")
+    project: str = key("deepspeed", "Project.")
 
 
 class CometConfig(StrictModel):
     """Comet (its package must be installed)."""
 
-    enabled: bool = Field(default=False, description="Send metrics.")
-    samples_log_interval: int = Field(
-        default=100, ge=1, description="Samples between two submissions."
-    )
-    project: str | None = Field(default=None, description="Project.")
-    workspace: str | None = Field(default=None, description="Workspace.")
-    experiment_name: str | None = Field(default=None, description="Name of the experiment.")
-    experiment_key: str | None = Field(default=None, description="Key of the experiment.")
-    online: bool | None = Field(default=None, description="false: keep the data on disk.")
-    mode: Literal["get", "create", "get_or_create"] | None = Field(
-        default=None, description="How the experiment is opened."
+    enabled: bool = key(False, "Whether metrics are sent.")
+    samples_log_interval: Count = key(100, "Samples between two submissions.")
+    project: str | None = key(None, "Project.")
+    workspace: str | None = key(None, "Workspace.")
+    experiment_name: str | None = key(None, "Name of the experiment.")
+    experiment_key: str | None = key(None, "Key of the experiment.")
+    online: bool | None = key(None, "Whether data are sent. false: they stay on disk.")
+    mode: Literal["get", "create", "get_or_create"] | None = key(
+        None, "Whether the experiment is an old one, a new one or either. null: Comet's default."
     )
 
 
 class CommsLoggerConfig(StrictModel):
     """Times of the collective operations."""
 
-    enabled: bool = Field(default=False, description="Record them.")
-    prof_all: bool = Field(default=True, description="Every operation, not only prof_ops.")
-    prof_ops: list[str] = Field(default=[], description="Names of the operations to record.")
-    verbose: bool = Field(default=False, description="Print each one.")
-    debug: bool = Field(default=False, description="Name the calling function too.")
+    enabled: bool = key(False, "Whether they are recorded.")
+    prof_all: bool = key(True, "Whether every operation is recorded. false: those in prof_ops.")
+    prof_ops: list[str] = key([], "Names of the operations to record.")
+    verbose: bool = key(False, "Whether each one is printed.")
+    debug: bool = key(False, "Whether the calling function is named too.")
 
 
 class FlopsProfilerConfig(StrictModel):
     """DeepSpeed's profile of one training step."""
 
-    enabled: bool = Field(default=False, description="Profile a step.")
-    recompute_fwd_factor: float = Field(
-        default=0.0, ge=0, description="Share of the forward pass that is computed again."
-    )
-    profile_step: int = Field(default=1, ge=1, description="Which step.")
-    module_depth: int = Field(default=-1, ge=-1, description="Depth shown. -1: all.")
-    top_modules: int = Field(default=1, ge=1, description="Modules shown at each depth.")
-    detailed: bool = Field(default=True, description="Print the whole tree.")
-    output_file: str | None = Field(default=None, description="null: standard output.")
+    enabled: bool = key(False, "Whether a step is profiled.")
+    recompute_fwd_factor: NonNegative = key(0.0, "Share of the forward pass that is recomputed.")
+    profile_step: Count = key(1, "Number of the step.")
+    module_depth: int = key(-1, "Depth shown. -1: all.", ge=-1)
+    top_modules: Count = key(1, "Modules shown at each depth.")
+    detailed: bool = key(True, "Whether the whole tree is printed.")
+    output_file: str | None = key(None, "File for the profile. null: standard output.")
 
 
 class ThroughputTimerConfig(StrictModel):
     """DeepSpeed's throughput timer."""
 
-    enabled: bool = Field(default=True, description="Measure.")
-    synchronized: bool = Field(
-        default=True, description="Wait for the device first: exact, and a little slower."
+    enabled: bool = key(True, "Whether it measures.")
+    synchronized: bool = key(
+        True, "Whether it waits for the device first: exact, and a little slower."
     )
 
 
 class TimersConfig(StrictModel):
     """Timers."""
 
-    throughput: ThroughputTimerConfig = Field(
-        default=ThroughputTimerConfig(), description="The throughput timer."
-    )
+    throughput: ThroughputTimerConfig = key(ThroughputTimerConfig(), "Throughput timer.")
 
 
 class ActivationCheckpointingConfig(StrictModel):
     """Activation checkpointing; `magnetar.training.activation_checkpointing` switches it on."""
 
-    synchronize_checkpoint_boundary: bool = Field(
-        default=False, description="Wait for the device before and after each layer."
+    synchronize_checkpoint_boundary: bool = key(
+        False, "Whether each layer waits for the device before and after it."
     )
-    profile: bool = Field(default=False, description="Print the time of each layer.")
-
-
-class CheckpointConfig(StrictModel):
-    """Checkpoints."""
-
-    tag_validation: Literal["Ignore", "Warn", "Fail"] = Field(
-        default="Warn", description="What happens when ranks disagree on a checkpoint's name."
-    )
+    profile: bool = key(False, "Whether the time of each layer is printed.")
 
 
 class DeepSpeedKeys(StrictModel):
     """DeepSpeed's top-level keys."""
 
-    train_batch_size: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_BATCH,
-        description="Sequences in one optimizer step, over all ranks. It equals "
-        "train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks; leave out "
-        "whichever should follow from the others.",
+    train_batch_size: BatchSize | None = key(
+        None,
+        "Sequences in one optimizer step, over all ranks: train_micro_batch_size_per_gpu * "
+        "gradient_accumulation_steps * ranks. Leave out whichever should follow from the others.",
     )
-    train_micro_batch_size_per_gpu: int | None = Field(
-        default=None, ge=1, le=MAX_BATCH, description="Sequences in one forward pass of one rank."
+    train_micro_batch_size_per_gpu: BatchSize | None = key(
+        None, "Sequences in one forward pass of one rank."
     )
-    gradient_accumulation_steps: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_BATCH,
-        description="Forward passes of a rank in one optimizer step.",
+    gradient_accumulation_steps: BatchSize | None = key(
+        None, "Forward passes of a rank in one optimizer step."
     )
-    optimizer: OptimizerConfig = Field(description="The optimizer.")
-    gradient_clipping: float = Field(
-        default=0.0,
-        ge=0,
+    optimizer: OptimizerConfig = key(..., "Optimizer.")
+    gradient_clipping: NonNegative = key(
+        0.0,
+        "Threshold of the gradient norm, SparseClip's xi; required unless "
+        "`magnetar.sparse_clip.enabled` is false. 0: no clipping (DeepSpeed alone would clip at "
+        "1.0 when the key is absent).",
         le=1e30,
-        description="Threshold of the gradient norm, SparseClip's xi; needed unless "
-        "`magnetar.sparse_clip.enabled` is false. 0: no clipping (DeepSpeed alone would "
-        "clip at 1.0 when the key is absent).",
     )
-    zero_optimization: ZeroConfig = Field(default=ZeroConfig(), description="ZeRO.")
-    bf16: Bf16Config | None = Field(default=None, description="Training in bfloat16.")
-    fp16: Fp16Config | None = Field(default=None, description="Training in float16.")
-    data_types: DataTypesConfig | None = Field(default=None, description="Other data types.")
-    tensorboard: TensorBoardConfig | None = Field(default=None, description="TensorBoard.")
-    csv_monitor: CsvConfig | None = Field(default=None, description="CSV files.")
-    wandb: WandbConfig | None = Field(default=None, description="Weights & Biases.")
-    comet: CometConfig | None = Field(default=None, description="Comet.")
-    steps_per_print: int | None = Field(
-        default=None, ge=1, description="Steps between DeepSpeed's own lines. null: none."
+    zero_optimization: ZeroConfig = key(ZeroConfig(), "ZeRO.")
+    bf16: Bf16Config | None = key(None, "Training in bfloat16.")
+    fp16: Fp16Config | None = key(None, "Training in float16.")
+    data_types: DataTypesConfig | None = key(None, "Other data types.")
+    tensorboard: TensorBoardConfig | None = key(None, "TensorBoard.")
+    csv_monitor: CsvConfig | None = key(None, "CSV files.")
+    wandb: WandbConfig | None = key(None, "Weights & Biases.")
+    comet: CometConfig | None = key(None, "Comet.")
+    steps_per_print: Count | None = key(None, "Steps between DeepSpeed's own lines. null: none.")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = key(
+        None, "DeepSpeed's log level."
     )
-    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = Field(
-        default=None, description="DeepSpeed's log level."
+    wall_clock_breakdown: bool = key(
+        False, "Whether the time of forward, backward and step is printed."
     )
-    wall_clock_breakdown: bool = Field(
-        default=False, description="Print the time of forward, backward and step."
-    )
-    memory_breakdown: bool = Field(default=False, description="Print memory use at start-up.")
-    dump_state: bool = Field(default=False, description="Print the engine's state at start-up.")
-    disable_python_gc: bool = Field(
-        default=False, description="Turn Python's garbage collector off while training."
-    )
-    flops_profiler: FlopsProfilerConfig | None = Field(default=None, description="A profile.")
-    comms_logger: CommsLoggerConfig | None = Field(
-        default=None, description="Times of collective operations."
-    )
-    timers: TimersConfig | None = Field(default=None, description="Timers.")
-    checkpoint: CheckpointConfig | None = Field(default=None, description="Checkpoints.")
-    activation_checkpointing: ActivationCheckpointingConfig | None = Field(
-        default=None, description="How activation checkpointing is done."
+    memory_breakdown: bool = key(False, "Whether memory use is printed at start-up.")
+    dump_state: bool = key(False, "Whether the engine's state is printed at start-up.")
+    disable_python_gc: bool = key(False, "Whether Python's garbage collector is off in training.")
+    flops_profiler: FlopsProfilerConfig | None = key(None, "Profile of one step.")
+    comms_logger: CommsLoggerConfig | None = key(None, "Times of collective operations.")
+    timers: TimersConfig | None = key(None, "Timers.")
+    activation_checkpointing: ActivationCheckpointingConfig | None = key(
+        None, "Details of activation checkpointing."
     )

@@ -1,20 +1,17 @@
-"""What is wrong with a section, in words: key path, value, rule, way out."""
+"""Reading a config's JSON, and the messages about it: key path, value, rule, way out."""
 
 import difflib
-import functools
 import json
 import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from magnetar.data.errors import UserError
 from magnetar.engine.config.refused_keys import REFUSED, VALUE_REASONS
-from magnetar.models.moe.config import MAX_EXPERTS
 
 _HINTS = {
     "}": "is the comma before it one too many?",
@@ -30,7 +27,7 @@ _HINTS = {
 }
 
 
-MAX_DEPTH = 50  # of objects and lists in each other; a config needs 5
+MAX_DEPTH = 50  # levels of objects and lists; a config needs 5
 
 
 class _TooDeepError(ValueError):
@@ -53,25 +50,28 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def joined(path: str, key: str) -> str:
+    """`path.key`, or the key alone at the top level."""
+    return f"{path}.{key}" if path else key
+
+
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON: write a number")
 
 
 def _plain(value: Any, path: str, repeated: list[str], depth: int = 0) -> Any:
-    """The value with dicts for objects; keys given twice are added to `repeated`."""
+    """The value with dicts for objects; a line for each key given twice is added to `repeated`."""
     if depth > MAX_DEPTH:
         raise _TooDeepError
     if isinstance(value, _Pairs):
         members: dict[str, list[Any]] = {}
         for key, member in value:
-            members.setdefault(key, []).append(
-                _plain(member, f"{path}.{key}" if path else key, repeated, depth + 1)
-            )
+            inner = _plain(member, joined(path, key), repeated, depth + 1)
+            members.setdefault(key, []).append(inner)
         for key, given in members.items():
             if len(given) > 1:
-                full = f"{path}.{key}" if path else key
-                values = ", then ".join(shown(v) for v in given)
-                repeated.append(f"{full} is given {len(given)} times ({values}): keep one of them")
+                words = f"is given {len(given)} times ({', then '.join(map(shown, given))})"
+                repeated.append(f"{joined(path, key)} {words}: keep one of them")
         return {key: given[-1] for key, given in members.items()}
     if isinstance(value, list):
         return [_plain(v, f"{path}[{i}]", repeated, depth + 1) for i, v in enumerate(value)]
@@ -132,83 +132,84 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], list[str]]:
     return value, repeated
 
 
-def _parse_override(text: str) -> tuple[str, Any, list[str]]:
-    """The path, the value, and complaints of one `path=value`."""
-    path, equals, value_text = text.partition("=")
-    path = path.strip()
-    if not equals or not path or not all(path.split(".")):
-        example = "--set magnetar.model.num_layers=4"
-        return path, None, [f"--set {text!r} is not path=value: write it like {example}"]
-    try:
-        value, repeated = parse_json(value_text, path)
-    except _TooDeepError as error:
-        return path, None, [f"--set {path}: {error}"]
-    except ValueError:
-        return path, value_text, []
-    return path, value, repeated
-
-
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sets each `path=value` in `raw`; returns their paths, and a line for each that is wrong."""
+    """The path of each `path=value`, which is set in `raw`, and a line for each that is wrong."""
     paths: list[str] = []
     complaints: list[str] = []
     for text in overrides:
-        path, value, wrong = _parse_override(text)
-        if not wrong and path in paths:
-            wrong = [f"--set {path} is given twice: keep one of them"]
-        if not wrong:
-            wrong = _set(raw, path, value, text)
-        complaints += wrong
+        path, equals, written = text.partition("=")
+        path = path.strip()
+        try:
+            if not equals or not all(path.split(".")):
+                example = "--set magnetar.model.num_layers=4"
+                raise UserError(f"--set {text!r} is not path=value: write it like {example}")
+            if path in paths:
+                raise UserError(f"--set {path} is given twice: keep one of them")
+            _set(raw, path, _override_value(path, written), text)
+        except UserError as error:
+            complaints += str(error).split("\n")
         paths.append(path)
     return paths, complaints
 
 
-def _set(raw: dict[str, Any], path: str, value: Any, text: str) -> list[str]:
-    """Sets one value, creating objects on the way; a line when something else is in the way."""
+def _override_value(path: str, written: str) -> Any:
+    try:
+        value, repeated = parse_json(written, path)
+    except _TooDeepError as error:
+        raise UserError(f"--set {path}: {error}") from None
+    except ValueError:  # not JSON: a text without quotes
+        return written
+    if repeated:
+        raise UserError("\n".join(repeated))
+    return value
+
+
+def _set(raw: dict[str, Any], path: str, value: Any, text: str) -> None:
     *parents, last = path.split(".")
     here = raw
-    for depth, key in enumerate(parents):
+    for depth, key in enumerate(parents, start=1):
         if here.get(key) is None:
             here[key] = {}
         if not isinstance(here[key], dict):
-            so_far = ".".join(parents[: depth + 1])
-            return [
-                f"--set {text}: {so_far}={shown(here[key])} is not an object: "
-                f"set {so_far} as a whole"
-            ]
+            so_far = ".".join(parents[:depth])
+            raise UserError(
+                f"--set {text}: {so_far}={shown(here[key])} is not an object: set {so_far} as a "
+                "whole"
+            )
         here = here[key]
     here[last] = value
-    return []
 
 
 class Problem(NamedTuple):
-    """One line for the user, and the key path it is about (for the `--set` it came from)."""
+    """One message for the user.
+
+    Attributes:
+        path: the key that the message is about; it tells which `--set` gave the value.
+        text: the whole message.
+    """
 
     path: str
     text: str
 
 
-def joined(path: str, key: str) -> str:
-    """`path.key`, or the key alone at the top level."""
-    return f"{path}.{key}" if path else key
+def problem(path: str, value: Any, words: str) -> Problem:
+    """A message that begins with a key and its value."""
+    return Problem(path, f"{path}={shown(value)} {words}")
 
 
 def strange_texts(value: Any, path: str = "") -> list[Problem]:
-    """Texts with what neither a file's name nor a file can hold."""
+    """Texts that cannot be written to a file or be the name of one."""
     if isinstance(value, str):
         is_strange = "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)
         words = "has a NUL or half a character in it: write it anew"
         return [Problem(path, f"{path}={json.dumps(value)[:60]} {words}")] if is_strange else []
+    inner: list[tuple[Any, str]] = []
     if isinstance(value, dict):
-        keys = [
-            Problem(path, problem.text) for key in value for problem in strange_texts(key, path)
-        ]
-        inner = [strange_texts(each, joined(path, str(key))) for key, each in value.items()]
-        return keys + [problem for found in inner for problem in found]
-    if isinstance(value, list):
-        inner = [strange_texts(each, f"{path}[{i}]") for i, each in enumerate(value)]
-        return [problem for found in inner for problem in found]
-    return []
+        inner = [(key, path) for key in value]
+        inner += [(member, joined(path, key)) for key, member in value.items()]
+    elif isinstance(value, list):
+        inner = [(member, f"{path}[{i}]") for i, member in enumerate(value)]
+    return [found for member, where in inner for found in strange_texts(member, where)]
 
 
 def without_none(annotation: Any) -> Any:
@@ -225,47 +226,6 @@ def section_model(annotation: Any) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def expected(field: FieldInfo) -> str:
-    """The values that a key takes: `a whole number, at least 1`."""
-    annotation = without_none(field.annotation)
-    others = [a for a in get_args(field.annotation) if get_origin(a) is list]
-    if others and get_origin(annotation) is not list:  # `moe.num_experts`
-        return f"a whole number, at least 1, at most {MAX_EXPERTS}, or a list of such numbers"
-    limits = list(field.metadata)
-    if get_origin(annotation) is Annotated:
-        annotation, *about = get_args(annotation)
-        limits += [limit for a in about if isinstance(a, FieldInfo) for limit in a.metadata]
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    if annotation in words:
-        text = words[annotation]
-    elif get_origin(annotation) is Literal:
-        choices = get_args(annotation)
-        text = "one of " * (len(choices) > 1) + ", ".join(shown(v) for v in choices)
-    elif get_origin(annotation) is tuple:
-        text = f"a list of {len(get_args(annotation))} numbers, each at least 0 and less than 1"
-    elif get_origin(annotation) is list:
-        text = "a list of texts"
-    else:
-        text = "an object, { ... }"
-    for limit in limits:
-        for kind, attribute, phrase in (
-            (Ge, "ge", "at least"),
-            (Gt, "gt", "more than"),
-            (Le, "le", "at most"),
-            (Lt, "lt", "less than"),
-        ):
-            if isinstance(limit, kind):
-                text += f", {phrase} {getattr(limit, attribute)}"
-        if isinstance(limit, MinLen):
-            text += ", not empty"
-        if isinstance(limit, MultipleOf):
-            text += f", a multiple of {limit.multiple_of}"
-    for other in get_args(field.annotation)[1:]:
-        if get_origin(other) is Literal:  # `training.save_every`
-            text += "".join(f", or {shown(v)}" for v in get_args(other))
-    return text + (" (or null)" if annotation is not field.annotation else "")
-
-
 def key_paths(model: type[BaseModel], path: str = "") -> list[str]:
     """The path of every key below a model, sections included."""
     paths = []
@@ -276,109 +236,113 @@ def key_paths(model: type[BaseModel], path: str = "") -> list[str]:
     return paths
 
 
-def unknown_key(path: str, value: Any, names: list[str], elsewhere: list[str]) -> Problem:
-    """Refuses a key, with the reason where DeepSpeed knows it, else with the nearest name."""
-    parent, _, name = path.rpartition(".")
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a text",
+}
+_LIMITS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "more than",
+    "maximum": "at most",
+    "exclusiveMaximum": "less than",
+    "multipleOf": "a multiple of",
+}
+
+
+def _in_words(schema: dict[str, Any]) -> str:
+    """The values that a JSON Schema allows."""
+    if "anyOf" in schema:
+        kinds = [kind for kind in schema["anyOf"] if kind != {"type": "null"}]
+        has_null = len(kinds) < len(schema["anyOf"])
+        words = [_in_words(kind) for kind in kinds]
+        if {"type": "array", "items": kinds[0]} in kinds:
+            words = [words[0], "a list of such numbers"]
+        return ", or ".join(words) + " (or null)" * has_null
+    if "enum" in schema:
+        return "one of " + ", ".join(map(shown, schema["enum"]))
+    if "const" in schema:
+        return shown(schema["const"])
+    if "prefixItems" in schema:
+        each = _in_words(schema["prefixItems"][0]).removeprefix("a number, ").replace(",", " and")
+        return f"a list of {len(schema['prefixItems'])} numbers, each {each}"
+    if schema.get("type") == "array":
+        return "a list of texts"
+    if schema.get("type") not in _TYPES:
+        return "an object, { ... }"
+    limits = [f", {words} {schema[name]}" for name, words in _LIMITS.items() if name in schema]
+    return _TYPES[schema["type"]] + "".join(limits) + ", not empty" * ("minLength" in schema)
+
+
+def expected(field: FieldInfo) -> str:
+    """The values that a key takes, such as `a whole number, at least 1`."""
+    annotation: Any = Annotated[field.annotation, field]
+    return _in_words(TypeAdapter(annotation).json_schema())
+
+
+def _unknown_key(path: str, value: Any, names: list[str], every_path: list[str]) -> Problem:
+    """A key that no section has, with the reason for refusing it or the nearest name.
+
+    Args:
+        path: the key.
+        value: its value.
+        names: the known keys of the same section.
+        every_path: the paths of all known keys.
+    """
     if path in REFUSED:
-        return Problem(path, f"{path}={shown(value)} is refused: {REFUSED[path]}")
+        return problem(path, value, f"is refused: {REFUSED[path]}")
+    parent, _, name = path.rpartition(".")
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    moved = [p for p in elsewhere if p.rpartition(".")[2] == name]
+    moved = [each for each in every_path if each.rpartition(".")[2] == name]
     if len(moved) == 1:
         hint = f"did you mean {moved[0]}?"
     elif near:
         hint = f"did you mean {joined(parent, near[0])}?"
     else:
         hint = f"the keys there are {', '.join(names)}"
-    return Problem(path, f"{path}={shown(value)} is not a known key: {hint}")
+    return problem(path, value, f"is not a known key: {hint}")
 
 
-def _field_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, FieldInfo | None]:
-    """The dotted path below the model, and the field that it ends in."""
-    path, field = "", None
-    here: type[BaseModel] | None = model
-    for step in loc:
-        if isinstance(step, int):
-            path += f"[{step}]"
-            continue
-        path = joined(path, step)
-        field = here.model_fields.get(step) if here else None
-        here = section_model(field.annotation) if field else None
-    return path, field
-
-
-def wrong_value(path: str, value: Any, field: FieldInfo) -> Problem:
-    """Says what a key takes, and the nearest name where it takes names."""
+def _wrong_value(path: str, value: Any, field: FieldInfo) -> Problem:
+    """A value that its key does not take, with the nearest one if it is a name."""
     hint = ""
-    annotation = without_none(field.annotation)
-    if get_origin(annotation) is Literal and isinstance(value, str):
-        names = {str(v).lower(): v for v in get_args(annotation)}
+    kind = without_none(field.annotation)
+    if get_origin(kind) is Literal and isinstance(value, str):
+        names = {str(choice).lower(): choice for choice in get_args(kind)}
         if near := difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.6):
             hint = f"did you mean {shown(names[near[0]])}? "
     about = VALUE_REASONS.get(path) or field.description or ""
-    return Problem(path, f"{path}={shown(value)} must be {expected(field)}: {hint}{about}")
+    return problem(path, value, f"must be {expected(field)}: {hint}{about}")
 
 
-def missing_key(path: str, field: FieldInfo) -> Problem:
-    """Says that a required key is absent, and what to write."""
-    return Problem(path, f"{path} is missing: add {expected(field)}. {field.description}")
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """What pydantic refused, as messages for the user: the one place that translates its errors.
 
-
-def _from_error(
-    model: type[BaseModel], path: str, error: Any, elsewhere: list[str]
-) -> list[Problem]:
-    """The problems that one pydantic error stands for."""
-    below, field = _field_at(model, error["loc"])
-    full = joined(path, below) if below else path
-    if error["type"] == "extra_forbidden":
-        parent: type[BaseModel] | None = model
-        for step in error["loc"][:-1]:
-            found = parent.model_fields.get(str(step)) if parent else None
-            parent = section_model(found.annotation) if found else None
-        names = list(parent.model_fields) if parent else []
-        return [unknown_key(full, error["input"], names, elsewhere)]
-    if error["type"] == "missing" and field is not None:
-        return [missing_key(full, field)]
-    if error["type"] == "value_error":
-        lines = [joined(full, line) for line in str(error["ctx"]["error"]).split("\n")]
-        return [Problem(line.partition("=")[0], line) for line in lines]
-    if field is None:
-        return [Problem(full, f"{full}={shown(error['input'])} must be an object, {{ ... }}")]
-    return [wrong_value(full, error["input"], field)]
-
-
-@functools.cache
-def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[Any]:
-    """The check of one key of a model."""
-    field = model.model_fields[name]
-    strict = None if section_model(field.annotation) else ConfigDict(**model.model_config)
-    return TypeAdapter(Annotated[field.annotation, field], config=strict)  # type: ignore[arg-type]
-
-
-def check_keys(
-    model: type[BaseModel], raw: dict[str, Any], path: str, elsewhere: list[str]
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Each key by itself: the values that are right, defaults included, and what is wrong."""
-    right: dict[str, Any] = {}
+    Args:
+        error: pydantic's error about a whole file.
+        model: the model that refused the file.
+    """
     problems: list[Problem] = []
-    for key in raw:
-        if key not in model.model_fields:
-            names = list(model.model_fields)
-            problems.append(unknown_key(joined(path, key), raw[key], names, elsewhere))
-    for key, field in model.model_fields.items():
-        if key not in raw:
-            if field.is_required():
-                problems.append(missing_key(joined(path, key), field))
-            else:
-                right[key] = field.get_default(call_default_factory=True)
-            continue
-        try:
-            right[key] = _adapter(model, key).validate_json(json.dumps(raw[key]))
-        except ValidationError as error:
-            below = section_model(field.annotation)
-            for each in error.errors(include_url=False):
-                if below is None or (not each["loc"] and each["type"] != "value_error"):
-                    suffix = "".join(f"[{i}]" for i in each["loc"])
-                    problems.append(wrong_value(joined(path, key) + suffix, each["input"], field))
-                else:
-                    problems += _from_error(below, joined(path, key), each, elsewhere)
-    return right, problems
+    for each in error.errors(include_url=False):
+        path, names, field = "", list[str](), None
+        here: type[BaseModel] | None = model
+        for step in each["loc"]:
+            if isinstance(step, int):  # a place in a list
+                path += f"[{step}]"
+                continue
+            path = joined(path, step)
+            names = list(here.model_fields) if here else []
+            field = here.model_fields.get(step) if here else None
+            here = section_model(field.annotation) if field else None
+        if field is None:
+            problems.append(_unknown_key(path, each["input"], names, key_paths(model)))
+        elif each["type"] == "missing":
+            words = f"{path} is missing: add {expected(field)}. {field.description}"
+            problems.append(Problem(path, words))
+        elif each["type"] == "value_error":  # rules of a section, a line each
+            lines = [joined(path, line) for line in str(each["ctx"]["error"]).split("\n")]
+            problems += [Problem(line.partition("=")[0], line) for line in lines]
+        else:
+            problems.append(_wrong_value(path, each["input"], field))
+    return problems

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from magnetar.data.errors import MachineError, UserError
+from magnetar.data.loader import open_folder
 from magnetar.engine.cluster.hosts import address_of, chosen_slots, read_hostfile
 from magnetar.engine.config.batch_sizes import MICRO
 from magnetar.engine.config.deepspeed import EIGHT_BIT
@@ -19,7 +20,6 @@ from magnetar.engine.doctor.checks import Finding, Wanted, findings
 from magnetar.engine.doctor.ssh_probe import Answer, Node, ask
 from magnetar.engine.memory_planner import parameters_of
 from magnetar.engine.optim.adam import uses_torchs_adam
-from magnetar.engine.run_data import open_run_data
 
 _SECONDS = 120.0  # time limit of the measurement
 _VOCAB_SIZE = 50_000  # a usual size, if the data is not on this machine
@@ -184,7 +184,8 @@ def _wanted(config: RunConfig | None, options: Options, address: str) -> tuple[W
     vocab_size = config.model.vocab_size
     if vocab_size is None:
         try:
-            vocab_size = open_run_data(config).vocab_size
+            folder, holds_pairs = Path(config.data.path), config.data.pairs is not None
+            vocab_size = open_folder(folder, holds_pairs).vocab_size
         except UserError:  # the data may be on other machines only, which are asked for it
             vocab_size = _VOCAB_SIZE
     model = config.model.model_copy(update={"vocab_size": vocab_size})

@@ -1,10 +1,10 @@
-"""How an optimizer's parameters are grouped, and AdamW with 8-bit states, from bitsandbytes.
+"""Parameter groups of the optimizer, and AdamW with 8-bit states from bitsandbytes.
 
-The two moments of AdamW8bit are one byte an element each (arXiv 2110.02861): blocks of 256 elements
-share a float32 scale, and a byte stands for one of 256 numbers in [-1, 1] (the code book). Which
-tensors keep float32 moments follows from the model alone, not from the layout: the embeddings, as
-in the paper, and tensors of fewer than `min_8bit_size` elements. Where the blocks begin does follow
-from the layout, since they are cut from a rank's flat partition.
+Each of the two moments of AdamW8bit takes one byte per element (arXiv 2110.02861). Blocks of 256
+elements share a float32 scale, and a byte stands for one of 256 numbers in [-1, 1] (the code book).
+Embeddings, as in the paper, and tensors of fewer than `min_8bit_size` elements keep float32
+moments. That depends on the model only. The borders of the blocks depend on the layout as well,
+since blocks are cut from a rank's flat partition.
 """
 
 import logging
@@ -24,8 +24,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 PACKAGE = "bitsandbytes"
 VERSION = "0.50.2"
 MIN_8BIT_SIZE = 4096
-BLOCK = 256  # bitsandbytes': its kernels are compiled for it
-_MAX_NUMEL = 2**31 - 1  # the kernels count in 32 bits
+BLOCK = 256  # elements that share a scale; bitsandbytes' kernels are compiled for it
+_MAX_NUMEL = 2**31 - 1  # the kernels index with 32 bits
 _MAX_GROUP_NUMEL = 2**30  # 4 GiB of float32 gradients
 _CHUNK = BLOCK * 2**14  # elements converted at a time
 
@@ -37,7 +37,7 @@ def require_optimizer_package(deepspeed: dict[str, Any]) -> None:
         deepspeed: DeepSpeed's sections.
 
     Raises:
-        UserError: naming the package.
+        UserError: the package is missing.
     """
     if deepspeed["optimizer"]["type"] == EIGHT_BIT and find_spec(PACKAGE) is None:
         what = f'optimizer.type="{EIGHT_BIT}"'
@@ -45,11 +45,11 @@ def require_optimizer_package(deepspeed: dict[str, Any]) -> None:
 
 
 def small_groups(param_groups: Iterable[dict]) -> list[dict]:
-    """The parameter groups, divided so that what an update copies of one is small.
+    """The parameter groups, divided so that an update copies little memory at a time.
 
-    ZeRO 1 and 2 copy a group's weights to lay them out one behind the other, and its gradients
-    to float32 in each update. A group of one tensor is laid out already. Parameters keep their
-    order; one that is larger than a group may be is a group by itself.
+    In each update ZeRO 1 and 2 copy a group's weights, to lay them out one behind the other, and
+    its gradients to float32. A group of one tensor is laid out already. Parameters keep their
+    order, and one that is too large for a group forms a group by itself.
     """
     divided = []
     for group in param_groups:
@@ -66,7 +66,7 @@ def small_groups(param_groups: Iterable[dict]) -> list[dict]:
 
 
 def takes_8_bits(tensor_numel: int, is_embedding: bool, min_8bit_size: int) -> bool:
-    """Whether a tensor's moments have 8 bits; of an expert, `tensor_numel` is its own."""
+    """Whether a tensor's moments have 8 bits; each expert's tensor counts by itself."""
     return not is_embedding and tensor_numel >= min_8bit_size
 
 
@@ -76,14 +76,14 @@ def groups_by_bits(
     """The parameter groups, each divided into one of 8-bit and one of 32-bit moments.
 
     Args:
-        model: whose parameters still have their shapes.
-        param_groups: of all that trains.
-        min_8bit_size: elements from which on a tensor's moments have 8 bits.
+        model: the model, with parameters that still have their shapes.
+        param_groups: the groups of all parameters that train.
+        min_8bit_size: number of elements from which on a tensor's moments have 8 bits.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
     def bits(parameter: Any) -> int:
-        # An expert's tensors are stacked: the first dimension is not the thing's own.
+        # Experts' tensors are stacked, so their first dimension counts experts.
         is_stacked = hasattr(parameter, "group_name")
         numel = parameter[0].numel() if is_stacked else parameter.numel()
         return 8 if takes_8_bits(numel, id(parameter) in embeddings, min_8bit_size) else 32
@@ -103,31 +103,31 @@ def uses_torchs_adam(optimizer: dict[str, Any]) -> bool:
 
 
 def fuse_torchs_adam(deepspeed: dict[str, Any]) -> None:
-    """Have PyTorch's Adam, where it is not declined, update in one pass over the memory.
+    """Make PyTorch's Adam, if it is used, update in one pass over the memory.
 
     Args:
-        deepspeed: DeepSpeed's sections, to whose optimizer PyTorch's own key is added.
+        deepspeed: DeepSpeed's sections; PyTorch's own key is added to the optimizer's.
     """
     if uses_torchs_adam(deepspeed["optimizer"]):
         deepspeed["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
 
 
 def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], Any] | None:
-    """What makes the optimizer from parameter groups, where DeepSpeed does not know its type.
+    """A function from parameter groups to the optimizer, if DeepSpeed does not know its type.
 
     Args:
-        deepspeed: DeepSpeed's sections, from which the optimizer's is taken out.
+        deepspeed: DeepSpeed's sections; the optimizer's is removed from them.
     """
     section = deepspeed["optimizer"]
     if section["type"] != EIGHT_BIT:
         return None
-    # On import it says that a 4-bit kernel is missing on this CPU, which nothing here uses.
+    # On import bitsandbytes warns of a missing 4-bit kernel for this CPU, which we do not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from magnetar.engine.optim.adam_8bit import BlockwiseAdamW
 
     del deepspeed["optimizer"]
     deepspeed["zero_allow_untested_optimizer"] = True
-    # It warns all the same of an optimizer that it has not tested. Magnetar has.
+    # DeepSpeed still warns of an optimizer that it has not tested. Magnetar's tests have.
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "untested optimizer" not in record.getMessage()
     )
@@ -143,7 +143,7 @@ def check_lengths(keys: Iterable[Tensor]) -> None:
         keys: the tensors that the optimizer updates.
 
     Raises:
-        UserError: naming the length.
+        UserError: a tensor is too long.
     """
     longest = max((tensor.numel() for tensor in keys), default=0)
     if longest > _MAX_NUMEL:
@@ -159,10 +159,10 @@ class EightBitMoment(NamedTuple):
     """A stretch of a moment that is stored in 8 bits.
 
     Attributes:
-        codes: (n,) uint8, of the whole partition.
-        scales: (ceil(n / 256),) float32, of its blocks.
+        codes: (n,) uint8, codes of the whole partition.
+        scales: (ceil(n / 256),) float32, scales of its blocks.
         code_book: (256,) float32, ascending.
-        start, stop: the stretch.
+        start, stop: first element of the stretch, and the one after its last.
     """
 
     codes: Tensor
@@ -176,12 +176,12 @@ class EightBitMoment(NamedTuple):
         return self.stop - self.start
 
     def narrow(self, _dim: int, start: int, length: int) -> "EightBitMoment":
-        """A part of the stretch, as Tensor.narrow."""
+        """A part of the stretch, like Tensor.narrow."""
         begin = self.start + start
         return self._replace(start=begin, stop=begin + length)
 
     def copy_to(self, out: Tensor, non_blocking: bool = False) -> None:
-        """Write the stretch's values to `out` (n,) float32, with little memory beside it."""
+        """Write the stretch's values to `out` (n,) float32, in chunks of little memory."""
         for first in range(self.start, self.stop, _CHUNK):
             last = min(first + _CHUNK, self.stop)
             blocks = torch.arange(first, last, device=self.codes.device) // BLOCK
@@ -193,10 +193,10 @@ Moment = Tensor | EightBitMoment
 
 
 def moments(state: dict[str, Any]) -> dict[str, Moment]:
-    """Adam's two moments by their names in checkpoints, from an optimizer's states of a tensor.
+    """Adam's two moments of a tensor, by their names in checkpoints.
 
-    Those of PyTorch and DeepSpeed have these names; bitsandbytes calls them state1 and state2.
-    While a checkpoint is read, 8-bit ones have float32 copies under these names, too.
+    PyTorch and DeepSpeed use these names; bitsandbytes calls them state1 and state2. While a
+    checkpoint is read, 8-bit moments have float32 copies under these names.
     """
     found: dict[str, Moment] = {name: state[name].view(-1) for name in MOMENTS if name in state}
     if found or "state1" not in state:
@@ -212,7 +212,7 @@ def moments(state: dict[str, Any]) -> dict[str, Moment]:
 
 
 def start_8_bit(adam: Any, group: dict, tensor: Tensor, step: int) -> None:
-    """Make a tensor's states after so many updates, for `moments` to fill.
+    """Make a tensor's states as after `step` updates, with moments that are to be filled.
 
     Moments of 8 bits get float32 copies on the host until `round_to_8_bits`.
     """
@@ -225,7 +225,7 @@ def round_to_8_bits(adam: Any) -> None:
     """Put the float32 copies that `start_8_bit` made into the states, and remove them."""
     for state in adam.state.values():
         if MOMENTS[0] not in state or "state1" not in state:
-            continue  # all float32, or another optimizer's
+            continue  # float32 moments, or another optimizer's
         for number, name in enumerate(MOMENTS, start=1):
             values = state.pop(name)
             codes, scales = state[f"state{number}"].view(-1), state[f"absmax{number}"]
@@ -239,26 +239,26 @@ def round_to_8_bits(adam: Any) -> None:
 def quantised(values: Tensor, code_book: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of the blocks of a moment.
 
-    Values that came from codes and scales of the same blocks give values with the same bits, so
-    that an optimizer that is resumed in the same layout goes on exactly.
+    Values that came from codes and scales of the same blocks are represented with the same bits,
+    so an optimizer that is resumed in the same layout goes on exactly.
 
     Args:
-        values: (n,) float32, beginning with a block.
-        code_book: (256,) float32, ascending, ending with 1.
+        values: (n,) float32, from the beginning of a block.
+        code_book: (256,) float32, ascending up to 1.
 
     Returns:
         (n,) uint8 and (ceil(n / 256),) float32.
     """
     blocks = nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
-    # The book of the first moment ends with 1, but begins with -0.993; the other's begins with 0.
+    # The first moment's code book runs from -0.993 to 1, the second moment's from 0 to 1.
     below = blocks.amin(1, keepdim=True) / code_book[0]  # (blocks, 1)
     scales = blocks.amax(1, keepdim=True) / code_book[-1]
     scales = torch.where(code_book[0] < 0, scales.maximum(below), scales).abs()  # no -0
     middles = (code_book[1:] + code_book[:-1]) / 2
-    # torch's smallest normal number, where a block is all zero.
+    # The smallest normal number divides a block of zeros.
     shares = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)
     codes = torch.bucketize(shares, middles)
-    # The quotient is up to two units off the scale that these values may have come from.
+    # If the values came from a scale, rounding may have moved the quotient up to two units off it.
     best, best_scales = (code_book[codes] * scales == blocks).sum(1, keepdim=True), scales
     for units in (-2, -1, 1, 2):
         other = (scales.view(torch.int32) + units).view(torch.float32)

@@ -15,7 +15,7 @@ def read_records(run_dir: Path) -> tuple[list[Record], list[Record]]:
     """The training records and the validation records of metrics.jsonl.
 
     Raises:
-        UserError: if the run has not written any training record.
+        UserError: the run has not written any training record.
     """
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
@@ -30,21 +30,21 @@ def read_records(run_dir: Path) -> tuple[list[Record], list[Record]]:
 
 
 def layer_extremes(record: Record) -> tuple[float, float] | None:
-    """Load of the busiest and of the idlest expert in any MoE layer; None for a dense model."""
+    """Loads of the busiest and of the idlest expert of all MoE layers; None for a dense model."""
     highest = [value for name, value in record.items() if name.endswith("/load_max")]
     lowest = [value for name, value in record.items() if name.endswith("/load_min")]
     return (max(highest), min(lowest)) if highest else None
 
 
 def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
-    """Draw several runs side by side: losses, gradient norms, and BLEU if any translates.
+    """Draw several runs side by side: losses, gradient norms, and BLEU if one of them translates.
 
     Args:
-        run_dirs: the runs' folders, which name the curves.
-        out: the picture; its suffix chooses the format.
+        run_dirs: the runs' folders; their names label the curves.
+        out: file of the picture; its suffix chooses the format.
 
     Raises:
-        UserError: see `read_records`.
+        UserError: a run has not written any training record.
     """
     runs = {run_dir: read_records(run_dir) for run_dir in run_dirs}
     translate = any(_translated(valid) for _, valid in runs.values())
@@ -72,10 +72,10 @@ def plot_run(run_dir: Path, out: Path) -> None:
 
     Args:
         run_dir: the run's folder.
-        out: the picture; its suffix chooses the format.
+        out: file of the picture; its suffix chooses the format.
 
     Raises:
-        UserError: see `read_records`.
+        UserError: a run has not written any training record.
     """
     train, valid = read_records(run_dir)
     is_sparse = layer_extremes(train[0]) is not None
@@ -92,7 +92,7 @@ def plot_run(run_dir: Path, out: Path) -> None:
 
 
 def _figure(num_panels: int) -> tuple[Any, Any]:
-    """A figure and its panels: two or three in a row."""
+    """A figure, and its panels in rows of two or three."""
     try:
         import matplotlib
     except ImportError as error:
@@ -142,7 +142,7 @@ def _draw_loss(
 
 
 def _translated(valid: list[Record]) -> list[Record]:
-    """The validation records of which sentences were translated."""
+    """The validation records that have translation scores."""
     return [record for record in valid if "valid_bleu" in record]
 
 
@@ -150,7 +150,7 @@ def _draw_bleu(panel: Any, valid: list[Record], name: str, color: str) -> None:
     records = _translated(valid)
     panel.plot(_steps(records), [r["valid_bleu"] for r in records], "o-", label=name, color=color)
     panel.set_title("greedy BLEU of the validation sample")
-    panel.set_ylim(bottom=0, auto=None)  # which still makes room for the next run
+    panel.set_ylim(bottom=0, auto=None)  # the top still grows with the next run
     if name:
         panel.legend(frameon=False)
 
@@ -185,12 +185,12 @@ def _draw_load(panel: Any, train: list[Record]) -> None:
 
 
 def _unigram_loss(run_dir: Path) -> float | None:
-    """From summary.json, which a run writes at its end."""
+    """Loss of the unigram model from summary.json; None before the run has ended."""
     file = run_dir / "summary.json"
     return math.log(json.loads(file.read_text())["unigram_perplexity"]) if file.is_file() else None
 
 
 def _threshold(run_dir: Path) -> float:
-    """The threshold of gradient clipping, from config.json; 0: none."""
+    """Threshold of gradient clipping from config.json; 0 for none."""
     file = run_dir / "config.json"
     return json.loads(file.read_text())["gradient_clipping"] if file.is_file() else 0.0

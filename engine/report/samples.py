@@ -7,28 +7,28 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed.comm as dist
 import torch
 from rich.table import Table
 from rich.text import Text
 
-from magnetar.data.pairs.batches import PairBatches, ValidBins
-from magnetar.data.pairs.folder import PreparedPairs
-from magnetar.data.text.packed_lm import IGNORE_INDEX, PackedLM, window_batch
-from magnetar.data.text.token_files import Prepared
-from magnetar.engine.config.schema import RunConfig
-from magnetar.engine.evaluate import Example, examples_of, validation_translations
-from magnetar.engine.progress import ProgressLine, duration, table
-from magnetar.engine.run_data import RunData, TrainingSet, ValidationSet, unigram_perplexity_of
-from magnetar.engine.translation.translate import (
-    TranslationScores,
+from magnetar.data.loader import RunData
+from magnetar.data.text.packed_lm import IGNORE_INDEX
+from magnetar.engine.config.schema import TrainingConfig
+from magnetar.engine.deepspeed_engine import DeepSpeedEngine
+from magnetar.engine.evaluate import Evaluations, Example, examples_of
+from magnetar.engine.report.progress import ProgressLine, duration, table
+from magnetar.engine.report.translations import (
     sample_words,
     signature_lines,
     translation_tables,
 )
+from magnetar.engine.translation.translate import TranslationScores
+from magnetar.models.config import ModelConfig
 from magnetar.models.cost import in_words, num_parameters
 from magnetar.models.decoding.generation import sample
 
@@ -36,93 +36,109 @@ NUM_SAMPLES = 3
 PROMPT_TOKENS = 16
 
 
+class RunTotals(NamedTuple):
+    """The numbers of a whole run.
+
+    Attributes:
+        steps: optimizer steps done.
+        tokens: tokens trained on.
+        seconds: training time over all starts.
+        num_clipped: steps that SparseClip clipped.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    num_clipped: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean speed; 0 before any training time is measured."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
 def describe(
-    config: RunConfig, prepared: RunData, train: TrainingSet, valid: ValidationSet, first_step: int
+    model: ModelConfig,
+    layout: str,
+    data: RunData,
+    training: TrainingConfig,
+    train_batch_size: int,
+    first_step: int,
 ) -> str:
-    """A few lines: the model, its experts, the layout, the data, the run."""
-    model, training = config.model, config.training
-    lines = in_words(model)
-    world_size = dist.get_world_size()
-    ep_size = model.moe.ep_size if model.moe else 1
-    lines["layout"] = (
-        f"{world_size} rank{'s' * (world_size > 1)}, ep_size {ep_size}, "
-        f"ZeRO {config.zero_stage}, {config.dtype}"
-    )
-    vocabulary = f"vocabulary {prepared.vocab_size:,}"
-    if isinstance(prepared, Prepared):
-        size = f"{prepared.train.num_tokens:,} tokens"
-        step_size = f"{config.data.seq_len} tokens"
-    else:
-        assert isinstance(train, PairBatches)
-        assert isinstance(valid, ValidBins)
-        assert config.data.pairs is not None
-        size = f"{len(prepared.languages)} languages, {len(train.directions)} directions"
-        step_size = f"{config.data.pairs.bin_tokens:,} places for pairs"
-        done = {"drop": "dropped", "truncate": "truncated"}.get(config.data.pairs.too_long, "")
-        for pairs, found, what in (
-            ("pairs", train.num_too_long, done),
-            ("validation pairs", valid.num_too_long, "truncated"),
-        ):
-            if found:
-                lines["too long"] = lines.get("too long", "") + (
-                    f"{'; ' * ('too long' in lines)}{sum(found.values()):,} {pairs}, {what}"
-                )
-    lines["data"] = f"{prepared.path}: {size}, {vocabulary}"
-    if (masking := config.data.masking) is not None:
-        unit = "tokens"
-        if masking.unit == "span":
-            unit = f"tokens in spans of {masking.mean_span_length:g} on average"
-        lines["masking"] = f"{masking.probability:.1%} of the {unit}, {masking.replace}"
+    """A few lines: the model, its experts, the layout, the data, the run.
+
+    Args:
+        model: the model's section.
+        layout: ranks, ZeRO stage and type, in words.
+        data: the run's data.
+        training: the loop's section.
+        train_batch_size: samples of an optimizer step.
+        first_step: steps done before this start.
+    """
+    lines = in_words(model) | {"layout": layout} | data.describe()
     begin = f", resuming after step {first_step}" if first_step else ""
     if first_step >= training.num_steps:
         begin = ", already finished"
     lines["run"] = (
         f"{training.run_dir}: {training.num_steps} steps of "
-        f"{config.deepspeed['train_batch_size']} x {step_size}{begin}"
+        f"{train_batch_size} x {data.sample_words}{begin}"
     )
     if training.save_every == "never":
         lines["run"] += ", saving nothing"
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
+def layout_words(world_size: int, ep_size: int, zero_stage: int, dtype: str) -> str:
+    """`2 ranks, ep_size 2, ZeRO 1, fp32`: what runs where."""
+    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    return f"{ranks}, ep_size {ep_size}, ZeRO {zero_stage}, {dtype}"
+
+
 def finish(
-    engine: Any,
-    config: RunConfig,
-    prepared: RunData,
-    valid: ValidationSet,
-    state: dict,
+    evaluations: Evaluations,
+    model: ModelConfig,
+    training: TrainingConfig,
+    totals: RunTotals,
+    has_tensorboard: bool,
     progress: ProgressLine,
 ) -> None:
-    """Write summary.json and print the closing table, what the model writes, where things lie.
+    """Write summary.json, and print the closing table, a few samples and where the files are.
 
-    Every rank takes part: the experts' ranks exchange tokens whenever the model is asked.
+    Every rank calls this, since ranks that share experts exchange tokens in each forward pass.
+
+    Args:
+        evaluations: the run's evaluations.
+        model: the model's section.
+        training: the loop's section.
+        totals: the numbers of the run.
+        has_tensorboard: whether the run has written for TensorBoard.
+        progress: the printer.
     """
-    scores = validation_translations(engine, config, prepared, beam=4)
-    if isinstance(valid, ValidBins):
+    engine, data = evaluations.engine, evaluations.data
+    before, after = evaluations.before, evaluations.after
+    scores = evaluations.translations(beam=4)
+    if model.architecture == "encoder_decoder":
         title = "Sentences of the validation split, before and after training"
-        texts = translated_texts(state["examples"], examples_of(scores))
+        texts = translated_texts(evaluations.examples, examples_of(scores))
     else:
-        assert isinstance(prepared, Prepared)
-        title, texts = closing_texts(engine, config, prepared, valid)
+        title, texts = closing_texts(engine, data, model.architecture, training.sample_tokens)
     if dist.get_rank() != 0:
         return
-    run_dir = Path(config.training.run_dir)
-    unigram = unigram_perplexity_of(prepared, valid, config, state["after"]["num_tokens"])
-    summary = make_summary(engine, config, state, unigram, scores)
+    run_dir, console = Path(training.run_dir), progress.console
+    unigram = data.unigram_perplexity(int(after["num_tokens"]))
+    summary = make_summary(evaluations, model, totals, unigram, scores, engine.device)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    before, after = state["before"], state["after"]
-    console = progress.console
     console.print()
     console.print(
         evaluation_table(
-            f"Validation, {asked_about(config, after['num_tokens'])}",
+            f"Validation, {after['num_tokens']:,} {data.asked_tokens}",
             {"before training": before, "after training": after},
             unigram,
         )
     )
     if scores is not None:
-        sample = sample_words(config.training.eval_translations)
-        for each in translation_tables(f"Validation split, {sample}", scores):
+        words = sample_words(evaluations.num_translations)
+        for each in translation_tables(f"Validation split, {words}", scores):
             console.print(each)
         for line in signature_lines(scores):
             console.print(line, soft_wrap=True, markup=False)
@@ -131,35 +147,40 @@ def finish(
         console.print(f"{title}\n", style="bold", markup=False)
     for text in texts:
         console.print(text, end="\n\n", soft_wrap=not console.is_terminal)
-    trained = f"{duration(summary['seconds'])} at {summary['tokens_per_second']:,.0f} tokens/s"
-    learned = prepared.directions("valid")[:1] if isinstance(prepared, PreparedPairs) else []
-    lines = {"trained": trained} | closing_lines(config, engine.global_steps, *learned)
+    lines = closing_lines(training, model.architecture, data.directions, totals, has_tensorboard)
     progress.note("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
 
 def closing_lines(
-    config: RunConfig, step: int, direction: tuple[str, str] = ("A", "B")
+    training: TrainingConfig,
+    architecture: str,
+    directions: Sequence[tuple[str, str]],
+    totals: RunTotals,
+    has_tensorboard: bool,
 ) -> dict[str, str]:
-    """Where the things of a finished run lie, and what to do with them.
+    """Lines about the files of a finished run, and a command that uses its model.
 
     Args:
-        config: the run's.
-        step: its last.
-        direction: that a run on pairs has learned.
+        training: the loop's section.
+        architecture: the model's.
+        directions: translation directions of the validation split; empty for text.
+        totals: the numbers of the run.
+        has_tensorboard: whether the run has written for TensorBoard.
     """
-    run_dir, programs = Path(config.training.run_dir), programs_folder()
-    is_saved = config.training.save_every != "never"
-    checkpoint = f"{run_dir}/checkpoints/step_{step:08d}"
+    run_dir, programs = Path(training.run_dir), programs_folder()
+    is_saved = training.save_every != "never"
+    checkpoint = f"{run_dir}/checkpoints/step_{totals.steps:08d}"
     lines = {
+        "trained": f"{duration(totals.seconds)} at {totals.tokens_per_second:,.0f} tokens/s",
         "checkpoint": checkpoint if is_saved else 'none, by magnetar.training.save_every="never"',
         "metrics": f"{run_dir}/metrics.jsonl, {run_dir}/summary.json",
     }
-    if config.deepspeed.get("tensorboard", {}).get("enabled"):
+    if has_tensorboard:
         lines["curves"] = f"{programs}tensorboard --logdir {run_dir}/tensorboard"
-    if is_saved and config.model.architecture == "decoder":
+    if is_saved and architecture == "decoder":
         lines["next"] = f'{programs}magnetar generate {run_dir} --prompt "My fellow citizens"'
-    elif is_saved and config.data.pairs is not None:
-        source, target = direction
+    elif is_saved and directions:
+        source, target = directions[0]
         lines["next"] = f"{programs}magnetar translate {run_dir} --from {source} --to {target}"
     elif is_saved:
         lines["next"] = f"{programs}magnetar evaluate {run_dir}"
@@ -167,7 +188,7 @@ def closing_lines(
 
 
 def programs_folder() -> str:
-    """What to write before the name of a program of this environment: nothing if it is active."""
+    """The folder of this environment's programs as a prefix; "" if the environment is active."""
     folder = Path(sys.executable).parent
     found = shutil.which("python")
     if found and Path(found).parent == folder:
@@ -176,18 +197,14 @@ def programs_folder() -> str:
     return f"{folder.relative_to(here) if folder.is_relative_to(here) else folder}/"
 
 
-def asked_about(config: RunConfig, num_tokens: int) -> str:
-    """`722 masked tokens`: what a validation loss is the mean over."""
-    masked = "masked " if config.model.architecture == "encoder" else ""
-    if config.data.pairs is not None:
-        masked = "target "
-    return f"{num_tokens:,} {masked}tokens"
-
-
 def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float) -> Table:
-    """Evaluations, as dictionaries, below the unigram perplexity of the same data.
+    """A table of evaluations below the unigram perplexity of the same data.
 
-    Masked models have no bits per byte, and then no such column.
+    Args:
+        title: title of the table.
+        rows: values of `Evaluation.to_dict`, by the name of their line. The column of bits per
+            byte is left out if one has none, as those of masked models.
+        unigram: perplexity of the unigram model.
     """
     columns = ["", "loss (nats)", "perplexity", "of unigram"]
     cells = [["unigram model", f"{math.log(unigram):.4f}", f"{unigram:,.2f}", "1.000"]]
@@ -217,7 +234,7 @@ def validation_words(values: dict[str, float]) -> str:
 
 
 def translated_texts(before: list[Example], after: list[Example]) -> list[Text]:
-    """Sources with their references, what the initial model made of them, and the trained one."""
+    """Sources, references, and the translations of the initial and of the trained model."""
     initial = {(example[0], example[1]): example[3] for example in before}
     texts = []
     for direction, source, reference, translation in after:
@@ -236,44 +253,48 @@ def translated_texts(before: list[Example], after: list[Example]) -> list[Text]:
 
 
 def continuation_text(prompt: str, continuation: str) -> Text:
-    """Prompt and continuation as one text, the prompt dim where there are colours."""
+    """Prompt and continuation as one text, the prompt dim if there are colours."""
     return Text.assemble((prompt, "dim"), continuation)
 
 
 def closing_texts(
-    engine: Any, config: RunConfig, prepared: Prepared, valid: PackedLM
+    engine: DeepSpeedEngine, data: RunData, architecture: str, num_tokens: int
 ) -> tuple[str, list[Text]]:
-    """What the model makes of a few validation texts, and a title for it.
+    """A title, and what the model makes of a few validation texts.
 
-    A decoder continues their beginnings, an encoder fills in what is masked, an encoder-decoder
-    shows nothing.
+    A decoder continues their beginnings, an encoder fills in what is masked.
+
+    Args:
+        engine: the engine; every rank calls this.
+        data: running text.
+        architecture: the model's.
+        num_tokens: tokens of each text; 0 for no texts.
     """
-    if config.model.architecture == "decoder":
-        continued = sample_continuations(engine, config, prepared)
+    if not num_tokens:
+        return "", []
+    if architecture == "decoder":
         title = "Beginnings of validation documents, continued by the model"
-        return title, [continuation_text(*pair) for pair in continued]
-    if config.model.architecture == "encoder" and config.training.sample_tokens:
-        title = "Validation texts, masked tokens [filled in], [wrong|right] where wrong"
-        return title, fill_in_masks(engine, config, prepared, valid)
-    return "", []
+        return title, continued_texts(engine, data, num_tokens)
+    title = "Validation texts, masked tokens [filled in], [wrong|right] where wrong"
+    return title, fill_in_masks(engine, data, num_tokens)
 
 
 @torch.no_grad()
-def fill_in_masks(
-    engine: Any, config: RunConfig, prepared: Prepared, valid: PackedLM
-) -> list[Text]:
+def fill_in_masks(engine: DeepSpeedEngine, data: RunData, num_tokens: int) -> list[Text]:
     """Beginnings of validation windows from all over the split, filled in by an encoder."""
-    step = max(1, len(valid) // NUM_SAMPLES)
-    batch = window_batch(valid, range(0, len(valid), step)[:NUM_SAMPLES])
+    batch = data.example_windows(NUM_SAMPLES)
+    if batch is None:
+        return []
     model = engine.module
     was_training = model.training
     model.eval()
     logits = model(*(torch.from_numpy(array).to(engine.device) for array in batch.inputs)).logits
     model.train(was_training)
-    answers = logits[..., : prepared.vocab_size].argmax(-1).cpu().numpy()  # no mask, no filling
-    shown = slice(config.training.sample_tokens)
+    # Ids beyond the vocabulary are the mask and padding, which are no answers.
+    answers = logits[..., : data.vocab_size].argmax(-1).cpu().numpy()  # (B, T)
+    shown = slice(num_tokens)
     return [
-        filled_in_text(prepared.tokenizer, row[shown].tolist(), asked[shown].tolist(), given[shown])
+        filled_in_text(data.tokenizer, row[shown].tolist(), asked[shown].tolist(), given[shown])
         for row, asked, given in zip(answers, batch.targets, batch.inputs[0].tolist(), strict=True)
     ]
 
@@ -281,13 +302,13 @@ def fill_in_masks(
 def filled_in_text(
     tokenizer: Any, answers: list[int], targets: list[int], given: list[int]
 ) -> Text:
-    """The text with what was filled in in brackets, bold where there are colours.
+    """A text with the model's answers in brackets, bold if there are colours.
 
     Args:
-        tokenizer: of the data.
-        answers: the model's choice at every position.
-        targets: the true token where one was masked, else IGNORE_INDEX.
-        given: what the model saw.
+        tokenizer: the vocabulary of the data.
+        answers: (T,) the model's choice at every position.
+        targets: (T,) the true token if it was masked, else IGNORE_INDEX.
+        given: (T,) the tokens that the model read.
     """
     text, truth = Text(), list[int]()
     for answer, target, seen in zip(answers, targets, given, strict=True):
@@ -306,76 +327,64 @@ def filled_in_text(
 
 
 def visible(piece: str) -> str:
-    """A token's text without the space around it; ␣ for space alone, ¶ for a document's end."""
+    """A token's text without spaces around it; ␣ is a lone space, ¶ the end of a document."""
     return piece.strip() or ("␣" if piece else "¶")
 
 
 def piece(tokenizer: Any, before: list[int], token: int) -> str:
-    """The text that a token adds to those before it: it can depend on them."""
+    """The text that a token adds to those before it, on which it can depend."""
     return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 
 
-def sample_continuations(
-    engine: Any, config: RunConfig, prepared: Prepared
-) -> list[tuple[str, str]]:
-    """Continue different beginnings of validation documents: (prompt, continuation) as text."""
-    num_tokens = config.training.sample_tokens
-    if not num_tokens:
-        return []
-    split, tokenizer = prepared.valid, prepared.tokenizer
-    beginnings: list[list[int]] = []
-    for index in range(split.num_documents):
-        beginning = split.document(index)[:PROMPT_TOKENS].tolist()
-        if len(beginning) == PROMPT_TOKENS and beginning not in beginnings:
-            beginnings.append(beginning)
-        if len(beginnings) == NUM_SAMPLES:
-            break
+def continued_texts(engine: DeepSpeedEngine, data: RunData, num_tokens: int) -> list[Text]:
+    """Different beginnings of validation documents, continued by a decoder."""
+    beginnings = data.beginnings(NUM_SAMPLES, PROMPT_TOKENS)
     if not beginnings:
         return []
     tokens = sample(engine.module, torch.tensor(beginnings, device=engine.device), num_tokens)
-    return [decode_continuation(tokenizer, row, PROMPT_TOKENS) for row in tokens.tolist()]
+    return [
+        continuation_text(*decode_continuation(data.tokenizer, row, PROMPT_TOKENS))
+        for row in tokens.tolist()
+    ]
 
 
 def decode_continuation(tokenizer: Any, tokens: list[int], prompt_length: int) -> tuple[str, str]:
     """Prompt and continuation as text; the continuation ends where its document does."""
-    # A vocabulary padded for speed has ids that mean nothing.
+    # A vocabulary padded for speed has ids without a text.
     tokens = [token for token in tokens if token < tokenizer.vocab_size]
     if tokenizer.eos_id in tokens[prompt_length:]:
         tokens = tokens[: tokens.index(tokenizer.eos_id, prompt_length)]
     prompt = tokenizer.decode(tokens[:prompt_length])
-    # Decoded together: a token's text can depend on the one before it.
+    # Decoded together, since a token's text can depend on the one before it.
     return prompt, tokenizer.decode(tokens)[len(prompt) :]
 
 
 def make_summary(
-    engine: Any,
-    config: RunConfig,
-    state: dict,
+    evaluations: Evaluations,
+    model: ModelConfig,
+    totals: RunTotals,
     unigram: float,
-    scores: TranslationScores | None = None,
+    scores: TranslationScores | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The content of summary.json."""
-    steps, seconds = engine.global_steps, state["seconds"]
-    num_tokens = steps * engine.train_batch_size() * config.data.seq_len
-    if config.data.pairs is not None:
-        num_tokens = state["num_targets"]
-    total, active = num_parameters(config.model)
-    sample = {"split": "valid", "sample": sample_words(config.training.eval_translations)}
+    total, active = num_parameters(model)
+    sample = {"split": "valid", "sample": sample_words(evaluations.num_translations)}
     return {
-        "steps": steps,
-        "tokens": num_tokens,
-        "seconds": seconds,
-        "tokens_per_second": num_tokens / seconds if seconds else 0.0,
+        "steps": totals.steps,
+        "tokens": totals.tokens,
+        "seconds": totals.seconds,
+        "tokens_per_second": totals.tokens_per_second,
         "parameters": total,
         "active_parameters": active,
-        "clipped_steps": state["num_clipped"],
-        "validation_before": state["before"],
-        "validation_after": state["after"],
+        "clipped_steps": totals.num_clipped,
+        "validation_before": evaluations.before,
+        "validation_after": evaluations.after,
         "unigram_perplexity": unigram,
-        "perplexity_of_unigram": state["after"]["perplexity"] / unigram,
+        "perplexity_of_unigram": evaluations.after["perplexity"] / unigram,
         **({} if scores is None else {"translations": sample | scores.to_dict()}),
         "world_size": dist.get_world_size(),
-        "device": torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("torch", "deepspeed", "numpy", "sentencepiece")

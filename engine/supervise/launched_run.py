@@ -167,23 +167,31 @@ class Death(NamedTuple):
     @property
     def weight(self) -> int:
         """Likelihood that this death is the cause if several ranks ended at once."""
-        if self.status in (None, 0, -signal.SIGTERM):
+        number = killed_by(self.status)
+        if self.status in (None, 0) or number == signal.SIGTERM:
             return 0
         if self.status == _FAULT_OF_A_MACHINE:
             return 1
-        return 3 if self.status < 0 else 2
+        return 3 if number is not None else 2
+
+
+def killed_by(status: int | None) -> int | None:
+    """Number of the signal in a status, given as -9, as 137 (a shell) or as 247 (`sys.exit(-9)`).
+
+    None if it is no signal's.
+    """
+    if status is None or not (status < 0 or 128 < status < 255):
+        return None
+    return next((n for n in (-status, 256 - status, status - 128) if 0 < n <= 64), None)
 
 
 def ending(status: int | None) -> str:
     """A status in words; also the statuses that a shell gives for signals."""
     if status is None:
         return "ended"
-    if status < 0 or 128 < status < 255:
-        number = next(n for n in (-status, 256 - status, status - 128) if 0 < n <= 64)
-        try:
-            return f"was killed by {signal.Signals(number).name}"
-        except ValueError:
-            return f"ended with status {status}"
+    number = killed_by(status)
+    if number is not None and number in set(signal.Signals):
+        return f"was killed by {signal.Signals(number).name}"
     return f"ended with status {status}"
 
 
@@ -358,7 +366,16 @@ class Launched:
         Deaths long after the first failure do not count: the launcher kills ranks that do not end
         by themselves.
         """
-        failed = [death for death in self.deaths if death.status != 0]
+        # The launcher may have waited for a rank before we could read its status. It then ends with
+        # the status of the rank that it looked at first, which must not count as unknown here: the
+        # echo of another rank would be taken for the cause.
+        known = [
+            death._replace(name="a rank", status=self.process.returncode)
+            if death.status is None and self.process.returncode
+            else death
+            for death in self.deaths
+        ]
+        failed = [death for death in known if death.status != 0]
         failed = [death for death in failed if death.when - failed[0].when < _TOGETHER]
         return max(failed, key=lambda death: death.weight, default=None)
 
@@ -385,10 +402,7 @@ class Launched:
         """The cause of the end, as far as it is known on this machine."""
         status, first = self.process.returncode, self._first
         if first is not None:
-            # Its parent may have waited for it before we could look. The launcher's status is then
-            # that of some rank.
-            name = "a rank" if first.status is None and status else first.name
-            text = f"{name} {ending(first.status or status or None)}"
+            text = f"{first.name} {ending(first.status)}"
         elif status == 0:
             text = "the launcher has ended before its ranks"
         else:

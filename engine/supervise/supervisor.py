@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from magnetar.data.errors import UserError
-from magnetar.engine import logbook
+from magnetar.engine.cluster import logbook
 from magnetar.engine.cluster.hosts import address_of, chosen_slots, on_hosts, read_hostfile
 from magnetar.engine.config.schema import load_config
 from magnetar.engine.supervise.launched_run import (

@@ -1,4 +1,4 @@
-"""Sentences that are longer than a model's positions: split, cut short, or refused."""
+"""Sentences that are longer than a model's positions are split, truncated or refused."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ TooLong = Literal["split", "truncate", "refuse"]
 SHOWN_LINES = 5
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*")
-# Where a sentence is split, the best first: behind a part of one, a smaller part, a word.
+# Places to split a sentence, the best first: after a clause, after a comma, after a word.
 _BORDERS = (
     re.compile(r"(?<=[.!?…;:])\s+|(?<=[；：])\s*"),
     re.compile(r"(?<=,)\s+|(?<=[，、])\s*"),
@@ -22,11 +22,11 @@ _BORDERS = (
 
 @dataclass(frozen=True)
 class Fitted:
-    """Sources that fit into the positions, and what they were.
+    """Sources that fit into the positions, and the sentences that they come from.
 
     Attributes:
-        ids: what the encoder reads.
-        sentence: for each of them, whose part it is, ascending.
+        ids: token ids of each source.
+        sentence: number of the sentence that each source is a part of, ascending.
         too_long: numbers of the sentences that did not fit, from 0.
     """
 
@@ -43,18 +43,18 @@ def fit(
     too_long: TooLong,
     first: int = 0,
 ) -> Fitted:
-    """Ids of texts that are to become another language, none of more than max_len tokens.
+    """Token ids of texts that are to be translated, none of more than max_len tokens.
 
     Args:
-        texts: one sentence each; an empty one, or one of spaces alone, has no ids.
-        codec: of the model.
-        target: the language that is asked for.
-        max_len: the encoder's positions, the tag's and the end's among them.
-        too_long: what happens to a longer one.
-        first: number of the first text, for what is said.
+        texts: one sentence each; an empty one, or one of spaces only, has no ids.
+        codec: the model's vocabulary.
+        target: target language.
+        max_len: positions of the encoder, with those of the tag and the end.
+        too_long: treatment of a longer sentence.
+        first: number of the first text in messages.
 
     Raises:
-        UserError: a sentence is longer, and that is to be refused; or the language is unknown.
+        UserError: a sentence is longer and is to be refused, or the language is unknown.
     """
     found = Fitted([], [], [])
     for number, text in enumerate(texts):
@@ -77,7 +77,7 @@ def fit(
                 pieces = split_text(
                     text, lambda part: len(codec.source_ids(part, target)) <= max_len
                 )
-                # A single character of more tokens than there are positions is cut.
+                # A single character can have more tokens than there are positions.
                 parts = [codec.source_ids(piece, target) for piece in pieces]
                 parts = [
                     part if len(part) <= max_len else [*part[: max_len - 1], codec.eos_id]
@@ -89,10 +89,10 @@ def fit(
 
 
 def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """A text that does not fit, sentence by sentence: models have mostly learnt single ones.
+    """The sentences of a text that does not fit, since models have mostly learnt single ones.
 
-    A sentence that does not fit either is halved near its middle, and so on; one character is
-    never split. A full stop before a small letter ends no sentence.
+    A sentence that does not fit is halved near its middle until its parts do. A single character
+    is never split. A full stop before a small letter does not end a sentence.
     """
     if fits(text):
         return [text]
@@ -121,7 +121,7 @@ def _halved(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def told(too_long: Sequence[int], num_sentences: int, max_len: int, done: TooLong) -> str:
-    """One line for a person: how many sentences were too long, and what was done; "" for none."""
+    """A line about the sentences that were too long and what was done with them; "" for none."""
     if not too_long:
         return ""
     shown = ", ".join(str(number + 1) for number in too_long[:SHOWN_LINES])

@@ -1,45 +1,41 @@
-"""Many sentences through a translation model, and how good the translations are."""
+"""Translation of many sentences by a model, and the scores of the translations."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 
 from magnetar.data.errors import missing_package
 from magnetar.data.pairs.codec import Codec
-from magnetar.data.pairs.folder import PreparedPairs
-from magnetar.engine.progress import table
+from magnetar.data.pairs.folder import Texts
 from magnetar.engine.translation.long_sentences import fit
 from magnetar.models.decoding.beam_search import Sampling, Translation, default_max_len, translate
 from magnetar.models.transformer import EncoderDecoder
 
-# Languages that are written without spaces between words, by both codes of ISO 639.
+# Languages that are written without spaces between words, by their two- and three-letter codes.
 CHINESE = frozenset({"zh", "zho", "cmn"})
 SPACELESS = CHINESE | {
     *("bo", "dz", "ja", "km", "lo", "my", "th"),
     *("bod", "dzo", "jpn", "khm", "lao", "mya", "tha"),
     *("gan", "hak", "hsn", "nan", "wuu", "yue"),
 }
-# A short list says each direction in a line; beyond that a matrix is easier to read.
-LISTED_DIRECTIONS = 12
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How translations are found.
+    """Settings of the search for translations.
 
     Attributes:
-        beam: hypotheses that are followed; 1: greedy.
-        length_penalty: see `models.decoding.beam_search`.
-        max_len: tokens of a translation, the end among them; None: from its source's length.
-        sampling: draw in place of the search.
-        batch_size: sentences at once.
+        beam: number of hypotheses; 1 is greedy.
+        length_penalty: exponent of the length in the score, as in models.decoding.beam_search.
+        max_len: largest number of tokens of a translation, with its end; None for a limit that
+            depends on its source's length.
+        sampling: settings of sampling in place of the search; None for the search.
+        batch_size: sentences that are translated at once.
     """
 
     beam: int = 4
@@ -61,11 +57,11 @@ def translate_ids(
 
     Args:
         model: every rank calls this together, since MoE layers exchange tokens.
-        codec: of the model.
-        sources: ids, the same on every rank, none longer than the encoder's positions.
-        decoding: how.
-        progress: told how many more sentences have been translated, and how many there are.
-        sample_ids: what each source's draws are a function of; None: its place.
+        codec: the model's vocabulary.
+        sources: token ids, the same on every rank, none longer than the encoder's positions.
+        decoding: settings of the search.
+        progress: function of the number of sentences just translated and of their total.
+        sample_ids: keys of each source's draws; None for its place among the sources.
     """
     sample_ids = range(len(sources)) if sample_ids is None else sample_ids
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -74,7 +70,7 @@ def translate_ids(
     batches = [order[first : first + size] for first in range(0, len(order), size)]
     own: dict[int, Translation] = {}
     for first in range(0, len(batches), world_size):
-        # Every rank has as many batches: the last may be translated twice.
+        # Every rank needs the same number of batches, so the last may be translated twice.
         numbers = batches[min(first + rank, len(batches) - 1)]
         found = _translate_batch(model, codec, sources, numbers, decoding, sample_ids)
         own |= zip(numbers, found, strict=True)
@@ -121,7 +117,7 @@ def _translate_batch(
 
 
 def _any_rank(value: bool) -> bool:
-    """Whether any rank passes True; every rank calls this alike."""
+    """Whether any rank passes True; every rank calls this."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -129,7 +125,7 @@ def _any_rank(value: bool) -> bool:
 
 
 def allowed_tokens(model: EncoderDecoder, codec: Codec) -> torch.Tensor:
-    """(V,) bool, False for language tags and for ids that a vocabulary padded for speed has."""
+    """(V,) bool, False for language tags and for the ids that pad a vocabulary for speed."""
     assert model.config.vocab_size is not None
     allowed = torch.arange(model.config.vocab_size) < codec.vocab_size
     allowed[[codec.tag_id(language) for language in codec.languages]] = False
@@ -137,25 +133,25 @@ def allowed_tokens(model: EncoderDecoder, codec: Codec) -> torch.Tensor:
 
 
 def one_line(text: str) -> str:
-    """A translation without line breaks, so that translations and sources stay side by side."""
+    """A translation without line breaks, so that line n of a file belongs to source n."""
     return " ".join(text.splitlines())
 
 
 def joined(parts: Iterable[str], language: str) -> str:
-    """The translations of a sentence's parts as one."""
+    """The translations of a sentence's parts, joined."""
     return ("" if is_spaceless(language) else " ").join(parts)
 
 
 def is_spaceless(language: str) -> bool:
-    """Whether it is written without spaces; "zh_CN" and "zho_Hans" are what "zh" is."""
+    """Whether a language is written without spaces; "zh_CN" and "zho_Hans" count as "zh"."""
     return _subtag(language) in SPACELESS
 
 
 def bleu_tokenizer(language: str) -> str:
-    """What BLEU's words are in a language, as sacrebleu calls it.
+    """sacrebleu's name of the tokenizer that splits a language into BLEU's words.
 
-    "zh" is what WMT does for Chinese. sacrebleu's "ja-mecab" needs a further package, and so
-    Japanese and the others without spaces are compared character by character.
+    WMT uses "zh" for Chinese. sacrebleu's "ja-mecab" needs a further package, so Japanese and the
+    other languages without spaces are compared character by character.
     """
     if _subtag(language) in CHINESE:
         return "zh"
@@ -163,13 +159,13 @@ def bleu_tokenizer(language: str) -> str:
 
 
 def _subtag(language: str) -> str:
-    """The language itself, of ISO 639-1 or 639-3, without script and country."""
+    """The ISO 639-1 or 639-3 code of a language, without script and country."""
     return language.replace("_", "-").split("-")[0].lower()
 
 
 @dataclass(frozen=True)
 class DirectionScore:
-    """BLEU and chrF, from 0 to 100, over so many sentences."""
+    """BLEU and chrF, from 0 to 100, over num_sentences sentences."""
 
     bleu: float
     chrf: float
@@ -178,16 +174,16 @@ class DirectionScore:
 
 @dataclass(frozen=True)
 class TranslationScores:
-    """How good translations are.
+    """Scores of translations.
 
     Attributes:
-        directions: by source and target language.
-        bleu_signatures: sacrebleu's, by the tokenizer.
-        chrf_signature: sacrebleu's.
-        decoding: how they were found.
-        num_truncated: sources that were longer than the model's positions.
-        examples: of each direction, the first source, its reference and its translation.
-        translations: of each direction, all of them.
+        directions: scores by direction, which is source and target language.
+        bleu_signatures: sacrebleu's signatures of BLEU, by tokenizer.
+        chrf_signature: sacrebleu's signature of chrF.
+        decoding: settings of the search.
+        num_truncated: number of sources that were longer than the model's positions.
+        examples: the first source, its reference and its translation, by direction.
+        translations: all translations, by direction.
     """
 
     directions: dict[tuple[str, str], DirectionScore]
@@ -200,16 +196,16 @@ class TranslationScores:
 
     @property
     def bleu(self) -> float:
-        """The mean over directions."""
+        """Mean BLEU over directions."""
         return statistics.fmean(score.bleu for score in self.directions.values())
 
     @property
     def chrf(self) -> float:
-        """The mean over directions."""
+        """Mean chrF over directions."""
         return statistics.fmean(score.chrf for score in self.directions.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For summary.json and evaluation.json."""
+        """The entries of summary.json and evaluation.json."""
         return {
             "bleu": self.bleu,
             "chrf": self.chrf,
@@ -227,41 +223,6 @@ class TranslationScores:
                 for (source, target), score in self.directions.items()
             },
         }
-
-
-def sample_words(max_sentences: int | None) -> str:
-    """Of which sentences of the validation split a score is."""
-    many = "all sentences" if max_sentences is None else f"the first {max_sentences:,} sentences"
-    return f"{many} of each direction"
-
-
-Texts = Mapping[tuple[str, str], tuple[Sequence[str], Sequence[str]]]
-
-
-def validation_texts(
-    prepared: PreparedPairs,
-    directions: Sequence[tuple[str, str]] | None = None,
-    max_sentences: int | None = None,
-) -> Texts:
-    """The first pairs of each direction of the validation split, as text.
-
-    Args:
-        prepared: the data.
-        directions: None: all that the split has.
-        max_sentences: of each direction; None: all.
-
-    Raises:
-        UserError: the split has no pair of a direction.
-    """
-    chosen = prepared.directions("valid") if directions is None else directions
-    pairs = {direction: prepared.pairs("valid", *direction) for direction in chosen}
-    return {
-        direction: (
-            list(islice(found.sources, max_sentences)),
-            list(islice(found.references, max_sentences)),
-        )
-        for direction, found in pairs.items()
-    }
 
 
 def require_sacrebleu() -> None:
@@ -285,14 +246,14 @@ def evaluate_translation(
 
     Args:
         model: every rank calls this together, since MoE layers exchange tokens.
-        codec: of the model.
-        texts: by source and target language, the sources and their references, the same on every
-            rank; at least one direction, and at least one sentence in each.
-        decoding: None: beam 4.
-        progress: told how many more sentences have been translated, and how many there are.
+        codec: the model's vocabulary.
+        texts: sources and their references by direction, the same on every rank. There is at least
+            one direction, and at least one sentence in each.
+        decoding: settings of the search; None for beam 4.
+        progress: function of the number of sentences just translated and of their total.
 
     Returns:
-        The same on every rank.
+        The scores, the same on every rank.
     """
     require_sacrebleu()
     import sacrebleu  # in a user's installation it may be missing
@@ -327,58 +288,3 @@ def evaluate_translation(
     return TranslationScores(
         scores, signatures, signature, decoding, num_truncated, examples, answers
     )
-
-
-def translation_tables(title: str, scores: TranslationScores) -> list[Table]:
-    """A line for each of a few directions, or matrices of BLEU and chrF, with means."""
-    directions = scores.directions
-    if len(directions) <= LISTED_DIRECTIONS:
-        rows = [
-            [f"{source} -> {target}", f"{s.bleu:.1f}", f"{s.chrf:.1f}", f"{s.num_sentences:,}"]
-            for (source, target), s in directions.items()
-        ]
-        if len(directions) > 1:
-            total = sum(score.num_sentences for score in directions.values())
-            rows.append(["mean", f"{scores.bleu:.1f}", f"{scores.chrf:.1f}", f"{total:,}"])
-        return [table(title, ["", "BLEU", "chrF", "sentences"], rows)]
-    return [
-        _matrix(f"{title}: {name}, from (line) to (column)", directions, value)
-        for name, value in (("BLEU", lambda s: s.bleu), ("chrF", lambda s: s.chrf))
-    ]
-
-
-def _matrix(
-    title: str,
-    directions: Mapping[tuple[str, str], DirectionScore],
-    value: Callable[[DirectionScore], float],
-) -> Table:
-    order = dict.fromkeys([source for source, _ in directions] + [t for _, t in directions])
-    sources, targets = (
-        [language for language in order if language in {pair[side] for pair in directions}]
-        for side in (0, 1)
-    )
-
-    def mean(source: str | None, target: str | None) -> str:
-        chosen = [
-            value(score)
-            for (one, other), score in directions.items()
-            if source in (None, one) and target in (None, other)
-        ]
-        return f"{statistics.fmean(chosen):.1f}" if chosen else ""
-
-    rows = [
-        [source or "mean", *(mean(source, target) for target in targets), mean(source, None)]
-        for source in [*sources, None]
-    ]
-    return table(title, ["", *targets, "mean"], rows)
-
-
-def signature_lines(scores: TranslationScores) -> list[str]:
-    """sacrebleu's signatures, a line each, and how the translations were found."""
-    decoding = scores.decoding
-    lines = [f"BLEU  {signature}" for signature in scores.bleu_signatures.values()]
-    lines.append(f"chrF  {scores.chrf_signature}")
-    how = f"beam {decoding.beam}, length penalty {decoding.length_penalty:g}"
-    if scores.num_truncated:
-        how += f"; sources cut to the model's positions: {scores.num_truncated:,}"
-    return [*lines, how]

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from magnetar.engine.checkpoint.translation_run import TranslationRun
+from magnetar.engine.checkpoint.open_run import SavedModel
 from magnetar.engine.translation.long_sentences import TooLong, fit, told
 from magnetar.engine.translation.translate import Decoding, joined, one_line, translate_ids
 
@@ -19,7 +19,7 @@ class Translator:
     """
 
     def __init__(
-        self, run: TranslationRun, decoding: Decoding, target: str, too_long: TooLong | None = None
+        self, run: SavedModel, decoding: Decoding, target: str, too_long: TooLong | None = None
     ) -> None:
         """Nothing is done yet.
 
@@ -31,15 +31,15 @@ class Translator:
         """
         self.run, self.target, self.decoding = run, target, decoding
         self.how: TooLong = too_long or "split"
-        if too_long is None and run.config is not None and run.config.data.pairs:
-            self.how = run.config.data.pairs.too_long_inference
+        if too_long is None and run.run_config is not None and run.run_config.data.pairs:
+            self.how = run.run_config.data.pairs.too_long_inference
         self.num_done, self.too_long = 0, list[int]()
 
     def lines(
         self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None
     ) -> list[str]:
         """A line for each of the next texts, "" for one that is empty."""
-        model, codec, first = self.run.model, self.run.codec, self.num_done
+        model, codec, first = self.run.translator, self.run.codec, self.num_done
         fitted = fit(texts, codec, self.target, model.encoder.max_len, self.how, first)
         parts: list[list[str]] = [[] for _ in texts]
         # A line's draws depend on its number in all of the input, and on no window.
@@ -57,4 +57,4 @@ class Translator:
 
     def told(self) -> str:
         """The sentence about long lines that a user should read, or ""."""
-        return told(self.too_long, self.num_done, self.run.model.encoder.max_len, self.how)
+        return told(self.too_long, self.num_done, self.run.translator.encoder.max_len, self.how)

@@ -1,19 +1,19 @@
 """Translations from an encoder-decoder: greedy, by beam search, or drawn.
 
-Letters: B sentences that are not done, W beam, R = B * W hypotheses, S source tokens, L tokens of a
+Letters: B unfinished sentences, W beam, R = B * W hypotheses, S source tokens, L tokens of a
 hypothesis so far, V vocab_size.
 
-A hypothesis of n tokens, the end among them, scores log p / n^length_penalty, as in fairseq
-(sequence_generator.py, finalize_hypos); GNMT's penalty is ((5 + n) / 6)^alpha (arXiv 1609.08144,
-eq. 14). Of the 2W likeliest continuations those among the first W that end are finished, and the
-first W of the others go on, as there. Two things differ:
+A hypothesis of n tokens, the end token included, scores log p / n^length_penalty, as in fairseq
+(sequence_generator.py, finalize_hypos). GNMT's penalty is ((5 + n) / 6)^alpha (arXiv 1609.08144,
+eq. 14). As in fairseq, each step takes the 2W likeliest continuations. Those among the first W that
+end are finished, and the first W of the others go on. Two things differ:
 
-- The path that greedy decoding takes keeps a place in the beam until it ends, the last place if
-  it has earned none. So the answer never scores below that of greedy decoding, which a beam alone
-  does not promise: greedy's path can leave it early and turn out best.
-- A sentence is done when W hypotheses and greedy's have ended, or before that when none that goes
-  on can win: log p only falls, so that one of at most N tokens ends with log p / N^length_penalty
-  at the most.
+- The path of greedy decoding keeps a place in the beam until it ends: its own, or the last place.
+  So the answer never scores below that of greedy decoding. A plain beam does not promise this,
+  since the greedy path can leave it early and still turn out best.
+- A sentence is done when W hypotheses and the greedy one have ended, or earlier if no open
+  hypothesis can win. log p only falls, so a hypothesis of up to N tokens scores no more than
+  log p / N^length_penalty.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,18 +25,18 @@ from torch import Tensor
 
 from magnetar.models.layers.attention import Cache
 from magnetar.models.moe.layer import SparseFeedForward
-from magnetar.models.moe.noise import mixed, uniform
+from magnetar.models.moe.noise import splitmix64, uniform
 from magnetar.models.transformer import EncoderDecoder
 
 NEVER = float("-inf")
 
 
 class Translation(NamedTuple):
-    """What a source became.
+    """The translation of one source.
 
     Attributes:
-        tokens: without the end.
-        score: log p / n^length_penalty of the n tokens, the end among them; p without
+        tokens: token ids without the end token.
+        score: log p / n^length_penalty of the n tokens, the end token included; p is without
             temperature and top_p.
     """
 
@@ -45,13 +45,13 @@ class Translation(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn.
+    """The distribution from which tokens are drawn.
 
     Attributes:
-        temperature: above 0; 1: the model's own distribution.
-        top_p: draw among the fewest tokens whose probabilities sum to at least this, and those
-            as likely as the last of them.
-        seed: of the draw.
+        temperature: divisor of the logits, above 0.
+        top_p: probability mass to draw from: the fewest tokens that sum to at least this, and
+            those as likely as the last of them.
+        seed: seed of the draw.
     """
 
     temperature: float = 1.0
@@ -60,7 +60,7 @@ class Sampling(NamedTuple):
 
 
 def default_max_len(source_len: int) -> int:
-    """Tokens that a translation may have, the end among them."""
+    """Largest number of tokens of a translation, the end token included."""
     return 2 * source_len + 20
 
 
@@ -82,26 +82,26 @@ def translate(
 ) -> list[Translation]:
     """The best translation of each source that the search finds; beam 1 is greedy decoding.
 
-    The encoder runs once. No MoE layer drops a token, and padding is seen by nobody: what a
-    sentence becomes does not depend on those beside it, but for the rounding of sums.
+    The encoder runs once. No MoE layer drops a token and no token attends to padding, so a
+    translation depends on the other sentences of its batch only through the rounding of sums.
 
     Args:
-        model: its experts may be spread over ranks, see any_rank.
+        model: encoder-decoder; its experts may be on several ranks, see any_rank.
         source: (B, S) int64.
-        source_padding: (B, S) bool, True at padding; None: there is none.
-        eos_id: ends a translation, and is what the decoder starts from.
-        max_len: (B,) int64, tokens that a translation may have, the end among them: after the
-            last but one it must end. At most the decoder's positions.
-        beam: W, hypotheses that are followed; 1 where tokens are drawn.
-        length_penalty: 0 or more; 0 compares plain log probabilities, which favours short ones.
-        allowed: (V,) bool, False for tokens that must not be chosen; None: all may. The others'
-            probabilities are not raised for it.
-        sampling: draw each token in place of the search.
-        sample_ids: (B,) int64, what a sentence's draws are a function of, beside the seed; None:
-            its row.
-        any_rank: whether any rank passes True. Each rank translates its own batch, but all of
-            them must call the model equally often; None: this rank alone.
-        cached: False computes every position at every step anew, for comparison.
+        source_padding: (B, S) bool, True at padding; None without padding.
+        eos_id: id of the end token, which is also the decoder's first input.
+        max_len: (B,) int64, largest number of tokens of each translation, the end token included,
+            up to the decoder's positions.
+        beam: W, number of hypotheses per sentence; 1 with sampling.
+        length_penalty: exponent, 0 or more; 0 compares plain log probabilities, which favours
+            short translations.
+        allowed: (V,) bool, False for tokens that must not be chosen; None allows all. The
+            probabilities of the others are not raised.
+        sampling: distribution from which each token is drawn; None searches.
+        sample_ids: (B,) int64, keys of the sentences' draws beside the seed; None: their rows.
+        any_rank: function that returns whether any rank passes True. Each rank translates its own
+            batch, but all of them must call the model equally often. None: this rank alone.
+        cached: whether keys and values are cached; False is for comparison.
     """
     was_training = model.training
     model.eval()
@@ -112,7 +112,7 @@ def translate(
             search = _Search(limits, beam, length_penalty, eos_id)
         else:
             ids = torch.arange(source.size(0)) if sample_ids is None else sample_ids
-            keys = mixed(mixed(torch.tensor(sampling.seed)) + ids).to(source.device)
+            keys = splitmix64(splitmix64(torch.tensor(sampling.seed)) + ids).to(source.device)
             search = _Draws(limits, length_penalty, eos_id, sampling, keys)
         is_active = True
         while any_rank(is_active) if any_rank else is_active:
@@ -126,7 +126,7 @@ def translate(
 
 @contextmanager
 def _nothing_dropped(model: EncoderDecoder) -> Iterator[None]:
-    """MoE layers without a capacity, which would let the sentences of a batch compete."""
+    """MoE layers without a capacity, for which the sentences of a batch would compete."""
     layers = [module for module in model.modules() if isinstance(module, SparseFeedForward)]
     before = [layer.moe for layer in layers]
     for layer in layers:
@@ -159,18 +159,18 @@ class _Steps:
         self._spare = self.memory[:1], None if padding is None else padding[:1]
 
     def log_probs(self, tokens: Tensor) -> Tensor:
-        """(R, L) int64, the start among them -> (R, V) float32, of the token after them."""
+        """(R, L) int64, the start token included -> (R, V) float32, of the next token."""
         unseen, memory = tokens, self.memory
         if self.cache is not None and self.cache.length:
             unseen = tokens[:, -1:]
-        found = self.decoder(
+        logits = self.decoder(
             unseen, memory=memory, memory_padding=self.padding, cache=self.cache
-        ).logits[:, -1]
-        log_probs = found.float().log_softmax(-1)
+        ).logits[:, -1]  # (R, V)
+        log_probs = logits.float().log_softmax(-1)
         return log_probs if self.banned is None else log_probs.masked_fill(self.banned, NEVER)
 
     def select(self, rows: Tensor, same_sources: bool = False) -> None:
-        """Go on with these rows (R',) of the hypotheses; same_sources: each row keeps its own."""
+        """Go on with these rows (R',) of the hypotheses; same_sources: each keeps its source."""
         if self.cache is not None:
             self.cache.select(rows, own_only=same_sources)
         if not same_sources:
@@ -178,7 +178,7 @@ class _Steps:
             self.padding = None if self.padding is None else self.padding.index_select(0, rows)
 
     def idle(self) -> None:
-        """Call the decoder for the sake of the other ranks, whose tokens its experts may get."""
+        """Call the decoder so that this rank's experts serve the tokens of the other ranks."""
         memory, padding = self._spare
         self.decoder(self.start[:1], memory=memory, memory_padding=padding)
 
@@ -193,20 +193,20 @@ class _Best:
         self.lengths = torch.zeros_like(limits)
 
     def update(self, index: Tensor, tokens: Tensor, log_probs: Tensor) -> None:
-        """Hypotheses that have ended.
+        """Keep the ended hypotheses that score best.
 
         Args:
-            index: (B,) int64, the sentences.
-            tokens: (B, L - 1) int64, without start and end.
-            log_probs: (B,) float32, of all tokens and the end; -inf: nothing has ended.
+            index: (B,) int64, indices of the sentences in the batch.
+            tokens: (B, L - 1) int64, tokens without start and end.
+            log_probs: (B,) float32, sum over the tokens and the end; -inf if none has ended.
         """
         length = tokens.size(1)
         scores = log_probs / (length + 1) ** self.length_penalty
         better = scores > self.scores[index]
         self.scores[index] = torch.where(better, scores, self.scores[index])
         self.lengths[index] = torch.where(better, length, self.lengths[index])
-        kept = self.tokens[index, :length]
-        self.tokens[index, :length] = torch.where(better.unsqueeze(1), tokens, kept)
+        before = self.tokens[index, :length]
+        self.tokens[index, :length] = torch.where(better.unsqueeze(1), tokens, before)
 
     def translations(self) -> list[Translation]:
         """One for each sentence."""
@@ -226,14 +226,14 @@ class _Search:
         self.limits = limits  # (B,)
         self.bounds = limits.float() ** length_penalty  # (B,)
         self.tokens = limits.new_zeros(num_sentences, beam, 0)  # (B, W, L)
-        # There is one hypothesis at first, the empty one; the others' copies of it never win.
+        # At first there is one hypothesis, the empty one. Its copies score -inf and never win.
         self.scores = limits.new_full((num_sentences, beam), NEVER, dtype=torch.float32)
         self.scores[:, 0] = 0.0
-        self.greedy = torch.zeros_like(limits)  # (B,), its place in the beam, -1: has ended
+        self.greedy = torch.zeros_like(limits)  # (B,), place of the greedy path; -1: has ended
         self.num_ended = torch.zeros_like(limits)  # (B,)
 
     def advance(self, steps: _Steps) -> bool:
-        """Every hypothesis by one token; whether any sentence goes on."""
+        """Extend every hypothesis by one token; return whether any sentence goes on."""
         log_probs = self._log_probs(steps)  # (R, V)
         self.length += 1
         totals = self._totals(log_probs)  # (B, W, V)
@@ -258,7 +258,7 @@ class _Search:
         is_new = path_ends & ~((finished[:, :-1] == path.unsqueeze(1)) & counted).any(1)
         self.num_ended += counted.sum(1) + is_new
 
-        # Each hypothesis ends in one way, so that W of the 2W do not.
+        # A hypothesis has one continuation that ends, so at least W of the 2W go on.
         order = ends.int().argsort(dim=1, stable=True)[:, : self.beam]
         chosen, scores = chosen.gather(1, order), scores.gather(1, order)
         chosen, self.scores = self._with_greedy(chosen, scores, path, path_score, path_ends)
@@ -273,7 +273,7 @@ class _Search:
             tokens = self.tokens.flatten(0, 1)
             start = steps.start[:1].expand(tokens.size(0), 1)
             return steps.log_probs(torch.cat([start, tokens], dim=1))
-        # All hypotheses are still the same: the encoder's output meets the decoder once.
+        # All hypotheses are still the same, so the first step runs once for each sentence.
         log_probs = steps.log_probs(steps.start)
         rows = torch.arange(log_probs.size(0), device=log_probs.device)
         rows = rows.repeat_interleave(self.beam, output_size=log_probs.size(0) * self.beam)
@@ -282,7 +282,7 @@ class _Search:
         return log_probs.index_select(0, rows)
 
     def _totals(self, log_probs: Tensor) -> Tensor:
-        """(R, V) -> (B, W, V), of the hypothesis and the token; at the limit only the end may."""
+        """(R, V) -> (B, W, V), log p of hypothesis and token; at the limit only the end token."""
         totals = self.scores.unsqueeze(-1) + log_probs.unflatten(0, self.scores.shape)
         is_last = (self.limits == self.length).view(-1, 1, 1)
         is_other = torch.arange(totals.size(-1), device=totals.device) != self.eos_id
@@ -293,7 +293,7 @@ class _Search:
         return self.tokens.gather(1, beams.unsqueeze(-1).expand(-1, -1, self.tokens.size(-1)))
 
     def _greedy_continuation(self, totals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Greedy's next step: its place among (W * V), its score, whether it ends now: (B,)."""
+        """The greedy path's next token: index in W * V, score, whether it ends; (B,) each."""
         beam, vocab_size = self.greedy.clamp_min(0), totals.size(-1)
         own = totals.gather(1, beam.view(-1, 1, 1).expand(-1, 1, vocab_size)).squeeze(1)
         score, token = own.max(1)
@@ -302,7 +302,7 @@ class _Search:
     def _with_greedy(
         self, chosen: Tensor, scores: Tensor, path: Tensor, path_score: Tensor, path_ends: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The beam (B, W) and its scores, greedy's path in the last place if it has no other."""
+        """The beam (B, W) and its scores, with the greedy path in the last place if it has none."""
         goes_on = (self.greedy >= 0) & ~path_ends
         is_path = chosen == path.unsqueeze(1)
         place = torch.where(is_path.any(1), is_path.int().argmax(1), self.beam - 1)
@@ -315,27 +315,27 @@ class _Search:
         )
 
     def _go_on(self, steps: _Steps, beams: Tensor) -> bool:
-        """Leave the sentences that are done; whether there are others."""
+        """Drop the sentences that are done; return whether any are left."""
         cannot_win = self.best.scores[self.index] >= self.scores.amax(1) / self.bounds
         has_enough = (self.num_ended >= self.beam) & (self.greedy < 0)
         is_over = cannot_win | has_enough | (self.limits <= self.length)
         left = (~is_over).nonzero().squeeze(1)
         if not left.numel():
             return False
-        nobody_left = left.numel() == is_over.numel()
-        if not nobody_left:
+        all_go_on = left.numel() == is_over.numel()
+        if not all_go_on:
             for name in (
                 *("index", "limits", "bounds", "tokens", "scores", "greedy", "num_ended"),
             ):
                 setattr(self, name, getattr(self, name).index_select(0, left))
-        if not (nobody_left and self.beam == 1):
+        if not (all_go_on and self.beam == 1):
             rows = (left * self.beam).unsqueeze(1) + beams.index_select(0, left)
-            steps.select(rows.flatten(), same_sources=nobody_left)
+            steps.select(rows.flatten(), same_sources=all_go_on)
         return True
 
 
 class _Draws(_Search):
-    """One hypothesis a sentence, every token drawn."""
+    """One hypothesis for each sentence, with drawn tokens."""
 
     def __init__(
         self, limits: Tensor, length_penalty: float, eos_id: int, sampling: Sampling, keys: Tensor
@@ -344,7 +344,7 @@ class _Draws(_Search):
         self.sampling, self.keys = sampling, keys
 
     def advance(self, steps: _Steps) -> bool:
-        """Every hypothesis by one token; whether any sentence goes on."""
+        """Extend every hypothesis by one token; return whether any sentence goes on."""
         log_probs = self._log_probs(steps)
         self.length += 1
         totals = self._totals(log_probs).squeeze(1)  # (B, V)
@@ -360,15 +360,15 @@ class _Draws(_Search):
 
 
 def drawn(log_probs: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
-    """A token of each row, by the Gumbel-max trick: the largest log p - log(-log u).
+    """A token for each row, by the Gumbel-max trick: the largest log p - log(-log u).
 
-    Rounding, which is another in another batch, changes a draw only where the two largest are that
-    close. Where u is compared with sums of probabilities, each token has a border that it may move.
+    Rounding depends on the batch, and changes a draw only if the two largest values nearly tie. If
+    u were compared to cumulative probabilities, it could move the border of every token.
 
     Args:
-        log_probs: (B, V) float32. Where they leave one token, that one is drawn.
-        numbers: u, (B, V) from (0, 1).
-        sampling: how.
+        log_probs: (B, V) float32; a row with one finite entry draws that token.
+        numbers: (B, V), u from (0, 1).
+        sampling: temperature and top_p.
 
     Returns:
         (B, 1) int64.

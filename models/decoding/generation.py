@@ -21,16 +21,16 @@ def sample(
 ) -> Tensor:
     """Continue prompts of one length by sampling.
 
-    Keys and values are cached until the model's positions are used up; from there on the window
-    of the last max_seq_len tokens moves, every position changes and each step computes it anew.
+    Keys and values are cached until the model's positions are used up. From then on the window of
+    the last max_seq_len tokens moves, every position changes and each step computes all of them.
 
     Args:
-        model: a decoder; its experts may be spread over ranks if every rank calls this alike.
+        model: decoder; its experts may be on several ranks if every rank calls this alike.
         prompt: (B, T) int64, T at least 1.
-        num_tokens: tokens to add to each prompt.
-        temperature: 0 takes the most probable token; 1 the model's own distribution.
-        top_p: sample among the fewest tokens whose probabilities sum to at least this.
-        seed: of the draw; the same seed gives the same text.
+        num_tokens: number of tokens to add to each prompt.
+        temperature: divisor of the logits; 0 takes the most probable token.
+        top_p: probability mass to sample from: the fewest tokens that sum to at least this.
+        seed: seed of the draw; the same seed gives the same text.
 
     Returns:
         (B, T + num_tokens) int64. The model sees the last max_seq_len tokens.

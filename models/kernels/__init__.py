@@ -1,11 +1,11 @@
-"""Triton kernels for the MoE layer on a GPU. Everything has a plain PyTorch path beside it."""
+"""Triton kernels beside the plain PyTorch path, and the test for whether they can run."""
 
 from functools import cache
 from importlib.util import find_spec
 
 from torch import Tensor
 
-MAX_TOP_K, MAX_EXPERTS = 8, 512  # of the router's kernels
+MAX_TOP_K, MAX_EXPERTS = 8, 512  # limits of models.moe.kernels
 
 
 @cache
@@ -14,5 +14,5 @@ def _has_triton() -> bool:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels can work on a tensor: on an NVIDIA GPU, with Triton, not in float64."""
+    """Whether kernels can work on a tensor: an NVIDIA GPU, Triton, and no float64."""
     return x.is_cuda and x.element_size() <= 4 and _has_triton()

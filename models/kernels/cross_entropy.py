@@ -1,4 +1,4 @@
-"""Softmax and cross entropy of logits, and their gradients in the logits' place: one pass each.
+"""Softmax and cross entropy of logits, and their gradients in place: two passes over memory.
 
 Letters: C tokens of a chunk, V vocab_size.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 4096  # of a row, at a time
+COLUMNS = 4096  # columns of a row at a time
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _cross_entropy_kernel(
     column = tl.arange(0, COLUMNS)
     target = tl.load(targets + row)
     target_logit = tl.load(of_row + target).to(tl.float32)
-    # Each lane has a largest logit of its own, and a sum that is relative to it.
+    # Each lane keeps its own largest logit, and a sum relative to it (online softmax).
     tops = tl.full([COLUMNS], -1e30, tl.float32)
     totals = tl.zeros([COLUMNS], tl.float32)
     sums = tl.zeros([COLUMNS], tl.float32)
@@ -56,7 +56,7 @@ def _cross_entropy_kernel(
         weight = tl.load(counted + row).to(tl.float32)
         factor = (1.0 + 2.0 * z_weight * z) * scale
         everywhere = label_smoothing / V * scale
-        # That difference is rounded, not its terms.
+        # Only the difference is rounded to the logits' dtype, not its terms.
         at_target = factor * (tl.exp(target_logit - top) / total) - (1.0 - label_smoothing) * scale
         at_target = (at_target - everywhere) * weight
         everywhere *= weight
@@ -82,22 +82,22 @@ def cross_entropy(
     scale: float,
     has_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `models.losses` does with a chunk's logits.
+    """The softmax of a chunk's logits, and with has_gradients their gradients in place.
 
     Args:
-        logits: (C, V), contiguous. With gradients those of the smoothed cross entropy +
-            z_weight * log^2 Z are in their place afterwards, times scale, 0 where a token does not
+        logits: (C, V), contiguous. With has_gradients they are replaced by scale times the gradient
+            of the smoothed cross entropy + z_weight * log^2 Z, which is 0 for tokens that do not
             count.
-        targets: (C,) int64, from 0 to V - 1 also where a token does not count.
-        counted: (C,) bool.
-        z_weight: of log^2 Z.
+        targets: (C,) int64, from 0 to V - 1, also for tokens that do not count.
+        counted: (C,) bool, whether a token counts.
+        z_weight: weight of log^2 Z.
         label_smoothing: eps, see `models.losses.token_losses`.
-        scale: of the gradients.
-        has_gradients: whether they are wanted.
+        scale: factor of the gradients.
+        has_gradients: whether to compute the gradients.
 
     Returns:
-        log Z (C,), the targets' logits (C,) and the mean logits (C,), which are 0 where nothing is
-        smoothed; float32.
+        log Z (C,), the targets' logits (C,) and the mean logits (C,), float32. The mean logits are
+        0 without label smoothing.
     """
     log_z, target_logits, mean_logits = torch.empty(3, len(logits), device=logits.device).unbind()
     _cross_entropy_kernel[(len(logits),)](

@@ -1,7 +1,8 @@
 """The gradient of an embedding, without waiting for the device.
 
-PyTorch's backward pass reads back how many different tokens there were. Here tokens are sorted, and
-a program for each row of the table adds up, in the order of their places, the gradients of its own.
+PyTorch's backward pass reads the number of different tokens back to the host. Here tokens are
+sorted, and one program for each row of the table sums that row's gradients in the order of the
+tokens' positions.
 
 Letters: N tokens, V vocab_size, D d_model.
 """
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 8  # gradients that are added up at a time
+ROWS = 8  # gradients that a program adds at a time
 
 
 @triton.jit
@@ -35,9 +36,9 @@ def _gradient_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     while first < end:
         index = first + tl.arange(0, ROWS)
-        place = tl.load(order + index, mask=index < end, other=0)
+        position = tl.load(order + index, mask=index < end, other=0)
         mask = (index < end)[:, None] & is_column[None, :]
-        at = grad + place[:, None] * D + column[None, :]
+        at = grad + position[:, None] * D + column[None, :]
         total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         first += ROWS
     at = out + token.to(tl.int64) * D + column
@@ -45,7 +46,7 @@ def _gradient_kernel(
 
 
 class EmbedTokens(torch.autograd.Function):
-    """Rows of a table; a token's gradients are added up in float32 and in a fixed order."""
+    """Rows of a table; the backward sums a token's gradients in float32 and in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
@@ -60,9 +61,9 @@ class EmbedTokens(torch.autograd.Function):
         """(..., D) -> (V, D)."""
         (tokens,) = ctx.saved_tensors
         vocab_size, d_model = ctx.shape
-        found, order = tokens.flatten().sort(stable=True)
-        every = torch.arange(vocab_size, device=tokens.device)
-        ends = torch.searchsorted(found, every, right=True, out_int32=True)  # (V,)
+        sorted_tokens, order = tokens.flatten().sort(stable=True)  # (N,), (N,)
+        vocabulary = torch.arange(vocab_size, device=tokens.device)
+        ends = torch.searchsorted(sorted_tokens, vocabulary, right=True, out_int32=True)  # (V,)
         out = grad.new_empty(vocab_size, d_model, dtype=ctx.dtype)
         columns = min(1024, triton.next_power_of_2(d_model))
         _gradient_kernel[(vocab_size, triton.cdiv(d_model, columns))](

@@ -1,1 +1,1 @@
-"""The layers of a block, but for MoE."""
+"""The layers of a block; models/moe has the MoE layer."""

@@ -17,10 +17,10 @@ from magnetar.models.layers.positions import Rotary
 
 
 def expect_many_shapes() -> None:
-    """Have PyTorch leave cuDNN's attention aside from now on, in this process.
+    """Turn cuDNN's attention off in this process.
 
-    It makes a plan for each new shape, which takes as long as a training step: bins of sentence
-    pairs and the steps of a search have hundreds.
+    It makes a plan for each new shape, which takes as long as a training step. Bins of sentence
+    pairs and the steps of a search have hundreds of shapes.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -29,8 +29,8 @@ class LayerCache:
     """Keys and values that one layer has computed so far.
 
     Attributes:
-        own: of the layer's own positions, (B, H, S, d) each; None before the first step.
-        cross: of the encoder's output, which stay the same; None before the first step.
+        own: self-attention's keys and values, (B, H, S, d) each; None before the first step.
+        cross: cross-attention's keys and values, which never change; None before the first step.
     """
 
     def __init__(self) -> None:
@@ -48,24 +48,28 @@ class LayerCache:
 
 
 class Cache:
-    """Keys and values of every layer of a decoder, and how many positions they stand for."""
+    """Keys and values of every layer of a decoder.
+
+    Attributes:
+        layers: cache of each layer.
+        length: number of positions in the cache.
+    """
 
     def __init__(self, num_layers: int) -> None:
-        """An empty cache; `length` counts the positions that it holds."""
+        """An empty cache."""
         self.layers = [LayerCache() for _ in range(num_layers)]
         self.length = 0
 
     @property
     def source_len(self) -> int | None:
-        """Positions of the encoder's output; None before the first step, or without encoder."""
+        """Positions of the encoder's output; None before the first step or without an encoder."""
         cross = self.layers[0].cross
         return None if cross is None else cross[0].size(2)
 
     def select(self, rows: Tensor, own_only: bool = False) -> None:
-        """Keep these rows (B',) of the batch, in this order: what beam search needs.
+        """Keep these rows (B',) of the batch in this order, for beam search.
 
-        own_only: each row keeps its source, so that nothing changes in the encoder's keys and
-        values.
+        With own_only each row keeps its source, so the encoder's keys and values stay as they are.
         """
         for layer in self.layers:
             for name in ("own",) if own_only else ("own", "cross"):
@@ -75,7 +79,7 @@ class Cache:
 
 
 class _Attention(nn.Module, ABC):
-    """What self-attention and cross-attention share: heads, norms, output projection."""
+    """Common base of self-attention and cross-attention: heads, norms, output projection."""
 
     def __init__(
         self,
@@ -96,12 +100,12 @@ class _Attention(nn.Module, ABC):
             d_model: width of the residual stream.
             num_heads: heads; divides d_model.
             dropout: probability of dropping an attention weight in training.
-            inner_norm: a LayerNorm before the output projection (Sub-LN).
+            inner_norm: whether a LayerNorm precedes the output projection (Sub-LN).
             gain: initial gain of the value and output projections.
-            head_scale: a learned factor of each head's output (NormFormer).
-            qk_norm: a LayerNorm on each head's queries and keys (arXiv 2309.14322).
+            head_scale: whether each head's output has a learned factor (NormFormer).
+            qk_norm: whether each head's queries and keys have a LayerNorm (arXiv 2309.14322).
             norm_eps: epsilon of the LayerNorms.
-            multiway: a pool of projections for each modality.
+            multiway: whether each modality has projections of its own.
         """
         super().__init__()
         self.num_heads = num_heads
@@ -184,16 +188,16 @@ class SelfAttention(_Attention):
         cache: LayerCache | None = None,
         split_position: int | None = None,
     ) -> Tensor:
-        """Attend to the positions that the mask leaves.
+        """Attend to the positions that the mask allows.
 
         Args:
             x: (B, T, D).
-            mask: added to the attention logits, broadcast to (B, H, T, S); None: nothing.
-            is_causal: see only the positions up to one's own; only without a mask.
-            rotary: turns queries and keys.
+            mask: summand of the attention logits, broadcast to (B, H, T, S); None: nothing.
+            is_causal: whether a position sees only those up to its own; only without a mask.
+            rotary: rotation of queries and keys; None: nothing.
             first_position: position of x's first token.
-            cache: earlier keys and values, to which those of x are added.
-            split_position: see `models.layers.multiway`.
+            cache: earlier keys and values, to which those of x are appended.
+            split_position: number of tokens of the first modality, see `models.layers.multiway`.
 
         Returns:
             (B, T, D), in the dtype of x.
@@ -233,8 +237,8 @@ class CrossAttention(_Attention):
         Args:
             x: (B, T, D).
             memory: (B, S, D); may be None once the cache holds its keys and values.
-            mask: added to the attention logits, broadcast to (B, H, T, S); None: nothing.
-            cache: where keys and values of the memory are kept.
+            mask: summand of the attention logits, broadcast to (B, H, T, S); None: nothing.
+            cache: store of the memory's keys and values.
 
         Returns:
             (B, T, D), in the dtype of x.
@@ -244,7 +248,7 @@ class CrossAttention(_Attention):
             k, v = cache.cross
         else:
             assert memory is not None, "the first step needs the encoder's output"
-            k, v = self._heads(self.kv_proj(memory), 2)
+            k, v = self._heads(self.kv_proj(memory), 2)  # (B, H, S, d) each
             k = self.k_norm(k)
         if cache is not None:
             cache.cross = k, v
@@ -258,19 +262,19 @@ def attention_mask(
     shape: tuple[int, int],
     like: Tensor,
 ) -> Tensor | None:
-    """What is added to attention logits; None where plain (causal) attention needs nothing.
+    """The summand of the attention logits; None if plain (causal) attention needs none.
 
-    Hidden keys get the lowest finite number: a row that sees nothing at all must stay a number.
+    Hidden keys get the lowest finite number, not -inf: a query that sees no key would become NaN.
 
     Args:
         bias: (1, H, T, S), or None.
-        padding: (B, S) bool, keys that nobody sees, or None.
-        causal_from: position of the first query where only the past is seen, else None.
+        padding: (B, S) bool, True at keys that no query sees, or None.
+        causal_from: position of the first query if queries see only the past, else None.
         shape: (T, S).
-        like: a tensor of the mask's dtype and device.
+        like: tensor with the mask's dtype and device.
 
     Returns:
-        Broadcasts to (B, H, T, S).
+        Tensor that broadcasts to (B, H, T, S).
     """
     if bias is None and padding is None and not causal_from:
         return None

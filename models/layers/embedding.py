@@ -1,4 +1,4 @@
-"""The table of the tokens' vectors."""
+"""The token embedding."""
 
 from torch import Tensor, nn
 
@@ -12,7 +12,8 @@ class Embedding(nn.Embedding):
         """Int64 of any shape -> (..., D)."""
         if not (kernels.usable(self.weight) and self.weight.requires_grad):
             return super().forward(tokens)
-        from magnetar.models.kernels.embedding import EmbedTokens  # Triton is not everywhere
+        # Imported here, since Triton is not installed everywhere.
+        from magnetar.models.kernels.embedding import EmbedTokens
 
         embedded: Tensor = EmbedTokens.apply(self.weight, tokens)
         return embedded

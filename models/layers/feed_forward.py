@@ -12,11 +12,10 @@ from magnetar.models.layers.init import RandomSource
 
 
 class Linear(nn.Linear):
-    """A matrix that sees one matrix of tokens, whatever the shape of its input.
+    """nn.Linear that flattens its input to two dimensions.
 
-    DeepSpeed puts a function of its own in the place of F.linear under ZeRO 3. Of inputs with three
-    dimensions it rounds the product, adds the bias and rounds again; of two it does what torch
-    does.
+    Under ZeRO 3 DeepSpeed replaces F.linear. With three-dimensional inputs its function rounds the
+    product, adds the bias and rounds again; with two it does what torch does.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ class Linear(nn.Linear):
 
 
 class WideLinear(nn.Linear):
-    """A matrix that multiplies in float32, whatever the type of its weight and its input."""
+    """nn.Linear that multiplies in float32, whatever the dtype of its weight and input."""
 
     def forward(self, h: Tensor) -> Tensor:
         """(N, d_in) of any float dtype -> (N, d_out) float32."""
@@ -65,8 +64,8 @@ class FeedForward(nn.Module):
         Args:
             d_model: width of the residual stream.
             d_ff: inner width.
-            activation: a key of ACTIVATIONS.
-            inner_norm: a LayerNorm before the second matrix.
+            activation: key of ACTIVATIONS.
+            inner_norm: whether a LayerNorm precedes the second matrix.
             gain: initial gain of all matrices.
             norm_eps: epsilon of the LayerNorm.
             activation_dropout: probability of dropping an activation in training.
@@ -90,7 +89,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        h = self.activation(self.w1(x))
+        h = self.activation(self.w1(x))  # (..., F)
         if self.w3 is not None:
             h = h * self.w3(x)
         return self.w2(self.inner_norm(self.dropout(h)))

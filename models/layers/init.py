@@ -1,7 +1,7 @@
-"""Initial weights that depend on the seed and on what a tensor is, never on where it lies.
+"""Initial weights that depend on the seed and on a tensor's role, never on its rank.
 
-Every tensor is drawn from a generator of its own, keyed by (seed, parameter name) and, for an
-expert, by its global index. So the same model starts the same on any number of ranks.
+Every tensor has a generator of its own, keyed by the seed, the parameter's name and, for an expert,
+its global index. So a model starts with the same weights on any number of ranks.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ class RandomSource:
     """Generators for the tensors of one module, keyed by the seed and the module's name.
 
     Attributes:
-        seed: of the model.
-        module_name: of the module.
-        device: whose generator draws, for another device's draws other numbers; None: the one on
-            which a tensor lies.
+        seed: seed of the model.
+        module_name: name of the module in the model.
+        device: device whose generator draws, since each kind draws other numbers; None: the
+            tensor's own device.
     """
 
     seed: int
@@ -47,9 +47,9 @@ class RandomSource:
         """Fill a matrix in place from N(0, gain^2 * 2 / (fan_in + fan_out)).
 
         Args:
-            tensor: (rows, columns); which of them is fan_in does not matter to Xavier.
+            tensor: (rows, columns), in either order, since Xavier's formula is symmetric.
             parameter: name of the parameter inside its module.
-            gain: gamma (Sub-LN) or beta (DeepNorm) where the paper scales, else 1.
+            gain: gamma of Sub-LN, beta of DeepNorm, or 1.
             expert: global index of the expert that owns the matrix.
             part: index of the matrix inside a parameter that packs several.
         """

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class Multiway(nn.Module):
-    """Two copies of a module that works token by token: one a modality."""
+    """Two copies of a token-wise module, one for each modality."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Build the pools from one module; its copies are drawn apart in `build_model`."""
+        """Build the pools from one module; `build_model` draws each with its own numbers."""
         super().__init__()
         self.pools = nn.ModuleList([module, copy.deepcopy(module)])
 
@@ -22,7 +22,7 @@ class Multiway(nn.Module):
 
         Args:
             x: (B, T, D).
-            split_position: number of positions of the first modality; None: all of them.
+            split_position: number of positions of the first modality; None: all positions.
         """
         if split_position is None or split_position >= x.size(1):
             return self.pools[0](x)
@@ -38,7 +38,7 @@ def per_modality(module: nn.Module, x: Tensor, split_position: int | None) -> Te
 
 
 def pools(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """The named pools of a module that may have some, or the module itself under its name."""
+    """The pools of a Multiway module with their names; any other module alone, with its name."""
     if isinstance(module, Multiway):
         return [(f"{name}.pools.{index}", pool) for index, pool in enumerate(module.pools)]
     return [(name, module)]

@@ -1,8 +1,8 @@
-"""Where the LayerNorms of a block stand, how residuals are scaled, how large weights start.
+"""The norm styles: the places of the LayerNorms, the residual scales, the initial gains.
 
-One row of NORM_STYLES a style. The residual stream of one sublayer f, which is attention,
-cross-attention or a feed-forward network; f_out is its last matrix (attention's output
-projection, the feed-forward network's w2), f_in all before it:
+NORM_STYLES has one row for each style. The pictures show the residual stream of one sublayer f,
+which is attention, cross-attention or a feed-forward network. f_out is its last matrix
+(attention's output projection, the feed-forward network's w2), and f_in is all before it:
 
     pre         x --+--> LN --> f ------------------------------> + --> x
                     |                                             ^
@@ -64,11 +64,11 @@ Sublayer = Literal["attention", "cross_attention", "ffn"]
 
 
 class Depths(NamedTuple):
-    """Which stack of which model: what alpha and gain depend on.
+    """The depths of a model's stacks, and which of them this is; alpha and gain follow from it.
 
     Attributes:
-        encoder: N, 0 in a model without an encoder.
-        decoder: M, 0 in a model without a decoder.
+        encoder: N, layers of the encoder; 0 without one.
+        decoder: M, layers of the decoder; 0 without one.
         in_encoder: whether the stack is the encoder.
     """
 
@@ -123,14 +123,14 @@ class NormStyle:
     """One row of the table.
 
     Attributes:
-        before: a LayerNorm at the start of each sublayer, and one at the end of the stack;
-            otherwise one after each residual sum.
+        before: True for a LayerNorm at the start of each sublayer and at the end of the stack,
+            False for one after each residual sum.
         inner: sublayers with a LayerNorm before their last matrix.
         output: sublayers with a LayerNorm after their last matrix.
-        head_scale: a learned factor of each self-attention head.
-        omega: a learned vector scales the residual.
-        alpha: a constant scales the residual.
-        gain: of the Xavier-normal feed-forward, value and output matrices.
+        head_scale: whether each self-attention head has a learned factor.
+        omega: whether a learned vector scales the residual.
+        alpha: function for the constant that scales the residual.
+        gain: function for the gain of the Xavier-normal feed-forward, value and output matrices.
     """
 
     before: bool
@@ -159,13 +159,13 @@ NORM_STYLES = {
 
 
 def layer_norm(width: int, eps: float, multiway: bool) -> nn.Module:
-    """A LayerNorm, with a pool for each modality if asked."""
+    """A LayerNorm; with multiway one for each modality."""
     norm = nn.LayerNorm(width, eps)
     return Multiway(norm) if multiway else norm
 
 
 class Residual(nn.Module):
-    """Everything of a sublayer but the sublayer: its LayerNorms, its residual sum, its noise.
+    """The LayerNorms, residual sum and dropout around a sublayer.
 
     Use: `x = residual(x, sublayer(residual.before(x)))`.
 
@@ -184,17 +184,17 @@ class Residual(nn.Module):
         norm_eps: float,
         multiway: bool,
     ) -> None:
-        """Build it.
+        """Build the residual of one sublayer.
 
         Args:
-            style: the row of the table.
-            sublayer: which of its columns.
+            style: row of NORM_STYLES.
+            sublayer: kind of the sublayer.
             d_model: width of the residual stream.
             alpha: factor of the residual.
             dropout: probability of dropping a number of the sublayer's output in training.
             drop_path: probability of dropping a sample's whole output in training.
             norm_eps: epsilon of the LayerNorms.
-            multiway: a pool of LayerNorms for each modality.
+            multiway: whether each modality has LayerNorms of its own.
         """
         super().__init__()
         self.starts_with_norm = style.before
@@ -207,11 +207,11 @@ class Residual(nn.Module):
         self.drop_path = drop_path
 
     def before(self, x: Tensor, split_position: int | None = None) -> Tensor:
-        """What the sublayer sees of x (B, T, D)."""
+        """The sublayer's input, (B, T, D) -> (B, T, D)."""
         return per_modality(self.norm, x, split_position) if self.starts_with_norm else x
 
     def forward(self, x: Tensor, output: Tensor, split_position: int | None = None) -> Tensor:
-        """The residual stream after the sublayer's output is added: (B, T, D)."""
+        """The residual stream x (B, T, D) plus the sublayer's output (B, T, D)."""
         if self.output_norm is not None:
             output = per_modality(self.output_norm, output, split_position)
         output = self._dropped_path(self.dropout(output))

@@ -1,4 +1,4 @@
-"""Positions: what is added to embeddings, what turns queries and keys, what biases attention.
+"""Positions: tables added to embeddings, rotation of queries and keys, bias of attention.
 
 Letters: B batch, H num_heads, T tokens, S keys, D d_model, d = D / H width of a head.
 """
@@ -26,7 +26,7 @@ def sinusoidal_table(num_positions: int, d_model: int) -> Tensor:
 
 
 def fairseq_sinusoidal_table(num_positions: int, d_model: int) -> Tensor:
-    """Fairseq's variant of it: the table of the imported sinusoidal weights.
+    """Fairseq's variant, for imported sinusoidal weights.
 
     Row p stands for position p + 2, all sines come before all cosines, and the frequencies are
     10000^(-i / (D/2 - 1)).
@@ -47,7 +47,7 @@ def _angles(positions: Tensor, width: int) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Turns pairs of numbers of queries and keys by angles that grow with the position.
+    """Rotation of pairs of numbers of queries and keys, by angles that grow with the position.
 
     RoFormer (arXiv 2104.09864), and with a scale base xPos (arXiv 2212.10554, eq. 9-13): queries
     are multiplied by zeta^(p / scale_base) and keys by its inverse, so that attention decays with
@@ -55,14 +55,14 @@ class Rotary(nn.Module):
     """
 
     def __init__(self, d_head: int, max_len: int, scale_base: float | None) -> None:
-        """Build the tables of all positions; scale_base None: plain rotary."""
+        """Build the tables of all positions; scale_base None is plain rotary."""
         super().__init__()
         positions = torch.arange(max_len)
         angles = _angles(positions, d_head)
         scale = torch.ones_like(angles)
         if scale_base is not None:
             zeta = (torch.arange(0, d_head, 2, dtype=torch.float64) / d_head + 0.4) / 1.4
-            # Only differences of exponents matter; around the middle they stay smallest.
+            # Only differences of exponents matter. Centred on the middle they are smallest.
             exponents = (positions.double() - max_len // 2) / scale_base
             scale = zeta ** exponents.unsqueeze(-1)
         for name, table in (
@@ -75,7 +75,7 @@ class Rotary(nn.Module):
             self.register_buffer(name, doubled, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move the tables with the model, but leave them float32: bf16 would blur distances."""
+        """Move the tables with the model but keep them float32, since bf16 would blur distances."""
         tables = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, moved in self.named_buffers(recurse=False):
@@ -107,12 +107,13 @@ def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int, both:
 
     Args:
         distance: int64 of any shape.
-        num_buckets: of the table.
-        max_distance: in tokens.
-        both: half of the buckets are for keys after the query; otherwise those share bucket 0.
+        num_buckets: number of buckets.
+        max_distance: distance in tokens from which all keys share the last bucket.
+        both: whether half of the buckets are for keys after the query; otherwise those share
+            bucket 0.
 
     Returns:
-        int64 in [0, num_buckets), of distance's shape.
+        int64 in [0, num_buckets), the shape of distance.
     """
     behind = -distance
     offset = torch.zeros_like(distance)

@@ -1,1 +1,1 @@
-"""The MoE layer: router, dispatch, experts and their exchange between ranks."""
+"""The MoE layer: router, dispatch, experts, and the all-to-all between ranks."""

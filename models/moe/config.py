@@ -1,207 +1,175 @@
-"""What a MoE layer is: the keys under `magnetar.model.moe` of the JSON."""
+"""The keys under `magnetar.model.moe` of the JSON."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
+from pydantic import Field, WrapValidator, model_validator
+
+from magnetar.models.section import (
+    Count,
+    NonNegative,
+    Positive,
+    Share,
+    StoredModel,
+    StrictModel,
+    key,
+    one_problem,
 )
-from pydantic_core import PydanticKnownError
 
-
-class StrictModel(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
-    """A union's problems are those of each of its types: only one of them is the user's."""
-    try:
-        return validate(value)
-    except ValidationError as error:
-        found = error.errors()[-1 if isinstance(value, list) else 0]
-        raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
-
-
-# Larger than anybody trains: a slip of the keyboard must not ask for terabytes, or for hours of
+# Larger than anybody trains, so that a typing error does not ask for terabytes or hours of
 # building. Their products still fit 63 bits.
 MAX_EXPERTS = 1 << 16
 MAX_WIDTH = 1 << 20
 
-Count = Annotated[int, Field(ge=1)]
 ExpertCount = Annotated[int, Field(ge=1, le=MAX_EXPERTS)]
 ExpertCounts = Annotated[ExpertCount | list[ExpertCount], WrapValidator(one_problem)]
 
-
-# The keys of where experts lie and how tokens reach them, as they are with one rank.
-ON_ONE_RANK: dict[str, Any] = {
-    "ep_size": 1,
-    "placement": "within_nodes",
-    "exchange": "auto",
-    "exchange_chunks": None,
-}
-EXCHANGE_CHUNKS = 1  # where none are asked for, and experts can be so divided
+# The keys that say on which ranks the experts are, with their values on a single rank.
+ON_ONE_RANK: dict[str, Any] = {"ep_size": 1, "placement": "within_nodes"}
 
 
-class MoEConfig(StrictModel):
-    """The mixture-of-experts layers: which layers, how many experts, how tokens reach them."""
+class MoEKeys(StoredModel):
+    """The keys that most MoE models need."""
 
-    num_experts: ExpertCounts = Field(
-        description="Experts in each MoE layer, over the whole job. A list: those of the first MoE "
-        "layer, of the second and so on, the encoder's before the decoder's.",
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "exchange": ("auto", "flat"),
+        "exchange_chunks": (None, 1),
+    }
+
+    num_experts: ExpertCounts = key(
+        ...,
+        "Experts in each MoE layer, over the whole job. A list: one number for each MoE layer in "
+        "order, the encoder's before the decoder's.",
     )
-    every: int = Field(
-        default=2,
-        ge=1,
-        description="Every n-th layer is a MoE layer: layers n, 2n, 3n, ... counted from 1, in "
-        "the encoder and in the decoder.",
+    every: Count = key(
+        2,
+        "Distance n between MoE layers: layers n, 2n, 3n, ... counted from 1, in the encoder and "
+        "in the decoder.",
     )
-    top_k: int = Field(default=2, ge=1, description="Experts that each token is sent to.")
-    ep_size: int = Field(
-        default=1,
-        ge=1,
-        description="Ranks that share one set of experts (expert parallelism). It must divide "
-        "both num_experts and the number of ranks.",
+    top_k: Count = key(2, "Experts that each token is sent to.")
+    ep_size: Count = key(
+        1,
+        "Ranks that share one set of experts (expert parallelism). It must divide both num_experts "
+        "and the number of ranks.",
     )
-    placement: Literal["within_nodes", "across_nodes"] = Field(
-        default="within_nodes",
-        description="How a set of experts lies on several nodes. `within_nodes`: on ep_size ranks "
-        "one after the other, so with ep_size up to the ranks of a node tokens stay inside it, and "
-        "experts' gradients travel between nodes. `across_nodes`: on ranks as far apart as can be, "
-        "so that those with the same experts are neighbours: tokens travel between nodes and "
-        "experts' gradients inside them, which is less where experts are large and tokens few. "
-        "It changes no number. Only with ep_size > 1.",
+    placement: Literal["within_nodes", "across_nodes"] = key(
+        "within_nodes",
+        "Ranks of one set of experts on several nodes. `within_nodes`: ep_size ranks one after the "
+        "other. With ep_size up to the ranks of a node, tokens stay inside the node and experts' "
+        "gradients travel between nodes. `across_nodes`: ranks as far apart as possible, so ranks "
+        "with the same experts are neighbours. Tokens travel between nodes and experts' gradients "
+        "inside them, which is less if experts are large and tokens few. It changes no number. "
+        "Only with ep_size > 1.",
     )
-    exchange: Literal["auto", "flat", "hierarchical"] = Field(
-        default="auto",
-        description="How tokens travel to experts on several nodes. `flat`: each rank sends to "
-        "each. `hierarchical`: inside the node first, to the rank of the same place as the "
-        "expert's, and from there to the other node, in fewer and larger messages. It needs as "
-        "many ranks on each node, several of them; elsewhere tokens travel flat. `auto`: "
-        "hierarchical where flat messages would be small, up to 1 MiB, or 8 KiB on CPUs. It "
-        "changes no number. Only with ep_size > 1.",
+    router: Literal["xmoe", "linear"] = key(
+        "xmoe",
+        "Kind of router. `xmoe`: low-rank cosine router with a learnable temperature (arXiv "
+        "2204.09179). `linear`: one matrix, as in Switch and GShard.",
     )
-    exchange_chunks: int | None = Field(
-        default=None,
-        ge=1,
-        description="Parts in which tokens travel to the experts of other ranks and back, each "
-        "while another is computed; it changes no number. It must divide num_experts / ep_size. "
-        "Only with ep_size > 1. null: chosen. Where the experts have no kernels (on CPUs, with a "
-        "gated activation or activation_dropout) nothing is overlapped.",
+    gate: Literal["softmax", "sigmoid"] = key(
+        "softmax",
+        "Function that makes an expert's weight of its score: softmax over all experts, or the "
+        "sigmoid of the chosen expert's own score.",
     )
-    router: Literal["xmoe", "linear"] = Field(
-        default="xmoe",
-        description="`xmoe`: low-rank cosine router with a learnable temperature "
-        "(arXiv 2204.09179). `linear`: one matrix, as in Switch and GShard.",
-    )
-    gate: Literal["softmax", "sigmoid"] = Field(
-        default="softmax",
-        description="How a score becomes the weight of an expert: softmax over all experts, or "
-        "the sigmoid of the chosen expert's own score.",
-    )
-    d_router: int | None = Field(
-        default=None,
+    d_router: int | None = key(
+        None,
+        "Width d_e of the X-MoE router's projection. null: num_experts / 2, at least 8. Only with "
+        "router `xmoe`.",
         ge=1,
         le=MAX_WIDTH,
-        description="Width d_e of the X-MoE router's projection. null: num_experts / 2, at "
-        "least 8. Only with router `xmoe`.",
     )
-    normalize_tokens: bool = Field(
-        default=True,
-        description="Scores are cosines. false: only the experts' side is normalised, as in "
-        "TorchScale 0.3.0. Only with router `xmoe`.",
+    frozen: Literal["none", "router", "router_and_experts"] = key(
+        "none",
+        "Parts that do not train. The X-MoE paper freezes routers and experts in fine-tuning.",
     )
-    learned_temperature: bool = Field(
-        default=True,
-        description="Scores are divided by a learned temperature, in the balance loss by the "
-        "paper's fixed one. false: by nothing, as in TorchScale 0.3.0. Only with router `xmoe`.",
+    jitter: Share = key(
+        0.0,
+        "Half-width of the uniform noise in [1 - jitter, 1 + jitter] that multiplies the router's "
+        "input in training (Switch).",
     )
-    frozen: Literal["none", "router", "router_and_experts"] = Field(
-        default="none",
-        description="What does not train: the X-MoE paper freezes routers and experts in "
-        "fine-tuning.",
+    dispatch: Literal["dropless", "capacity"] = key(
+        "dropless",
+        "Limit on an expert's tokens. `dropless`: none, every token reaches its experts. "
+        "`capacity`: in training, each expert takes up to capacity_factor * top_k * tokens / "
+        "num_experts tokens, first choices first, then in capacity_order; the rest are dropped.",
     )
-    jitter: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="In training, the router sees its input times uniform noise from "
-        "[1 - jitter, 1 + jitter] (Switch).",
+    capacity_factor: Positive | None = key(
+        None, "Factor of an expert's capacity. Required with dispatch `capacity`, and only then."
     )
-    second_expert: Literal["all", "sampled", "random"] = Field(
-        default="all",
-        description="GShard's policies for the second expert in training, with top_k 2. `all`: the "
-        "second best, always. `sampled`: drawn from the softmax over the others. `random`: the "
-        "second best, kept with probability min(1, 2 * its weight). Outside training `all`.",
+    capacity_order: Literal["first_come", "batch_prioritized", "random"] = key(
+        "first_come",
+        "Order in which tokens get the places of a full expert. `first_come`: by position. "
+        "`batch_prioritized`: by the probability of the first choice (arXiv 2106.05974). `random`: "
+        "drawn. Only with dispatch `capacity`.",
     )
-    normalize_weights: Literal["before_dropping", "after_dropping"] = Field(
-        default="before_dropping",
-        description="With top_k > 1 a token's weights are made to sum 1: over its choices, or over "
-        "those that were not dropped.",
+    capacity_scope: Literal["global", "rank"] = key(
+        "global",
+        "Tokens that share an expert's places. `global`: the micro-batches of all ranks together, "
+        "so the number of ranks changes nothing. `rank`: each rank's own, as in GShard, without "
+        "an exchange of choices. Only with dispatch `capacity`.",
     )
-    dispatch: Literal["dropless", "capacity"] = Field(
-        default="dropless",
-        description="`dropless`: every token reaches its experts. `capacity`: in training, each "
-        "expert takes at most capacity_factor * top_k * tokens / num_experts tokens of what "
-        "capacity_scope names, first choices first, then in capacity_order; the rest are dropped.",
+    aux_loss_weight: NonNegative = key(
+        0.01, "Weight of the balance loss, averaged over MoE layers."
     )
-    capacity_factor: float | None = Field(
-        default=None,
-        gt=0,
-        description="Required with dispatch `capacity`, and only then allowed.",
+    balance_scope: Literal["micro_step", "batch"] = key(
+        "micro_step",
+        "Tokens that one balance loss counts, over all ranks. `micro_step`: one accumulation step. "
+        "`batch`: the whole batch. The loss then does not depend on gradient_accumulation_steps; "
+        "with several of them a pass without gradients counts first, a third more compute. Not "
+        "with dispatch `capacity`.",
     )
-    capacity_order: Literal["first_come", "batch_prioritized", "random"] = Field(
-        default="first_come",
-        description="Who gets the places of a full expert: `first_come`: the earlier position. "
-        "`batch_prioritized`: the token whose first choice has the higher probability (arXiv "
-        "2106.05974). `random`: drawn. Only with dispatch `capacity`.",
+    router_z_loss_weight: NonNegative = key(
+        0.0,
+        "Weight of the mean of log^2 sum exp(router logits) (ST-MoE, arXiv 2202.08906: 1e-3), "
+        "averaged over MoE layers.",
     )
-    capacity_scope: Literal["global", "rank"] = Field(
-        default="global",
-        description="Whose tokens share an expert's places. `global`: those of the micro-batches "
-        "of all ranks together, so that the number of ranks changes nothing. `rank`: each rank's "
-        "own, as in GShard, without an exchange of choices. Only with dispatch `capacity`.",
+
+
+class TorchScaleMoEKeys(StrictModel):
+    """The keys of imported models, which keep what TorchScale 0.3.0 does."""
+
+    second_expert: Literal["all", "sampled", "random"] = key(
+        "all",
+        "GShard's policy for the second expert in training, with top_k 2. `all`: the second best, "
+        "always. `sampled`: drawn from the softmax over the others. `random`: the second best, "
+        "kept with probability min(1, 2 * its weight). Outside training `all`.",
     )
-    eval_capacity_fraction: float | None = Field(
-        default=None,
+    normalize_weights: Literal["before_dropping", "after_dropping"] = key(
+        "before_dropping",
+        "Experts whose weights are made to sum 1 for a token, with top_k > 1: its choices, or the "
+        "choices that were not dropped.",
+    )
+    normalize_tokens: bool = key(
+        True,
+        "Whether scores are cosines. false: only the experts' side is normalised, as in TorchScale "
+        "0.3.0. Only with router `xmoe`.",
+    )
+    learned_temperature: bool = key(
+        True,
+        "Whether scores are divided by a learned temperature, in the balance loss by the paper's "
+        "fixed one. false: by nothing, as in TorchScale 0.3.0. Only with router `xmoe`.",
+    )
+    eval_capacity_fraction: float | None = key(
+        None,
+        "Largest share of a forward pass's tokens that an expert takes outside training. "
+        "TorchScale 0.3.0: 0.25. null: nothing is dropped.",
         gt=0,
         le=1,
-        description="Outside training each expert takes at most this share of the tokens of a "
-        "forward pass, as in TorchScale 0.3.0 (0.25 there). null: nothing is dropped.",
     )
-    route_padding: bool = Field(
-        default=False,
-        description="true: padding is routed, takes capacity and counts in the balance loss, as "
-        "in TorchScale 0.3.0.",
+    route_padding: bool = key(
+        False,
+        "Whether padding is routed, takes capacity and counts in the balance loss. TorchScale "
+        "0.3.0: true.",
     )
-    time_major: bool = Field(
-        default=False,
-        description="Where capacity is filled in order of position, an encoder counts positions "
-        "across the batch before the next position, as in TorchScale 0.3.0.",
+    time_major: bool = key(
+        False,
+        "Whether an encoder that fills capacity in order of position counts a position across the "
+        "batch before the next position. TorchScale 0.3.0: true.",
     )
-    aux_loss_weight: float = Field(
-        default=0.01, ge=0, description="Weight of the balance loss, averaged over MoE layers."
-    )
-    balance_scope: Literal["micro_step", "batch"] = Field(
-        default="micro_step",
-        description="Whose tokens the balance loss is about: those of each accumulation step by "
-        "itself, over all ranks, or those of the whole `batch`. That makes the loss independent "
-        "of gradient_accumulation_steps, and costs a third more compute where there are several: "
-        "a pass without gradients counts before the training pass. Not with dispatch `capacity`.",
-    )
-    router_z_loss_weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the mean of log^2 sum exp(router logits) (ST-MoE, arXiv "
-        "2202.08906: 1e-3), averaged over MoE layers.",
-    )
+
+
+class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
+    """The MoE layers: which layers have experts, how many, and how tokens are routed to them."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "MoEConfig":
@@ -223,14 +191,6 @@ class MoEConfig(StrictModel):
                 for name, usual in ON_ONE_RANK.items()
                 if (value := getattr(self, name)) != usual
             ]
-        elif any(
-            count // self.ep_size % (self.exchange_chunks or 1) for count in self.expert_counts
-        ):
-            local = math.gcd(*self.expert_counts) // self.ep_size
-            wrong.append(
-                f"exchange_chunks={self.exchange_chunks} must divide num_experts / ep_size: use "
-                f"one of {[size for size in range(1, local + 1) if local % size == 0]}"
-            )
         fewest = min(self.expert_counts)
         if self.top_k > fewest:
             wrong.append(
@@ -243,16 +203,12 @@ class MoEConfig(StrictModel):
                 f"dispatch={self.dispatch!r}: set capacity_factor (1.0, say) with dispatch "
                 "'capacity', and leave it out with 'dropless'"
             )
-        if self.dispatch == "dropless" and self.capacity_order != "first_come":
-            wrong.append(
-                f"capacity_order={self.capacity_order!r} belongs to dispatch 'capacity': leave it "
-                "out, or use dispatch 'capacity' with a capacity_factor"
-            )
-        if self.dispatch == "dropless" and self.capacity_scope != "global":
-            wrong.append(
-                f"capacity_scope={self.capacity_scope!r} belongs to dispatch 'capacity': leave it "
-                "out, or use dispatch 'capacity' with a capacity_factor"
-            )
+        for name, usual in (("capacity_order", "first_come"), ("capacity_scope", "global")):
+            if self.dispatch == "dropless" and getattr(self, name) != usual:
+                wrong.append(
+                    f"{name}={getattr(self, name)!r} belongs to dispatch 'capacity': leave it out, "
+                    "or use dispatch 'capacity' with a capacity_factor"
+                )
         if self.dispatch == "capacity" and self.balance_scope == "batch":
             wrong.append(
                 "balance_scope='batch' does not go with dispatch 'capacity', where each "
@@ -291,7 +247,7 @@ class MoEConfig(StrictModel):
 
     @property
     def expert_counts(self) -> list[int]:
-        """The numbers of experts that layers have: one for all of them, or one for each."""
+        """Numbers of experts: one for all layers, or one for each layer."""
         return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
 
     @property
@@ -310,13 +266,7 @@ class MoEConfig(StrictModel):
 class MoELayerConfig(MoEConfig):
     """The keys of one MoE layer."""
 
-    num_experts: int = Field(ge=1, description="Experts of the layer, over the whole job.")
-
-    @property
-    def num_exchange_chunks(self) -> int:
-        """Parts of the exchange, asked for or chosen."""
-        local = self.num_experts // self.ep_size
-        return self.exchange_chunks or math.gcd(EXCHANGE_CHUNKS, local)
+    num_experts: Count = key(..., "Experts of the layer, over the whole job.")
 
     @property
     def router_width(self) -> int:

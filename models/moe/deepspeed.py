@@ -1,8 +1,8 @@
-"""The MoE layer as DeepSpeed has to see it: with its marks, its groups and its timers.
+"""The MoE layer for DeepSpeed: with the attributes, process groups and timers that it expects.
 
 DeepSpeed makes the process groups, reduces the experts' gradients over the ranks that hold the same
-experts, and times the layer. It knows a MoE layer by its class: under ZeRO 0, 1 and 2 by
-`deepspeed.moe.layer.MoE`, which it refuses under ZeRO 3, where it wants an `AutoEPMoELayer`.
+experts, and times the layer. It recognises a MoE layer by its class: under ZeRO 0, 1 and 2 by
+`deepspeed.moe.layer.MoE`, which it refuses under ZeRO 3; there it needs an `AutoEPMoELayer`.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from deepspeed.utils import groups
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import nn
 
+from magnetar.models.moe.all_to_all import peers_of
 from magnetar.models.moe.layer import MoE, SparseFeedForward
-from magnetar.models.moe.nodes import peers_of
 
 
 class TimedSparseFeedForward(SparseFeedForward, MOELayer):
-    """Fills in the times that DeepSpeed's wall_clock_breakdown prints; free when that is off.
+    """A layer that measures the times of DeepSpeed's wall_clock_breakdown, if that is on.
 
-    Its collectives are DeepSpeed's, so that comms_logger sees them.
+    Its collectives are DeepSpeed's, so comms_logger sees them.
     """
 
     comm = deepspeed.comm
@@ -49,10 +49,10 @@ class TimedSparseFeedForward(SparseFeedForward, MOELayer):
 
 
 class GroupedMoE(MoE):
-    """A MoE layer whose experts carry DeepSpeed's marks, and E for SparseClip.
+    """A MoE layer whose experts have DeepSpeed's attributes, and E for SparseClip.
 
     Attributes:
-        ep_group_name: DeepSpeed's name of the groups of ranks that share one set of experts.
+        ep_group_name: DeepSpeed's name for the groups of ranks that share one set of experts.
     """
 
     layer_class = TimedSparseFeedForward
@@ -71,7 +71,7 @@ class GroupedMoE(MoE):
     ) -> None:
         """Take part in making the groups; DeepSpeed calls it on every rank.
 
-        How experts lie on nodes is a key of `moe` here, and not one of DeepSpeed's.
+        The argument use_data_before_expert_parallel_ is not read: `moe.placement` says it.
         """
         moe = self.deepspeed_moe.moe
         if self.ep_group_name not in groups._get_expert_parallel_group_dict():
@@ -80,15 +80,15 @@ class GroupedMoE(MoE):
             )
         self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
         if self.ep_size > 1:
-            self.deepspeed_moe.peers = peers_of(self.ep_group, moe)
+            self.deepspeed_moe.peers = peers_of(self.ep_group)
 
 
 class ReplicatedMoE(GroupedMoE, DeepSpeedMoE):
-    """The layer under ZeRO 0, 1 and 2, where parameters are whole on each rank that holds them."""
+    """The layer under ZeRO 0, 1 and 2, which leave parameters whole."""
 
 
 class PartitionedMoE(GroupedMoE, AutoEPMoELayer):
-    """The layer under ZeRO 3, where parameters are divided among the ranks."""
+    """The layer under ZeRO 3, which partitions parameters over the ranks."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         """See MoE."""
@@ -103,7 +103,7 @@ class PartitionedMoE(GroupedMoE, AutoEPMoELayer):
 def moe_class(zero_stage: int, trains_experts: bool = True) -> type[MoE]:
     """The class of MoE layers that DeepSpeed trains under a ZeRO stage.
 
-    A model with its MoE layers whose experts are all frozen is refused under ZeRO 1 and 2.
+    Under ZeRO 1 and 2 DeepSpeed refuses its own MoE layer if all experts are frozen.
     """
     if zero_stage == 3:
         return PartitionedMoE
@@ -111,7 +111,7 @@ def moe_class(zero_stage: int, trains_experts: bool = True) -> type[MoE]:
 
 
 def join_expert_groups(model: nn.Module) -> None:
-    """Make the groups of a model that gets no engine; every rank calls it."""
+    """Make the groups of a model without an engine; every rank calls it."""
     for module in model.modules():
         if isinstance(module, GroupedMoE):
             module.set_deepspeed_parallelism()

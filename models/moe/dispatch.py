@@ -1,7 +1,11 @@
-"""Which tokens reach which experts, and in what order their rows lie.
+"""The dispatch of the plain path: which tokens reach which experts, and the order of their rows.
 
-Letters: B batch, T tokens, N tokens that are routed, D d_model, E experts, K top_k, W ranks,
-A assignments (token, expert) that are kept, at most N*K.
+Letters: B batch, T tokens, N routed tokens, D d_model, E experts, K top_k, W ranks,
+A kept assignments (token, expert), at most N*K.
+
+Assignments are choice-major here: the k-th choice of token n has the number k*N + n, so all first
+choices come before all second choices. The kernel path (moe/kernels/counting_sort.py) is
+token-major: there the number is n*K + k.
 """
 
 from types import ModuleType
@@ -14,42 +18,43 @@ from torch import Tensor
 def expert_capacity(
     num_tokens: Tensor, num_experts: int, top_k: int, capacity_factor: float
 ) -> Tensor:
-    """Tokens that one expert takes of so many, at least 1 (GShard, sec. 3.1); all () int64.
+    """() int64, the largest number of tokens of one expert, at least 1 (GShard, sec. 3.1).
 
-    On the device, where counting the padded tokens of a batch costs no synchronisation.
+    `num_tokens` is () int64 on the device, so that counting the routed tokens of a padded batch
+    needs no synchronisation.
     """
-    # The order of a Python expression in float64, so that the rounding is the same everywhere.
+    # float64, in the order of the Python expression, so that every device rounds alike.
     share = capacity_factor * top_k * num_tokens.double() / num_experts
     return share.ceil().long().clamp(min=1)
 
 
 def routed_tokens(x: Tensor, padding: Tensor | None, time_major: bool) -> Tensor | None:
-    """Indices into the B*T tokens of those that are routed, in the order that capacity sees.
+    """Indices of the routed tokens among the B*T, in the order in which they fill capacity.
 
     Args:
         x: (B, T, D).
-        padding: (B, T) bool, True where a token is not routed; None: all are.
-        time_major: all tokens of a position before the next position.
+        padding: (B, T) bool, True for a token that is not routed; None if all are routed.
+        time_major: whether all tokens of a position come before the next position.
 
     Returns:
-        (N,) int64, or None: all, in the order in which they lie.
+        (N,) int64; None if all tokens are routed in their own order.
     """
     if padding is None and not time_major:
         return None
-    index = torch.arange(x.size(0) * x.size(1), device=x.device).view(x.shape[:2])
+    index = torch.arange(x.size(0) * x.size(1), device=x.device).view(x.shape[:2])  # (B, T)
     if time_major:
-        index, padding = index.t(), None if padding is None else padding.t()
-    return index.reshape(-1) if padding is None else index[~padding]
+        index, padding = index.t(), None if padding is None else padding.t()  # (T, B)
+    return index.reshape(-1) if padding is None else index[~padding]  # (N,)
 
 
 class Choices(NamedTuple):
-    """What tokens ask for, in the order in which they are served.
+    """The routers' choices.
 
     Attributes:
         experts: (N, K) int64, each token's experts, best first.
-        used: (N, K) bool, False where a choice is no assignment; None: all are.
-        priority: (N,) float32, the larger, the earlier a token is served (V-MoE, arXiv
-            2106.05974); None: the earlier position.
+        used: (N, K) bool, False for a choice that is no assignment; None if all are.
+        priority: (N,) float32, a full expert serves larger values first (V-MoE, arXiv
+            2106.05974); None if earlier tokens go first.
     """
 
     experts: Tensor
@@ -58,15 +63,14 @@ class Choices(NamedTuple):
 
 
 def kept_choices(choices: Choices, num_experts: int, capacity: int | Tensor) -> Tensor:
-    """Which choices reach their experts where each expert takes `capacity` of them.
+    """The choices that are served if each expert serves `capacity` of them.
 
-    First choices precede second ones, so an expert fills up with first choices in order of
-    priority or position, then with second choices.
+    An expert serves first choices in order of priority or position, then second choices.
 
     Args:
-        choices: of the tokens that share the experts' places.
+        choices: choices of all tokens that compete for the experts.
         num_experts: E.
-        capacity: a number, or () int64.
+        capacity: largest number of choices per expert, an int or () int64.
 
     Returns:
         (N, K) bool.
@@ -74,23 +78,24 @@ def kept_choices(choices: Choices, num_experts: int, capacity: int | Tensor) -> 
     experts, used, priority = choices
     num_tokens, top_k = experts.shape
     expert_of = experts.t().reshape(-1)  # (K*N,), choice-major
-    if used is not None:  # to an expert that there is not, behind all others
+    if used is not None:  # unused choices name expert E, which sorts behind all others
         expert_of = expert_of.where(used.t().reshape(-1), num_experts)
-    order = torch.arange(expert_of.numel(), device=experts.device)
+    order = torch.arange(expert_of.numel(), device=experts.device)  # (K*N,)
     if priority is not None:
         by_priority = priority.argsort(descending=True, stable=True)  # (N,)
-        order = order.view(top_k, num_tokens)[:, by_priority].reshape(-1)
-    order = order[expert_of[order].argsort(stable=True)]
+        order = order.view(top_k, num_tokens)[:, by_priority].reshape(-1)  # (K*N,)
+    order = order[expert_of[order].argsort(stable=True)]  # (K*N,), sorted by expert
     expert_of = expert_of[order]
-    starts = _starts(expert_of, num_experts)
-    place = torch.arange(order.numel(), device=order.device) - starts[expert_of]
+    starts = _starts(expert_of, num_experts)  # (E + 1,)
+    # The rank of each choice among those of its expert, 0 for the first one served.
+    rank_in_expert = torch.arange(order.numel(), device=order.device) - starts[expert_of]
     kept = torch.empty_like(order, dtype=torch.bool)
-    kept[order] = (place < capacity) & (expert_of < num_experts)
-    return kept.view(top_k, num_tokens).t()
+    kept[order] = (rank_in_expert < capacity) & (expert_of < num_experts)
+    return kept.view(top_k, num_tokens).t()  # (N, K)
 
 
 def _starts(expert_of: Tensor, num_experts: int) -> Tensor:
-    """(A,) int64, ascending -> (E + 1,), where each expert begins in it; the last: where all end.
+    """(A,) int64, ascending -> (E + 1,), start of each expert's entries, then the end of all.
 
     A histogram would do, but torch's waits for the device.
     """
@@ -98,12 +103,12 @@ def _starts(expert_of: Tensor, num_experts: int) -> Tensor:
 
 
 def expert_counts(experts: Tensor, num_experts: int, used: Tensor | None = None) -> Tensor:
-    """How often each expert is named, without waiting for the device.
+    """The number of choices of each expert, without waiting for the device.
 
     Args:
         experts: int64 of any shape.
         num_experts: E.
-        used: bool of the same shape, False where an entry does not count; None: all do.
+        used: bool of the same shape, False for an entry that does not count; None if all count.
 
     Returns:
         (E,) int64.
@@ -115,29 +120,30 @@ def expert_counts(experts: Tensor, num_experts: int, used: Tensor | None = None)
 def gathered_choices(
     choices: Choices, index: Tensor | None, shape: torch.Size, time_major: bool, comm: ModuleType
 ) -> tuple[Choices, Tensor]:
-    """The choices of all ranks' tokens, padding included, in one order for every layout.
+    """The choices of all ranks' tokens, padding included, in the same order in every layout.
 
     Samples come in the order of the ranks, which is that of the global batch.
 
     Args:
-        choices: of this rank's N routed tokens.
-        index: (N,) int64, where they lie among its B*T; None: everywhere, in that order.
+        choices: choices of this rank's N routed tokens.
+        index: (N,) int64, indices of the routed tokens among the B*T; None if all are routed.
         shape: B and T, the same on every rank.
-        time_major: all tokens of a position before the next position, over all samples.
-        comm: whose all_gather_into_tensor is called.
+        time_major: whether all tokens of a position, over all samples, come before the next one.
+        comm: module that has all_gather_into_tensor.
 
     Returns:
-        The choices of W*B*T tokens, those that are not routed without a used one, and the (N,)
-        rows of this rank's own.
+        Choices of W*B*T tokens, all unused for tokens that are not routed, and (N,) int64, the
+        rows of this rank's routed tokens among them.
     """
     experts, used, priority = choices
     num_samples, num_positions = shape
-    columns = experts.int() if used is None else experts.int().where(used, -1)
+    # One int32 row per token: K experts (-1: unused) and, if there is one, the priority's bits.
+    columns = experts.int() if used is None else experts.int().where(used, -1)  # (N, K)
     if priority is not None:
         columns = torch.cat([columns, priority.unsqueeze(-1).view(torch.int32)], dim=-1)
     if index is not None:
-        everywhere = columns.new_full((shape.numel(), columns.size(-1)), -1)
-        columns = everywhere.index_copy(0, index, columns)
+        all_tokens = columns.new_full((shape.numel(), columns.size(-1)), -1)
+        columns = all_tokens.index_copy(0, index, columns)  # (B*T, K or K + 1)
     world_size = comm.get_world_size()
     gathered = columns.new_empty(world_size * columns.size(0), columns.size(1))
     comm.all_gather_into_tensor(gathered, columns.contiguous())
@@ -149,11 +155,11 @@ def gathered_choices(
         all_samples = world_size * num_samples
         gathered = gathered.view(all_samples, num_positions, -1).transpose(0, 1).flatten(0, 1)
         rows = rows % num_positions * all_samples + rows // num_positions
-    found = gathered[:, : experts.size(1)].long()
+    all_experts = gathered[:, : experts.size(1)].long()  # (W*B*T, K)
     return (
         Choices(
-            found.clamp(min=0),
-            found >= 0,
+            all_experts.clamp(min=0),
+            all_experts >= 0,
             None if priority is None else gathered[:, -1].contiguous().view(torch.float32),
         ),
         rows,
@@ -161,12 +167,11 @@ def gathered_choices(
 
 
 class Assignments(NamedTuple):
-    """The kept (token, expert) pairs in the order in which they are dispatched.
+    """The kept assignments in the order in which they are dispatched.
 
     Attributes:
-        order: (A,) int64, indices into the K*N assignments in choice-major order (all first
-            choices, then all second ones), sorted by expert.
-        counts: (E,) int64, kept assignments of each expert; sums to A.
+        order: (A,) int64, choice-major numbers of the assignments, sorted by expert.
+        counts: (E,) int64, kept assignments of each expert; they sum to A.
     """
 
     order: Tensor
@@ -174,29 +179,29 @@ class Assignments(NamedTuple):
 
 
 def sort_assignments(experts: Tensor, num_experts: int, kept: Tensor | None) -> Assignments:
-    """Sort assignments by expert; within one, first choices precede second ones.
+    """Sort assignments by expert; within an expert they stay choice-major.
 
     Args:
         experts: (N, K) int64, the router's choices.
         num_experts: E.
-        kept: (N, K) bool, False where a choice is no assignment or dropped; None: all are kept.
+        kept: (N, K) bool, False for a choice that is unused or dropped; None if all are kept.
     """
-    expert_of = experts.t().reshape(-1)  # (K*N,)
+    expert_of = experts.t().reshape(-1)  # (K*N,), choice-major
     if kept is None:
-        expert_of, order = expert_of.sort(stable=True)
+        expert_of, order = expert_of.sort(stable=True)  # (A,), (A,)
     else:
-        order = kept.t().reshape(-1).nonzero().squeeze(-1)
+        order = kept.t().reshape(-1).nonzero().squeeze(-1)  # (A,)
         expert_of, by_expert = expert_of[order].sort(stable=True)
-        order = order[by_expert]
+        order = order[by_expert]  # (A,)
     return Assignments(order, _starts(expert_of, num_experts).diff())
 
 
 def gather_tokens(h: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """Rows of the assignments' tokens.
+    """The row of each assignment's token.
 
     Args:
         h: (N, D).
-        order: (A,) int64, of Assignments.
+        order: (A,) int64, see Assignments.
         top_k: K.
 
     Returns:
@@ -206,19 +211,20 @@ def gather_tokens(h: Tensor, order: Tensor, top_k: int) -> Tensor:
 
 
 class _GatherTokens(torch.autograd.Function):
-    """index_select with another backward.
+    """index_select with a backward that gives the same bits in every run.
 
-    Its own adds with atomics on a GPU: from K = 3 on, other bits every run.
+    On a GPU index_select's own backward adds with atomics: from K = 3 on, the order of the sum and
+    so its last bits change.
     """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, order: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.top_k, ctx.num_tokens = top_k, h.size(0)
-        return h.index_select(0, order % max(1, h.size(0)))
+        return h.index_select(0, order % max(1, h.size(0)))  # k*N + n -> token n
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         slots = grad.new_zeros(ctx.top_k * ctx.num_tokens, grad.size(1)).index_copy(0, order, grad)
-        return slots.unflatten(0, (ctx.top_k, ctx.num_tokens)).sum(0), None, None
+        return slots.unflatten(0, (ctx.top_k, ctx.num_tokens)).sum(0), None, None  # (N, D)

@@ -1,6 +1,8 @@
-"""The experts of one rank: stacked tensors behind grouped matmuls.
+"""The experts of one rank: stacked weights and grouped matmuls.
 
 Letters: L local experts, D d_model, F d_ff, R rows (tokens sent to this rank's experts).
+
+`Experts.forward` is the plain path; moe/kernels/expert_ffn.py has the kernel path.
 """
 
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from magnetar.models import kernels
 from magnetar.models.layers.feed_forward import ACTIVATIONS, GATED_ACTIVATIONS
 from magnetar.models.layers.init import RandomSource
-from magnetar.models.moe.all_to_all import Exchange
+from magnetar.models.moe.all_to_all import AllToAll
 
 PARAMETERS = ("w1", "b1", "w3", "b3", "norm_weight", "norm_bias", "w2", "b2")
 
@@ -29,7 +31,7 @@ class _ExpandRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         segment_ids, counts = ctx.saved_tensors
         if grad.is_cuda:
-            # index_add_ would add with atomics there: another order, other bits, every run.
+            # On a GPU index_add_ adds with atomics, in another order in every run.
             sums = torch.segment_reduce(grad.float(), "sum", lengths=counts, initial=0.0)
             return sums.to(grad.dtype), None, None
         sums = grad.new_zeros(counts.numel(), grad.size(1))
@@ -60,7 +62,7 @@ class Experts(nn.Module):
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
     ) -> None:
-        """Build the experts; the arguments are those of a dense `FeedForward`."""
+        """Build the experts; see `FeedForward` for the arguments."""
         super().__init__()
         self.num_local_experts = num_local_experts
         self.gain = gain
@@ -98,7 +100,7 @@ class Experts(nn.Module):
             nn.init.zeros_(self.norm_bias)
 
     def uses_kernels(self, rows: Tensor) -> bool:
-        """Whether Triton's kernels do the work on rows like these."""
+        """Whether the kernel path runs for rows of this device and dtype."""
         dropout = self.activation_dropout if self.training else 0.0
         return kernels.usable(rows) and not self.gated and dropout == 0
 
@@ -108,49 +110,33 @@ class Experts(nn.Module):
         counts: Tensor,
         offsets: Tensor | None = None,
         defer_bias: bool = False,
-        exchange: Exchange | None = None,
+        all_to_all: AllToAll | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply each expert to its own rows.
 
         Args:
-            rows: (R, D), sorted by expert.
-            counts: (L,) int64, rows of each expert; sums to R.
-            offsets: (L,) int32, where they end, if that is known.
-            defer_bias: whoever weighs the rows adds the last bias; only where kernels are used.
-            exchange: the rows (A, D) and counts (E,) are this rank's tokens', sorted as
-                models.moe.all_to_all says; they go to their experts and come back. Only where
-                kernels are used. Not outside this module, for which ZeRO 3 collects the weights.
+            rows: (R, D), sorted by expert; with all_to_all (A, D), this rank's tokens, sorted as
+                models.moe.all_to_all says.
+            counts: (L,) int64, rows of each expert; they sum to R. Not read with all_to_all.
+            offsets: (L,) int32, end of each expert's rows; None computes it from counts.
+            defer_bias: skip the output bias; the caller adds it when combining the weighted rows.
+                Kernel path only.
+            all_to_all: all-to-alls around the experts. They run in here because ZeRO 3 collects a
+                module's weights when it is called. Kernel path only.
 
         Returns:
-            (R, D); with defer_bias (R, D) without it, and (L, D) the biases. With exchange (A, D).
+            (R, D); with defer_bias also the output biases (L, D); with all_to_all (A, D).
         """
-        if exchange is not None:
-            from magnetar.models.moe.overlapped_experts import (
-                ExchangedNetwork,  # Triton is not everywhere
-            )
-
-            affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
-            parameters = (self.w1, self.b1, *affine, self.w2, self.b2)
-            network = (self.activation_name, self.norm_eps)
-            return ExchangedNetwork.apply(rows, *parameters, exchange, *network)
+        if self.uses_kernels(rows):
+            return self._by_kernels(rows, counts, offsets, defer_bias, all_to_all)
+        assert all_to_all is None
+        assert not defer_bias
         if offsets is None:
             offsets = counts.cumsum(0).to(torch.int32)
-        if self.uses_kernels(rows):
-            from magnetar.models.moe.kernels.experts import (
-                SparseNetwork,  # Triton is not everywhere
-            )
+        segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))  # (R,)
 
-            affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
-            matrices = (self.w1, self.b1, *affine, self.w2)
-            out = SparseNetwork.apply(rows, *matrices, offsets, self.activation_name, self.norm_eps)
-            if defer_bias:
-                # A copy: ZeRO 3 takes the parameter itself away when this module is done.
-                return out, self.b2.clone()
-            segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
-            return out + _ExpandRows.apply(self.b2, segment_ids, counts)
-        segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))
-
-        # A token at a time has few rows: what costs something for every expert then rules.
+        # In decoding there are a few rows at a time, and the cost of the experts without rows
+        # dominates: multiply only for those that have some.
         is_few = not self.training and 0 < rows.size(0) < 8 * self.num_local_experts
         sizes = counts.tolist() if is_few and not rows.is_cuda else None
 
@@ -164,7 +150,7 @@ class Experts(nn.Module):
 
         h = self.activation(linear(rows, self.w1, self.b1))  # (R, F)
         if self.gated:
-            h = h * linear(rows, self.w3, self.b3)
+            h = h * linear(rows, self.w3, self.b3)  # (R, F)
         h = F.dropout(h, self.activation_dropout, self.training)
         w2: Tensor = self.w2
         b2: Tensor = self.b2
@@ -173,15 +159,41 @@ class Experts(nn.Module):
             norm = (self.norm_weight[0], self.norm_bias[0])
             h = F.layer_norm(h, (self.d_ff,), *norm, eps=self.norm_eps)
         elif self.inner_norm and is_few:
-            weight, bias = self.norm_weight[segment_ids], self.norm_bias[segment_ids]
+            weight, bias = self.norm_weight[segment_ids], self.norm_bias[segment_ids]  # (R, F)
             h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps) * weight + bias
         elif self.inner_norm:
-            # LN(h) * g + c times w2 is LN(h) times (g * w2), plus c w2: folding the affine part
-            # into the weights touches L*F*D numbers in place of R*F.
+            # (LN(h) * g + c) w2 = LN(h) (g * w2) + c w2. Folding g and c into w2 and b2 touches
+            # L*F*D numbers in place of R*F.
             h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps)
-            b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)
-            w2 = self.norm_weight.unsqueeze(-1) * w2
-        return linear(h, w2, b2)
+            b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)  # (L, D)
+            w2 = self.norm_weight.unsqueeze(-1) * w2  # (L, F, D)
+        return linear(h, w2, b2)  # (R, D)
+
+    def _by_kernels(
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        offsets: Tensor | None,
+        defer_bias: bool,
+        all_to_all: AllToAll | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See `forward`."""
+        # Imported here, since Triton is not installed everywhere.
+        from magnetar.models.moe.kernels.expert_ffn import AllToAllExpertFFN, ExpertFFN
+
+        affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
+        parameters = (self.w1, self.b1, *affine, self.w2)
+        options = (self.activation_name, self.norm_eps)
+        if all_to_all is not None:
+            return AllToAllExpertFFN.apply(rows, *parameters, self.b2, all_to_all, *options)
+        if offsets is None:
+            offsets = counts.cumsum(0).to(torch.int32)
+        out = ExpertFFN.apply(rows, *parameters, offsets, *options)  # (R, D)
+        if defer_bias:
+            # A copy: ZeRO 3 takes the parameter itself away when this module is done.
+            return out, self.b2.clone()
+        segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))  # (R,)
+        return out + _ExpandRows.apply(self.b2, segment_ids, counts)
 
 
 def _split_experts(module: nn.Module, state: dict, prefix: str, _metadata: object) -> None:
@@ -194,7 +206,7 @@ def _split_experts(module: nn.Module, state: dict, prefix: str, _metadata: objec
 
 
 def _stack_experts(module: nn.Module, state: dict, prefix: str, *_unused: object) -> None:
-    """Load hook: one entry per expert -> (L, ...) tensors. What is missing stays missing."""
+    """Load hook: one entry per expert -> (L, ...) tensors. Missing entries stay missing."""
     assert isinstance(module, Experts)
     for name in PARAMETERS:
         keys = [

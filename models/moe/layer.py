@@ -1,10 +1,32 @@
-"""The mixture-of-experts layer: the X-MoE router and stacked experts.
+"""The mixture-of-experts layer.
 
-Letters: B batch, T tokens, N = B*T, D d_model, E experts, L = E / ep_size local experts,
-K top_k, A assignments (token, expert) that are kept, at most N*K, R rows this rank's experts get.
+Letters: B batch, T tokens, N routed tokens (at most B*T), D d_model, E experts, L = E / ep_size
+local experts, K top_k, A kept assignments (token, expert), at most N*K.
 
-    x (B, T, D) -> router -> drop and sort the assignments by expert -> all-to-all over the
-    expert-parallel group -> grouped matmuls of the local experts -> all-to-all back -> weigh, sum
+    x (B, T, D) -> router -> drop and sort the assignments by expert -> all-to-all to the ranks of
+    the experts -> grouped matmuls -> all-to-all back -> weighted sum of each token's K rows
+
+Two paths compute the same function. `_uses_kernels` chooses between them in each forward pass:
+
+    step        plain path (torch only)      kernel path (Triton, in moe/kernels/)
+    ----------  ---------------------------  -----------------------------------------
+    route       router.route                 fused_cosines, fused_router.fused_route
+    sort        dispatch.sort_assignments    counting_sort.sorted_positions
+    gather      dispatch.gather_tokens       permute.GatherRows
+    experts     Experts, torch._grouped_mm   expert_ffn.ExpertFFN
+      ep_size>1 AllToAll.through             expert_ffn.AllToAllExpertFFN, segments
+    combine     SparseFeedForward._combine   permute.CombineRows
+    order       choice-major                 token-major
+
+    The kernel path runs on an NVIDIA GPU with Triton if nothing is drawn at random (jitter,
+    second_expert, capacity_order "random"), no activation is gated or dropped, normalize_weights
+    is "before_dropping" and top_k and num_experts are small enough. Otherwise, and always on a
+    CPU, the plain path runs; on a GPU its experts still use expert_ffn if they can.
+
+Choice-major: assignment k*N + n, all first choices before all second choices. Token-major:
+assignment n*K + k, all choices of a token together. Within an expert's rows the order is that of
+these numbers, so the two paths sum the weights' gradients in different orders and differ in the
+last bits. Which choices a full expert drops is decided choice-major on both paths.
 
 Training uses the subclasses of models.moe.deepspeed; nothing here needs DeepSpeed.
 """
@@ -19,7 +41,14 @@ from torch import Tensor, nn
 
 from magnetar.models.kernels import MAX_EXPERTS, MAX_TOP_K
 from magnetar.models.layers.init import RandomSource
-from magnetar.models.moe.all_to_all import Exchange, Peers, SendOrder, Traffic, send_order
+from magnetar.models.moe.all_to_all import (
+    AllToAll,
+    Peers,
+    SendOrder,
+    Traffic,
+    expert_parallel_rank,
+    send_order,
+)
 from magnetar.models.moe.config import MoELayerConfig
 from magnetar.models.moe.dispatch import (
     Assignments,
@@ -33,8 +62,6 @@ from magnetar.models.moe.dispatch import (
     sort_assignments,
 )
 from magnetar.models.moe.experts import Experts
-from magnetar.models.moe.hierarchical_all_to_all import HierarchicalExchange
-from magnetar.models.moe.nodes import place_of_rank
 from magnetar.models.moe.noise import CAPACITY_ORDER, JITTER, drawn_sample_keys, token_keys, uniform
 from magnetar.models.moe.router import Routing, RoutingStats, build_router, normalized
 
@@ -43,10 +70,10 @@ class SparseFeedForward(nn.Module):
     """Router, dispatch, experts, combine.
 
     Attributes:
-        peers: the ranks that share one set of experts, to be set before the first forward pass
-            where there are several.
-        traffic: what this rank has sent to experts and back in training.
-        comm: the module whose collective functions are called: a subclass has them logged.
+        peers: ranks that share one set of experts; with ep_size > 1 it is set before the first
+            forward pass.
+        traffic: bytes that this rank has dispatched and combined in training.
+        comm: module whose collective functions are called; a subclass has them logged.
     """
 
     comm: ModuleType = dist
@@ -78,70 +105,74 @@ class SparseFeedForward(nn.Module):
         tokens = x.reshape(-1, x.size(-1))  # (B*T, D)
         index = routed_tokens(x, None if self.moe.route_padding else padding, self.time_major)
         h = tokens if index is None else tokens.index_select(0, index)  # (N, D)
-        keys = self._keys(x, index, sample_keys)
-        if self._uses_kernels(h, keys):
-            out, stats = self._by_kernels(h, index, x.shape[:2])
-            return self._everywhere(out, index, tokens).view_as(x), stats
+        keys = self._keys(x, index, sample_keys)  # (N,) or None
+        path = self._by_kernels if self._uses_kernels(h, keys) else self._by_torch
         with self._timed("time_moe"):
-            routing: Routing = self.gate(self._jittered(h, keys), keys)
-            priority = self._priority(routing.first_probs, keys)
-            choices = Choices(routing.experts, routing.used, priority)
-            kept = self._kept(choices, index, x.shape[:2])
-            assignments, exchange = self._sorted(routing.experts, kept, self._num_chunks(h))
-            rows = gather_tokens(h, assignments.order, self.moe.top_k)  # (A, D)
-            rows = self._apply_experts(rows, assignments.counts, exchange)
-            out = self._combine(rows, assignments, routing.weights)
-        return self._everywhere(out, index, tokens).view_as(x), self._stats(routing, assignments)
-
-    @staticmethod
-    def _everywhere(out: Tensor, index: Tensor | None, tokens: Tensor) -> Tensor:
-        """(N, D) of the routed tokens -> (B*T, D), 0 at the others."""
-        if index is None:
-            return out
-        return out.new_zeros(tokens.shape).index_copy(0, index, out)
+            out, stats = path(h, keys, index, x.shape[:2])  # (N, D)
+        if index is not None:  # tokens that are not routed get 0
+            out = out.new_zeros(tokens.shape).index_copy(0, index, out)  # (B*T, D)
+        return out.view_as(x), stats
 
     def _uses_kernels(self, h: Tensor, keys: Tensor | None) -> bool:
-        """Whether Triton's kernels do the work: where nothing is drawn."""
+        """Whether the kernel path runs; see the module."""
         moe = self.moe
         if keys is not None or moe.top_k > MAX_TOP_K or moe.num_experts > MAX_EXPERTS:
             return False
         return moe.normalize_weights != "after_dropping" and self.experts.uses_kernels(h)
 
-    def _by_kernels(
-        self, h: Tensor, index: Tensor | None, shape: torch.Size
+    def _by_torch(
+        self, h: Tensor, keys: Tensor | None, index: Tensor | None, shape: torch.Size
     ) -> tuple[Tensor, RoutingStats]:
-        """(N, D) -> (N, D): as `forward` does it, in fewer passes over memory."""
-        from magnetar.models.moe.kernels.dispatch import (  # Triton is not everywhere
-            CombineRows,
-            GatherRows,
-        )
-        from magnetar.models.moe.kernels.sorting import kept_block_counts, sorted_positions
+        """(N, D) -> (N, D), the plain path."""
+        routing: Routing = self.gate(self._jittered(h, keys), keys)  # experts, weights: (N, K)
+        priority = self._priority(routing.first_probs, keys)  # (N,) or None
+        choices = Choices(routing.experts, routing.used, priority)
+        kept = self._kept(choices, index, shape)  # (N, K) or None
+        assignments, all_to_all = self._sorted(routing.experts, kept)
+        rows = gather_tokens(h, assignments.order, self.moe.top_k)  # (A, D), sorted by expert
+        if all_to_all is None:
+            rows = self.experts(rows, assignments.counts)  # (A, D)
+        elif self.experts.uses_kernels(rows):
+            rows = self.experts(rows, assignments.counts, all_to_all=all_to_all)  # (A, D)
+        else:
+            rows = all_to_all.through(rows, self.experts)  # (A, D)
+        out = self._combine(rows, assignments, routing.weights)  # (N, D)
+        return out, self._stats(routing, assignments)
 
-        with self._timed("time_moe"):
-            routing, temperature = self.gate(h, by_kernel=True)
-            num_chunks = self._num_chunks(h)
-            experts, block_counts, sent = routing.experts, routing.block_counts, routing.load
-            dropped, moe = torch.zeros_like(routing.entropy), self.moe
-            limit = moe.capacity_factor if self.training else moe.eval_capacity_fraction
-            if limit is not None:
-                priority = self._priority(routing.first_probs, None)
-                kept = self._kept(Choices(experts.long(), None, priority), index, shape)
-                assert kept is not None
-                experts = experts.where(kept, -1).contiguous()  # `kept` is transposed
-                block_counts = kept_block_counts(experts, moe.num_experts)
-                sent = block_counts.sum(1)
-                dropped = (routing.load.sum() - sent.sum()).float()
-            exchange = self._exchange(sent, num_chunks)
-            offsets, counts, row_of, assignment_of = sorted_positions(
-                experts, block_counts, self._send_order(h, num_chunks), limit is not None
-            )
-            rows, bias = GatherRows.apply(h, row_of, assignment_of), None  # (A, D)
-            if exchange is None:
-                rows, bias = self.experts(rows, counts, offsets, defer_bias=True)
-            else:
-                rows = self._apply_experts(rows, counts, exchange)
-            placed = (experts, row_of, assignment_of, offsets)
-            out = CombineRows.apply(rows, bias, routing.weights, *placed)
+    def _by_kernels(
+        self, h: Tensor, keys: Tensor | None, index: Tensor | None, shape: torch.Size
+    ) -> tuple[Tensor, RoutingStats]:
+        """(N, D) -> (N, D), the kernel path: fewer passes over memory."""
+        # Imported here, since Triton is not installed everywhere.
+        from magnetar.models.moe.kernels.counting_sort import kept_block_counts, sorted_positions
+        from magnetar.models.moe.kernels.permute import CombineRows, GatherRows
+
+        routing, temperature = self.gate(h, by_kernel=True)
+        experts, block_counts, send_counts = routing.experts, routing.block_counts, routing.load
+        dropped, moe = torch.zeros_like(routing.entropy), self.moe
+        limit = moe.capacity_factor if self.training else moe.eval_capacity_fraction
+        if limit is not None:
+            priority = self._priority(routing.first_probs, None)
+            kept = self._kept(Choices(experts.long(), None, priority), index, shape)  # (N, K)
+            assert kept is not None
+            experts = experts.where(kept, -1).contiguous()  # (N, K); `kept` is transposed
+            block_counts = kept_block_counts(experts, moe.num_experts)  # (E, blocks)
+            send_counts = block_counts.sum(1)  # (E,)
+            dropped = (routing.load.sum() - send_counts.sum()).float()
+        # The counts start to travel now, and arrive while the rows are sorted and gathered.
+        all_to_all = self._all_to_all(send_counts)
+        offsets, counts, row_of, assignment_of = sorted_positions(
+            experts, block_counts, self._send_order(h), limit is not None
+        )
+        rows = GatherRows.apply(h, row_of, assignment_of)  # (A, D), sorted by expert
+        bias = None
+        if all_to_all is None:
+            # CombineRows adds the output bias (L, D) in the pass that weighs the rows.
+            rows, bias = self.experts(rows, counts, offsets, defer_bias=True)  # (A, D)
+        else:
+            rows = self.experts(rows, counts, all_to_all=all_to_all)  # (A, D)
+        positions = (experts, row_of, assignment_of, offsets)
+        out = CombineRows.apply(rows, bias, routing.weights, *positions)  # (N, D)
         return out, RoutingStats(
             probs=routing.probs,
             first_choices=routing.first_choices,
@@ -153,7 +184,7 @@ class SparseFeedForward(nn.Module):
         )
 
     def _keys(self, x: Tensor, index: Tensor | None, sample_keys: Tensor | None) -> Tensor | None:
-        """(N,) int64, what the routed tokens' noise is a function of; None: nothing is drawn."""
+        """(N,) int64, keys of the routed tokens' noise; None if nothing is drawn."""
         moe = self.moe
         is_noisy = moe.jitter or moe.second_expert != "all" or moe.capacity_order == "random"
         if not (self.training and is_noisy):
@@ -161,10 +192,10 @@ class SparseFeedForward(nn.Module):
         if sample_keys is None:
             sample_keys = drawn_sample_keys(x.size(0), x.device)
         keys = token_keys(sample_keys, x.size(1), self.layer).view(-1)  # (B*T,)
-        return keys if index is None else keys[index]
+        return keys if index is None else keys[index]  # (N,)
 
     def _jittered(self, h: Tensor, keys: Tensor | None) -> Tensor:
-        """(N, D) -> (N, D), in training times noise from [1 - jitter, 1 + jitter] in float32."""
+        """(N, D) -> (N, D), in training times float32 noise from [1 - jitter, 1 + jitter]."""
         jitter = self.moe.jitter
         if keys is None or jitter == 0:
             return h
@@ -172,7 +203,7 @@ class SparseFeedForward(nn.Module):
         return h.float() * noise.mul_(2 * jitter).add_(1 - jitter)
 
     def _kept(self, choices: Choices, index: Tensor | None, shape: torch.Size) -> Tensor | None:
-        """(N, K) bool, False where a choice is no assignment or dropped; None: all are kept."""
+        """(N, K) bool, False for a choice that is unused or dropped; None if all are kept."""
         moe, (num_tokens, top_k) = self.moe, choices.experts.shape
         if not self.training:
             if moe.eval_capacity_fraction is None:
@@ -183,6 +214,7 @@ class SparseFeedForward(nn.Module):
             return choices.used
         rows, total = None, torch.full((), num_tokens, device=choices.experts.device)
         if moe.capacity_scope == "global" and dist.is_initialized() and dist.get_world_size() > 1:
+            # Every rank decides for all tokens alike, then keeps its own rows of the decision.
             choices, rows = gathered_choices(choices, index, shape, self.time_major, self.comm)
             assert choices.used is not None
             total = choices.used[:, 0].sum()
@@ -191,73 +223,56 @@ class SparseFeedForward(nn.Module):
         return kept if rows is None else kept[rows]
 
     def _priority(self, first_probs: Tensor, keys: Tensor | None) -> Tensor | None:
-        """(N,) whom a full expert serves first; None: the earlier position."""
+        """(N,), a full expert serves larger values first; None if earlier positions go first."""
         if self.moe.capacity_order == "batch_prioritized":
             return first_probs
         if self.moe.capacity_order == "random" and keys is not None:
             return uniform(keys, 1, CAPACITY_ORDER).squeeze(-1)
         return None
 
-    def _sorted(
-        self, experts: Tensor, kept: Tensor | None, num_chunks: int
-    ) -> tuple[Assignments, Exchange | None]:
-        """The (N, K) choices that are kept, in the order in which they are sent, if they are."""
-        num_experts, order = self.moe.num_experts, self._send_order(experts, num_chunks)
+    def _sorted(self, experts: Tensor, kept: Tensor | None) -> tuple[Assignments, AllToAll | None]:
+        """The kept ones of (N, K) choices sorted by expert, or in the order of sending."""
+        num_experts, order = self.moe.num_experts, self._send_order(experts)
         if order is None:
             return sort_assignments(experts, num_experts, kept), None
-        sent, counts = sort_assignments(order.places[experts], num_experts, kept)
-        assignments = Assignments(sent, counts[order.places])
-        return assignments, self._exchange(assignments.counts, num_chunks)
+        # Sorted by position in the send order; the counts go back to the order of the experts.
+        sent, counts = sort_assignments(order.positions[experts], num_experts, kept)
+        assignments = Assignments(sent, counts[order.positions])
+        return assignments, self._all_to_all(assignments.counts)
 
-    def _num_chunks(self, h: Tensor) -> int:
-        """In how many chunks the experts' rows are exchanged."""
-        overlaps = self.ep_size > 1 and self.experts.uses_kernels(h)
-        return self.moe.num_exchange_chunks if overlaps else 1
-
-    def _exchange(self, counts: Tensor, num_chunks: int) -> Exchange | None:
-        """Start to tell the other ranks the (E,) rows of each expert; None: there are none."""
+    def _all_to_all(self, counts: Tensor) -> AllToAll | None:
+        """Start the all-to-all of the (E,) rows of each expert; None with ep_size 1."""
         if self.ep_size == 1:
             return None
         assert self.peers is not None, "no ranks to exchange tokens with"
-        kind = Exchange if self.peers.across is None else HierarchicalExchange
-        by_rank = counts.view(self.ep_size, -1)
+        send_counts = counts.view(self.ep_size, -1)  # (ep_size, L)
         traffic = self.traffic if self.training else None
-        return kind(self.comm, self.peers, by_rank, num_chunks, self._timed, traffic)
+        return AllToAll(self.comm, self.peers, send_counts, self._timed, traffic)
 
-    def _send_order(self, x: Tensor, num_chunks: int) -> SendOrder | None:
-        """In which order the experts' rows are sent, on the device of x; None: nowhere."""
+    def _send_order(self, x: Tensor) -> SendOrder | None:
+        """The order in which rows are sent, on the device of x; None with ep_size 1."""
         if self.ep_size == 1:
             return None
         assert self.peers is not None, "no ranks to exchange tokens with"
-        sizes = (self.moe.num_experts, self.ep_size, num_chunks, self.peers.rank)
-        return send_order(*sizes, x.device, self.peers.num_nodes)
-
-    def _apply_experts(self, rows: Tensor, counts: Tensor, exchange: Exchange | None) -> Tensor:
-        """(A, D) sorted by expert and the experts' (E,) counts -> (A, D), what they return."""
-        if exchange is None:
-            return self.experts(rows, counts)
-        if self.experts.uses_kernels(rows):
-            return self.experts(rows, counts, exchange=exchange)
-        return exchange.through(rows, self.experts)
+        return send_order(self.moe.num_experts, self.ep_size, self.peers.rank, x.device)
 
     def _combine(self, rows: Tensor, assignments: Assignments, weights: Tensor) -> Tensor:
-        """(A, D) and weights (N, K) -> (N, D), each token's weighted sum; dropped ones add 0."""
+        """(A, D) and weights (N, K) -> (N, D), each token's weighted sum; dropped rows add 0."""
         num_tokens, top_k = weights.shape
         if self.moe.normalize_weights == "after_dropping":
             kept = torch.zeros_like(weights).view(-1).index_fill(0, assignments.order, 1.0)
-            weights = normalized(weights * kept.view(top_k, num_tokens).t())
-        slots = rows.new_zeros(top_k * num_tokens, rows.size(1))
+            weights = normalized(weights * kept.view(top_k, num_tokens).t())  # (N, K)
+        slots = rows.new_zeros(top_k * num_tokens, rows.size(1))  # (K*N, D), choice-major
         slots = slots.index_copy(0, assignments.order, rows).unflatten(0, (top_k, num_tokens))
-        return (slots * weights.t().unsqueeze(-1).to(rows.dtype)).sum(0)
+        return (slots * weights.t().unsqueeze(-1).to(rows.dtype)).sum(0)  # (K, N, D) -> (N, D)
 
     def _stats(self, routing: Routing, assignments: Assignments) -> RoutingStats:
-        num_experts, wanted = self.moe.num_experts, routing.experts
-        load = assignments.counts
+        num_experts, load = self.moe.num_experts, assignments.counts  # (E,)
         if self.moe.capacity_factor is not None or self.moe.eval_capacity_fraction is not None:
-            load = expert_counts(wanted, num_experts, routing.used)
+            load = expert_counts(routing.experts, num_experts, routing.used)  # before dropping
         return RoutingStats(
             probs=routing.balance_probs.sum(0),
-            first_choices=expert_counts(wanted[:, 0], num_experts),
+            first_choices=expert_counts(routing.experts[:, 0], num_experts),
             entropy=routing.entropy.sum(),
             log_z_squared=routing.log_z.square().sum(),
             load=load.float(),
@@ -266,7 +281,7 @@ class SparseFeedForward(nn.Module):
         )
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
-        """What a subclass measures: time_moe, and time_falltoall and time_salltoall within it."""
+        """A subclass measures time_moe, and time_falltoall and time_salltoall within it."""
         return nullcontext()
 
 
@@ -274,9 +289,10 @@ class MoE(nn.Module):
     """A MoE feed-forward layer.
 
     Attributes:
-        num_experts, num_local_experts: of the whole job, and those that lie on this rank.
+        num_experts: experts over the whole job.
+        num_local_experts: experts on this rank.
         ep_size: ranks that share one set of experts.
-        deepspeed_moe: what it consists of. The name is in every state dict, as DeepSpeed has it.
+        deepspeed_moe: router and experts. DeepSpeed's name, which every state dict has.
     """
 
     layer_class = SparseFeedForward
@@ -300,14 +316,14 @@ class MoE(nn.Module):
         Args:
             d_model: width of the residual stream.
             d_ff: inner width of an expert.
-            moe: the keys of `moe`, but for time_major.
-            activation: a key of ACTIVATIONS.
-            inner_norm: a LayerNorm before each expert's second matrix.
+            moe: keys of `moe`; its time_major is not read.
+            activation: key of ACTIVATIONS.
+            inner_norm: whether each expert has a LayerNorm before its second matrix.
             gain: initial gain of the experts' matrices.
             norm_eps: epsilon of the experts' LayerNorms.
             activation_dropout: probability of dropping an expert's activation in training.
-            time_major: capacity is filled position by position, not sequence by sequence.
-            layer: its index in the model, which keys its noise.
+            time_major: whether capacity is filled position by position, not sequence by sequence.
+            layer: index of the layer in the model, which keys its noise.
         """
         nn.Module.__init__(self)  # not super(): a subclass is DeepSpeed's layer as well
         self.num_experts, self.ep_size = moe.num_experts, moe.ep_size
@@ -336,8 +352,9 @@ class MoE(nn.Module):
         """Global index of this rank's first expert."""
         if self.ep_size == 1:
             return 0
-        sizes = (dist.get_rank(), dist.get_world_size(), self.ep_size)
-        return place_of_rank(*sizes, self.deepspeed_moe.moe.placement) * self.num_local_experts
+        ranks = (dist.get_rank(), dist.get_world_size(), self.ep_size)
+        ep_rank = expert_parallel_rank(*ranks, self.deepspeed_moe.moe.placement)
+        return ep_rank * self.num_local_experts
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, sample_keys: Tensor | None = None
@@ -347,8 +364,8 @@ class MoE(nn.Module):
         Args:
             x: (B, T, D).
             padding: (B, T) bool, True at padding, which is not routed unless `route_padding`.
-            sample_keys: (B,) int64, what a sample's noise in training is a function of; None:
-                drawn from torch's generator.
+            sample_keys: (B,) int64, keys of the samples' noise in training; None draws them from
+                torch's generator.
 
         Returns:
             (B, T, D), 0 at padding that is not routed, and this rank's statistics.

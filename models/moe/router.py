@@ -1,9 +1,11 @@
-"""Which experts a token goes to, and with what weight.
+"""The routers: which experts a token is sent to, and with what weight.
 
 Letters: N tokens, D d_model, E experts, K top_k.
 
-Everything here is float32: a softmax over scores divided by a temperature of 0.07 turns bf16's
-three digits into different experts.
+    h (N, D) -> scores (N, E) -> / temperature -> top_k -> experts (N, K), weights (N, K)
+
+Everything here is float32. A score is divided by a temperature of 0.07, so bf16's three digits
+would choose other experts.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,20 +21,19 @@ from magnetar.models.moe.noise import SECOND_EXPERT, uniform
 
 
 class RoutingStats(NamedTuple):
-    """What one MoE layer reports of one forward pass: sums over this rank's routed tokens.
+    """The statistics of one MoE layer in one forward pass: sums over this rank's routed tokens.
 
-    Being sums, they add up over ranks and micro-batches; only the temperature is the same on every
-    rank.
+    Sums add up over ranks and micro-batches. The temperature is no sum; every rank has the same.
 
     Attributes:
-        probs: (E,) float32 with gradient, the distributions that the balance loss sees.
-        first_choices: (E,) int64, tokens whose first choice is an expert; sums to all tokens.
-        entropy: () float32, of the gate, in nats.
-        log_z_squared: () float32 with gradient, log^2 sum exp(router logits) (ST-MoE, arXiv
-            2202.08906, eq. 5).
+        probs: (E,) float32 with gradient, sum of the distributions in the balance loss.
+        first_choices: (E,) int64, tokens whose first choice is this expert; they sum to N.
+        entropy: () float32, summed entropy of the gate, in nats.
+        log_z_squared: () float32 with gradient, sum of log^2 sum exp(router logits) (ST-MoE,
+            arXiv 2202.08906, eq. 5).
         load: (E,) float32, assignments to each expert before any is dropped.
-        dropped: () float32, assignments dropped.
-        temperature: () float32, the router's tau; 1 for a router without one.
+        dropped: () float32, dropped assignments.
+        temperature: () float32, tau of the router; 1 for a router without one.
     """
 
     probs: Tensor
@@ -60,33 +61,33 @@ class RoutingStats(NamedTuple):
 
     @property
     def mean_entropy(self) -> Tensor:
-        """() float32, nats a token; ln E is indifferent, 0 decided."""
+        """() float32, nats per token: 0 for one certain expert, ln E for a uniform choice."""
         return self.entropy / self.num_tokens
 
 
 if TYPE_CHECKING:
-    from magnetar.models.moe.kernels.routing import FusedRouting
+    from magnetar.models.moe.kernels.fused_router import FusedRouting
 
-# The fixed temperature tau_0 of the balance loss, and where the learnable tau starts
+# The fixed temperature tau_0 of the balance loss, and the initial value of the learnable tau
 # (arXiv 2204.09179, sec. 4.1).
 BALANCE_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}
-# The learnable temperature is read as max(tau, this): at zero the gate would divide by nothing.
+# The learnable temperature is read as max(tau, MIN_TEMPERATURE), so the gate never divides by 0.
 MIN_TEMPERATURE = 0.01
 TINY = torch.finfo(torch.float32).tiny
 
 
 class Routing(NamedTuple):
-    """What a router decides for N tokens.
+    """A router's decision for N tokens.
 
     Attributes:
         experts: (N, K) int64, chosen experts, best first.
         weights: (N, K) float32, weight of each chosen expert's output.
-        used: (N, K) bool, False where a second expert was drawn not to be used; None: all are.
+        used: (N, K) bool, False for a second expert that the draw left out; None if all are used.
         first_probs: (N,) float32 without gradient, softmax probability of the first choice.
-        balance_probs: (N, E) float32, the distribution that the balance loss sees.
+        balance_probs: (N, E) float32, distribution in the balance loss.
         entropy: (N,) float32 without gradient, entropy of softmax(scores), in nats.
         log_z: (N,) float32, log sum exp(scores).
-        temperature: () float32 without gradient, the router's tau; 1 for a router without one.
+        temperature: () float32 without gradient, tau of the router; 1 for a router without one.
     """
 
     experts: Tensor
@@ -112,38 +113,38 @@ def route(
 
     Args:
         scores: (N, E) float32, already divided by the gate's temperature.
-        top_k: experts a token.
-        gate: "softmax": an expert weighs its softmax probability over all experts.
-            "sigmoid": the sigmoid of its own score.
+        top_k: K, experts per token.
+        gate: weight of an expert. "softmax": its softmax probability over all experts. "sigmoid":
+            the sigmoid of its own score.
         balance_probs: (N, E) float32, passed through.
         second_expert: GShard's policy for the second of two (arXiv 2006.16668, sec. 3.1). "all":
-            the second best. "sampled": drawn from the softmax over the others. "random": the
+            the second best. "sampled": one drawn from the softmax over the others. "random": the
             second best, used with probability min(1, 2 * its weight).
-        normalize: with top_k > 1, the weights of a token are made to sum 1 (GShard).
-        keys: (N,) int64, what is drawn is a function of them; needed if second_expert draws.
+        normalize: whether the weights of a token sum to 1 (GShard), if top_k > 1.
+        keys: (N,) int64, keys of the draws; None if second_expert draws nothing.
     """
-    log_probs = F.log_softmax(scores, dim=-1)
-    probs = log_probs.exp()
+    log_probs = F.log_softmax(scores, dim=-1)  # (N, E)
+    probs = log_probs.exp()  # (N, E)
     top_scores, experts = scores.topk(top_k, dim=-1)  # (N, K)
     if second_expert == "sampled":
-        first = experts[:, :1]
+        first = experts[:, :1]  # (N, 1)
         assert keys is not None
         draws = uniform(keys, scores.size(-1), SECOND_EXPERT)  # (N, E)
-        experts = torch.cat([first, sample_other(scores.detach(), first, draws)], dim=-1)
-        top_scores = scores.gather(-1, experts)
-    weights = top_scores.sigmoid() if gate == "sigmoid" else probs.gather(-1, experts)
+        experts = torch.cat([first, sample_other(scores.detach(), first, draws)], dim=-1)  # (N, 2)
+        top_scores = scores.gather(-1, experts)  # (N, 2)
+    weights = top_scores.sigmoid() if gate == "sigmoid" else probs.gather(-1, experts)  # (N, K)
     if normalize:
         weights = normalized(weights)
     used = None
     if second_expert == "random":
-        used = torch.ones_like(experts, dtype=torch.bool)
+        used = torch.ones_like(experts, dtype=torch.bool)  # (N, 2)
         assert keys is not None
         used[:, 1:] = 2 * weights.detach()[:, 1:] > uniform(keys, 1, SECOND_EXPERT)
         weights = weights * used
     with torch.no_grad():
-        first_probs = probs.gather(-1, experts[:, :1]).squeeze(-1)
-        entropy = -(probs * log_probs).sum(-1)
-    log_z = scores.logsumexp(-1)
+        first_probs = probs.gather(-1, experts[:, :1]).squeeze(-1)  # (N,)
+        entropy = -(probs * log_probs).sum(-1)  # (N,)
+    log_z = scores.logsumexp(-1)  # (N,)
     one = scores.new_ones(())
     return Routing(experts, weights, used, first_probs, balance_probs, entropy, log_z, one)
 
@@ -153,7 +154,7 @@ def sample_other(scores: Tensor, first: Tensor, draws: Tensor) -> Tensor:
 
     Args:
         scores: (N, E) float32.
-        first: (N, 1) int64, the experts that are not drawn.
+        first: (N, 1) int64, first choices, which are not drawn again.
         draws: (N, E) float32, uniform in (0, 1).
 
     Returns:
@@ -164,51 +165,72 @@ def sample_other(scores: Tensor, first: Tensor, draws: Tensor) -> Tensor:
 
 
 def normalized(weights: Tensor) -> Tensor:
-    """(N, K) float32 -> (N, K), rows that sum 1; a single weight, and a row of 0, as they are."""
+    """(N, K) float32 -> (N, K), rows that sum to 1; a single weight and a row of 0 are kept."""
     if weights.size(-1) == 1:
         return weights
     return weights / weights.sum(-1, keepdim=True).clamp_min(TINY)
 
 
 class Router(nn.Module):
-    """What the routers have in common: how scores become a decision."""
+    """From tokens to a decision; a subclass has the scores.
+
+    Attributes:
+        balance_temperature: tau_0, which divides the scores in the balance loss.
+        temperature: (1,) parameter tau, which divides the scores in the gate; None: 1.
+    """
+
+    temperature: nn.Parameter | None
 
     def __init__(self, top_k: int, gate: str, second_expert: str, normalize: bool) -> None:
-        """See `route`; the second expert's policy is for training, outside it is "all"."""
+        """See `route`; outside training second_expert is "all"."""
         super().__init__()
         self.top_k = top_k
         self.gate = gate
         self.second_expert = second_expert
         self.normalize = normalize
+        self.balance_temperature = 1.0
+        self.temperature = None
 
-    def decide(self, scores: Tensor, balance_probs: Tensor, keys: Tensor | None) -> Routing:
-        """Two (N, E) float32 and keys of (N,) int64 -> Routing; see `route`."""
+    def scores(self, h: Tensor) -> Tensor:
+        """(N, D) of any float dtype -> (N, E) float32, not yet divided by a temperature."""
+        raise NotImplementedError
+
+    def fused_scores(self, h: Tensor) -> Tensor:
+        """`scores` by a kernel, if there is one for these tokens."""
+        return self.scores(h)
+
+    def forward(
+        self, h: Tensor, keys: Tensor | None = None, by_kernel: bool = False
+    ) -> "Routing | tuple[FusedRouting, Tensor]":
+        """(N, D) of any float dtype, and (N,) int64 keys of the draws -> Routing."""
+        if by_kernel:
+            return self._route_by_kernel(self.fused_scores(h))
+        scores = self.scores(h)  # (N, E)
+        balance_probs = (scores / self.balance_temperature).softmax(-1)  # (N, E)
+        if self.temperature is not None:
+            tau = self.temperature.float()  # (1,)
+            # Straight through: below the minimum the loss must still be able to raise tau again.
+            scores = scores / (tau + (tau.clamp_min(MIN_TEMPERATURE) - tau).detach())
         second_expert = self.second_expert if self.training else "all"
-        return route(
+        routing = route(
             scores, self.top_k, self.gate, balance_probs, second_expert, self.normalize, keys
         )
+        if self.temperature is not None:
+            routing = routing._replace(temperature=tau.detach().squeeze().clone())
+        return routing
 
-    def decide_by_kernel(
-        self, scores: Tensor, tau: Tensor | None, balance_temperature: float
-    ) -> "tuple[FusedRouting, Tensor]":
-        """`decide` with second_expert "all", on a GPU.
+    def _route_by_kernel(self, scores: Tensor) -> "tuple[FusedRouting, Tensor]":
+        """`forward` from the (N, E) scores on, with second_expert "all"; and the temperature ()."""
+        # Imported here, since Triton is not installed everywhere.
+        from magnetar.models.moe.kernels.fused_router import fused_route
 
-        Args:
-            scores: (N, E) float32, not yet divided by a temperature.
-            tau: (1,) of the gate; None: 1.
-            balance_temperature: of the balance loss.
-
-        Returns:
-            The decision, and () float32 without gradient the temperature.
-        """
-        from magnetar.models.moe.kernels.routing import fused_route  # Triton is not everywhere
-
+        tau = None if self.temperature is None else self.temperature.float()
         routing = fused_route(
             scores,
             self.top_k,
             self.gate,
             tau=tau,
-            balance_temperature=balance_temperature,
+            balance_temperature=self.balance_temperature,
             normalize=self.normalize,
             lowest_temperature=MIN_TEMPERATURE,
         )
@@ -237,14 +259,10 @@ class LinearRouter(Router):
         """Xavier-normal, gain 1."""
         source.xavier_normal_(self.wg.weight.data, "wg.weight")
 
-    def forward(
-        self, h: Tensor, keys: Tensor | None = None, by_kernel: bool = False
-    ) -> "Routing | tuple[FusedRouting, Tensor]":
-        """(N, D) of any float dtype and (N,) int64, for what is drawn -> Routing."""
-        scores = self.wg(h)  # (N, E)
-        if by_kernel:
-            return self.decide_by_kernel(scores, None, 1.0)
-        return self.decide(scores, scores.softmax(-1), keys)
+    def scores(self, h: Tensor) -> Tensor:
+        """(N, D) of any float dtype -> (N, E) float32."""
+        out: Tensor = self.wg(h)
+        return out
 
 
 class XMoERouter(Router):
@@ -256,10 +274,8 @@ class XMoERouter(Router):
 
     Parameters: `projection.weight` (d_router, D) is W, `centroids` (E, d_router) are the e_i
     (DeepSpeed would take a name with "expert" in it for an expert's own weight), `temperature`
-    (1,) is tau, None where it is not learned.
+    (1,) is tau, None if it is not learned.
     """
-
-    temperature: nn.Parameter | None
 
     def __init__(
         self,
@@ -274,27 +290,28 @@ class XMoERouter(Router):
         normalize_tokens: bool = True,
         learned_temperature: bool = True,
     ) -> None:
-        """Build the router; see `route` for what is not named here.
+        """Build the router; see `route` for the other arguments.
 
         Args:
             d_model: width of the tokens.
             num_experts: experts of the layer.
-            top_k: experts a token.
+            top_k: experts per token.
             gate: "softmax" or "sigmoid".
             d_router: the paper's d_e, typically num_experts / 2.
             second_expert: policy for the second expert.
-            normalize: make a token's weights sum 1.
-            normalize_tokens: divide by ||W h||.
-            learned_temperature: divide by tau in the gate and tau_0 in the balance loss; else by
-                nothing.
+            normalize: whether a token's weights sum to 1.
+            normalize_tokens: whether scores are divided by ||W h||.
+            learned_temperature: whether scores are divided by tau in the gate and by tau_0 in the
+                balance loss.
         """
         super().__init__(top_k, gate, second_expert, normalize)
         self.normalize_tokens = normalize_tokens
-        self.balance_temperature = BALANCE_TEMPERATURE[gate] if learned_temperature else 1.0
         self.projection = WideLinear(d_model, d_router, bias=False)
         self.centroids = nn.Parameter(torch.empty(num_experts, d_router))
-        # Shape (1,), not (): ZeRO cannot flatten a 0-dimensional bf16 tensor.
-        self.temperature = nn.Parameter(torch.empty(1)) if learned_temperature else None
+        if learned_temperature:
+            self.balance_temperature = BALANCE_TEMPERATURE[gate]
+            # Shape (1,), not (): ZeRO cannot flatten a 0-dimensional bf16 tensor.
+            self.temperature = nn.Parameter(torch.empty(1))
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal projection, Gaussian directions for the experts, tau = tau_0."""
@@ -303,45 +320,28 @@ class XMoERouter(Router):
         if self.temperature is not None:
             nn.init.constant_(self.temperature, self.balance_temperature)
 
-    def cosine_scores(self, h: Tensor) -> Tensor:
+    def scores(self, h: Tensor) -> Tensor:
         """(N, D) of any float dtype -> (N, E) float32, cosines (eq. 6) with normalize_tokens."""
         projected = self.projection(h)  # (N, d_router)
         if self.normalize_tokens:
             projected = F.normalize(projected, dim=-1)
-        return F.linear(projected, F.normalize(self.centroids.float(), dim=-1))
+        return F.linear(projected, F.normalize(self.centroids.float(), dim=-1))  # (N, E)
 
-    def _cosines(self, h: Tensor) -> Tensor:
-        """`cosine_scores` by a kernel, where there is one for these tokens."""
-        from magnetar.models.moe.kernels.cosines import MAX_D_ROUTER, fused_cosines
+    def fused_scores(self, h: Tensor) -> Tensor:
+        """`scores` by a kernel, if there is one for these tokens."""
+        # Imported here, since Triton is not installed everywhere.
+        from magnetar.models.moe.kernels.fused_cosines import MAX_D_ROUTER, fused_cosines
 
         weight = self.projection.weight
         # ZeRO 3 brings a parameter back only for the module that owns it.
         is_away = weight.numel() != self.projection.out_features * self.projection.in_features
         if h.dtype != torch.bfloat16 or is_away or len(weight) > MAX_D_ROUTER:
-            return self.cosine_scores(h)
+            return self.scores(h)
         return fused_cosines(h, weight, self.centroids, normalize_tokens=self.normalize_tokens)
-
-    def forward(
-        self, h: Tensor, keys: Tensor | None = None, by_kernel: bool = False
-    ) -> "Routing | tuple[FusedRouting, Tensor]":
-        """(N, D) of any float dtype and (N,) int64, for what is drawn -> Routing."""
-        if by_kernel:
-            gate_tau = None if self.temperature is None else self.temperature.float()
-            return self.decide_by_kernel(self._cosines(h), gate_tau, self.balance_temperature)
-        scores = self.cosine_scores(h)
-        balance_probs = (scores / self.balance_temperature).softmax(-1)
-        if self.temperature is not None:
-            tau = self.temperature.float()
-            # Straight through: below the minimum the loss must still be able to raise tau again.
-            scores = scores / (tau + (tau.clamp_min(MIN_TEMPERATURE) - tau).detach())
-        routing = self.decide(scores, balance_probs, keys)
-        if self.temperature is not None:
-            routing = routing._replace(temperature=tau.detach().squeeze().clone())
-        return routing
 
 
 def build_router(d_model: int, moe: MoELayerConfig) -> Router:
-    """The router of a MoE layer, weights not yet drawn."""
+    """The router of a MoE layer, before its weights are drawn."""
     shape = (d_model, moe.num_experts, moe.top_k, moe.gate)
     normalize = moe.normalize_weights == "before_dropping"
     if moe.router == "linear":
@@ -359,15 +359,15 @@ def build_router(d_model: int, moe: MoELayerConfig) -> Router:
 def balance_loss(probs: Tensor, first_choices: Tensor) -> Tensor:
     """E * sum_i t_i * mean_tokens(p_i), 1 when the load is even (arXiv 2204.09179, eq. 9).
 
-    Being linear in p, it is the sum of what any parts of the batch add to it: t_i, the share of
-    tokens whose first choice is expert i, is the whole batch's and carries no gradient.
+    t_i is the share of the whole batch's tokens whose first choice is expert i; it carries no
+    gradient. The loss is linear in p, so the losses of the parts of a batch sum to the batch's.
 
     Args:
-        probs: (E,) float32, p summed over the tokens of a part of the batch, or of all of it.
-        first_choices: (E,) int64, the whole batch's first choices; they sum to its tokens.
+        probs: (E,) float32, p summed over the tokens of a part of the batch.
+        first_choices: (E,) int64, first choices of the whole batch; they sum to its tokens.
 
     Returns:
-        () float32, what the part adds; 0 where there are no tokens.
+        () float32, share of this part in the batch's loss; 0 without tokens.
     """
     num_tokens = first_choices.sum().clamp(min=1)
     return probs.size(-1) * (first_choices / num_tokens * probs).sum() / num_tokens

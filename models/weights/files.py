@@ -5,12 +5,11 @@ model-00001-of-00003.safetensors, ...    some of them each, and
 model.safetensors.index.json             {"metadata": {"total_size": bytes},
                                           "weight_map": {name: file}}
 
-The bytes are those of safetensors' own `save_file`, which wants all tensors of a file at once.
+The bytes equal those of safetensors' own `save_file`, which needs all tensors of a file at once.
 """
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,18 +25,18 @@ from torch import Tensor
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 
-# safetensors' names of the types, in the order in which it lays tensors into a file.
+# safetensors' names of the dtypes, in the order in which it writes tensors to a file.
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _ORDER = list(_CODES)
-_ALIGNMENT = 8  # of the first tensor, in bytes
+_ALIGNMENT = 8  # bytes, alignment of the first tensor
 
-# Names on their way, to be shown as progress: (what is done with them, the names) -> the names.
+# A progress display: (what is done, names of the tensors) -> the names, one by one.
 Watch = Callable[[str, Sequence[str]], Iterable[str]]
 
 
 class Spec(NamedTuple):
-    """Type and shape of a tensor."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -50,11 +49,11 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class LazyTensors:
-    """Tensors that are read or made when they are asked for.
+    """Tensors that are read or computed one at a time.
 
     Attributes:
-        specs: name -> type and shape.
-        read: the tensor of a name, as its spec says, on the CPU.
+        specs: name -> dtype and shape.
+        read: function from a name to its tensor on the CPU.
     """
 
     specs: Mapping[str, Spec]
@@ -72,13 +71,13 @@ def unwatched(_doing: str, names: Sequence[str]) -> Iterable[str]:
 
 
 def in_memory(tensors: Mapping[str, Tensor]) -> LazyTensors:
-    """Tensors that are there already."""
+    """LazyTensors of tensors in memory."""
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     return LazyTensors(specs, lambda name: tensors[name].detach().cpu().contiguous())
 
 
 def as_type(tensors: LazyTensors, dtype: torch.dtype) -> LazyTensors:
-    """The same tensors in another type; reading one that it cannot hold raises ValueError."""
+    """The same tensors in another dtype; reading raises ValueError if a number overflows."""
 
     def read(name: str) -> Tensor:
         tensor = tensors.read(name)
@@ -94,7 +93,7 @@ def as_type(tensors: LazyTensors, dtype: torch.dtype) -> LazyTensors:
 
 
 def grouped(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
-    """Names in their order, cut into groups of at most `limit` bytes, or of one larger tensor."""
+    """Names in order, cut into groups of up to `limit` bytes; a larger tensor is alone."""
     groups: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():
@@ -107,14 +106,14 @@ def grouped(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds model.safetensors, whole or in shards, if only a part of them."""
+    """Whether a folder holds model.safetensors, or its index, or any shard."""
     return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)) or any(
         folder.glob(_SHARDS)
     )
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file from outside holds.
+    """The value in a JSON file that another program may have written.
 
     Raises:
         ValueError: if it holds no JSON, or nests too deeply to be read.
@@ -132,16 +131,17 @@ def write_files(
     """Write all tensors into a folder, then read them back and compare.
 
     Args:
-        folder: exists.
-        tensors: in the order in which shards take them.
-        shard_bytes: bytes of tensors in a file, unless one tensor alone is larger; None: one file.
-        watch: shows the progress.
+        folder: existing folder.
+        tensors: tensors in the order of the shards.
+        shard_bytes: largest size of a file's tensors in bytes, unless one tensor is larger; None
+            writes one file.
+        watch: progress display.
 
     Returns:
         Name -> sha256 of each tensor's bytes.
 
     Raises:
-        ValueError: if they are not what was written.
+        ValueError: if the bytes read back differ.
         OSError: if they cannot be written.
     """
     groups = grouped({name: spec.num_bytes for name, spec in tensors.specs.items()}, shard_bytes)
@@ -159,7 +159,7 @@ def write_files(
     digests: dict[str, str] = {}
     for file, names in laid_out.items():
         _write_file(folder / file, names, islice(coming, len(names)), tensors, digests)
-    next(coming, None)  # the last one has been written
+    next(coming, None)  # ends the progress display
     if count > 1:
         index = {
             "metadata": {"total_size": sum(spec.num_bytes for spec in tensors.specs.values())},
@@ -174,7 +174,7 @@ def write_files(
 
 
 def checked(folder: Path, tensors: LazyTensors, digests: Mapping[str, str]) -> LazyTensors:
-    """The same tensors, each compared with its sha256 when it is read.
+    """The same tensors, with each sha256 compared on reading.
 
     Raises:
         ValueError: on reading, if a tensor is not what was written.
@@ -193,7 +193,7 @@ def checked(folder: Path, tensors: LazyTensors, digests: Mapping[str, str]) -> L
 
 
 def _laid_out(names: Iterable[str], specs: Mapping[str, Spec]) -> list[str]:
-    """Wide types first, which aligns every tensor; then by name."""
+    """Names sorted by dtype, the widest first, which aligns every tensor; then by name."""
     return sorted(names, key=lambda name: (_ORDER.index(specs[name].dtype), name))
 
 
@@ -224,8 +224,6 @@ def _write_file(
             assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not {spec}"
             digests[name] = _digest(tensor)
             file.write(_bytes(tensor))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -237,7 +235,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def open_files(folder: Path) -> LazyTensors:
-    """The tensors of a folder; only the heads of its files are read.
+    """The tensors of a folder; opening reads only the headers of its files.
 
     Raises:
         ValueError: if a file is missing or damaged, or the index does not fit the files.
@@ -273,8 +271,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
         held = read_json(index)
     except FileNotFoundError:
         raise ValueError(
-            f"{index} is missing, which says what lies in which shard: copy it again, or convert "
-            "it again"
+            f"{index} is missing, which says which shard holds which tensor: copy it again, or "
+            "convert it again"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -1,16 +1,14 @@
-"""A model on disk that needs neither DeepSpeed nor a run: one folder with two files.
+"""A model on disk that needs neither DeepSpeed nor a run: a folder with two files.
 
-config.json          {"model": {...}, "sha256": {...}}: the keys of `magnetar.model`, and a hash
-                     of each tensor, by which one that was altered is noticed when it is read
-model.safetensors    every parameter under its name in the state dict, every expert by its index;
-                     or shards of that, see models.weights.files
+config.json          {"model": {...}, "sha256": {...}}: the keys of `magnetar.model`, and a hash of
+                     each tensor, which reading compares
+model.safetensors    every parameter under its name in the state dict, with each expert apart under
+                     its global index; or shards of it, see models.weights.files
 """
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from magnetar.models.config import ModelConfig
-from magnetar.models.moe.config import ON_ONE_RANK
+from magnetar.data.atomic import atomic_folder
+from magnetar.data.errors import first_problem
+from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model
 from magnetar.models.weights.files import (
@@ -36,25 +35,24 @@ from magnetar.models.weights.files import (
 )
 
 CONFIG_FILE = "config.json"
-_SHOWN_CHARACTERS = 60  # of a wrong value
 
 
 def save_weights(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write a folder of weights; it appears whole or not at all.
+    """Write a folder of weights, atomically.
 
     Args:
-        folder: must not exist, or be empty.
-        config: of the model, vocab_size not None.
-        tensors: its state dict, where what is tied may stand once or under each of its names.
+        folder: name of a folder that is empty or does not exist.
+        config: config of the model, vocab_size not None.
+        tensors: state dict of the model, with tied tensors under one of their names or each.
 
     Raises:
-        ValueError: if the folder holds something, or a tensor is missing, unknown or of another
+        ValueError: if the folder is not empty, or a tensor is missing, unknown or of another
             shape.
     """
     with torch.device("meta"):
         tied = tied_names(empty_model(on_one_rank(config)))
-    kept = {name: tensor for name, tensor in tensors.items() if name not in tied}
-    write_weights(folder, config, in_memory(kept))
+    untied = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    write_weights(folder, config, in_memory(untied))
 
 
 def write_weights(
@@ -70,24 +68,24 @@ def write_weights(
     """Write a folder of weights with one tensor in memory at a time, and read it back.
 
     Args:
-        folder: must not exist, or be empty; it appears whole or not at all.
-        config: of the model, vocab_size not None.
-        tensors: its tensors in any order, what is tied once.
-        shard_bytes: see `write_files`.
+        folder: name of a folder that is empty or does not exist; it is replaced atomically.
+        config: config of the model, vocab_size not None.
+        tensors: tensors of the model in any order, tied ones once.
+        shard_bytes: largest size of a file's tensors in bytes, see `write_files`.
         about: further keys of config.json.
-        other_files: name -> content of what else the folder holds.
-        watch: shows the progress.
+        other_files: name -> content of the folder's other files.
+        watch: progress display.
 
     Raises:
-        ValueError: if the folder holds something, a tensor is missing, unknown or of another
-            shape, or what was written is not what stands there.
+        ValueError: if the folder is not empty, a tensor is missing, unknown or of another shape, or
+            the bytes read back differ.
         OSError: naming the folder, if it cannot be written.
     """
     require_free(folder)
     shapes = tensor_shapes(config)
     check_tensors(shapes, tensors.shapes)
     in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
-    with appearing_whole(folder) as path:
+    with atomic_folder(folder) as path:
         digests = write_files(path, in_order, shard_bytes, watch)
         keys = {"model": config.model_dump(mode="json"), **(about or {}), "sha256": digests}
         text = json.dumps(keys, indent=1)
@@ -96,37 +94,11 @@ def write_weights(
             (path / name).write_bytes(content)
 
 
-@contextmanager
-def appearing_whole(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then gets its own name; nothing remains if that fails.
-
-    Args:
-        folder: see `require_free`.
-
-    Raises:
-        OSError: naming the folder, if it cannot be written.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = ""
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-            path = Path(partial, "whole")
-            path.mkdir()
-            yield path
-            os.replace(path, folder)  # onto an empty folder, if it is there
-    except OSError as error:
-        # What is written to an open file fails without a name, or with that of the partial folder.
-        name = str(error.filename or "")
-        if error.errno is None or (name and partial and not name.startswith(partial)):
-            raise
-        raise OSError(error.errno, error.strerror, str(folder)) from error
-
-
 def require_free(folder: Path) -> None:
-    """Refuse a folder that holds something, and a link, which would be replaced.
+    """Refuse a folder that is not empty, and a link, which writing would replace.
 
     Raises:
-        ValueError: naming it.
+        ValueError: if the name is taken.
     """
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link to {os.readlink(folder)}: name that, or another one")
@@ -149,7 +121,7 @@ def open_weights(folder: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
     in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
-    digests = about.pop("sha256", {})  # folders of older versions, and of other programs, have none
+    digests = about.pop("sha256", {})  # older versions and other programs write none
     if not isinstance(digests, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: sha256 is no object: convert it again")
     return config, checked(folder, in_order, digests), about
@@ -185,24 +157,6 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config, about
 
 
-def first_problem(error: ValidationError, section: str) -> str:
-    """The first thing that is wrong with a section of a JSON: key, value and rule."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, (section, *first["loc"])))
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    if first["type"] == "extra_forbidden":
-        return f"{key} is not a key that this version knows"
-    if first["type"] == "value_error":  # a rule of ours, which names key and value
-        return f"{key}: {first['ctx']['error']}"
-    value = json.dumps(first["input"])
-    if len(value) > _SHOWN_CHARACTERS:
-        value = f"{value[:_SHOWN_CHARACTERS]}..."
-    is_object = first["type"] in ("model_type", "dict_type")
-    rule = "it should be an object" if is_object else first["msg"].replace("Input", "it", 1)
-    return f"{key}={value}: {rule}"
-
-
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config and the tensors of a folder of weights.
 
@@ -214,12 +168,24 @@ def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
-    """The model of a folder of weights, in evaluation mode, in the type that was saved.
+    """The model of a folder of weights, in evaluation mode, in the saved dtype.
 
     Raises:
         ValueError: see `load_weights`.
     """
-    config, tensors = load_weights(Path(folder))
+    return model_of_tensors(*load_weights(Path(folder)))
+
+
+def model_of_tensors(
+    config: ModelConfig, tensors: Mapping[str, Tensor]
+) -> Transformer | EncoderDecoder:
+    """A model with the given tensors, in evaluation mode.
+
+    Args:
+        config: Config of the model.
+        tensors: Every tensor by its name, tied ones at least once. The model has their type if they
+            have one, and float32 otherwise.
+    """
     model = empty_model(on_one_rank(config))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
@@ -228,29 +194,29 @@ def load_model(folder: Path | str) -> Transformer | EncoderDecoder:
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a whole model's tensors into a model that may hold a part of its experts.
+    """Copy a whole model's tensors into a model that may hold only some of the experts.
 
     Args:
-        model: of the tensors' config; its expert parallelism may differ.
-        tensors: every expert by its global index; tied tensors at least once.
+        model: model of the same config; its expert parallelism may differ.
+        tensors: tensors with each expert under its global index, tied ones at least once.
     """
-    found = dict(tensors)
+    state = dict(tensors)
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             prefix = f"{name}.deepspeed_moe.experts.deepspeed_experts."
-            every = {key: found.pop(key) for key in tuple(found) if key.startswith(prefix)}
-            for key, tensor in every.items():
+            experts = {key: state.pop(key) for key in tuple(state) if key.startswith(prefix)}
+            for key, tensor in experts.items():
                 expert, _, parameter = key[len(prefix) :].partition(".")
                 local = int(expert) - module.first_expert
                 if 0 <= local < module.num_local_experts:
-                    found[f"{prefix}{local}.{parameter}"] = tensor
-    missing, unexpected = model.load_state_dict(found, strict=False)
+                    state[f"{prefix}{local}.{parameter}"] = tensor
+    missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= tied_names(model), missing
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a model, tied ones once, under their first name."""
+    """The shape of every tensor of a model, by name; tied ones once, under their first name."""
     with torch.device("meta"):
         model = empty_model(on_one_rank(config))
     tied = tied_names(model)
@@ -258,16 +224,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def tied_names(model: nn.Module) -> set[str]:
-    """The further names of parameters that have several."""
+    """All names but the first of each tied parameter."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return names - {name for name, _ in model.named_parameters()}
-
-
-def on_one_rank(config: ModelConfig) -> ModelConfig:
-    """The same model with all its experts here, not those of one rank of many."""
-    if config.moe is None:
-        return config
-    return config.model_copy(update={"moe": config.moe.model_copy(update=ON_ONE_RANK)})
 
 
 def check_tensors(

@@ -90,9 +90,9 @@ def test_the_busiest_rank_is_the_mean_over_layers() -> None:
 
 def test_scaling_is_over_one_gpu_and_exposed_is_a_share_of_its_step() -> None:
     profile = {"step_ms": 200.0, "exposed_ms": 5.0, "exchange_ms": 20.0, "synchronisations": 7}
-    spread = {"run": "spread", "ranks": 2, "chunks": 4, "step_ms": [130.0, 125.0, 120.0]}
+    spread = {"run": "spread", "ranks": 2, "step_ms": [130.0, 125.0, 120.0]}
     records = [
-        {"run": "one", "ranks": 1, "chunks": 1, "step_ms": [100.0], "busiest_rank": 1.0},
+        {"run": "one", "ranks": 1, "step_ms": [100.0], "busiest_rank": 1.0},
         spread | {"busiest_rank": 1.25, "profile": [profile, profile | {"exposed_ms": 10.0}]},
     ]
     found = summarised(records, 1000)
@@ -100,7 +100,7 @@ def test_scaling_is_over_one_gpu_and_exposed_is_a_share_of_its_step() -> None:
     assert found[0]["tokens_per_second_per_gpu"] == 10_000
     *_, line = table({"results": found}).splitlines()
     assert line == (
-        "| spread | 2 | 4 | 125.0 (120.0 to 130.0) | 8,000 | 0.800 | 20.0, 20.0 | 2.5%, 5.0% "
+        "| spread | 2 | 125.0 (120.0 to 130.0) | 8,000 | 0.800 | 20.0, 20.0 | 2.5%, 5.0% "
         "| 7, 7 | 1.250 |"
     )
 
@@ -174,16 +174,10 @@ def test_all_runs_are_measured(
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     out = tmp_path / "new" / "results.json"
-    main([*TINY, "--chunks", "1,2,3", "--out", str(out)])
+    main([*TINY, "--out", str(out)])
     found = json.loads(out.read_text())
-    runs = [(record["run"], record["ranks"], record["chunks"]) for record in found["results"]]
-    assert runs == [
-        ("one", 1, 1),
-        ("replicated", 2, 1),
-        ("spread", 2, 1),
-        ("spread", 2, 2),  # 3 does not divide 4 experts
-        (NOTHING_TRAVELS, 2, 1),
-    ]
+    runs = [(record["run"], record["ranks"]) for record in found["results"]]
+    assert runs == [("one", 1), ("replicated", 2), ("spread", 2), (NOTHING_TRAVELS, 2)]
     assert all(record["median_ms"] > 0 for record in found["results"])
     assert found["results"][2]["busiest_rank"] > 1.0
-    assert "| spread | 2 | 2 |" in capsys.readouterr().out
+    assert "| spread | 2 |" in capsys.readouterr().out

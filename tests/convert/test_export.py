@@ -18,7 +18,7 @@ import torch
 
 from magnetar.data.text.token_files import read_manifest
 from magnetar.engine.checkpoint.format import WEIGHT, Checkpoint
-from magnetar.engine.checkpoint.save_load import load_model as load_checkpoint_model
+from magnetar.engine.checkpoint.open_run import load_model as load_checkpoint_model
 from magnetar.engine.config.schema import check_config
 from magnetar.launchers import evaluate, generate
 from magnetar.models.weights.load_save import load_model, load_weights
@@ -182,7 +182,8 @@ def test_a_vocabulary_that_is_not_the_runs_is_not_imported(
     file.write_bytes(file.read_bytes()[:-1])
     for command in (("import", exported, "--out", tmp_path / "again"), ("inspect", exported)):
         said = refusal(capsys, *command)
-        assert f"{file} is not the vocabulary that the run was trained with" in said
+        assert f"{file} is another vocabulary (sha256 " in said
+        assert "than the run was trained with" in said
     assert not (tmp_path / "again").exists()
     file.unlink()  # the run reads its vocabulary from its data
     convert("import", exported, "--out", tmp_path / "again")
@@ -301,8 +302,10 @@ def test_the_tokenizer_is_found_elsewhere(tmp_path: Path, corpus: Path, capsys: 
     moved = tmp_path / "moved"
     run = make_run(tmp_path, corpus, **{"magnetar.data.path": str(tmp_path / "gone")})
     said = refusal(capsys, "export", run.folder, "--out", tmp_path / "out")
-    assert f"the tokenizer of {run.folder} is not in {tmp_path / 'gone'}" in said
-    assert "--tokenizer" in said
+    assert f"the vocabulary of {run.folder} is not there" in said
+    assert f"{tmp_path / 'gone' / 'tokenizer.model'}" in said
+    assert "start the command where training was started" in said
+    assert "with --tokenizer" in said
     assert not (tmp_path / "out").exists()
     convert("export", run.folder, "--out", moved, "--tokenizer", corpus)
     assert (moved / "tokenizer.model").read_bytes() == (corpus / "tokenizer.model").read_bytes()
@@ -311,7 +314,7 @@ def test_the_tokenizer_is_found_elsewhere(tmp_path: Path, corpus: Path, capsys: 
     other = make_corpus(tmp_path / "other", vocab_size=310)
     said = refusal(capsys, "export", run.folder, "--out", tmp_path / "c", "--tokenizer", other)
     assert f"{other} is another vocabulary" in said
-    assert "give that one with --tokenizer" in said
+    assert "give the one that it was trained with, with --tokenizer" in said
 
 
 @pytest.mark.parametrize("command", ["export", "import", "upcycle", "densify", "shrink"])
@@ -489,7 +492,7 @@ def test_weights_of_no_run_cannot_be_imported(
     assert "has no 'run', so it does not say which training" in said
     assert f"--set magnetar.training.init_from={tmp_path / 'weights'}" in said
     said = refusal(capsys, "import", tmp_path / "nowhere", "--out", tmp_path / "run")
-    assert f"{tmp_path / 'nowhere' / 'config.json'} is missing" in said
+    assert f"run folder {tmp_path / 'nowhere'} does not exist" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -545,7 +548,9 @@ def test_shards_without_their_index_are_named_by_it(
     with pytest.raises(SystemExit):
         generate.main([str(folder), "--prompt", "the senate"])
     said.append(capsys.readouterr().err)
-    assert all(f"{index} is missing, which says what lies in which shard" in one for one in said)
+    assert all(
+        f"{index} is missing, which says which shard holds which tensor" in one for one in said
+    )
 
 
 @pytest.mark.parametrize("command", ["export", "import"])
@@ -575,14 +580,14 @@ def test_what_is_not_what_was_written_is_noticed(
 
         monkeypatch.setattr(weight_files, "open_files", open_flipped)
     else:
-        flush = checkpoint_files._flush
+        flush = checkpoint_files.sync
 
         def flush_flipped(path: Path) -> None:
             if path.suffix == ".safetensors":
                 flip(path)
             flush(path)
 
-        monkeypatch.setattr(checkpoint_files, "_flush", flush_flipped)
+        monkeypatch.setattr(checkpoint_files, "sync", flush_flipped)
     source = made.folder if command == "export" else exported
     before = sorted(path.name for path in tmp_path.iterdir())
     said = refusal(capsys, command, source, "--out", tmp_path / "out")
@@ -601,7 +606,7 @@ def test_generate_says_what_a_folder_lacks(
 
     save_random(tmp_path / "weights")
     message = said(tmp_path / "weights")
-    assert "holds no tokenizer.model or tokenizer.json: give the prepared folder" in message
+    assert f"{tmp_path / 'weights' / 'tokenizer.json'}): name the prepared folder" in message
     message = said(tmp_path / "weights", "--data", corpus)
     assert f"the vocabulary of {corpus} has 300 entries, and the model of" in message
     save_random(tmp_path / "large", vocab_size=300)

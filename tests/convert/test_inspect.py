@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from magnetar.convert.inspect import digest, group_of, inspect
-from magnetar.convert.sources import open_source
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import MANIFEST
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.launchers.convert import main
 from magnetar.models.config import ModelConfig
 from magnetar.models.transformer import build_model
@@ -256,16 +256,19 @@ def refusal(path: Path) -> str:
 
 
 def test_what_is_nothing_of_the_kind_is_refused(tmp_path: Path) -> None:
-    assert f"{tmp_path / 'nowhere'} is no folder" in refusal(tmp_path / "nowhere")
-    assert "holds neither checkpoints/ (a run) nor manifest.json" in refusal(tmp_path)
+    assert f"run folder {tmp_path / 'nowhere'} does not exist" in refusal(tmp_path / "nowhere")
+    assert (
+        "holds no complete checkpoint (looked for checkpoints/step_*), no manifest.json (of"
+        in refusal(tmp_path)
+    )
     (tmp_path / "checkpoints").mkdir()
     assert "holds no checkpoint yet" in refusal(tmp_path)
     with pytest.raises(UserError, match=r"holds no complete checkpoint .*: name a run"):
-        open_source(tmp_path)
+        open_run(tmp_path)
     checkpoint = write_checkpoint(tmp_path)
     (checkpoint.path / "rank_00000.safetensors").unlink()
     with pytest.raises(UserError, match=r"rank_00000\.safetensors is missing"):
-        open_source(tmp_path)
+        open_run(tmp_path)
     (checkpoint.path / MANIFEST).write_text("{")
     assert f"{checkpoint.path / MANIFEST} cannot be read" in refusal(checkpoint.path)
 

@@ -268,7 +268,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     save_weights(tmp_path / "weights", config.model, small_model(config, seed=1))
     message = refusal(tmp_path / "weights", tmp_path / "out", 2, 2, 1)
     assert "is a folder of weights, which are of no step and no layout" in message
-    assert "is no folder" in refusal(tmp_path / "nowhere", tmp_path / "out", 2, 2, 1)
+    assert "does not exist" in refusal(tmp_path / "nowhere", tmp_path / "out", 2, 2, 1)
 
 
 def test_a_disk_that_is_full_leaves_nothing(

@@ -1,17 +1,18 @@
 """A dense model and what it is upcycled to are one function."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.save_load import load_model as load_checkpoint_model
+from magnetar.engine.checkpoint.open_run import load_model as load_checkpoint_model
 from magnetar.engine.checkpoint.starting_weights import (
     load_starting_weights,
     require_starting_weights,
 )
+from magnetar.models.config import NormName
 from magnetar.models.transformer import build_model
 from magnetar.models.weights.load_save import load_model, load_weights
 from tests.convert.checkpoints import run_config, write_checkpoint
@@ -25,7 +26,7 @@ from tests.convert.conversions import (
     save_random,
 )
 
-NORMS = ("pre", "post", "subln", "deepnorm", "normformer", "admin")
+NORMS = get_args(NormName)
 CASES: dict[str, dict[str, Any]] = (
     {norm: {"norm": norm} for norm in NORMS}
     | {name: {"activation": name} for name in ("relu", "swish", "swiglu")}
@@ -168,7 +169,7 @@ def test_a_run_starts_from_it(tmp_path: Path, options: tuple) -> None:
     run = run_config(tmp_path / "tuned", changes=changes)
     require_starting_weights(run)
     model = build_model(run.model, seed=2).eval()
-    load_starting_weights(model, run)
+    load_starting_weights(model, Path(run.training.init_from or ""))
     expected = logits(load_checkpoint_model(dense).eval())
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
     other = changes | {"magnetar.model.moe": moe | {"router": "linear"}}

@@ -73,8 +73,9 @@ def batches(
     """This rank's micro-batches of a global batch that depends on the step alone."""
     import deepspeed.comm as dist
 
+    from magnetar.data.loader import objective
     from magnetar.data.text.packed_lm import Rows
-    from magnetar.engine.windows import objective
+    from magnetar.engine.prepare_run import data_options
 
     generator = torch.Generator().manual_seed(step)
     # Something to learn: small ones are frequent, every other one follows from the one before it.
@@ -85,9 +86,9 @@ def batches(
     lengths = np.array(LENGTHS[step % 3]) if is_padded else np.full(len(tokens), 16)
     rows = Rows(tokens.numpy(), lengths, np.arange(len(tokens)) + step * len(tokens))
     places = np.arange(len(tokens)).reshape(-1, ranks, micro)[:, dist.get_rank()]
-    asked = [
-        objective(config, 97)(Rows(*(values[place] for values in rows)), 1) for place in places
-    ]
+    options = data_options(config)
+    asked_about = objective(options.architecture, options.masking, 97)
+    asked = [asked_about(Rows(*(values[place] for values in rows)), 1) for place in places]
     return [
         (
             tuple(torch.from_numpy(array).to(engine.device) for array in batch.inputs),
@@ -120,7 +121,9 @@ def losses_and_norms(
             batch = batches(engine, step, config, is_padded=index in padded)
             if step % 5 == 0:
                 curve.setdefault("valid", []).append(evaluated(engine, batch))
-            result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
+            result = train_step(
+                engine, batch, loss_weights(config.model.moe, config.training), seed=1, step=step
+            )
             losses, _ = reduce_over_ranks(result)
             for name, value in losses.items():
                 curve.setdefault(name, []).append(value)
@@ -162,7 +165,13 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
         seen = record_gradients_of_adam(engine.basic_optimizer)
         moe = config.model.moe
         scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if config.dtype == "fp16" else 1
-        train_step(engine, batches(engine, 0, config), loss_weights(config), seed=1, step=0)
+        train_step(
+            engine,
+            batches(engine, 0, config),
+            loss_weights(config.model.moe, config.training),
+            seed=1,
+            step=0,
+        )
         everyone: list[Any] = [None] * dist.get_world_size()
         torch.distributed.all_gather_object(everyone, (raw, seen))
         raw_dense, raw_expert, raw_weighted = brute_force_norms(
@@ -269,7 +278,9 @@ def weights_under_decay(
     found, factors = [weight.detach().clone()], []
     for step in range(num_steps):
         batch = batches(engine, step, config)
-        result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
+        result = train_step(
+            engine, batch, loss_weights(config.model.moe, config.training), seed=1, step=step
+        )
         factors.append(result.lr / 3e-3)
         found.append(weight.detach().clone())
     return found, gradients, factors
@@ -315,7 +326,9 @@ def memory_of_engines(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
         engine.step = measured
         for step in range(2):
             batch = batches(engine, step, config)
-            train_step(engine, batch, loss_weights(config), seed=1, step=step)
+            train_step(
+                engine, batch, loss_weights(config.model.moe, config.training), seed=1, step=step
+            )
         results.append(largest)
         engine.destroy()
     return results
@@ -380,7 +393,13 @@ def peak_of_an_update(changes: dict[str, Any]) -> int:
 
     engine.step = profiled
     for step in range(2):
-        train_step(engine, batches(engine, step, config), loss_weights(config), seed=1, step=step)
+        train_step(
+            engine,
+            batches(engine, step, config),
+            loss_weights(config.model.moe, config.training),
+            seed=1,
+            step=step,
+        )
     engine.destroy()
     changed = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     return int(np.cumsum([nbytes for _, nbytes in sorted(changed, key=lambda c: c[0])]).max())
@@ -426,7 +445,13 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
 
     def losses(engine: Any, config: Any, steps: range) -> list[float]:
         results = [
-            train_step(engine, batches(engine, step, config), loss_weights(config), 1, step)
+            train_step(
+                engine,
+                batches(engine, step, config),
+                loss_weights(config.model.moe, config.training),
+                1,
+                step,
+            )
             for step in steps
         ]
         return [float(result.loss) for result in results]
@@ -463,8 +488,8 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
 
 def kept_values(engine: Any) -> list[torch.Tensor]:
     """Copies of all that this rank keeps of its parameters, in the model's order."""
-    from magnetar.engine.checkpoint.zero_shards import shares
     from magnetar.engine.optim.adam import EightBitMoment
+    from magnetar.engine.zero import shares
 
     copies = []
     for share in shares(engine):
@@ -486,8 +511,7 @@ def optimizer_of(changes: dict[str, Any]) -> tuple[int, int, list[Any]]:
 def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, list]]:
     """Train each case on ranks 0 and 1 of one node and the others of another: losses, GiB.
 
-    A case's key `nodes` says on which node each rank lies instead. `experts` are those that a
-    checkpoint has this rank's weights for.
+    `experts` are those that a checkpoint has this rank's weights for.
     """
     import os
     import re
@@ -495,25 +519,25 @@ def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict
     import torch.distributed as dist
 
     from magnetar.engine.build import start_distributed
-    from magnetar.engine.checkpoint.zero_shards import named_tensors
     from magnetar.engine.metrics import TrafficMeter, moe_layers, reduce_over_ranks
     from magnetar.engine.train_step import loss_weights, train_step
+    from magnetar.engine.zero import named_tensors
 
     start_distributed()
+    os.environ["MAGNETAR_NODE"] = str(dist.get_rank() // 2)
     results = []
     for changes in cases:
-        nodes = changes.pop("nodes", [0, 0, 1, 1])
-        os.environ["MAGNETAR_NODE"] = str(nodes[dist.get_rank()])
         engine, _, config = start(changes)
         meter = TrafficMeter(engine.module, moe_layers(config.model), engine.device)
-        curve: dict[str, list] = {"loss": [], "traffic": [], "messages": []}
+        curve: dict[str, list] = {"loss": [], "traffic": []}
         for step in range(num_steps):
             batch = batches(engine, step, config)
-            result = train_step(engine, batch, loss_weights(config), seed=1, step=step)
+            result = train_step(
+                engine, batch, loss_weights(config.model.moe, config.training), seed=1, step=step
+            )
             meter.count_step()
             curve["loss"].append(reduce_over_ranks(result)[0]["loss"])
             curve["traffic"].append(meter.record())
-            curve["messages"].append(sum(traffic.messages for traffic in meter.last))
         names = " ".join(
             name for _, of_one in named_tensors(engine.module) for name in of_one.names
         )
@@ -530,6 +554,12 @@ def listening_places() -> list[tuple[str, int]]:
     from magnetar.engine.train_step import loss_weights, train_step
 
     engine, _, config = start({"magnetar.model.moe.ep_size": 2})
-    train_step(engine, batches(engine, 0, config), loss_weights(config), seed=1, step=0)
+    train_step(
+        engine,
+        batches(engine, 0, config),
+        loss_weights(config.model.moe, config.training),
+        seed=1,
+        step=0,
+    )
     found = psutil.Process().net_connections("inet")
     return [(place.laddr.ip, place.laddr.port) for place in found if place.status == "LISTEN"]

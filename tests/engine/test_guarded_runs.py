@@ -33,6 +33,7 @@ import json, os, sys
 from pathlib import Path
 import magnetar.engine.trainer as trainer
 from magnetar.engine.config.schema import load_config
+from magnetar.engine.prepare_run import prepare_run
 from magnetar.launchers.user_errors import user_errors
 from tests.machine import imitate
 
@@ -61,7 +62,7 @@ with user_errors():
     for path, given in json.loads(sys.argv[1]):
         fault = {"gradient": "1", "loss": "1", "batch": "batch", "does": "pass"} | given
         ranks = int(os.environ["WORLD_SIZE"])
-        trainer.train(*trainer.prepare_run(load_config(Path(path), (), ranks), ranks))
+        trainer.train(*prepare_run(load_config(Path(path), (), ranks), ranks))
     sys.stdout.flush()
     os._exit(0)
 """

@@ -9,7 +9,7 @@ import torch
 
 from magnetar.engine.cluster.signals import Requests
 from magnetar.engine.config.schema import GuardsConfig
-from magnetar.engine.guards import Guards
+from magnetar.engine.guards import Guards, Verdict
 
 
 def guards(monkeypatch: pytest.MonkeyPatch, fp16: bool = False, **keys: Any) -> Guards:
@@ -77,10 +77,10 @@ def test_only_bad_steps_in_a_row_are_enough(monkeypatch: pytest.MonkeyPatch) -> 
     enough = []
     for loss in (math.nan, 1.0, math.nan, math.nan):
         problem(guard, loss)
-        enough.append(guard.has_had_enough())
+        enough.append(guard.should_roll_back())
     assert enough == [False, False, False, True]
-    guard.start_over([])
-    assert not guard.has_had_enough()
+    guard.start_from(0, 0, [])
+    assert not guard.should_roll_back()
 
 
 def test_a_spike_is_so_many_deviations_above_the_mean_of_good_steps(
@@ -117,3 +117,31 @@ def test_a_signal_to_another_rank_stops_this_one(monkeypatch: pytest.MonkeyPatch
     )
     problem(guard, 1.0)
     assert guard.stop == "a signal to another rank"
+
+
+def test_a_verdict_puts_going_back_before_stopping_and_stopping_before_skipping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guard = guards(monkeypatch, max_bad_steps=2)
+    verdicts = []
+    for loss, stop in ((1.0, ""), (math.nan, ""), (1.0, "SIGTERM"), (math.nan, ""), (math.nan, "")):
+        guard.requests.stop = guard.requests.stop or stop
+        guard.watch(torch.tensor(loss))
+        verdicts.append(guard.judge())
+    assert verdicts == [
+        Verdict.GO,
+        Verdict.SKIP,
+        Verdict.STOP,
+        Verdict.STOP,
+        Verdict.ROLL_BACK,
+    ]
+    assert (guard.num_bad, guard.problem()) == (3, "loss nan")
+
+
+def test_a_guard_goes_on_from_the_counts_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = guards(monkeypatch, max_bad_steps=1)
+    problem(guard, math.nan)
+    guard.start_from(num_bad=5, batch_offset=7, recent_losses=[1.0])
+    assert not guard.should_roll_back()
+    problem(guard, math.nan)
+    assert (guard.num_bad, guard.batch_offset, guard.recent_losses) == (6, 7, [1.0])

@@ -12,15 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from magnetar.convert.export import export
 from magnetar.data.errors import UserError
+from magnetar.data.loader import PairData, open_data
 from magnetar.data.pairs.folder import PreparedPairs, open_pairs
 from magnetar.data.text.packed_lm import IGNORE_INDEX
 from magnetar.engine.checkpoint.format import newest_checkpoint
-from magnetar.engine.checkpoint.open_run import open_text_model
-from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.engine.checkpoint.open_run import load_model, open_run
 from magnetar.engine.config.schema import load_config
-from magnetar.engine.pair_data import target_perplexity, training_bins, validation_bins
-from magnetar.engine.run_data import open_run_data
-from magnetar.engine.trainer import prepare_run
+from magnetar.engine.prepare_run import data_options, prepare_run
 from magnetar.models.transformer import EncoderDecoder
 from tests.data.parallel import prepared_verses
 from tests.engine.checkpoint.test_resume import kill_after_step
@@ -138,8 +136,7 @@ def test_the_validation_loss_is_the_mean_over_the_target_tokens_of_every_pair(
 def test_a_step_asks_about_the_targets_of_its_bins_and_counts_them(
     trained: Path, prepared: PreparedPairs
 ) -> None:
-    config, _ = prepare_run(load_config(trained / "config.json"), 2)
-    bins = training_bins(prepared, config)
+    bins = PairData(prepared, data_options(load_config(trained / "config.json"))).train
     counts = [
         sum(int((bins.bin(step, i).targets != IGNORE_INDEX).sum()) for i in range(bins.bins))
         for step in range(NUM_STEPS)
@@ -171,8 +168,8 @@ def test_everything_promised_is_there(trained: Path, prepared: PreparedPairs) ->
     assert table["sample"] == "the first 2 sentences of each direction"
     assert all(each["sentences"] == 2 for each in table["directions"].values())
     assert "version:" in table["chrf_signature"]
-    frequencies = target_perplexity(validation_bins(prepared, load_config(trained / "config.json")))
-    assert summary["unigram_perplexity"] == frequencies
+    data = PairData(prepared, data_options(load_config(trained / "config.json")))
+    assert summary["unigram_perplexity"] == data.unigram_perplexity(0)
     vocabulary = (trained / "tokenizer.model").read_bytes()
     assert vocabulary == (prepared.path / "tokenizer.model").read_bytes()
     shown = (trained.parent / "output").read_text()
@@ -193,7 +190,7 @@ def test_everything_promised_is_there(trained: Path, prepared: PreparedPairs) ->
 @pytest.mark.slow
 def test_what_continues_text_sends_its_user_to_what_translates(trained: Path) -> None:
     with pytest.raises(UserError, match=r"has learnt sentence pairs: use .*magnetar translate"):
-        open_text_model(trained)
+        _ = open_run(trained).text_config
 
 
 @pytest.mark.slow
@@ -217,7 +214,8 @@ def test_the_unigram_perplexity_is_that_of_the_targets(
     ]
     shares = [tokens.count(token) / len(tokens) for token in set(tokens)]
     expected = math.exp(-sum(p * math.log(p) for p in shares))
-    assert target_perplexity(validation_bins(prepared, config)) == pytest.approx(expected)
+    data = PairData(prepared, data_options(config))
+    assert data.unigram_perplexity(0) == pytest.approx(expected)
 
 
 def user_error(config: Path) -> str:
@@ -257,4 +255,6 @@ def test_pairs_that_cannot_be_learned_are_refused_before_anything_starts(
 
 def test_the_config_says_which_data_to_open(prepared: PreparedPairs, tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, prepared.path, changes=PAIRS))
-    assert open_run_data(config) == open_pairs(prepared.path)
+    data = open_data(prepared.path, data_options(config))
+    assert isinstance(data, PairData)
+    assert data.prepared == open_pairs(prepared.path)

@@ -34,7 +34,8 @@ def put_in(kind: str, first: int, count: int) -> None:
     """Have steps first, first + 1, ... of the run go wrong."""
     import torch
 
-    from magnetar.engine import logbook, trainer
+    from magnetar.engine import trainer
+    from magnetar.engine.cluster import logbook
 
     train_step = trainer.train_step
     done: list[int] = []

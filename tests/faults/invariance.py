@@ -67,7 +67,7 @@ def round_otherwise(engine: Any, seed: int) -> None:
     import torch
 
     from magnetar.engine.checkpoint.format import WEIGHT
-    from magnetar.engine.checkpoint.zero_shards import shares
+    from magnetar.engine.zero import shares
 
     generator = torch.Generator().manual_seed(seed)
     for share in shares(engine):
@@ -99,24 +99,22 @@ def curve(changes: dict[str, Any], num_steps: int, device: Any) -> dict[str, lis
     import deepspeed.comm as dist
     import torch
 
-    from magnetar.engine.batches import TrainingBatches
     from magnetar.engine.build import build_engine
     from magnetar.engine.config.schema import load_config
-    from magnetar.engine.train_step import loss_weights, train_step
-    from magnetar.engine.trainer import resolve_run
-    from magnetar.engine.windows import windows
+    from magnetar.engine.prepare_run import resolve_run
+    from magnetar.engine.train_step import loss_weights, train_step, training_batches
 
     world_size = dist.get_world_size()
     rounding, linear = changes.pop(ROUNDING, None), torch.nn.functional.linear
     settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     config, prepared = resolve_run(load_config(CONFIG, settings, world_size), world_size)
-    training = TrainingBatches(config, windows(prepared.train, config), device)
+    training = training_batches(prepared, config.deepspeed["gradient_accumulation_steps"], device)
     engine, clip = build_engine(config, device)
     if rounding is not None:
         round_otherwise(engine, rounding)
     found: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
     for step in range(1, num_steps + 1):
-        weights, seed = loss_weights(config), config.training.seed
+        weights, seed = loss_weights(config.model.moe, config.training), config.training.seed
         result = train_step(engine, training.of_step(step), weights, seed, step)
         loss = result.loss.double()
         dist.all_reduce(loss)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from magnetar.engine.checkpoint.format import newest_checkpoint
-from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.engine.checkpoint.open_run import load_model
 from magnetar.models.weights.load_save import load_model as load_folder
 from tests.ranks import ROOT
 from tests.runs import environment, launch, launcher_command, make_corpus, write_config
@@ -89,7 +89,7 @@ def test_a_profile_is_made_trained_from_and_folded_away(tmp_path: Path, corpus: 
     (tmp_path / "empty").mkdir()
     empty = run(*convert, str(tmp_path / "empty"), "--out", str(tmp_path / "twice"))
     assert empty.returncode == 2
-    assert "holds neither checkpoints/ nor model.safetensors" in empty.stderr
+    assert "holds no complete checkpoint (looked for checkpoints/step_*), no " in empty.stderr
 
 
 def test_an_admin_model_without_a_profile_does_not_start(tmp_path: Path, corpus: Path) -> None:
@@ -105,7 +105,10 @@ def test_an_admin_model_without_a_profile_does_not_start(tmp_path: Path, corpus:
         (b"{", "is no profile (the whole file: Invalid JSON"),
         (b"\xff\xfe", "is no profile"),
         (b"[]", "is no profile"),
-        (json.dumps(good | {"variances": "wide"}).encode(), "is no profile (variances: Input"),
+        (
+            json.dumps(good | {"variances": "wide"}).encode(),
+            'is no profile (variances="wide": it should be an object',
+        ),
         (
             json.dumps(good | {"seed": 7}).encode(),
             "another seed and another model and another data",

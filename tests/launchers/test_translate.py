@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import pytest
 from magnetar.data.errors import UserError
 from magnetar.data.text.lines import lines_of, windows_of_input
 from magnetar.data.text.tokenizer import train_sentencepiece
-from magnetar.engine.checkpoint.translation_run import _vocabulary
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.translation.translator import Translator
 from magnetar.launchers import translate
 from magnetar.launchers.translate import main, warn_of_untrained
@@ -224,17 +225,21 @@ def test_a_vocabulary_without_tags_or_that_is_too_large_or_missing_is_refused(
     words = " ".join(f"word{number} and {7 * number}" for number in range(2000))
     train_sentencepiece([words], 310, vocabulary)
     message = refusal(capsys, folder, *TO_ENGLISH, *text)
-    assert "the vocabulary has 310 entries, and the model of" in message
+    assert f"the vocabulary of {vocabulary} has 310 entries, and the model of" in message
     vocabulary.unlink()
     message = refusal(capsys, folder, *TO_ENGLISH, *text)
-    assert f"is not there ({vocabulary}): name the prepared folder" in message
+    assert (
+        f"is not there ({vocabulary} and {folder / 'tokenizer.json'}): name the prepared" in message
+    )
 
 
 def test_the_vocabulary_of_another_run_is_refused(
     folder: Path,
 ) -> None:
+    config = {"magnetar": {"data": {"path": "gone"}}}
+    about = {"tokenizer_fingerprint": "0" * 64, "config": config}
     with pytest.raises(UserError, match="is another vocabulary") as raised:
-        _vocabulary(folder, None, "0" * 64, None)
+        _ = replace(open_run(folder), about=about).tokenizer
     assert "was trained with (000000000000): give the one that it was trained with" in str(
         raised.value
     )
@@ -381,7 +386,7 @@ class Learnt(NamedTuple):
     too_long_inference: str = "split"
 
     @property
-    def config(self) -> object:
+    def run_config(self) -> object:
         return SimpleNamespace(data=SimpleNamespace(pairs=self))
 
 

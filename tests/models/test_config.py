@@ -89,24 +89,25 @@ def test_an_ep_size_that_does_not_divide_the_experts_is_refused_with_ways_out(
 @pytest.mark.parametrize(
     ("keys", "shown"),
     [
-        ({"exchange_chunks": 2}, "exchange_chunks=2 belongs to ep_size > 1, where tokens travel"),
-        ({"exchange_chunks": 1}, "leave it out, or use a larger ep_size"),
-        (
-            {"exchange_chunks": 4, "ep_size": 2, "num_experts": 12},
-            "exchange_chunks=4 must divide num_experts / ep_size: use one of [1, 2, 3, 6]",
-        ),
-        ({"exchange_chunks": 4, "ep_size": 2, "num_experts": [8, 12]}, "use one of [1, 2]"),
-        ({"exchange_chunks": 0, "ep_size": 2}, "greater than or equal to 1"),
         ({"placement": "across_nodes"}, "placement=across_nodes belongs to ep_size > 1"),
-        ({"exchange": "flat"}, "exchange=flat belongs to ep_size > 1, where tokens travel"),
-        ({"exchange": "nodes", "ep_size": 2}, "'auto', 'flat' or 'hierarchical'"),
         ({"placement": "", "ep_size": 2}, "'within_nodes' or 'across_nodes'"),
     ],
 )
-def test_an_exchange_that_cannot_be_is_refused(keys: dict, shown: str) -> None:
+def test_a_placement_that_cannot_be_is_refused(keys: dict, shown: str) -> None:
     assert shown in moe_message(**({"num_experts": 8} | keys))
-    layer = MoEConfig(num_experts=[8, 12], ep_size=2, exchange_chunks=2).of_layer(1)
-    assert layer.num_exchange_chunks == 2
+
+
+@pytest.mark.parametrize("exchange", ["auto", "flat"])
+@pytest.mark.parametrize("chunks", [None, 1])
+def test_a_stored_section_with_retired_keys_is_read(exchange: str, chunks: int | None) -> None:
+    section = {"num_experts": 8, "ep_size": 2, "exchange": exchange, "exchange_chunks": chunks}
+    assert MoEConfig.model_validate(section) == MoEConfig(num_experts=8, ep_size=2)
+
+
+@pytest.mark.parametrize("keys", [{"exchange": "hierarchical"}, {"exchange_chunks": 2}])
+def test_a_retired_key_that_asks_for_more_is_refused(keys: dict) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        MoEConfig.model_validate({"num_experts": 8, "ep_size": 2} | keys)
 
 
 def test_more_choices_than_experts_are_refused_with_a_way_out() -> None:

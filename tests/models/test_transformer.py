@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from magnetar.models.config import ModelConfig
+from magnetar.models.config import ModelConfig, NormName
 from magnetar.models.cost import flops_per_token, num_parameters
 from magnetar.models.layers.attention import CrossAttention, SelfAttention
 from magnetar.models.losses import IGNORE_INDEX
@@ -30,7 +31,7 @@ from tests.models import brute_force
 VOCAB, T, S = 23, 6, 7
 MOE = {"num_experts": 4, "every": 2}
 ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
-NORMS = ("pre", "post", "subln", "deepnorm", "normformer", "admin")
+NORMS = get_args(NormName)
 POSITIONS: dict[str, dict[str, object]] = {
     "learned": {},
     "sinusoidal": {"positions": "sinusoidal"},

@@ -3,13 +3,13 @@
 Letters: E experts, A rows sorted by expert, F d_ff.
 
     h = act(x + b_e)                       without a norm
-    h = LN(act(x + b_e)) * g_e + c_e       with Sub-LN's
+    h = LN(act(x + b_e)) * g_e + c_e       with Sub-LN's inner norm
 
-Everything is float32 inside; x and h have the model's type. Kept for the backward are x and, with a
-norm, each row's mean and 1 / standard deviation: what lies between is computed again.
+The kernels compute in float32; x and h have the model's dtype. The backward pass keeps x and, with
+a norm, each row's mean and 1 / standard deviation. It computes everything else again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,8 +28,8 @@ _INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 def _normal(x):
     """The standard normal distribution at x: (its integral, its density).
 
-    Abramowitz and Stegun, 7.1.26: within 1e-7. Both need the same exponential, where an error
-    function of its own would make these kernels wait for arithmetic instead of memory.
+    Abramowitz and Stegun, 7.1.26, is within 1e-7. Integral and density share one exponential; with
+    a separate error function these kernels would wait for arithmetic, not for memory.
     """
     bell = tl.exp(-0.5 * x * x)
     t = 1.0 / (1.0 + 0.3275911 * _INV_SQRT_2 * tl.abs(x))
@@ -173,13 +173,14 @@ def _backward_kernel(
 
 
 class Activation(NamedTuple):
-    """What is applied between the matrices.
+    """The operations between the two matrices.
 
     Attributes:
         name: one of ACTIVATIONS.
-        bias: (E, F).
-        gain, shift: (E, F) of the LayerNorm; None: there is none.
-        eps: of the LayerNorm.
+        bias: (E, F), bias of the first matrix.
+        gain: (E, F), weight of the LayerNorm; None without one.
+        shift: (E, F), bias of the LayerNorm; None without one.
+        eps: epsilon of the LayerNorm.
     """
 
     name: str
@@ -190,10 +191,10 @@ class Activation(NamedTuple):
 
 
 def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int | None]:
-    """A program's rows and columns a step, steps in flight, warps: a norm needs whole rows.
+    """Rows and columns per step of a program, steps in flight, and warps; a norm needs whole rows.
 
-    Found on an H100 at d_ff 4096, and constants: the order of the sums decides the last bits.
-    Whole rows leave room for one program on a processor, which must fetch ahead by itself.
+    They were found on an H100 at d_ff 4096 and are constants, since the order of the sums decides
+    the last bits. With whole rows one program fills a multiprocessor, so it must fetch ahead.
     """
     columns = triton.next_power_of_2(d_ff)
     if norm:
@@ -205,23 +206,38 @@ def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int | None]:
     return {"R": rows, "COLUMNS": columns, "STAGES": None, "num_warps": 4}
 
 
-def forward(
-    x: Tensor, activation: Activation, offsets: Tensor, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, F) -> h (A, F), and of the norm (A,) means and (A,) scales, float32.
+def _launch(
+    num_rows: int, d_ff: int, activation: Activation, offsets: Tensor, backward: bool
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid and the options of both kernels."""
+    norm, num_experts = activation.gain is not None, offsets.numel()
+    shape = _shape(d_ff, norm, backward)
+    columns = shape["COLUMNS"]
+    assert columns is not None
+    grid = (num_tiles(num_rows, num_experts, TILE_ROWS), triton.cdiv(d_ff, columns))
+    return grid, {
+        "ACTIVATION": activation.name,
+        "NORM": norm,
+        "NUM_EXPERTS": num_experts,
+        "EXPERTS": triton.next_power_of_2(num_experts),
+        "TILE": TILE_ROWS,
+        **shape,
+    }
+
+
+def forward(x: Tensor, activation: Activation, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, F) -> h (A, F), and the norm's means (A,) and scales (A,), float32.
 
     Args:
         x: rows sorted by expert, contiguous.
-        activation: what is applied.
-        offsets: (E,) int32, where each expert's rows end.
-        out: (A, F), contiguous, where h is written; None: a new tensor.
+        activation: bias, activation and norm to apply.
+        offsets: (E,) int32, end of each expert's rows.
     """
-    (num_rows, d_ff), num_experts = x.shape, offsets.numel()
+    num_rows, d_ff = x.shape
     norm = activation.gain is not None
-    h = torch.empty_like(x) if out is None else out
+    h = torch.empty_like(x)
     means, scales = x.new_empty(2, num_rows if norm else 0, dtype=torch.float32)
-    shape = _shape(d_ff, norm, backward=False)
-    grid = (num_tiles(num_rows, num_experts, TILE_ROWS), triton.cdiv(d_ff, shape["COLUMNS"]))
+    grid, options = _launch(num_rows, d_ff, activation, offsets, backward=False)
     _forward_kernel[grid](
         x,
         activation.bias,
@@ -233,12 +249,7 @@ def forward(
         offsets,
         d_ff,
         activation.eps,
-        ACTIVATION=activation.name,
-        NORM=norm,
-        NUM_EXPERTS=num_experts,
-        EXPERTS=triton.next_power_of_2(num_experts),
-        TILE=TILE_ROWS,
-        **shape,
+        **options,
     )
     return h, means, scales
 
@@ -250,19 +261,15 @@ def backward(
     offsets: Tensor,
     means: Tensor,
     scales: Tensor,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F).
-
-    The first is written to `out`, contiguous, where that is given.
-    """
-    (num_rows, d_ff), num_experts = x.shape, offsets.numel()
+    """The gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F)."""
+    num_rows, d_ff = x.shape
     norm = activation.gain is not None
-    grad_x = torch.empty_like(x) if out is None else out
-    tiles = num_tiles(num_rows, num_experts, TILE_ROWS)
-    partial = torch.empty(3 if norm else 1, tiles, d_ff, dtype=torch.float32, device=x.device)
-    shape = _shape(d_ff, norm, backward=True)
-    _backward_kernel[(tiles, triton.cdiv(d_ff, shape["COLUMNS"]))](
+    grad_x = torch.empty_like(x)
+    grid, options = _launch(num_rows, d_ff, activation, offsets, backward=True)
+    # A row of sums for each tile: of bias and, with a norm, of gain and shift.
+    partial = torch.empty(3 if norm else 1, grid[0], d_ff, dtype=torch.float32, device=x.device)
+    _backward_kernel[grid](
         grad.contiguous(),
         x,
         activation.bias,
@@ -275,12 +282,7 @@ def backward(
         partial[2] if norm else None,
         offsets,
         d_ff,
-        ACTIVATION=activation.name,
-        NORM=norm,
-        NUM_EXPERTS=num_experts,
-        EXPERTS=triton.next_power_of_2(num_experts),
-        TILE=TILE_ROWS,
-        **shape,
+        **options,
     )
     sums = sum_tiles(partial, offsets, TILE_ROWS, activation.bias.dtype)
     return grad_x, sums[0], sums[1] if norm else None, sums[2] if norm else None

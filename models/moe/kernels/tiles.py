@@ -1,11 +1,11 @@
-"""Rows that lie sorted by expert, cut into tiles of one expert each.
+"""Rows sorted by expert, cut into tiles of one expert each.
 
-Letters: E experts, A rows, F columns, R rows of a tile at most.
+Letters: E experts, A rows, F columns, R largest number of rows of a tile.
 
-How many tiles an expert has is known on the device alone, but never more than A / R + E in all:
-that many programs are started, and each finds its rows, or nothing, from the experts' offsets.
-A sum over an expert's rows is a sum over its tiles of what each has written: always in the same
-order, as atomic additions would not be.
+Only the device knows how many tiles each expert has, but there are never more than A / R + E. That
+many programs are launched. Each finds its rows from the experts' offsets, or finds none and ends.
+For a sum over an expert's rows each tile writes its own sum and a second kernel adds those. The
+order is always the same, which it would not be with atomic additions.
 """
 
 import math
@@ -36,7 +36,7 @@ def rows_of_tile(tile, offsets, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr
 
 
 def num_tiles(num_rows: int, num_experts: int, tile_rows: int) -> int:
-    """An upper bound of the tiles."""
+    """The number of programs to launch, at least the number of tiles."""
     return num_rows // tile_rows + num_experts
 
 
@@ -78,10 +78,10 @@ def sum_tiles(partial: Tensor, offsets: Tensor, tile_rows: int, dtype: torch.dty
     """(..., tiles, F) float32, a row for each tile -> (..., E, F), sums over each expert's tiles.
 
     Args:
-        partial: what tiles past the last one hold is not read.
-        offsets: (E,) int32, where each expert's rows end.
+        partial: (..., tiles, F) float32; rows past the last tile are not read.
+        offsets: (E,) int32, end of each expert's rows.
         tile_rows: R.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     *parts, num_rows, num_columns = partial.shape
     num_experts = offsets.numel()

@@ -1,10 +1,10 @@
-"""The gradient of stacked matrices, added where that of earlier micro-batches already is.
+"""The gradient of stacked matrices, accumulated in place over micro-batches.
 
-Letters: E experts, A rows sorted by expert, X and Y columns of what is multiplied.
+Letters: E experts, A rows sorted by expert, X and Y columns of the two factors.
 
-A sum of its own and an addition would pass over memory of the weights' size four times; here the
-product's last step reads what there is and writes the sum: twice, and rounded once in place of
-twice. `torch._grouped_mm` makes the first gradient, and has no such sum.
+A product followed by an addition passes over memory of the weights' size four times. Here the last
+step of the product reads the accumulated gradient and writes the sum: two passes, and one rounding
+in place of two. `torch._grouped_mm` cannot accumulate; it computes the first gradient.
 """
 
 from typing import Any
@@ -73,16 +73,16 @@ def _add_gradient(total: Tensor, left: Tensor, right: Tensor, offsets: Tensor) -
 
 
 def weight_gradient(node: Any, left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """What a backward function returns as the gradient of stacked matrices.
+    """The gradient of stacked matrices, for a backward function to return.
 
-    Where autograd would add it to a parameter's gradient, that is taken away and returned grown,
-    and autograd puts it back: whoever waits for it sees what he would have seen.
+    If the parameter already has a gradient, the kernel adds to that tensor in place and returns it,
+    so autograd does not copy it. Hooks on the parameter still fire with the accumulated gradient.
 
     Args:
-        node: the matrices' entry in `next_functions`: what becomes of the gradient.
+        node: entry of the matrices in `next_functions`, the node that receives the gradient.
         left: (A, X).
-        right: (A, Y), of the same type.
-        offsets: (E,) int32, where each expert's rows end.
+        right: (A, Y), the same dtype.
+        offsets: (E,) int32, end of each expert's rows.
 
     Returns:
         (E, X, Y).
@@ -96,18 +96,18 @@ def weight_gradient(node: Any, left: Tensor, right: Tensor, offsets: Tensor) -> 
 
 
 def _is_accumulated(node: Any) -> bool:
-    """Whether a parameter has a gradient, to which its node adds, with nobody looking before."""
+    """Whether the node adds to a parameter's gradient, and no hook sees the summand before."""
     parameter = getattr(node, "variable", None)
     if parameter is None or parameter.grad is None or parameter._backward_hooks:
         return False
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # torch.autograd.grad, which adds nothing, does not like the question
+    except RuntimeError:  # raised inside torch.autograd.grad, which accumulates nothing
         return False
 
 
 def _can_add(total: Tensor, left: Tensor, right: Tensor) -> bool:
-    """Whether the kernel can: 16-bit types, and tiles that end where matrices do."""
+    """Whether the kernel supports it: 16-bit dtypes, and tiles that end where matrices end."""
     matches = total.dtype == left.dtype == right.dtype and total.element_size() == 2
     is_placed = total.is_contiguous() and total.data_ptr() % 16 == 0
     return matches and is_placed and total.size(1) % BLOCK_X == 0 and total.size(2) % 8 == 0

@@ -179,7 +179,7 @@ def test_pairs_of_a_language_that_is_not_there_are_a_message(copy):
 def test_a_manifest_with_another_key_is_a_message(copy):
     file = copy / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "colour": "blue"}))
-    with pytest.raises(UserError, match=r"version 1: colour: Extra inputs"):
+    with pytest.raises(UserError, match=r"version 1: colour is not a key"):
         open_pairs(copy)
 
 

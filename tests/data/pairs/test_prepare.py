@@ -3,10 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-import magnetar.data.atomic
 import magnetar.data.pairs.prepare
+import magnetar.data.prepared_folder
 import magnetar.data.text.shards
-from magnetar.data.atomic import Reporter
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.filters import PairFilter
 from magnetar.data.pairs.folder import open_pairs
@@ -16,6 +15,7 @@ from magnetar.data.pairs.prepare import (
     prepare_pairs,
     sampled_texts,
 )
+from magnetar.data.prepared_folder import Reporter
 from magnetar.data.text.corpus import Piece
 from tests.data.parallel import LANGUAGES, long_rows, verses, write_jsonl, write_tsv
 from tests.data.text.test_prepare import Killed, content, raise_on, stop_after

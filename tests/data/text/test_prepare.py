@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-import magnetar.data.atomic
+import magnetar.data.prepared_folder
 import magnetar.data.text.prepare
 import magnetar.data.text.shards
-from magnetar.data.atomic import Reporter
 from magnetar.data.errors import UserError
+from magnetar.data.prepared_folder import Reporter
 from magnetar.data.text.prepare import PrepareConfig, prepare
 from magnetar.data.text.token_files import open_prepared
 
@@ -133,7 +133,7 @@ def test_a_run_killed_while_joining_resumes(config, tmp_path, monkeypatch):
 def test_a_run_killed_while_tidying_up_has_made_a_whole_folder(config, tmp_path, monkeypatch):
     prepare(replace(config, out=tmp_path / "whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(magnetar.data.atomic, "remove_scaffolding", raise_killed)
+        patch.setattr(magnetar.data.prepared_folder, "remove_scaffolding", raise_killed)
         with pytest.raises(Killed):
             prepare(config)
     open_prepared(config.out)
@@ -143,7 +143,7 @@ def test_a_run_killed_while_tidying_up_has_made_a_whole_folder(config, tmp_path,
 
 def test_a_run_killed_before_its_first_shard_resumes(config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(magnetar.data.atomic, "write_atomically", raise_on("settings.json"))
+        patch.setattr(magnetar.data.prepared_folder, "write_atomically", raise_on("settings.json"))
         with pytest.raises(Killed):
             prepare(config)
     with pytest.MonkeyPatch.context() as patch:
@@ -153,6 +153,21 @@ def test_a_run_killed_before_its_first_shard_resumes(config):
     (config.out.with_name("out.partial") / "shards").rmdir()
     prepare(config)
     open_prepared(config.out)
+
+
+@pytest.mark.parametrize(
+    "name", ["settings.json", "shards/train-000000.json", "shards/train-000000.bin"]
+)
+def test_a_file_that_a_power_loss_has_emptied_is_made_again(config, tmp_path, monkeypatch, name):
+    prepare(replace(config, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Killed):
+            prepare(config)
+    (file,) = config.out.with_name("out.partial").glob(name)
+    file.write_bytes(b"")
+    prepare(config)
+    assert content(config.out) == content(tmp_path / "whole")
 
 
 def raise_killed(*arguments):

@@ -110,7 +110,9 @@ def test_a_manifest_that_is_not_json_is_refused(folder):
 
 def test_a_manifest_of_another_version_is_refused(folder):
     edit_manifest(folder, version=2)
-    with pytest.raises(UserError, match=r"not a valid manifest of version 1: version: .*again"):
+    with pytest.raises(
+        UserError, match=r"not a valid manifest of version 1: version=2: it .*again"
+    ):
         open_prepared(folder)
 
 

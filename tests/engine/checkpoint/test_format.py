@@ -22,7 +22,7 @@ from magnetar.engine.checkpoint.format import (
     remove_old,
     step_of,
 )
-from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.engine.checkpoint.open_run import load_model
 from tests.convert.checkpoints import write_checkpoint
 from tests.ranks import run_on_ranks
 

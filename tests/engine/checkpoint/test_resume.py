@@ -9,9 +9,9 @@ import pytest
 
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import complete_checkpoints
-from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.engine.checkpoint.open_run import load_model
 from magnetar.engine.config.schema import load_config
-from magnetar.engine.trainer import prepare_run
+from magnetar.engine.prepare_run import prepare_run
 from tests.ranks import ROOT
 from tests.runs import (
     environment,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.run_folder import check_run_folder, write_whole
+from magnetar.engine.checkpoint.run_folder import check_run_folder
 from magnetar.engine.config.schema import RunConfig, check_config
 from magnetar.engine.metrics import keep_records_up_to, monitor_tag
 from tests.engine.programs import BASE, with_keys
@@ -212,13 +212,6 @@ def test_the_schedule_of_steps_done_does_not_bend_when_a_run_gets_longer(tmp_pat
     )
     with pytest.raises(UserError, match="total_steps: 20 there, 80 here"):
         check_run_folder(longer)
-
-
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_whole(tmp_path / "config.json", "old")
-    write_whole(tmp_path / "config.json", "new")
-    assert (tmp_path / "config.json").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 ADDED_LATER = [

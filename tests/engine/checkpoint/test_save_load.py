@@ -11,7 +11,8 @@ import torch
 
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import Checkpoint, newest_checkpoint
-from magnetar.engine.checkpoint.save_load import check_fits, load_checkpoint, load_model
+from magnetar.engine.checkpoint.open_run import load_model
+from magnetar.engine.checkpoint.save_load import check_fits, load_checkpoint
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
 
 SAME_DATA: Any = SimpleNamespace(fingerprint="b" * 64)

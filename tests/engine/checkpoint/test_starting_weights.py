@@ -10,7 +10,7 @@ import torch
 
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import newest_checkpoint
-from magnetar.engine.checkpoint.save_load import load_model
+from magnetar.engine.checkpoint.open_run import load_model
 from magnetar.engine.checkpoint.starting_weights import require_starting_weights
 from magnetar.engine.config.schema import load_config
 from magnetar.models.weights.load_save import save_weights
@@ -77,7 +77,8 @@ def test_weights_of_another_model_are_refused_by_key(tmp_path: Path, corpus: Pat
     missing = write_config(tmp_path, corpus, "a", {"magnetar.training.init_from": str(tmp_path)})
     result = train_alone(missing, *ALONE)
     assert result.returncode == 2
-    assert f"{tmp_path} holds neither checkpoints/ nor model.safetensors" in result.stderr
+    assert f"{tmp_path}: holds no complete checkpoint (looked for" in result.stderr
+    assert "and no model.safetensors" in result.stderr
 
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -85,7 +86,10 @@ def test_weights_of_another_model_are_refused_by_key(tmp_path: Path, corpus: Pat
     config = write_config(tmp_path, corpus, "b", {"magnetar.training.init_from": str(folder)})
     result = train_alone(config, *ALONE)
     assert result.returncode == 2
-    assert f"{folder / 'config.json'} does not describe a model" in result.stderr
+    assert (
+        f"{folder / 'config.json'} is missing, so {folder} is not a folder of weights"
+        in result.stderr
+    )
 
     resolved = subprocess.run(
         [sys.executable, "-m", "magnetar.launchers.config", "check", str(config)],
@@ -107,7 +111,8 @@ def test_weights_of_another_model_are_refused_by_key(tmp_path: Path, corpus: Pat
 
 def test_weights_saved_before_a_key_existed_have_its_default(tmp_path: Path, corpus: Path) -> None:
     source = tmp_path / "folder"
-    config = write_config(tmp_path, corpus, "run", {"magnetar.training.init_from": str(source)})
+    changes = {"magnetar.training.init_from": str(source), "magnetar.model.vocab_size": 300}
+    config = write_config(tmp_path, corpus, "run", changes)
     run = load_config(config, [], 2)
     saved = run.model.model_dump(mode="json")
     del saved["norm_eps"], saved["qk_norm"], saved["moe"]["normalize_weights"]
@@ -124,14 +129,22 @@ def test_weights_of_another_vocabulary_of_the_same_size_are_refused(
     tmp_path: Path, corpus: Path
 ) -> None:
     source = tmp_path / "folder"
-    config = write_config(tmp_path, corpus, "run", {"magnetar.training.init_from": str(source)})
+    changes = {"magnetar.training.init_from": str(source), "magnetar.model.vocab_size": 300}
+    config = write_config(tmp_path, corpus, "run", changes)
     run = load_config(config)
     source.mkdir()
     (source / "model.safetensors").write_text("")
     about = {"model": run.model.model_dump(mode="json")}
     (source / "config.json").write_text(json.dumps(about))
     require_starting_weights(run, "a" * 64)  # imported weights know of no vocabulary
-    about["run"] = {"tokenizer_fingerprint": "b" * 64}
+    about["run"] = {
+        "step": 4,
+        "config": run.to_dict(),
+        "tokenizer_fingerprint": "b" * 64,
+        "data_fingerprint": "",
+        "trainer": {},
+        "optimizer": {"schedule_step": 4, "skipped_steps": 0, "loss_scaler": {}},
+    }
     (source / "config.json").write_text(json.dumps(about))
     require_starting_weights(run, "b" * 64)
     rule = r"of another vocabulary \(sha256 b{12}\) than that of .*\(a{12}\).*--tokenizer"

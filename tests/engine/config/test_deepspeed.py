@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from magnetar.engine.config import deepspeed as ours
 from magnetar.engine.config.batch_sizes import BatchSizes, batch_problems, filled
-from magnetar.engine.config.docs import SHIPPED
+from magnetar.engine.config.errors import section_model
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import load_config
-from tests.ranks import ROOT
-
-CONFIGS = ROOT / "ds_configs"
+from tests.engine.config.shipped import CONFIGS, SHIPPED
 
 
 class _Spy(dict):
@@ -82,6 +81,25 @@ def test_sections_have_deepspeeds_names_and_defaults() -> None:
             assert name in own.model_fields or f"{path}.{name}" in REFUSED, f"{path}.{name}"  # type: ignore[attr-defined]
 
 
+def _json_types(field: Any) -> set[str]:
+    """The JSON types of a key's values."""
+    schema = TypeAdapter(field.annotation).json_schema()
+    found = set()
+    for choice in schema.get("anyOf", [schema]):
+        kind = schema["$defs"][choice["$ref"].split("/")[-1]] if "$ref" in choice else choice
+        found.add(kind.get("type", "any"))
+    return found | ({"integer"} if "number" in found else set())
+
+
+def test_deepspeeds_sections_take_the_types_of_ours() -> None:
+    for path, own, theirs in _sections():
+        fields = {f.alias or name: f for name, f in theirs.model_fields.items()}  # type: ignore[attr-defined]
+        for name, field in own.model_fields.items():  # type: ignore[attr-defined]
+            if section_model(field.annotation) is None:
+                is_sent = _json_types(field) - {"null"}  # a key that is null is left out
+                assert is_sent <= _json_types(fields[name]), f"{path}.{name}"
+
+
 def test_the_flops_profiler_has_deepspeeds_defaults() -> None:
     from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 
@@ -118,7 +136,7 @@ def test_torch_adam_takes_our_parameters() -> None:
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], **params)
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+@pytest.mark.parametrize("name", SHIPPED)
 def test_deepspeed_accepts_every_resolved_config(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,13 +5,13 @@ import json
 import jsonschema
 import pytest
 
-from magnetar.engine.config.docs import SHIPPED, example_config, generated_files, readme, schema
+from magnetar.engine.config.docs import generated_files, readme, schema
 from magnetar.engine.config.errors import key_paths
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import ConfigFile, load_config
-from tests.ranks import ROOT
-
-CONFIGS = ROOT / "ds_configs"
+from magnetar.models.config import TorchScaleModelKeys
+from magnetar.models.moe.config import TorchScaleMoEKeys
+from tests.engine.config.shipped import CONFIGS, SHIPPED, example_config
 
 
 def errors(value: object) -> list[str]:
@@ -28,7 +28,7 @@ def test_the_schema_is_a_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(schema())
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_schema_accepts_every_shipped_config_as_written_and_resolved(name: str) -> None:
     assert errors(json.loads((CONFIGS / name).read_text())) == []
     world_size = 2 if name.startswith(("mt_", "translate_")) else 8
@@ -53,6 +53,13 @@ def test_the_schema_refuses_unknown_keys_and_wrong_values() -> None:
     assert errors({**raw, "scheduler": {}})
     assert errors({**raw, "gradient_clipping": "1"})
     assert errors({**raw, "zero_optimization": {"stage": 4}})
+
+
+def test_the_keys_of_imported_models_stand_apart() -> None:
+    for_everybody, for_imports = readme().split("## Keys for imported models")
+    for name in TorchScaleModelKeys.model_fields.keys() | TorchScaleMoEKeys.model_fields.keys():
+        assert f"| `{name}` |" not in for_everybody
+        assert f"| `{name}` |" in for_imports
 
 
 def test_the_page_names_every_key_and_every_refusal() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,11 @@ from hypothesis import strategies as st
 
 from magnetar.data.errors import UserError
 from magnetar.engine.config.batch_sizes import BatchSizes, batch_problems, filled
-from magnetar.engine.config.docs import SHIPPED, example_config
 from magnetar.engine.config.errors import expected, key_paths, section_model
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import ConfigFile, RunConfig, check_config, load_config
-from tests.ranks import ROOT
+from tests.engine.config.shipped import CONFIGS, SHIPPED, example_config
 
-CONFIGS = ROOT / "ds_configs"
 # Like the quickstart, but nobody tunes it.
 EXAMPLE = Path(__file__).with_name("example.json")
 
@@ -66,7 +65,7 @@ def worlds_of(name: str) -> tuple[int, ...]:
     return small_batches.get(name, (8, 16, 64))
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_config_loads(name: str) -> None:
     worlds = worlds_of(name)
     for world_size in (None, *worlds):
@@ -79,10 +78,11 @@ def test_every_shipped_config_loads(name: str) -> None:
 
 
 def test_every_config_in_the_folder_is_listed() -> None:
-    assert {p.name for p in CONFIGS.glob("*.json")} - {"schema.json"} == set(SHIPPED)
+    page = (CONFIGS / "README.md").read_text()
+    assert sorted(re.findall(r"^\| \[(\S+\.json)\]\(\1\) \|", page, re.MULTILINE)) == SHIPPED
 
 
-@pytest.mark.parametrize("name", sorted(SHIPPED))
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("is_launched", [False, True])
 def test_the_resolved_config_loads_again_as_itself(
     name: str, is_launched: bool, tmp_path: Path
@@ -240,6 +240,7 @@ WRONG = [
     ("optimizer.params.adam_w_mode", False, ['type="AdamW"', 'use type "Adam"']),
     ("zero_optimization", True, ["an object"]),
     ("zero_optimization.stage", 4, ["one of 0, 1, 2, 3"]),
+    ("zero_optimization.stage", "2", ["did you mean 2?"]),
     ("zero_optimization.stage3_prefetch_bucket", 1, ["zero_optimization.stage3_prefetch_bucket_"]),
     ("zero_optimization.offload_optimizer.device", "nvme", ["disk", "use `cpu`"]),
     ("zero_optimization.parameter_alignment", False, ["16 bytes", "set it to true"]),
@@ -271,11 +272,27 @@ def test_a_wrong_value_is_named_with_a_way_out(path: str, value: object, parts: 
     assert len(lines) == 1, lines
 
 
+def test_a_stored_config_with_retired_keys_is_read() -> None:
+    raw = quickstart()
+    before, _ = check_config(raw)
+    for key, value in (("exchange", "auto"), ("exchange_chunks", None)):
+        raw = set_path(raw, f"magnetar.model.moe.{key}", value)
+    assert before is not None
+    assert check_config(raw) == (before, [])
+
+
 @pytest.mark.parametrize("path", sorted(REFUSED))
 def test_a_refused_key_says_why(path: str) -> None:
-    found = messages(set_path(quickstart(), path, 1))
-    assert found == [f"{path}=1 is refused: {REFUSED[path]}"]
+    found = messages(set_path(quickstart(), path, 2))
+    assert found == [f"{path}=2 is refused: {REFUSED[path]}"]
     assert ": " in REFUSED[path] or REFUSED[path].startswith(("use", "master"))
+
+
+def test_a_config_that_an_older_version_saved_still_loads() -> None:
+    saved = quickstart(zero_optimization__load_from_fp32_weights=True)  # a default of that version
+    config, problems = check_config(saved, 2)
+    assert problems == []
+    assert config == check_config(quickstart(), 2)[0]
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,12 @@ def test_embeddings_and_small_tensors_keep_32_bits() -> None:
     changes = TYPE | {"magnetar.model.tie_embeddings": False, "magnetar.model.positions": "learned"}
     config, _ = check_config(with_keys(BASE, changes), 1)
     assert config is not None
-    model = build_model(config.model, 0, trained_moe_class(config), drawn_on=torch.device("cpu"))
+    model = build_model(
+        config.model,
+        0,
+        trained_moe_class(config.zero_stage, config.model.moe),
+        drawn_on=torch.device("cpu"),
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     before = parameter_groups(model, 0.1)
     groups = groups_by_bits(model, before, 2048)

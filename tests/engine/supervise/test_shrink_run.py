@@ -94,23 +94,20 @@ def test_settings_of_the_user_give_way_to_those_of_the_layout(tmp_path: Path) ->
     given = [
         "train_batch_size=8",
         f"{MOE}.ep_size=4",
-        f"{MOE}.exchange_chunks=1",
         f"{MOE}.placement=across_nodes",
         "gradient_clipping=2",
     ]
     layout, found = fitted_settings(path, given, 4, 3)
     assert layout == Layout(2, 2, 4, 1)
     assert found == [
-        *(f"{MOE}.exchange_chunks=1", f"{MOE}.placement=across_nodes", "gradient_clipping=2"),
+        *(f"{MOE}.placement=across_nodes", "gradient_clipping=2"),
         *("train_batch_size=8", "train_micro_batch_size_per_gpu=4"),
         *("gradient_accumulation_steps=1", f"{MOE}.ep_size=2"),
     ]
     layout, found = fitted_settings(path, given, 4, 1)
     assert layout == Layout(1, 1, 8, 1)
-    assert sorted(found[-3:]) == [
-        *(f"{MOE}.ep_size=1", f"{MOE}.exchange_chunks=null", f'{MOE}.placement="within_nodes"'),
-    ]
-    assert len(found) == 7
+    assert sorted(found[-2:]) == [f"{MOE}.ep_size=1", f'{MOE}.placement="within_nodes"']
+    assert len(found) == 6
 
 
 def test_micro_batches_stay_as_small_where_accumulation_does_not_count() -> None:

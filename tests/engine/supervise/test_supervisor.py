@@ -7,14 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from magnetar.data.errors import UserError
-from magnetar.engine.supervise.launched_run import ending, run_processes
+from magnetar.engine.supervise.launched_run import Death, Launched, ending, run_processes
 from magnetar.engine.supervise.supervisor import Options, Supervisor
 from tests.engine.programs import with_keys
 from tests.ranks import ROOT
@@ -260,6 +262,29 @@ def test_statuses_are_told_in_words() -> None:
     assert ending(1) == "ended with status 1"
     assert ending(255) == "ended with status 255"
     assert ending(None) == "ended"
+
+
+@pytest.mark.parametrize(
+    ("deaths", "code", "cause"),
+    [
+        # Rank 1 was killed, and its launcher waited for it before we could look. Rank 0 noticed.
+        ([("rank 1", None), ("rank 0", 3)], 247, "a rank was killed by SIGKILL"),
+        ([("rank 0", 3), ("rank 1", None)], 247, "a rank was killed by SIGKILL"),
+        ([("rank 1", None), ("rank 0", -15)], 1, "a rank ended with status 1"),
+        # We saw the death ourselves, and the launcher stopped the other rank.
+        ([("rank 1", -9), ("rank 0", None)], 247, "rank 1 was killed by SIGKILL"),
+        ([("rank 1", -9), ("rank 0", 3)], 3, "rank 1 was killed by SIGKILL"),
+    ],
+)
+def test_a_rank_whose_status_the_launcher_took_is_not_blamed_on_another(
+    deaths: list[tuple[str, int | None]], code: int, cause: str
+) -> None:
+    run = Launched.__new__(Launched)
+    run.deaths = [Death(name, status, float(when)) for when, (name, status) in enumerate(deaths)]
+    run.process = SimpleNamespace(returncode=code)  # type: ignore[assignment]
+    run.lines = deque()
+    assert run.cause() == cause
+    assert ending(run.status) in cause
 
 
 def test_a_hostfile_that_is_wrong_ends_before_anything_starts(

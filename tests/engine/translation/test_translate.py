@@ -9,6 +9,7 @@ import torch
 
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import Codec
+from magnetar.engine.report.translations import signature_lines, translation_tables
 from magnetar.engine.translation.translate import (
     Decoding,
     DirectionScore,
@@ -19,9 +20,7 @@ from magnetar.engine.translation.translate import (
     joined,
     one_line,
     require_sacrebleu,
-    signature_lines,
     translate_ids,
-    translation_tables,
 )
 from magnetar.models.decoding.beam_search import Sampling, Translation, default_max_len, translate
 from magnetar.models.transformer import EncoderDecoder

@@ -1,10 +1,12 @@
 """Each modality has parameters of its own, and none of the other's."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from magnetar.models.config import ModelConfig
+from magnetar.models.config import ModelConfig, NormName
 from magnetar.models.layers.multiway import Multiway, per_modality, pools
 from magnetar.models.transformer import Transformer, empty_model
 from tests.models import brute_force
@@ -59,7 +61,7 @@ def test_pools_are_named_as_in_the_state_dict() -> None:
     assert module.pools[0].weight is not module.pools[1].weight
 
 
-@pytest.mark.parametrize("norm", ["pre", "post", "subln", "deepnorm", "normformer", "admin"])
+@pytest.mark.parametrize("norm", get_args(NormName))
 def test_a_modality_that_is_absent_gets_no_gradient(norm: str) -> None:
     for split, used in ((None, {0}), (0, {1}), (T, {0}), (2, {0, 1})):
         built = model(norm=norm)

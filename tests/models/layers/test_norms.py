@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from magnetar.models.config import ModelConfig
+from magnetar.models.config import ModelConfig, NormName
 from magnetar.models.layers.norms import NORM_STYLES, Residual
 from magnetar.models.transformer import Transformer, build_model, empty_model
 from tests.models import brute_force
@@ -25,7 +26,7 @@ GAIN = {
     "deepnorm": (32**-0.25, 0.55001, 72**-0.25),  # 0.87 * (4^4 * 6)^(-1/16)
     "subln": (math.log(8) ** 0.5, 1.41543, math.log(18) ** 0.5),  # sqrt(ln 18 * ln 8 / 3)
 }
-NORMS = ("pre", "post", "subln", "deepnorm", "normformer", "admin")
+NORMS = get_args(NormName)
 # LayerNorms of self-attention, cross-attention, feed-forward, and after the last block.
 LAYER_NORMS = {
     "pre": (1, 1, 1, 1),

@@ -1,4 +1,4 @@
-"""Rows to other ranks and back: the same bits in any number of chunks."""
+"""Rows to the ranks of their experts and back."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,26 +10,30 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from magnetar.models.moe.all_to_all import Exchange, Peers, _by_expert, send_order
-from magnetar.models.moe.kernels.experts import SparseNetwork
-from magnetar.models.moe.overlapped_experts import ExchangedNetwork, segments_of
-from tests.models.exchange_programs import CASES, PROGRAM
+from magnetar.models.moe.all_to_all import (
+    AllToAll,
+    Peers,
+    Traffic,
+    expert_parallel_rank,
+    node_name,
+    send_order,
+    sender_major_positions,
+)
+from magnetar.models.moe.kernels.expert_ffn import AllToAllExpertFFN, ExpertFFN
+from magnetar.models.moe.kernels.segments import segments_of
+from tests.models.all_to_all_programs import CASES, PROGRAM
 from tests.ranks import run_on_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D, F = 16, 32
 
 
-def assert_equal_in_any_number_of_chunks(
-    ranks: list[dict], cases: list[str], chunk_counts: list[int]
-) -> None:
+def assert_equal_again(ranks: list[dict], cases: list[str]) -> None:
     for rank in ranks:
         for case in cases:
-            one, *others = rank[case]
-            assert len(others) == len(chunk_counts) - 1 > 0
-            for other in others:
-                for name, value in one.items():
-                    assert torch.equal(other[name], value), (case, name)
+            one, other = rank[case]
+            for name, value in one.items():
+                assert torch.equal(other[name], value), (case, name)
 
 
 def assert_as_without_kernels(ranks: list[dict], cases: list[str]) -> None:
@@ -55,27 +59,26 @@ def assert_uneven(ranks: list[dict]) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_compute_the_same_bits_in_any_number_of_chunks() -> None:
-    ranks = run_on_ranks(PROGRAM, 2, list(CASES), [1, 4])
-    assert_equal_in_any_number_of_chunks(ranks, list(CASES), [1, 4])
+def test_two_ranks_compute_the_same_with_and_without_kernels() -> None:
+    ranks = run_on_ranks(PROGRAM, 2, list(CASES))
+    assert_equal_again(ranks, list(CASES))
     assert_as_without_kernels(ranks, list(CASES))
     assert_uneven(ranks)
 
 
 @pytest.mark.slow
-def test_four_ranks_compute_the_same_bits_in_any_number_of_chunks() -> None:
+def test_four_ranks_compute_the_same_with_and_without_kernels() -> None:
     cases = ["top 2", "no token for rank 0", "capacity"]
-    ranks = run_on_ranks(PROGRAM, 4, cases, [1, 2])
-    assert_equal_in_any_number_of_chunks(ranks, cases, [1, 2])
+    ranks = run_on_ranks(PROGRAM, 4, cases)
+    assert_equal_again(ranks, cases)
     assert_as_without_kernels(ranks, cases)
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_gpus_compute_the_same_bits_in_any_number_of_chunks(dtype: str) -> None:
-    counts = [1, 2, 4, 1]  # and twice the same
-    ranks = run_on_ranks(PROGRAM, 2, list(CASES), counts, dtype)
-    assert_equal_in_any_number_of_chunks(ranks, list(CASES), counts)
+def test_two_gpus_compute_the_same_bits_every_time(dtype: str) -> None:
+    ranks = run_on_ranks(PROGRAM, 2, list(CASES), dtype)
+    assert_equal_again(ranks, list(CASES))
     assert_uneven(ranks)
     if dtype == "float32":
         assert_as_without_kernels(ranks, list(CASES))
@@ -121,20 +124,20 @@ NAMES = ("rows", "w1", "b1", "gain", "shift", "w2", "b2")
 
 
 def through_ranks(
-    tensors: dict[str, Tensor], counts: list[list[int]], num_chunks: int, rank: int
+    tensors: dict[str, Tensor], counts: list[list[int]], rank: int
 ) -> tuple[Mirror, Tensor]:
     comm = Mirror()
-    sizes = torch.tensor(counts, device=DEVICE)
     peers = Peers(None, rank)  # type: ignore[arg-type]
-    exchange = Exchange(comm, peers, sizes, num_chunks, lambda _: nullcontext())  # type: ignore[arg-type]
+    send_counts = torch.tensor(counts, device=DEVICE)
+    all_to_all = AllToAll(comm, peers, send_counts, lambda _: nullcontext())  # type: ignore[arg-type]
     parameters = (tensors.get(name) for name in NAMES)
-    return comm, ExchangedNetwork.apply(*parameters, exchange, "gelu", 1e-5)
+    return comm, AllToAllExpertFFN.apply(*parameters, all_to_all, "gelu", 1e-5)
 
 
-def of_experts(counts: list[list[int]], num_chunks: int, rank: int) -> Tensor:
+def of_experts(counts: list[list[int]], rank: int) -> Tensor:
     """(A,), which of the sent rows each row is, once they are sorted by (expert, sender)."""
     num_experts = len(counts[0])
-    order = send_order(2 * num_experts, 2, num_chunks, rank, torch.device("cpu")).experts.tolist()
+    order = send_order(2 * num_experts, 2, rank, torch.device("cpu")).experts.tolist()
     first, begins = 0, {}
     for expert in order:
         begins[divmod(expert, num_experts)] = first
@@ -149,7 +152,6 @@ def of_experts(counts: list[list[int]], num_chunks: int, rank: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("norm", "rank"), [(True, 0), (False, 1)])
-@pytest.mark.parametrize("num_chunks", [1, 2, 4])
 @pytest.mark.parametrize(
     "counts",
     [
@@ -160,8 +162,8 @@ def of_experts(counts: list[list[int]], num_chunks: int, rank: int) -> Tensor:
     ],
     ids=str,
 )
-def test_experts_behind_an_exchange_compute_what_they_compute_here(
-    counts: list[list[int]], num_chunks: int, norm: bool, rank: int
+def test_experts_behind_an_all_to_all_compute_what_they_compute_here(
+    counts: list[list[int]], norm: bool, rank: int
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     num_rows = sum(map(sum, counts))
@@ -178,17 +180,17 @@ def test_experts_behind_an_exchange_compute_what_they_compute_here(
         for name, shape in shapes.items()
     }
     upstream = torch.randn(num_rows, D, generator=generator).to(DEVICE)
-    _, out = through_ranks(tensors, counts, num_chunks, rank)
+    _, out = through_ranks(tensors, counts, rank)
     found = torch.autograd.grad(out, list(tensors.values()), upstream)
     if num_rows == 0:
         assert out.shape == (0, D)
         assert not any(grad.any() for grad in found)
         return
     sizes = torch.tensor(counts, device=DEVICE).sum(0)
-    index = of_experts(counts, num_chunks, rank)
+    index = of_experts(counts, rank)
     parameters = (tensors.get(name) for name in NAMES[1:-1])
     offsets = sizes.cumsum(0).int()
-    here = SparseNetwork.apply(tensors["rows"][index], *parameters, offsets, "gelu", 1e-5)
+    here = ExpertFFN.apply(tensors["rows"][index], *parameters, offsets, "gelu", 1e-5)
     here = here + tensors["b2"].repeat_interleave(sizes, 0)
     here = torch.zeros_like(here).index_copy(0, index, here)
     wanted = torch.autograd.grad(here, list(tensors.values()), upstream)
@@ -200,7 +202,7 @@ def test_experts_behind_an_exchange_compute_what_they_compute_here(
             assert torch.equal(one, other), name
 
 
-def test_a_chunk_travels_while_another_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_travel_beside_those_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {
         "rows": torch.randn(16, D, device=DEVICE, requires_grad=True),
         "w1": torch.randn(4, D, F, device=DEVICE, requires_grad=True),
@@ -216,64 +218,80 @@ def test_a_chunk_travels_while_another_is_computed(monkeypatch: pytest.MonkeyPat
         comm.calls.append("product")
         return product(*arguments, **keywords)
 
-    comm, out = through_ranks(tensors, [[2, 2, 2, 2], [2, 2, 2, 2]], 2, 0)
+    comm, out = through_ranks(tensors, [[2, 2, 2, 2], [2, 2, 2, 2]], 0)
     comm.calls.clear()
     monkeypatch.setattr(torch, "_grouped_mm", recorded)
     out.sum().backward()
     assert comm.calls == [
-        *("start", "wait", "product"),  # nothing hides the first chunk's way
-        *("start", "product"),  # the second's is hidden by the first's activation and product
-        *("wait", "product", "start", "product"),  # so is the first's way back
-        *("start", "product", "product"),  # the second's way back by the weights' gradients
-        *("wait", "wait"),
+        *("start", "wait", "product", "product"),
+        *("start", "product", "product", "wait"),  # the way back, beside the weights' gradients
     ]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-@pytest.mark.parametrize("num_chunks", [1, 3, 6])
-def test_segments_lie_where_a_sort_puts_them(num_chunks: int, rank: int) -> None:
-    generator = torch.Generator().manual_seed(num_chunks)
+def test_segments_are_where_a_sort_puts_them(rank: int) -> None:
+    generator = torch.Generator().manual_seed(1)
     counts = torch.randint(0, 5, (3, 6), generator=generator)  # of 3 senders for 6 experts
     counts[1, :4], counts[:, 2] = 0, 0
-    found = segments_of(counts.to(DEVICE), rank, num_chunks)
-    of_chunk = 6 // num_chunks
-    assert found.offsets.tolist() == counts.sum(0).cumsum(0).tolist()
-    for chunk in range(num_chunks):
-        part = counts[:, chunk * of_chunk : (chunk + 1) * of_chunk]
-        assert found.chunk_offsets[chunk].tolist() == part.sum(0).cumsum(0).tolist()
-        assert found.ends[chunk].tolist() == part.t().reshape(-1).cumsum(0).tolist()
-        others = torch.cat([part[:rank], part[rank + 1 :]]).reshape(-1)
-        begins = iter((others.cumsum(0) - others).view(2, -1))
-        own = part[rank].cumsum(0) - part[rank]
-        starts = torch.stack([own if sender == rank else next(begins) for sender in range(3)])
-        assert found.arrivals[chunk].tolist() == starts.t().reshape(-1).tolist()
+    segments = segments_of(counts.to(DEVICE), rank)
+    assert segments.offsets.tolist() == counts.sum(0).cumsum(0).tolist()
+    assert segments.ends.tolist() == counts.t().reshape(-1).cumsum(0).tolist()
+    others = torch.cat([counts[:rank], counts[rank + 1 :]]).reshape(-1)
+    begins = iter((others.cumsum(0) - others).view(2, -1))
+    own = counts[rank].cumsum(0) - counts[rank]
+    starts = torch.stack([own if sender == rank else next(begins) for sender in range(3)])
+    assert segments.arrivals.tolist() == starts.t().reshape(-1).tolist()
 
 
 def test_rows_are_taken_from_where_they_arrived() -> None:
     counts = torch.tensor([[2, 0, 1], [1, 3, 0]])
     expert_of = torch.tensor([0, 0, 2, 0, 1, 1, 1])  # sorted by sender, then by expert
-    assert torch.equal(_by_expert(counts, 1, 7), expert_of.argsort(stable=True))
-    # The first sender's own lie behind those of the second: 4, 5 and 6.
-    assert _by_expert(counts, 0, 7).tolist() == [4, 5, 0, 1, 2, 3, 6]
+    assert torch.equal(sender_major_positions(counts, 1, 7), expert_of.argsort(stable=True))
+    # The first sender's own are behind those of the second: 4, 5 and 6.
+    assert sender_major_positions(counts, 0, 7).tolist() == [4, 5, 0, 1, 2, 3, 6]
 
 
 @pytest.mark.parametrize(
-    ("num_chunks", "rank", "order"),
+    ("num_ranks", "rank", "order"),
     [
-        (1, 0, [4, 5, 6, 7, 0, 1, 2, 3]),
-        (1, 1, [0, 1, 2, 3, 4, 5, 6, 7]),
         (2, 0, [4, 5, 6, 7, 0, 1, 2, 3]),
+        (2, 1, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (4, 1, [0, 1, 4, 5, 6, 7, 2, 3]),
     ],
 )
-def test_own_rows_lie_behind_those_that_travel(
-    num_chunks: int, rank: int, order: list[int]
-) -> None:
-    found = send_order(8, 2, num_chunks, rank, torch.device("cpu"))
-    assert found.experts.tolist() == order
-    assert found.places.tolist() == torch.tensor(order).argsort().tolist()
+def test_own_rows_are_behind_those_that_travel(num_ranks: int, rank: int, order: list[int]) -> None:
+    sending = send_order(8, num_ranks, rank, torch.device("cpu"))
+    assert sending.experts.tolist() == order
+    assert sending.positions.tolist() == torch.tensor(order).argsort().tolist()
 
 
-def test_rows_are_sent_by_chunk_then_by_rank() -> None:
-    found = send_order(12, 3, 2, 1, torch.device("cpu"))
-    assert found.experts.tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 6, 7]
-    assert found.places[found.experts].tolist() == list(range(12))
+def test_bytes_are_counted_by_link() -> None:
+    comm: Any = SimpleNamespace(
+        all_to_all_single=lambda received, *_, **__: SimpleNamespace(wait=received.zero_)
+    )
+    counts = torch.tensor([[1, 2], [3, 0], [0, 5], [4, 0]])  # of rank 1, for 4 ranks of 2 experts
+    traffic = Traffic()
+    peers = Peers(None, 1, (0, 0, 2, 2))  # type: ignore[arg-type]
+    all_to_all = AllToAll(comm, peers, counts, lambda _: nullcontext(), traffic)
+    all_to_all.start_dispatch(torch.zeros(15, D), torch.zeros(0, D))
+    row = D * 4  # bytes of float32
+    assert traffic == Traffic(local=3 * row, intra_node=3 * row, inter_node=9 * row)
+
+
+def test_placement_says_which_ranks_hold_which_experts() -> None:
+    ranks = {
+        placement: [expert_parallel_rank(rank, 8, 4, placement) for rank in range(8)]
+        for placement in ("within_nodes", "across_nodes")
+    }
+    assert ranks["within_nodes"] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert ranks["across_nodes"] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_node_is_a_host_or_what_a_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAGNETAR_NODE", raising=False)
+    here = node_name()
+    assert here == node_name()
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    assert node_name() != here
+    monkeypatch.setenv("MAGNETAR_NODE", "rack 7")
+    assert node_name() == "rack 7"

@@ -13,7 +13,7 @@ from magnetar.models.moe.noise import (
     JITTER,
     SECOND_EXPERT,
     drawn_sample_keys,
-    mixed,
+    splitmix64,
     token_keys,
     uniform,
 )
@@ -43,7 +43,7 @@ def test_the_words_are_splitmix64s() -> None:
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     found, state = [], 1234567
     for _ in expected:
-        found.append(int(mixed(torch.tensor([state]))) % 2**64)
+        found.append(int(splitmix64(torch.tensor([state]))) % 2**64)
         state += 0x9E3779B97F4A7C15
         state = (state + 2**63) % 2**64 - 2**63
     assert found == expected
@@ -51,7 +51,7 @@ def test_the_words_are_splitmix64s() -> None:
 
 def test_int64_tensors_hold_the_bits_of_uint64_words() -> None:
     words = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
-    ours = mixed(torch.from_numpy(words.view(np.int64))).numpy().view(np.uint64)
+    ours = splitmix64(torch.from_numpy(words.view(np.int64))).numpy().view(np.uint64)
     assert np.array_equal(ours, mixed_uint64(words))
 
 

@@ -39,7 +39,7 @@ def float64_cosines(router: XMoERouter, h: Tensor) -> Tensor:
 def test_scores_equal_equation_6() -> None:
     router, h = xmoe_router(), tokens()
     torch.testing.assert_close(
-        router.cosine_scores(h).double(), float64_cosines(router, h), rtol=0, atol=1e-6
+        router.scores(h).double(), float64_cosines(router, h), rtol=0, atol=1e-6
     )
 
 
@@ -47,16 +47,14 @@ def test_scores_equal_equation_6() -> None:
 def test_scores_depend_on_the_direction_of_a_token_and_not_on_its_length(factor: float) -> None:
     router, h = xmoe_router(), tokens()
     lengths = torch.linspace(1, factor, N).unsqueeze(-1)
-    torch.testing.assert_close(
-        router.cosine_scores(h * lengths), router.cosine_scores(h), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(router.scores(h * lengths), router.scores(h), rtol=0, atol=1e-6)
 
 
 def test_scores_depend_on_the_direction_of_a_centroid_and_not_on_its_length() -> None:
     router, h = xmoe_router(), tokens()
-    before = router.cosine_scores(h)
+    before = router.scores(h)
     router.centroids.data *= torch.logspace(-3, 3, E).unsqueeze(-1)
-    torch.testing.assert_close(router.cosine_scores(h), before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(router.scores(h), before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("gate", "tau_0"), [("softmax", 0.3), ("sigmoid", 0.07)])
@@ -159,11 +157,11 @@ def test_without_normalised_tokens_scores_grow_with_a_tokens_length() -> None:
         router.centroids.detach().double(),
         normalize_tokens=False,
     )
-    torch.testing.assert_close(router.cosine_scores(h).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(router.cosine_scores(7 * h), 7 * router.cosine_scores(h))
-    before = router.cosine_scores(h)
+    torch.testing.assert_close(router.scores(h).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(router.scores(7 * h), 7 * router.scores(h))
+    before = router.scores(h)
     router.centroids.data *= torch.logspace(-3, 3, E).unsqueeze(-1)
-    torch.testing.assert_close(router.cosine_scores(h), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(router.scores(h), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])

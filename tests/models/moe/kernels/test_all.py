@@ -9,8 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from magnetar.models.moe.kernels.dispatch import CombineRows, GatherRows
-from magnetar.models.moe.kernels.experts import SparseNetwork
+from magnetar.models.moe.kernels.expert_ffn import ExpertFFN
+from magnetar.models.moe.kernels.permute import CombineRows, GatherRows
 from magnetar.models.moe.kernels.tiles import num_tiles, sum_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +60,7 @@ def kernels(tensors: dict[str, Tensor], chosen: Dispatch, activation: str) -> Te
     rows = GatherRows.apply(tensors["tokens"], row_of, assignment_of)
     norm = (tensors.get("gain"), tensors.get("shift"))
     first = (tensors["w1"], tensors["b1"], *norm)
-    y = SparseNetwork.apply(rows, *first, tensors["w2"], offsets, activation, 1e-5)
+    y = ExpertFFN.apply(rows, *first, tensors["w2"], offsets, activation, 1e-5)
     picked = (tensors["weights"], experts, row_of, assignment_of, offsets)
     return CombineRows.apply(y, tensors.get("b2"), *picked)
 

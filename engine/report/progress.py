@@ -1,8 +1,9 @@
-"""The live lines of a training run, and its tables; rank 0 alone prints."""
+"""The live lines of a training run, and its tables; only rank 0 prints."""
 
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group
@@ -11,7 +12,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-# A log file gets a line now and then; a terminal gets a bar and a line that change in place.
+from magnetar.engine.cluster import logbook
+
+# A terminal has a bar and a line that change in place. A log file gets a line now and then.
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -26,10 +29,10 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """Shows records as they come. Does nothing on ranks other than 0."""
+    """Shows the record of each logged step; does nothing on ranks other than 0."""
 
     def __init__(self, first_step: int, num_steps: int, shown: bool) -> None:
-        """Prepare for the steps after `first_step`; `shown` is True on rank 0 alone."""
+        """Prepare for the steps after `first_step`; `shown` is True on rank 0 only."""
         self.first_step, self.num_steps, self.shown = first_step, num_steps, shown
         self.console = Console(file=sys.stdout, highlight=False)
         self.live: Live | None = None
@@ -78,8 +81,25 @@ class ProgressLine:
             self.console.print(text, markup=False, soft_wrap=True)
 
 
+class RunLog:
+    """The terminal and the logbook of a run; only rank 0 writes."""
+
+    def __init__(self, run_dir: Path, progress: ProgressLine) -> None:
+        self.run_dir, self.progress = run_dir, progress
+
+    def write(self, event: str, text: str) -> None:
+        """Write an event into the logbook."""
+        if self.progress.shown:
+            logbook.write(self.run_dir, event, text)
+
+    def tell(self, event: str, text: str) -> None:
+        """Print an event, and write it into the logbook."""
+        self.progress.note(text)
+        self.write(event, text)
+
+
 def metrics_line(record: dict[str, float]) -> str:
-    """What a person watches of a training record, in about 80 columns."""
+    """The metrics that a person watches, in about 80 columns."""
     parts = [
         f"loss {record['loss']:.4f}",
         f"ppl {record['perplexity']:,.1f}",

@@ -1,11 +1,10 @@
 """What tests/models/moe/test_all_to_all.py runs on several ranks; see tests.ranks."""
 
-import os
 from typing import Any
 
 import torch
 
-PROGRAM = "tests.models.exchange_programs:everything"
+PROGRAM = "tests.models.all_to_all_programs:everything"
 D, F, NUM_EXPERTS = 16, 32, 8
 # With the linear router of these cases no token wants the experts of UNWANTED.
 UNWANTED: dict[str, list[int]] = {
@@ -22,9 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def result(
-    case: str, num_chunks: int | None, device: torch.device, dtype: str, exchange: str = "flat"
-) -> dict[str, torch.Tensor]:
+def result(case: str, device: torch.device, dtype: str) -> dict[str, torch.Tensor]:
     """Outputs, statistics and gradients of this rank's tokens through a layer of all ranks."""
     from magnetar.models.moe.config import MoELayerConfig
     from magnetar.models.moe.deepspeed import ReplicatedMoE
@@ -32,7 +29,7 @@ def result(
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     keys: dict[str, Any] = {"num_experts": NUM_EXPERTS, "ep_size": world_size} | CASES[case]
-    moe = MoELayerConfig(**keys, exchange_chunks=num_chunks, exchange=exchange)
+    moe = MoELayerConfig(**keys)
     layer = ReplicatedMoE(D, F, moe, "gelu", "no norm" not in case, 1.0)
     randomize(layer)
     first = rank * layer.num_local_experts
@@ -56,44 +53,27 @@ def result(
     out, stats = layer(x, padding)
     ((out * upstream).sum() + stats.aux_loss + stats.z_loss).backward()
     assert x.grad is not None
-    found = {"out": out.detach(), "x": x.grad} | {
+    results = {"out": out.detach(), "x": x.grad} | {
         name: parameter.grad for name, parameter in layer.named_parameters()
     }
-    found |= {name: value.detach() for name, value in stats._asdict().items()}
-    found["messages"] = torch.tensor(layer.deepspeed_moe.traffic.messages)  # to other nodes
-    return {name: value.cpu() for name, value in found.items()}
+    results |= {name: value.detach() for name, value in stats._asdict().items()}
+    return {name: value.cpu() for name, value in results.items()}
 
 
-def everything(
-    cases: list[str],
-    chunk_counts: list[int],
-    dtype: str = "float32",
-    ranks_of_node: int | None = None,
-) -> dict:
-    """Case -> its results for each number of chunks; (case, "plain") -> that without kernels.
-
-    With `ranks_of_node`, which makes nodes of ranks, (case, "hierarchical") and (case, "plain,
-    hierarchical") too.
-    """
+def everything(cases: list[str], dtype: str = "float32") -> dict:
+    """Case -> its results with kernels, twice; (case, "plain") -> those without."""
     torch.set_num_threads(1)
     import magnetar.models.kernels
     from magnetar.engine.build import start_distributed
 
     device = start_distributed()
-    if ranks_of_node:
-        os.environ["MAGNETAR_NODE"] = str(torch.distributed.get_rank() // ranks_of_node)
     usable = magnetar.models.kernels.usable
     if device.type == "cpu":  # Triton's interpreter
         usable = lambda x: x.element_size() <= 4  # noqa: E731
-    found: dict = {}
+    results: dict = {}
     for case in cases:
         magnetar.models.kernels.usable = usable
-        found[case] = [result(case, number, device, dtype) for number in chunk_counts]
-        if ranks_of_node:
-            by_nodes = (device, dtype, "hierarchical")
-            found[case, "hierarchical"] = [result(case, n, *by_nodes) for n in chunk_counts]
+        results[case] = [result(case, device, dtype) for _ in range(2)]
         magnetar.models.kernels.usable = lambda _: False
-        found[case, "plain"] = result(case, None, device, dtype)
-        if ranks_of_node:
-            found[case, "plain, hierarchical"] = result(case, None, *by_nodes)
-    return found
+        results[case, "plain"] = result(case, device, dtype)
+    return results

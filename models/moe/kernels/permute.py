@@ -1,9 +1,11 @@
-"""Tokens to the rows of their experts and back, with autograd, in one pass over memory each.
+"""Tokens to the rows of their experts and back, with autograd: one pass over memory each.
 
-Letters: N tokens, D d_model, E experts, K top_k, A rows: assignments that are kept.
+Letters: N tokens, D d_model, E experts, K top_k, A rows (kept assignments).
 
-`row_of` (N, K) int32 is the row of each assignment, -1 where it was dropped; `assignment_of` (A,)
-int32 its inverse, token * K + choice of each row.
+    tokens (N, D) -> GatherRows -> rows (A, D), sorted by expert -> experts -> CombineRows -> (N, D)
+
+`row_of` (N, K) int32 is the row of each assignment, -1 if it was dropped. `assignment_of` (A,)
+int32 is its inverse: the token-major number token * K + choice of each row's assignment.
 """
 
 from typing import Any
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from magnetar.models.moe.kernels.tiles import num_tiles, rows_of_tile, sum_tiles
 
-ROWS = 4  # of a program that only moves rows
-TILE_ROWS = 32  # of one that also sums over an expert's rows
+ROWS = 4  # rows that a program moves at a time
+TILE_ROWS = 32  # rows of a tile, in kernels that also sum over an expert's rows
 
 
 @triton.jit
@@ -126,30 +128,37 @@ def _combine_backward_kernel(
             tl.store(partial_bias + tile * D + column, tl.sum(total, 0), mask=is_column)
 
 
-def _sum_of_rows(rows: Tensor, row_of: Tensor) -> Tensor:
-    """(A, D) -> (N, D): each token's rows, added up."""
-    num_tokens, top_k = row_of.shape
-    out = rows.new_empty(num_tokens, rows.size(1))
-    _combine_kernel[(triton.cdiv(num_tokens, ROWS),)](
-        rows,
-        row_of,
-        None,
-        None,
-        None,
-        out,
-        num_tokens,
-        rows.size(1),
-        K=top_k,
-        WEIGHTED=False,
-        BIASED=False,
-        R=ROWS,
-        COLUMNS=triton.next_power_of_2(rows.size(1)),
-    )
+def _combine(
+    rows: Tensor,
+    row_of: Tensor,
+    weights: Tensor | None = None,
+    experts: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(A, D) -> (N, D): the sum of each token's rows, weighted if there are weights."""
+    (num_tokens, top_k), d_model = row_of.shape, rows.size(1)
+    out = rows.new_empty(num_tokens, d_model)
+    if num_tokens:
+        _combine_kernel[(triton.cdiv(num_tokens, ROWS),)](
+            rows,
+            row_of,
+            weights,
+            experts,
+            bias,
+            out,
+            num_tokens,
+            d_model,
+            K=top_k,
+            WEIGHTED=weights is not None,
+            BIASED=bias is not None,
+            R=ROWS,
+            COLUMNS=triton.next_power_of_2(d_model),
+        )
     return out
 
 
 class GatherRows(torch.autograd.Function):
-    """Rows of the assignments' tokens; the backward adds a token's K gradients in a fixed order."""
+    """The row of each assignment's token; backward adds a token's K gradients in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, row_of: Tensor, assignment_of: Tensor) -> Tensor:
@@ -174,7 +183,7 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """(A, D) -> (N, D)."""
         (row_of,) = ctx.saved_tensors
-        return _sum_of_rows(grad.contiguous(), row_of), None, None
+        return _combine(grad.contiguous(), row_of), None, None
 
 
 class CombineRows(torch.autograd.Function):
@@ -194,37 +203,20 @@ class CombineRows(torch.autograd.Function):
         """Weigh and add up.
 
         Args:
-            ctx: autograd's.
-            rows: (A, D).
-            bias: (E, D); None: the rows have it.
+            ctx: autograd's context.
+            rows: (A, D), outputs of the experts.
+            bias: (E, D), output biases; None if the rows include them.
             weights: (N, K) float32.
             experts: (N, K) int32 or int64.
             row_of: see the module.
             assignment_of: see the module.
-            offsets: (E,) int32, where each expert's rows end.
+            offsets: (E,) int32, end of each expert's rows.
 
         Returns:
-            (N, D) in the type of `rows`.
+            (N, D) in the dtype of `rows`.
         """
-        (num_tokens, top_k), d_model = row_of.shape, rows.size(1)
         weights = weights.contiguous()
-        out = rows.new_empty(num_tokens, d_model)
-        if num_tokens:
-            _combine_kernel[(triton.cdiv(num_tokens, ROWS),)](
-                rows,
-                row_of,
-                weights,
-                experts,
-                bias,
-                out,
-                num_tokens,
-                d_model,
-                K=top_k,
-                WEIGHTED=True,
-                BIASED=bias is not None,
-                R=ROWS,
-                COLUMNS=triton.next_power_of_2(d_model),
-            )
+        out = _combine(rows, row_of, weights, experts, bias)
         ctx.save_for_backward(rows, bias, weights, assignment_of, offsets)
         return out
 

@@ -1,4 +1,4 @@
-"""A whole run whose tokens travel in chunks, between real GPUs."""
+"""A whole run with experts on two ranks, between real GPUs."""
 
 import pytest
 
@@ -24,17 +24,15 @@ RUNS: dict[str, dict] = {
 
 
 @pytest.mark.multi_gpu
-def test_losses_and_norms_are_the_same_in_any_number_of_chunks() -> None:
+def test_losses_and_norms_are_the_same_with_experts_on_one_rank_and_on_two() -> None:
     changes = [
-        SIZES | keys | {f"{MOE}.ep_size": 2, f"{MOE}.exchange_chunks": number}
-        for keys in RUNS.values()
-        for number in (1, 4)
+        SIZES | keys | {f"{MOE}.ep_size": ep_size} for keys in RUNS.values() for ep_size in (1, 2)
     ]
     program = "tests.engine.programs:losses_and_norms"
-    found = run_on_ranks(program, 2, changes, 5, timeout=600)[0]
-    for name, one, other in zip(RUNS, found[::2], found[1::2], strict=True):
-        # What else a step does may add with atomics; models/moe/test_all_to_all.py compares bits.
+    curves = run_on_ranks(program, 2, changes, 5, timeout=600)[0]
+    for name, one, other in zip(RUNS, curves[::2], curves[1::2], strict=True):
+        # Float32 sums in another order; models/moe/test_all_to_all.py compares one layer.
         for key in ("loss", "valid"):
-            assert other[key] == pytest.approx(one[key], rel=0, abs=2e-5), (name, key)
-        assert other["norm"] == pytest.approx(one["norm"], rel=1e-4), name
+            assert other[key] == pytest.approx(one[key], rel=0, abs=5e-5), (name, key)
+        assert other["norm"] == pytest.approx(one["norm"], rel=1e-3), name
         assert one["loss"][-1] < one["loss"][0], name

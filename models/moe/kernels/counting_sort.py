@@ -1,10 +1,13 @@
-"""Which row each assignment gets when the rows lie sorted by expert: a counting sort.
+"""The row of each assignment when rows are sorted by expert: a counting sort.
 
 Letters: N tokens, E experts, K top_k, A = N*K choices, B blocks of BLOCK_TOKENS tokens.
 
-models.moe.kernels.routing has counted each block's assignments to each expert. Their running sum,
-over experts and within one over blocks, is where a block's rows begin; within a block every
+models.moe.kernels.fused_router has counted each block's assignments to each expert. Their running
+sum, over experts and within one over blocks, is where a block's rows begin; within a block every
 assignment counts the earlier ones that name its expert.
+
+The rows of an expert are token-major: they follow the number n*K + k of an assignment. The plain
+path's (models.moe.dispatch) are choice-major: they follow k*N + n.
 """
 
 # Triton evaluates the annotations of a kernel's arguments and knows none for pointers.
@@ -18,20 +21,20 @@ import triton.language as tl
 from torch import Tensor
 
 from magnetar.models.moe.all_to_all import SendOrder
-from magnetar.models.moe.kernels.routing import BLOCK_TOKENS, num_blocks_of
+from magnetar.models.moe.kernels.fused_router import BLOCK_TOKENS, num_blocks_of
 
 
 class Positions(NamedTuple):
-    """Where the assignments lie when sorted by expert, then by token, then by choice.
+    """The rows of the assignments, sorted by expert, then by token, then by choice.
 
-    Experts come in the order of their indices, or in which models.moe.all_to_all sends their rows.
+    The order of the experts is that of their indices, or that in which models.moe.all_to_all sends.
 
     Attributes:
-        offsets: (E,) int32, where each expert's rows end, in that order.
-        counts: (E,) int64, rows of each expert, in that order.
-        row_of: (N, K) int32, the row of each choice; -1: it was dropped.
-        assignment_of: (A,) int32, its inverse: token * K + choice of each row. Behind the rows that
-            there are, one for each choice that was dropped: 0.
+        offsets: (E,) int32, end of each expert's rows, in the order of the experts.
+        counts: (E,) int64, rows of each expert, in the order of the experts.
+        row_of: (N, K) int32, row of each choice; -1 if it was dropped.
+        assignment_of: (A,) int32, inverse of row_of: token * K + choice of each row. It ends with a
+            0 for each dropped choice.
     """
 
     offsets: Tensor
@@ -91,9 +94,9 @@ def _positions_kernel(
 
 
 def kept_block_counts(experts: Tensor, num_experts: int) -> Tensor:
-    """(N, K) int32, -1 where a choice was dropped -> (E, B) int32, as FusedRouting's of all.
+    """(N, K) int32, -1 for a dropped choice -> (E, B) int32, block_counts of the kept choices.
 
-    Whole numbers are added with atomics, so in any order.
+    The sums are of integers, so the order of atomic additions does not matter.
     """
     num_tokens = experts.size(0)
     num_blocks = num_blocks_of(num_tokens)
@@ -113,10 +116,10 @@ def sorted_positions(
     """Sort the assignments by expert, by counting.
 
     Args:
-        experts: (N, K) int32; -1: a choice that was dropped.
-        block_counts: (E, B) int32, of FusedRouting, or of `kept_block_counts`.
-        order: of the experts; None: that of their indices.
-        may_drop: whether choices may have been dropped.
+        experts: (N, K) int32, -1 for a dropped choice.
+        block_counts: (E, B) int32, from FusedRouting or `kept_block_counts`.
+        order: order of the experts; None for that of their indices.
+        may_drop: whether some choices may have been dropped.
     """
     (num_tokens, top_k), (num_experts, num_blocks) = experts.shape, block_counts.shape
     assert num_blocks == num_blocks_of(num_tokens)
@@ -136,7 +139,7 @@ def sorted_positions(
         assignment_of,
         offsets,
         counts,
-        None if order is None else order.places,
+        None if order is None else order.positions,
         num_tokens * top_k,
         num_blocks,
         E=num_experts,

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from magnetar.engine.logbook import write
+from magnetar.engine.cluster.logbook import write
 
 
 def test_entries_follow_one_another_below_one_title(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
-"""From a router's scores to its decision and its statistics.
+"""From a router's scores to its decision and its statistics, in one kernel each way.
 
 Letters: N tokens, E experts, K top_k, B blocks of BLOCK_TOKENS tokens.
 
-What models.moe.router.route computes with second_expert "all" and models.moe.layer sums over the
-tokens, in one kernel each way. Float32 throughout. No sum is made by atomic additions: each block
-of tokens writes its own, and they are added in one order, so two runs give the same bits.
+    scores (N, E) -> experts (N, K), weights (N, K), and sums over the tokens
+
+The kernels compute what models.moe.router.route does with second_expert "all", and the sums of
+models.moe.layer. They use float32 and no atomic additions: each block of tokens writes its own
+sums, which are added in a fixed order, so two runs give the same bits.
 """
 
 # Triton evaluates the annotations of a kernel's arguments and knows none for pointers.
@@ -20,27 +22,27 @@ from torch.autograd.function import once_differentiable
 
 from magnetar.models.kernels import MAX_EXPERTS, MAX_TOP_K
 
-# Tokens of a program, and of a block of the counting sort. Constants, not found by timing: the
-# order of the sums, and with it the last bits, must not depend on how busy a machine was.
+# Tokens of a program, and of a block of the counting sort. It is a constant and not found by
+# timing, so the order of the sums and their last bits never depend on how busy a machine is.
 BLOCK_TOKENS = 32
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LOWEST = tl.constexpr(-(2**63))
 
 
 class FusedRouting(NamedTuple):
-    """What a router decides for N tokens, and what models.moe.layer.RoutingStats sums over them.
+    """A router's decision for N tokens, and the sums over them for RoutingStats.
 
     Attributes:
-        experts: (N, K) int32, chosen experts, best first; of equal scores the lower index first.
+        experts: (N, K) int32, chosen experts, best first; the lower index first if scores tie.
         weights: (N, K) float32 with gradient, weight of each chosen expert's output.
         first_probs: (N,) float32, softmax probability of the first choice.
-        probs: (E,) float32 with gradient, the sum of the distributions of the balance loss.
-        entropy: () float32, the summed entropy of softmax(scores), in nats.
-        log_z_squared: () float32 with gradient, the sum of log^2 sum exp(scores).
+        probs: (E,) float32 with gradient, sum of the distributions in the balance loss.
+        entropy: () float32, summed entropy of softmax(scores), in nats.
+        log_z_squared: () float32 with gradient, sum of log^2 sum exp(scores).
         load: (E,) int64, assignments to each expert.
         first_choices: (E,) int64, tokens whose first choice is an expert.
         block_counts: (E, B) int32, assignments to each expert by each block of BLOCK_TOKENS
-            tokens; one empty block where there are no tokens. For models.moe.kernels.sorting.
+            tokens, for models.moe.kernels.counting_sort; one empty block without tokens.
     """
 
     experts: Tensor
@@ -56,7 +58,7 @@ class FusedRouting(NamedTuple):
 
 @triton.jit
 def _scores(x, tau, is_expert, HAS_TAU: tl.constexpr):
-    """Scores / tau; -inf past the last expert. Rounded as torch does, so that ties are the same."""
+    """Scores / tau; -inf past the last expert. div_rn rounds as torch does, which keeps ties."""
     scores = tl.div_rn(x, tau) if HAS_TAU else x
     return tl.where(is_expert[None, :], scores, float("-inf"))
 
@@ -72,10 +74,10 @@ def _temperature(tau, lowest, HAS_TAU: tl.constexpr):
 
 @triton.jit
 def _ordered(scores, column, is_expert, BLOCK_E: tl.constexpr):
-    """Distinct int64 in the order in which experts are chosen; the lowest one past the last expert.
+    """Distinct int64 that sort as the experts are chosen; the lowest one past the last expert.
 
-    The upper half is the score's bits, so turned that integers compare as the floats do, with -0
-    as 0 and NaN above all, as in torch.topk; the lower half prefers the lower index.
+    The upper half is the bits of the score, changed so that integers compare as the floats do, with
+    -0 as 0 and NaN above all, as in torch.topk. The lower half prefers the lower index.
     """
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -114,7 +116,7 @@ def _forward_kernel(
     choice = tl.arange(0, BLOCK_K)
     is_expert = column < E
     temperature = _temperature(tau, lowest_temperature, HAS_TAU)
-    # Assignments and, 16 bits higher, first choices: a block has far fewer than 2^16.
+    # The low 16 bits count assignments, the high 16 bits first choices: a block has few of both.
     named = tl.zeros([ROWS, BLOCK_E], tl.int32)
     sum_probs = tl.zeros([ROWS, BLOCK_E], tl.float32)
     sum_entropy = tl.zeros([ROWS], tl.float32)
@@ -228,7 +230,7 @@ def _backward_kernel(
         powers = tl.exp(scores - peak[:, None])
         total = tl.sum(powers, 1)
         probs = powers / total[:, None]
-        grad = tl.zeros([ROWS, BLOCK_E], tl.float32)  # of the scores
+        grad = tl.zeros([ROWS, BLOCK_E], tl.float32)  # gradient of the scores
         if OF_LOG_Z:
             log_z = peak + tl.log(total)
             grad += (2.0 * of_log_z_squared * log_z)[:, None] * probs
@@ -250,12 +252,12 @@ def _backward_kernel(
                 mean = tl.sum(tl.where(is_choice, of_weight * weight, 0.0), 1)
                 # Where the sum was too small to divide by, the divisor is a constant.
                 of_weight -= tl.where(sum_gate < _TINY, 0.0, mean)[:, None]
-            # d weight / d score = weight * (that of the gate's logarithm).
+            # d weight / d score = weight * d log(gate) / d score.
             of_score = of_weight * weight
             if SIGMOID:
                 of_score *= tl.sigmoid(-its_score)  # 1 - gate, which would cancel
             elif not NORMALIZE:
-                # The softmax's denominator; divided out where the weights are normalized.
+                # The softmax's denominator; normalized weights do not depend on it.
                 of_total = tl.sum(tl.where(is_choice, of_score, 0.0), 1)
                 grad -= of_total[:, None] * probs
             for k in tl.static_range(K):
@@ -284,12 +286,12 @@ def _backward_kernel(
 
 
 def num_blocks_of(num_tokens: int) -> int:
-    """Blocks of so many tokens, at least 1: without tokens a program still writes sums of 0."""
+    """The number of blocks, at least 1: without tokens one program still writes sums of 0."""
     return max(1, triton.cdiv(num_tokens, BLOCK_TOKENS))
 
 
 def _shape(num_experts: int, top_k: int) -> dict[str, int]:
-    """Sizes and warps: about 1,024 scores at once, 8 a thread, and a row within one warp."""
+    """Sizes and warps: about 1,024 scores at a time, 8 per thread, and each row in one warp."""
     columns = triton.next_power_of_2(num_experts)
     rows = max(4, min(BLOCK_TOKENS, 1024 // columns))
     return {
@@ -304,7 +306,7 @@ def _shape(num_experts: int, top_k: int) -> dict[str, int]:
 
 
 class _Route(torch.autograd.Function):
-    """`fused_route`; kept for the backward are the scores, tau and the chosen experts."""
+    """`fused_route`; the backward pass keeps the scores, tau and the chosen experts."""
 
     @staticmethod
     def forward(
@@ -349,22 +351,15 @@ class _Route(torch.autograd.Function):
         sums = partial.sum(0)
         probs, entropy, log_z_squared = sums[:num_experts], sums[-2], sums[-1]
         load, first_choices = histogram.sum(-1)  # int64
-        without = (experts, first_probs, entropy, load, first_choices, histogram[0])
-        ctx.mark_non_differentiable(*without)
+        block_counts = histogram[0]
+        ctx.mark_non_differentiable(
+            experts, first_probs, entropy, load, first_choices, block_counts
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scores, tau, experts)
         ctx.options, ctx.temperatures = options, temperatures
-        return (
-            experts,
-            weights,
-            first_probs,
-            probs,
-            entropy,
-            log_z_squared,
-            load,
-            first_choices,
-            without[-1],
-        )
+        sums_of_tokens = (probs, entropy, log_z_squared, load, first_choices, block_counts)
+        return experts, weights, first_probs, *sums_of_tokens
 
     @staticmethod
     @once_differentiable
@@ -409,14 +404,14 @@ def fused_route(
     """Choose the top_k experts of every token by score / tau.
 
     Args:
-        scores: (N, E) float32, before any temperature: cosines, or W h of a linear router.
-        top_k: experts a token, at most MAX_TOP_K.
+        scores: (N, E) float32, cosines or W h, not yet divided by a temperature.
+        top_k: experts per token, up to MAX_TOP_K.
         gate: "softmax" or "sigmoid", see models.moe.router.route.
-        tau: () or (1,), the gate's temperature; None: 1. Read as max(tau, lowest_temperature),
-            with a gradient that passes straight through.
-        balance_temperature: the balance loss sees softmax(scores / this).
-        normalize: with top_k > 1, the weights of a token are made to sum 1.
-        lowest_temperature: see tau.
+        tau: () or (1,), temperature of the gate, read as max(tau, lowest_temperature) with a
+            gradient that passes straight through; None: 1.
+        balance_temperature: temperature of the distributions in the balance loss.
+        normalize: whether the weights of a token sum to 1, if top_k > 1.
+        lowest_temperature: smallest temperature of the gate.
     """
     num_experts = scores.size(1)
     assert scores.dtype == torch.float32

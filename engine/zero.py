@@ -1,16 +1,26 @@
-"""What this rank keeps of each parameter, whatever the ZeRO stage: DeepSpeed's layouts, read once.
+"""How ZeRO lays out parameters: which shard of each this rank keeps, whatever the stage.
 
-| mode | master weights and Adam's moments of a parameter |
+| stage | master weights and Adam's moments of a parameter |
 |---|---|
 | ZeRO 0 (fp32) | whole, in the parameter itself, on each rank that holds it |
 | ZeRO 1, 2 | a stretch of it, on one rank of its data-parallel group, in a flat buffer |
-| ZeRO 3 | the rank's even share of it, padded at the end, in a flat buffer |
+| ZeRO 3 | an even shard of it on every rank, padded at the end, in a flat buffer |
 
 Parameters that do not train have no states but their weights.
+
+Under ZeRO 3 the weights themselves are sharded, too. DeepSpeed collects those of a module when the
+module is called, and frees them afterwards. All that reads a shard's attributes is in this file.
+What else in the code depends on stage 3:
+    engine/build.py             builds the model on the CPU, and calls `partition`
+    engine/sparse_clip.py       replaces the norm and the clipping of the stage-3 optimizer
+    models/moe/deepspeed.py     chooses the MoE layer that DeepSpeed accepts there
+    models/moe/router.py        looks whether the projection's weight is collected
+    engine/memory_planner.py    reckons bytes a rank, and engine/config refuses what stage 3 lacks
 """
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -26,16 +36,16 @@ from magnetar.models.moe.experts import Experts
 
 
 def partition(model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Leave every rank its part of a model that all of them have built on the CPU.
+    """Shard a model for ZeRO 3 that every rank has built on the CPU.
 
-    The engine would do the same with a model that lies on the device as a whole. Here only one
-    tensor at a time does, so each process needs host memory for the model in float32 (of the
-    experts, those of its rank), and the device only what ZeRO 3 leaves on it.
+    DeepSpeed's engine would move the whole model to the device first. Here one tensor at a time is
+    there, so a process needs host memory for the model in float32 (with the experts of its rank
+    alone), and device memory for its shards.
 
     Args:
-        model: with the initial weights, on the CPU.
+        model: Model with the initial weights, on the CPU.
         deepspeed_config: DeepSpeed's JSON.
-        dtype: of the weights in training.
+        dtype: Type of the weights in training.
     """
     join_expert_groups(model)
     for parameter in model.parameters():
@@ -52,13 +62,33 @@ def partition(model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.d
             module._buffers[name] = buffer.to(init.local_device)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO 3 has divided a parameter among the ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def small_parameters_sharded(engine: Any) -> Iterator[None]:
+    """A block in which the shard of every parameter can be written.
+
+    ZeRO 3 keeps small parameters whole between uses (stage3_param_persistence_threshold). They are
+    sharded for the block, and collected again after it, so that they have the new values.
+    """
+    persistent = getattr(engine.optimizer, "persistent_parameters", [])
+    if persistent:
+        persistent[0].partition(persistent)
+    yield
+    if persistent:
+        persistent[0].all_gather(persistent)
+
+
 class Tensors(NamedTuple):
-    """How a parameter of this rank is called in the whole model.
+    """The tensors of the whole model that a parameter of this rank consists of.
 
     Attributes:
-        names: its tensors' names, each `numel` elements of the parameter one after the other: one
-            for a dense parameter, one for each local expert of a stacked one.
-        numel: elements of each.
+        names: Names of the tensors, which lie one after the other: one for a dense parameter, one
+            for each local expert of a stacked one.
+        numel: Number of elements of each tensor.
     """
 
     names: list[str]
@@ -68,7 +98,8 @@ class Tensors(NamedTuple):
         """Elements [start, stop) of the parameter, tensor by tensor.
 
         Yields:
-            The tensor's name, the stretch's first element in it and in the parameter, its length.
+            Name of the tensor, index of the first element in the tensor, index of the first element
+            in the parameter, number of elements.
         """
         for index, name in enumerate(self.names):
             first = index * self.numel
@@ -78,15 +109,15 @@ class Tensors(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What this rank keeps of a parameter.
+    """The shard of a parameter that this rank keeps.
 
     Attributes:
-        tensors: the parameter's names.
-        start: index in the flattened parameter of the first element kept.
-        values: state -> (n,) views of what is kept, which may be read and written; moments of 8
-            bits may be read.
-        saved: the stretch of the parameter that this rank saves: what it keeps, or its part of
-            that where several ranks keep the same.
+        tensors: The tensors that the parameter consists of.
+        start: Index of the first element of the shard in the flattened parameter.
+        values: state -> (n,) view of the shard, which may be read and written. 8-bit moments may
+            only be read.
+        saved: Stretch [start, stop) of the parameter that this rank saves: its shard, or an even
+            part of it if several ranks keep the same.
     """
 
     tensors: Tensors
@@ -96,7 +127,7 @@ class Share(NamedTuple):
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[Any, Tensors]]:
-    """Every parameter of this rank's model with its tensors' names, in the model's order."""
+    """Every parameter of this rank's model with the tensors it consists of, in their order."""
     first_experts = {
         f"{name}.deepspeed_moe.experts.": module.first_expert
         for name, module in model.named_modules()
@@ -119,11 +150,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[Any, Tensors]]:
 
 
 def shares(engine: Any) -> Iterator[Share]:
-    """This rank's share of every parameter that it keeps anything of."""
+    """This rank's shard of every parameter that it keeps anything of."""
     for parameter, tensors in named_tensors(engine.module):
         if not parameter.requires_grad:
             yield _frozen_share(parameter, tensors)
-        elif hasattr(parameter, "ds_id"):
+        elif is_sharded(parameter):
             yield from _zero3_share(engine.optimizer, parameter, tensors)
         elif engine.optimizer is engine.basic_optimizer:
             values = {WEIGHT: parameter.data.view(-1)} | _adam_states(engine, parameter)
@@ -156,26 +187,24 @@ def _zero3_share(optimizer: Any, parameter: Any, tensors: Tensors) -> Iterator[S
 
 
 def _zero3_stretch(parameter: Any) -> tuple[int, int]:
-    """First element and number of elements of this rank's share, without the padding."""
+    """First element and number of elements of this rank's shard, without the padding."""
     size = parameter.ds_tensor.ds_numel
     start = size * dist.get_rank(group=parameter.ds_process_group)
     return start, max(0, min(size, parameter.ds_numel - start))
 
 
 def _own_part(parameter: Any, start: int, stop: int) -> tuple[int, int]:
-    """This rank's part of what several ranks keep alike."""
+    """The part that this rank saves of what several ranks keep alike."""
     group_name = getattr(parameter, "group_name", None)
     if group_name is None:
         return evenly_cut(stop - start, dist.get_rank(), dist.get_world_size())
-    from deepspeed.utils import groups
-
     group = groups._get_expert_data_parallel_group(group_name)
     rank, size = dist.get_rank(group=group), dist.get_world_size(group=group)
     return evenly_cut(stop - start, rank, size)
 
 
 def _flat_groups(optimizer: Any) -> list[Tensor]:
-    """The flat float32 buffers of ZeRO 1 and 2, one for each parameter group."""
+    """The flat float32 buffers of ZeRO 1 and 2, one per parameter group."""
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         return optimizer.single_partition_of_fp32_groups
     return optimizer.fp32_groups_flat_partition  # BF16_Optimizer
@@ -192,14 +221,14 @@ def _adam_states(engine: Any, key: Tensor) -> dict[str, Moment]:
 
 
 def adam_step(engine: Any) -> int:
-    """Updates that Adam has done; 0 before the first."""
+    """Number of updates that Adam has done."""
     return max((int(s["step"]) for s in engine.basic_optimizer.state.values() if s), default=0)
 
 
 def start_adam(engine: Any, step: int) -> None:
-    """Give every parameter the states that Adam would make at its first update, and its count.
+    """Give every parameter the states that Adam makes at its first update, and a count of updates.
 
-    What is then written into the shares is the optimizer's after `finish_adam`.
+    Values that are then written into the shards reach the optimizer with `finish_adam`.
     """
     adam = engine.basic_optimizer
     is_torchs = isinstance(adam, torch.optim.Adam)
@@ -215,12 +244,12 @@ def start_adam(engine: Any, step: int) -> None:
 
 
 def finish_adam(engine: Any) -> None:
-    """Take over what was written into the shares since `start_adam`."""
+    """Round what was written into the shards since `start_adam` to 8 bits, where moments have 8."""
     round_to_8_bits(engine.basic_optimizer)
 
 
 def tensors_of_optimizer(engine: Any) -> list[tuple[dict[str, Any], Tensor]]:
-    """The tensors by which Adam finds its states, each with its parameter group."""
+    """Every tensor that is a key of Adam's states, with its parameter group."""
     optimizer = engine.optimizer
     groups = engine.basic_optimizer.param_groups
     if optimizer is engine.basic_optimizer:
@@ -232,14 +261,13 @@ def tensors_of_optimizer(engine: Any) -> list[tuple[dict[str, Any], Tensor]]:
 
 
 def whole_weights(engine: Any) -> Iterator[tuple[Tensors, int, Tensor]]:
-    """What the forward pass reads on this rank, beside the master weights.
+    """The weights in the model's dtype, which the forward pass reads.
 
     Yields:
-        A parameter's tensors, the first element kept and (n,) a view of the values, in the
-        model's dtype.
+        Tensors of a parameter, index of the first element kept, (n,) view of the values.
     """
     for parameter, tensors in named_tensors(engine.module):
-        if hasattr(parameter, "ds_id"):
+        if is_sharded(parameter):
             start, numel = _zero3_stretch(parameter)
             yield tensors, start, parameter.ds_tensor.data[:numel]
         else:

@@ -4,9 +4,9 @@ Letters: N tokens, D d_model, R d_router, E experts.
 
     p = h W^T,  cosines = p / ||p||  .  c / ||c||       (arXiv 2204.09179, eq. 6)
 
-Float32 results of bf16 tokens, without a float32 copy of the tokens. A float32 weight is the sum of
-three bf16 numbers, to the last bit: its products with a bf16 token are exact in a tensor core, and
-only their sum is rounded, in float32. A bf16 weight is one such number.
+The results are float32, without a float32 copy of the bf16 tokens. A float32 weight is exactly the
+sum of three bf16 numbers. A tensor core multiplies each of them with a bf16 token exactly, so only
+the sum is rounded, in float32. A bf16 weight needs one such number.
 """
 
 # Triton evaluates the annotations of a kernel's arguments and knows none for pointers.
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 MAX_D_ROUTER = 256
 _BLOCK_TOKENS = 64  # the rows of one warpgroup's matrix instruction
-_EPS = tl.constexpr(1e-12)  # of F.normalize
+_EPS = tl.constexpr(1e-12)  # F.normalize's own
 
 
 @triton.jit
@@ -106,10 +106,10 @@ def _forward_kernel(
         directions, _ = _unit_rows(tl.load(c_at, mask=c_mask, other=0.0).to(tl.float32))
         # Three tf32 products: an error of some 2^-22, float32's own, at a tensor core's speed;
         # "ieee" would multiply outside of them, some five times as long.
-        found = tl.dot(unit, tl.trans(directions), input_precision="tf32x3")
+        products = tl.dot(unit, tl.trans(directions), input_precision="tf32x3")
         tl.store(
             cosines + token[:, None] * E + expert[None, :],
-            found,
+            products,
             mask=is_token & is_expert[None, :],
         )
 
@@ -157,15 +157,15 @@ def _backward_kernel(
         unit = tl.load(units + token[:, None] * R + column[None, :], mask=mask, other=0.0)
         length = tl.load(lengths + token, mask=token < num_tokens, other=1.0)
         rest = _through_unit_rows(of_unit, unit, length)
-    place = grad_projected + token[:, None] * (GRAD_PARTS * R) + column[None, :]
+    p_at = grad_projected + token[:, None] * (GRAD_PARTS * R) + column[None, :]
     high = rest.to(tl.bfloat16)
-    tl.store(place, high, mask=mask)
+    tl.store(p_at, high, mask=mask)
     rest -= high.to(tl.float32)
     low = rest.to(tl.bfloat16)
-    tl.store(place + R, low, mask=mask)
+    tl.store(p_at + R, low, mask=mask)
     if GRAD_PARTS == 3:
         rest -= low.to(tl.float32)
-        tl.store(place + 2 * R, rest.to(tl.bfloat16), mask=mask)
+        tl.store(p_at + 2 * R, rest.to(tl.bfloat16), mask=mask)
     if OF_H:
         # Rounded to bf16 in the end: products below 2^-16 of the largest do not show.
         for start in range(0, D, BLOCK_D):
@@ -174,13 +174,13 @@ def _backward_kernel(
             w_at = parts + column[:, None] * D + inner[None, :]
             w_mask = is_column[:, None] & is_inner[None, :]
             w_tile = tl.load(w_at, mask=w_mask, other=0.0)
-            found = _dot(low, w_tile, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), INTERPRETED)
+            of_tokens = _dot(low, w_tile, tl.zeros([BLOCK_N, BLOCK_D], tl.float32), INTERPRETED)
             if PARTS > 1:
                 w_low = tl.load(w_at + R * D, mask=w_mask, other=0.0)
-                found = _dot(high, w_low, found, INTERPRETED)
-            found = _dot(high, w_tile, found, INTERPRETED)
+                of_tokens = _dot(high, w_low, of_tokens, INTERPRETED)
+            of_tokens = _dot(high, w_tile, of_tokens, INTERPRETED)
             h_at = grad_h + token[:, None] * D + inner[None, :]
-            tl.store(h_at, found.to(tl.bfloat16), mask=is_token & is_inner[None, :])
+            tl.store(h_at, of_tokens.to(tl.bfloat16), mask=is_token & is_inner[None, :])
 
 
 @triton.jit
@@ -193,8 +193,8 @@ def _centroids_kernel(
     mask = (expert < E)[:, None] & (column < R)[None, :]
     direction, length = _unit_rows(tl.load(centroids + at, mask=mask, other=0.0).to(tl.float32))
     of_direction = tl.load(grad + at, mask=mask, other=0.0)
-    found = _through_unit_rows(of_direction, direction, length)
-    tl.store(grad_centroids + at, found.to(grad_centroids.dtype.element_ty), mask=mask)
+    of_centroid = _through_unit_rows(of_direction, direction, length)
+    tl.store(grad_centroids + at, of_centroid.to(grad_centroids.dtype.element_ty), mask=mask)
 
 
 def _bf16_parts(weight: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Cosines(torch.autograd.Function):
-    """`fused_cosines`; kept for the backward are h, W's parts, unit vectors and lengths."""
+    """`fused_cosines`; the backward pass keeps h, W's parts, unit vectors and lengths."""
 
     @staticmethod
     def forward(
@@ -297,13 +297,13 @@ class _Cosines(torch.autograd.Function):
 def fused_cosines(
     h: Tensor, weight: Tensor, centroids: Tensor, *, normalize_tokens: bool = True
 ) -> Tensor:
-    """(N, E) float32, what XMoERouter.cosine_scores computes.
+    """XMoERouter.scores, (N, E) float32.
 
     Args:
         h: (N, D) bf16.
-        weight: (R, D) float32 or bf16, of the projection; R is at most MAX_D_ROUTER.
+        weight: (R, D) float32 or bf16, the projection; R is up to MAX_D_ROUTER.
         centroids: (E, R) float32 or bf16.
-        normalize_tokens: divide by ||W h||.
+        normalize_tokens: whether to divide by ||W h||.
     """
     assert h.dtype == torch.bfloat16
     assert {weight.dtype, centroids.dtype} <= {torch.float32, torch.bfloat16}

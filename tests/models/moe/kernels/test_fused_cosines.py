@@ -1,4 +1,4 @@
-"""The fused cosines against XMoERouter.cosine_scores and against float64."""
+"""The fused cosines against XMoERouter.scores and against float64."""
 
 import os
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from magnetar.models.layers.init import RandomSource
 from magnetar.models.moe.router import XMoERouter
 
-cosines = pytest.importorskip("magnetar.models.moe.kernels.cosines", reason="needs Triton")
+cosines = pytest.importorskip("magnetar.models.moe.kernels.fused_cosines", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -70,7 +70,7 @@ def test_cosines_and_gradients_equal_the_plain_router(
 ) -> None:
     made, h = router(shape, dtype, normalize), tokens(shape[0])
     found = fused(made, h)
-    assert_rounded(found, made.cosine_scores(h).detach(), ROUNDING)
+    assert_rounded(found, made.scores(h).detach(), ROUNDING)
     expected, leaves = float64_cosines(made, h)
     assert_rounded(found, expected.detach(), ROUNDING)
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)

@@ -10,8 +10,8 @@ from torch import Tensor
 from magnetar.models.moe.all_to_all import send_order
 from magnetar.models.moe.router import MIN_TEMPERATURE, route
 
-routing = pytest.importorskip("magnetar.models.moe.kernels.routing", reason="needs Triton")
-sorting = pytest.importorskip("magnetar.models.moe.kernels.sorting", reason="needs Triton")
+routing = pytest.importorskip("magnetar.models.moe.kernels.fused_router", reason="needs Triton")
+sorting = pytest.importorskip("magnetar.models.moe.kernels.counting_sort", reason="needs Triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -275,11 +275,11 @@ def test_what_is_dropped_has_no_row(share: float, order: str | None) -> None:
     experts = fused(raw_scores(case), None, case).experts
     dropped = torch.rand(2, len(experts), generator=torch.Generator().manual_seed(0)).t() < share
     experts = experts.where(~dropped.to(DEVICE), -1).contiguous()
-    sent = send_order(24, 2, 3, 1, experts.device) if order else None
+    sent = send_order(24, 2, 1, experts.device) if order else None
     place = sorting.sorted_positions(experts, sorting.kept_block_counts(experts, 24), sent, True)
     kept = (~dropped).reshape(-1).nonzero().squeeze(1)
     named = experts.view(-1).cpu().long()[kept]
-    named = named if sent is None else sent.places.cpu()[named]
+    named = named if sent is None else sent.positions.cpu()[named]
     by_expert = kept[named.argsort(stable=True)]
     row_of, rows = place.row_of.cpu().view(-1), torch.arange(len(kept)).int()
     torch.testing.assert_close(row_of[by_expert], rows)
@@ -293,9 +293,9 @@ def test_what_is_dropped_has_no_row(share: float, order: str | None) -> None:
 def test_positions_in_the_order_of_sending_are_those_of_experts_so_named() -> None:
     case = Case(24, 2, "softmax", True, False)
     found = fused(raw_scores(case), None, case)
-    sent = send_order(24, 2, 3, 1, found.experts.device)
+    sent = send_order(24, 2, 1, found.experts.device)
     place = sorting.sorted_positions(found.experts, found.block_counts, sent)
-    named = sent.places[found.experts.long()].view(-1).cpu()
+    named = sent.positions[found.experts.long()].view(-1).cpu()
     order, counts = named.argsort(stable=True), named.bincount(minlength=24)
     torch.testing.assert_close(place.assignment_of.cpu(), order.int())
     torch.testing.assert_close(

@@ -1,0 +1,68 @@
+"""What the sections of the JSON are made of: strict models, keys and kinds of numbers."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
+
+Count = Annotated[int, Field(ge=1)]
+WholeNumber = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class StrictModel(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StoredModel(StrictModel):
+    """A section that earlier versions stored with more keys.
+
+    Attributes:
+        retired: those keys, each with the values that describe what happens today. A stored file
+            holds them, so a key with one of these values is dropped; any other value is refused.
+    """
+
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        allowed = {name: [(type(v), v) for v in values] for name, values in cls.retired.items()}
+        return {
+            name: value
+            for name, value in section.items()
+            if (type(value), value) not in allowed.get(name, ())
+        }
+
+
+def key(default: Any, description: str, **limits: Any) -> Any:
+    """A key of a section.
+
+    Args:
+        default: its value in a file that leaves it out; `...` if it is required.
+        description: its meaning and unit, for the page of keys and for messages.
+        limits: pydantic's limits, such as `ge`.
+    """
+    return Field(default, description=description, **limits)
+
+
+def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
+    """The value that one type of a union accepts, or the problem of the type that was meant."""
+    try:
+        return validate(value)
+    except ValidationError as error:  # it lists the problems of each type
+        found = error.errors()[-1 if isinstance(value, list) else 0]
+        raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
