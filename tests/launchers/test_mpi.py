@@ -82,7 +82,7 @@ def test_a_hostfile_of_deepspeed_becomes_one_of_mpich(fake_mpirun: Path, tmp_pat
     done = mpi(fake_mpirun, "--hostfile", str(hostfile), "--set", "a=b c")
     first, *machines = done.stdout.splitlines()
     assert first.startswith("-n 12 -f ")
-    assert first.endswith("-u -m mpi4py -m magnetar train --set a=b c")
+    assert first.endswith("-u -m mpi4py -m magnetar.launchers.train --set a=b c")
     assert machines[:2] == ["node-1:8", "node-2:4"]
 
 

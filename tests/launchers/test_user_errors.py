@@ -215,6 +215,16 @@ def test_a_rank_whose_peer_has_ended_says_so(
     assert capsys.readouterr().err.startswith("error: another rank has ended")
 
 
+def test_the_first_causes_status_is_seen_before_that_of_a_rank_which_lost_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert end_of(RuntimeError("Connection closed by peer")) == 3
+    assert slept == [1.5]
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(UserError("x"), 2), (KeyboardInterrupt(), 130), (ValueError("x"), 1)]
 )
