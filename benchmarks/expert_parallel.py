@@ -34,7 +34,7 @@ from benchmarks.launching import launch
 from benchmarks.layer_profile import SYNCHRONISATIONS
 from benchmarks.provenance import git_commit, hardware, nccl_settings, versions
 from magnetar.data.errors import UserError
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 RUNS = ("one", "replicated", "spread")
 NOTHING_TRAVELS = "nothing travels"

@@ -38,7 +38,7 @@ from benchmarks.layers import Contender, Layer, NotInstalled, Shape, build_dense
 from benchmarks.peers import PEERS, leave_process_group
 from benchmarks.provenance import git_commit, hardware, versions
 from magnetar.data.errors import UserError
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 CONTENDERS = {
     "dense": Contender("dense FFN", build_dense, is_dense=True),

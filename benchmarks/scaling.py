@@ -48,7 +48,7 @@ from benchmarks.scaling_configs import (
     weak_config,
 )
 from magnetar.data.errors import UserError
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 PARTS = ("scaling", "paper", "numbers", "checkpoint")
 GRACE = 12  # seconds after --seconds in which what has begun may end

@@ -20,7 +20,7 @@ from benchmarks.step_contenders import checked, cost
 from magnetar.data.atomic import write_atomically
 from magnetar.engine.build import start_distributed
 from magnetar.engine.cluster.process_groups import leave_distributed
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 from magnetar.models.cost import num_parameters
 from tests.faults.invariance import curve
 

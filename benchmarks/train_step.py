@@ -38,7 +38,7 @@ from magnetar.data.errors import UserError
 from magnetar.data.text.token_files import open_prepared
 from magnetar.engine.config.schema import RunConfig, load_config
 from magnetar.engine.prepare_run import fitting_vocab_size
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 RANDOM_VOCAB_SIZE = 2000  # where the config leaves it to the data, and there is none
 # What a GPU is asked to do: the paper's model. A CPU: that of `make train`.

@@ -18,7 +18,7 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from magnetar.engine.admin import needs_profile, start_omegas
+from magnetar.engine.admin.profile import needs_profile, start_omegas
 from magnetar.engine.checkpoint.open_run import DTYPES
 from magnetar.engine.checkpoint.starting_weights import load_starting_weights, starts_from_weights
 from magnetar.engine.cluster.rendezvous import launched_local_size, use_rendezvous

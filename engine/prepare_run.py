@@ -6,7 +6,7 @@ from typing import Any
 
 from magnetar.data.errors import UserError
 from magnetar.data.loader import DataOptions, MaskOptions, PairOptions, RunData, open_data
-from magnetar.engine.admin import require_profile
+from magnetar.engine.admin.profile import require_profile
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.checkpoint.run_folder import check_run_folder
 from magnetar.engine.checkpoint.save_load import check_fits

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from magnetar.engine.config.docs import generated_files
 from magnetar.engine.config.schema import load_config
-from magnetar.launchers.command_line import (
+from magnetar.launchers.terminal.command_line import (
     CONFIGS,
     CommandParser,
     add_set_option,
     find_config,
 )
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 
 def _ranks(text: str) -> int:

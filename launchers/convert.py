@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from magnetar.data.errors import UserError
-from magnetar.launchers.command_line import CommandParser, option_of
-from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
+from magnetar.launchers.terminal.command_line import CommandParser, option_of
+from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 
 Parser = argparse.ArgumentParser
 Derive = Callable[[argparse.Namespace], None]

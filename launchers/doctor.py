@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from magnetar.launchers.command_line import CommandParser, add_set_option, find_config
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.command_line import CommandParser, add_set_option, find_config
+from magnetar.launchers.terminal.user_errors import user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.progress import track
 
 from magnetar.data.errors import UserError
-from magnetar.launchers.command_line import (
+from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_run_options,
     given_values,
     option_of,
     require_at_least_1,
 )
+from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 from magnetar.launchers.translate import MAX_LENGTH_PENALTY, translation_bar
-from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
     from magnetar.data.pairs.folder import Texts

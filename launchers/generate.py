@@ -14,8 +14,12 @@ from rich.console import Console
 
 from magnetar.data.errors import UserError
 from magnetar.data.text.lines import require_utf8
-from magnetar.launchers.command_line import CommandParser, add_run_options, require_at_least_1
-from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
+from magnetar.launchers.terminal.command_line import (
+    CommandParser,
+    add_run_options,
+    require_at_least_1,
+)
+from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -17,14 +17,14 @@ from typing import NoReturn
 
 from magnetar.engine.config.schema import RunConfig, load_config
 from magnetar.engine.supervise.supervisor import free_port
-from magnetar.launchers.command_line import (
+from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,
     positive,
     take_config,
     whole_number,
 )
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 # Options of DeepSpeed's launcher that we hand on as they are.
 FLAGS = ("--no_ssh_check", "--save_pid", "--bind_cores_to_rank", "--no_local_rank")

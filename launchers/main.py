@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from magnetar import __version__
-from magnetar.launchers.command_line import nearest
+from magnetar.launchers.terminal.command_line import nearest
 
 # name: function (of a module of this folder) that runs it, and what the overview says of it
 COMMANDS = {

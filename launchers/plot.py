@@ -10,8 +10,8 @@ from pathlib import Path
 
 from magnetar.data.errors import UserError
 from magnetar.engine.report.plot import plot_run, plot_runs
-from magnetar.launchers.command_line import CommandParser
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.command_line import CommandParser
+from magnetar.launchers.terminal.user_errors import user_errors
 
 
 @user_errors()

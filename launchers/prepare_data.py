@@ -12,14 +12,14 @@ import rich.table
 from magnetar.data.text.corpus import Documents
 from magnetar.data.text.prepare import DEFAULT_VALID_FRACTION, PrepareConfig, prepare
 from magnetar.data.text.token_files import Manifest
-from magnetar.launchers.command_line import CommandParser
-from magnetar.launchers.preparing import (
+from magnetar.launchers.terminal.command_line import CommandParser
+from magnetar.launchers.terminal.preparing import (
     add_options,
     print_summary,
     summary_table,
     terminal_reporter,
 )
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PrepareConfig:

@@ -16,14 +16,14 @@ from magnetar.data.pairs.filters import PairFilter, dropped, in_words
 from magnetar.data.pairs.folder import PairsManifest, TableRecord
 from magnetar.data.pairs.prepare import PreparePairsConfig, TableConfig, prepare_pairs
 from magnetar.data.text.token_files import SPLITS
-from magnetar.launchers.command_line import CommandParser
-from magnetar.launchers.preparing import (
+from magnetar.launchers.terminal.command_line import CommandParser
+from magnetar.launchers.terminal.preparing import (
     add_options,
     print_summary,
     summary_table,
     terminal_reporter,
 )
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfig:

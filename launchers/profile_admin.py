@@ -8,9 +8,9 @@ deepspeed [--hostfile H] --module magnetar.launchers.profile_admin --deepspeed_c
 from collections.abc import Sequence
 from pathlib import Path
 
-from magnetar.launchers.defects import reports_in
+from magnetar.launchers.terminal.defects import reports_in
+from magnetar.launchers.terminal.user_errors import user_errors
 from magnetar.launchers.train import launched_config, parse_arguments
-from magnetar.launchers.user_errors import user_errors
 
 
 @user_errors()
@@ -18,11 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Check everything, then join the other ranks, profile and print."""
     options = parse_arguments(arguments, "magnetar.launchers.profile_admin", __doc__)
     config, world_size = launched_config(options)
-    from magnetar.engine.admin import profile_path, require_admin
+    from magnetar.engine.admin.measure import profile
+    from magnetar.engine.admin.profile import profile_path, require_admin
     from magnetar.engine.build import launched_rank
     from magnetar.engine.cluster.process_groups import leave_distributed
     from magnetar.engine.prepare_run import resolve_run
-    from magnetar.engine.profile_admin import profile
 
     require_admin(config)
     with reports_in(Path(config.training.run_dir)):

@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from functools import partial
 
 from magnetar.engine.supervise.supervisor import Options, Supervisor
-from magnetar.launchers.command_line import (
-    CommandParser,
-    add_config_options,
-    take_config,
-    whole_number,
-)
 from magnetar.launchers.launch import (
     add_launcher_options,
     handed_on,
     refuse_contradictions,
     underscored,
 )
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.command_line import (
+    CommandParser,
+    add_config_options,
+    take_config,
+    whole_number,
+)
+from magnetar.launchers.terminal.user_errors import user_errors
 
 _SAME_NAME = (
     *("max_restarts", "backoff", "max_backoff", "hostfile", "num_nodes", "num_gpus", "include"),

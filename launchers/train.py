@@ -19,9 +19,9 @@ if __name__ == "__main__" and not __package__:
     _ROOM = Path(__file__).resolve().parent.parent
     sys.path[0] = str(_ROOM if (_ROOM / "magnetar").is_dir() else _ROOM.parent)
 
-from magnetar.launchers.command_line import CommandParser, add_config_options, take_config
-from magnetar.launchers.defects import reports_in
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.command_line import CommandParser, add_config_options, take_config
+from magnetar.launchers.terminal.defects import reports_in
+from magnetar.launchers.terminal.user_errors import user_errors
 
 if TYPE_CHECKING:
     from magnetar.engine.config.schema import RunConfig

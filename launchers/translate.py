@@ -23,14 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from magnetar.data.errors import UserError
 from magnetar.data.text.lines import sentences_of, windows_of_input
-from magnetar.launchers.command_line import (
+from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_run_options,
     given_values,
     option_of,
     require_at_least_1,
 )
-from magnetar.launchers.user_errors import quiet_deepspeed, user_errors
+from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
     from magnetar.engine.checkpoint.open_run import SavedModel

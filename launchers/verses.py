@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from magnetar.data.pairs.verses import TRANSLATIONS, write_verses
-from magnetar.launchers.command_line import CommandParser
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.command_line import CommandParser
+from magnetar.launchers.terminal.user_errors import user_errors
 
 
 @user_errors()

@@ -27,7 +27,7 @@ MAY_IMPORT_DEEPSPEED = {
     "engine/zero.py",
     "engine/train_step.py",
     "engine/cluster/process_groups.py",
-    "engine/profile_admin.py",
+    "engine/admin/measure.py",
     "engine/guards.py",
     "engine/report/samples.py",
     "engine/sparse_clip.py",
@@ -98,3 +98,12 @@ def test_importing_prints_nothing_of_our_own_and_changes_no_environment() -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("here\n")[1] == ""
+
+
+def test_the_front_of_engine_and_every_folder_can_be_taken_in_at_a_glance() -> None:
+    def num_sources(folder: Path) -> int:
+        return sum(path.name != "__init__.py" for path in folder.glob("*.py"))
+
+    assert num_sources(ROOT / "engine") <= 12
+    folders = {path.parent for path in SOURCES}
+    assert {str(folder): n for folder in folders if (n := num_sources(folder)) > 15} == {}

@@ -34,7 +34,7 @@ from pathlib import Path
 import magnetar.engine.trainer as trainer
 from magnetar.engine.config.schema import load_config
 from magnetar.engine.prepare_run import prepare_run
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 from tests.machine import imitate
 
 imitate()

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from benchmarks.provenance import git_commit, versions
 from magnetar.data.errors import UserError
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 from tests.faults.fuzz_cases import (
     CONFIGS,
     NUM_VALID,

@@ -12,8 +12,8 @@ import pytest
 from magnetar import __version__
 from magnetar.data.errors import UserError
 from magnetar.launchers import command_of, launch
-from magnetar.launchers.command_line import CONFIGS, find_config, shipped_configs
 from magnetar.launchers.main import COMMANDS, main
+from magnetar.launchers.terminal.command_line import CONFIGS, find_config, shipped_configs
 from tests.ranks import ROOT
 
 QUICK = str(CONFIGS / "quickstart.json")

@@ -12,7 +12,7 @@ from magnetar.data.errors import UserError
 from magnetar.data.text.prepare import DEFAULT_VALID_FRACTION
 from magnetar.data.text.token_files import open_prepared
 from magnetar.launchers.prepare_data import main, parse_arguments
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from magnetar.engine.supervise.supervisor import Options, Place, Supervisor
-from magnetar.launchers.command_line import CONFIGS
 from magnetar.launchers.supervise import main, parse_arguments
+from magnetar.launchers.terminal.command_line import CONFIGS
 from tests.runs import write_config
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from magnetar import __version__
 from magnetar.data.errors import UserError
-from magnetar.launchers.defects import reports_in
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.defects import reports_in
+from magnetar.launchers.terminal.user_errors import user_errors
 from tests.ranks import ROOT
 
 
@@ -148,7 +148,7 @@ def test_a_variable_prints_the_traceback_too(
 
 FAILING = """
 import os, pathlib, time
-from magnetar.launchers.user_errors import user_errors
+from magnetar.launchers.terminal.user_errors import user_errors
 here = pathlib.Path(os.environ["TMPDIR"])
 (here / ("started_" + os.environ["RANK"])).touch()
 while len(list(here.glob("started_*"))) < 3:

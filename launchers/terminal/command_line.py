@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from magnetar.data.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _UNKNOWN = "unrecognized arguments: "
 
 

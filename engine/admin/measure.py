@@ -5,7 +5,7 @@ import torch
 
 from magnetar.data.errors import UserError
 from magnetar.data.loader import RunData
-from magnetar.engine.admin import profile_path, write_profile
+from magnetar.engine.admin.profile import profile_path, write_profile
 from magnetar.engine.build import start_distributed, trained_moe_class
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.config.batch_sizes import ACCUMULATION

@@ -12,7 +12,12 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from magnetar.data.errors import MachineError, UserError
-from magnetar.launchers.defects import TRACEBACK, defect_message, is_first_to_fail, write_report
+from magnetar.launchers.terminal.defects import (
+    TRACEBACK,
+    defect_message,
+    is_first_to_fail,
+    write_report,
+)
 
 
 def quiet_deepspeed() -> None:

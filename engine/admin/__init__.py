@@ -1,0 +1,1 @@
+"""Admin's initialisation: the profile of a model, and the pass that measures it."""

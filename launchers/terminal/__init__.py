@@ -1,0 +1,1 @@
+"""The way commands talk to a terminal: options, progress, messages and endings."""
