@@ -96,7 +96,7 @@ test: $(INSTALLED)
 
 # Tests that compare bits or types.
 BITS := $(patsubst %,tests/models/%.py,moe/test_layer moe/test_noise moe/test_dispatch \
-  moe/test_experts moe/test_router moe/kernels/test_routing test_admin test_losses \
+  moe/test_experts moe/test_router moe/kernels/test_fused_router test_admin test_losses \
   decoding/test_generation) tests/models/layers tests/models/weights \
   $(patsubst %,tests/data/%.py,text/test_masked_lm text/test_packed_lm pairs/test_batches) \
   tests/convert/test_average.py tests/convert/test_densify.py \

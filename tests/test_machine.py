@@ -1,5 +1,6 @@
 """What the tests say about the machine."""
 
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from tests import machine
 from tests.conftest import pytest_terminal_summary
-from tests.ranks import run_on_ranks
+from tests.ranks import ROOT, run_on_ranks
 
 BF16 = {"zero_optimization.stage": 1, "bf16.enabled": True}
 
@@ -63,3 +64,22 @@ def test_what_was_skipped_is_counted_by_its_reason() -> None:
     lines.clear()
     pytest_terminal_summary(SimpleNamespace(stats={}))  # type: ignore[arg-type]
     assert lines == []
+
+
+def test_every_file_of_the_imitations_exists() -> None:
+    listed = subprocess.run(
+        [
+            "make",
+            "--no-print-directory",
+            "--eval",
+            "shown: ; @echo $(BITS) $(GUARDED) $(RESUMED)",
+            "shown",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths = listed.stdout.split()
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path.partition("::")[0]).exists()] == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import resume, scaling
+from benchmarks import scaling
 from benchmarks.launching import launch
 from benchmarks.scaling import Session, main, parse, require_gpus
 from benchmarks.scaling_chart import apart, draw, summary, table
@@ -25,6 +25,7 @@ from benchmarks.step_contenders import cost
 from magnetar.data.errors import UserError
 from magnetar.data.text.token_files import open_prepared
 from magnetar.engine.checkpoint import format as checkpoint_files
+from tests.faults import resume
 
 GIB = 2**30
 

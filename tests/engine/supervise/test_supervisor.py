@@ -16,7 +16,13 @@ from typing import Any
 import pytest
 
 from magnetar.data.errors import UserError
-from magnetar.engine.supervise.launched_run import Death, Launched, ending, run_processes
+from magnetar.engine.supervise.launched_run import (
+    Death,
+    Launched,
+    ending,
+    kill_processes,
+    run_processes,
+)
 from magnetar.engine.supervise.supervisor import Options, Supervisor
 from tests.engine.programs import with_keys
 from tests.ranks import ROOT
@@ -98,11 +104,18 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         supervisor = Supervisor(Options(config, **{"backoff": 0.0} | options))
 
         def send() -> None:
-            wait_for(lambda: len(ranks_of(supervisor.run_id)) == 2)
-            time.sleep(0.7)
-            for number in signals:
-                os.kill(os.getpid(), number)
-                time.sleep(0.3)
+            try:
+                wait_for(lambda: len(ranks_of(supervisor.run_id)) == 2)
+                time.sleep(0.7)
+                for number in signals:
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.3)
+                    if number in (signal.SIGINT, signal.SIGTERM):
+                        # Two signals that Python has not handled yet are one.
+                        wait_for(lambda number=number: supervisor.stopping == number)
+            except AssertionError:
+                kill_processes(supervisor.run_id)  # otherwise the supervisor waits for ever
+                raise
 
         sender = threading.Thread(target=send)
         if signals:
@@ -242,7 +255,7 @@ def test_a_terminal_is_passed_on_and_so_is_its_width(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 123, 0, 0))
     program = (
-        "import os, sys\nfrom engine.supervise.launched_run import Launched\n"
+        "import os, sys\nfrom magnetar.engine.supervise.launched_run import Launched\n"
         f"launched = Launched([sys.executable, '-c', {LAUNCHER!r}, 'size', sys.argv[1]], 'x',"
         " os.pipe()[0])\n"
         "while launched.watch(1.0): pass\n"
