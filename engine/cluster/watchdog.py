@@ -121,9 +121,7 @@ class Watchdog:
             asking.start()
             asking.join(8 * self._period)
             if not found:
-                found = [
-                    Finding("rank 0, which serves the store of the heartbeats, does not answer")
-                ]
+                found = [Finding("rank 0 does not answer, nor does the store that it serves")]
             if found[0].teller not in (None, self.rank):
                 # It ends this rank, too; if it does not, it has found nothing wrong itself.
                 self._ended.wait(4 * self._period)

@@ -105,7 +105,9 @@ def test_what_is_wrong_with_a_host_is_found_before_anything_starts(
 
     assert "10.77.0.9 hostname" in remedy_of("problem  10.77.0.9, reach: ")
     assert "of the same commit" in next(line for line in lines if "10.77.0.2, code: " in line)
-    assert "copy it from 10.77.0.1" in remedy_of(f"problem  10.77.0.2, JSON: {config} says")
+    assert "copy it from 10.77.0.1" in remedy_of(
+        f"problem  10.77.0.2, JSON: {config} has other content"
+    )
     assert "copy it from 10.77.0.1" in remedy_of("problem  10.77.0.2, data: ")
     for host, stranger in (("10.77.0.1", "10.77.0.2"), ("10.77.0.2", "10.77.0.1")):
         text = f"problem  {host}, disk: {disk} is not the folder of that name on {stranger}"

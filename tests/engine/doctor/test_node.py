@@ -13,12 +13,12 @@ from magnetar.engine.doctor import node
 
 
 def test_the_program_imports_nothing_of_ours_and_answers(tmp_path: Path) -> None:
-    # As it is sent: by itself, in a folder without Magnetar.
+    # As it is sent: by itself, in a folder without Magnetar; -S leaves an installed one out.
     asked = {"config": None, "data": None, "run_dir": "runs/a", "mark": "m0"}
     asked |= {"address": None, "port": None}
     source = Path(node.__file__).read_text()
     done = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys; exec(sys.stdin.read({len(source)}))"],
+        [sys.executable, "-I", "-S", "-c", f"import sys; exec(sys.stdin.read({len(source)}))"],
         input=f"{source}{json.dumps(asked)}\n1\n",
         cwd=tmp_path,
         capture_output=True,
