@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from magnetar.convert.folders import how_to_load, require_new
+from magnetar.convert.folders import require_new, write_folder
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.models import admin
-from magnetar.models.weights.files import WEIGHTS_FILE
-from magnetar.models.weights.load_save import CONFIG_FILE, save_weights
+from magnetar.models.weights.files import WEIGHTS_FILE, in_memory
+from magnetar.models.weights.load_save import CONFIG_FILE, tensor_shapes
 
 
 def fold_admin(source: Path, out: Path) -> list[str]:
@@ -23,7 +23,6 @@ def fold_admin(source: Path, out: Path) -> list[str]:
     config = saved.config
     try:
         folded_config, folded = admin.fold_admin(config, saved.state_dict())
-        save_weights(out, folded_config, folded)
     except ValueError as error:
         raise UserError(str(error)) from None
     changed = {
@@ -32,10 +31,10 @@ def fold_admin(source: Path, out: Path) -> list[str]:
         if value != getattr(config, key)
     }
     keys = ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items() if key != "moe")
-    return [
-        f"folded   {source}",
-        f"changed  {keys}",
-        f"wrote    {out} ({CONFIG_FILE}, {WEIGHTS_FILE})",
-        "",
-        *how_to_load(out, folded_config.architecture),
+    rows = [
+        ("folded", str(source)),
+        ("changed", keys),
+        ("wrote", f"{out} ({CONFIG_FILE}, {WEIGHTS_FILE})"),
     ]
+    untied = {name: folded[name] for name in tensor_shapes(folded_config)}
+    return write_folder(out, folded_config, in_memory(untied), rows)

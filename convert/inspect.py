@@ -3,22 +3,21 @@
 Memory holds one tensor at a time.
 """
 
-import hashlib
+import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor
 
-from magnetar.convert.expert_tensors import place_of
-from magnetar.convert.folders import watched
+from magnetar.convert.experts import place_of
+from magnetar.convert.folders import layout_in_words, watched
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
@@ -33,6 +32,7 @@ from magnetar.engine.checkpoint.open_run import SavedModel, is_run, of_checkpoin
 from magnetar.engine.optim.adam import MOMENTS
 from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
+from magnetar.models.weights.files import digest
 
 _GATE = ".deepspeed_moe.gate."
 # The first of these words in a tensor's name decides its group.
@@ -153,15 +153,7 @@ class Contents:
         found = asdict(self) | {"damaged": self.damaged}
         if not with_tensors:
             del found["tensors"]
-        return _finite(found)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.loads(json.dumps(found), parse_constant=lambda _: None)
 
 
 def inspect(path: Path) -> Contents:
@@ -220,14 +212,10 @@ def _about(source: SavedModel) -> dict[str, str]:
     checkpoint = source.checkpoint
     if checkpoint is None:
         return {"holds": "weights", **words}
-    manifest = checkpoint.manifest
-    layout = manifest["layout"]
-    ranks = layout["world_size"]
     return {
-        "holds": f"step {checkpoint.step} of a run, in format {manifest['format']}",
+        "holds": f"step {checkpoint.step} of a run, in format {checkpoint.manifest['format']}",
         **words,
-        "layout": f"{ranks} rank{'s' * (ranks > 1)}, ep_size {layout['ep_size']}, "
-        f"ZeRO {layout['zero_stage']}",
+        "layout": layout_in_words(checkpoint.manifest["layout"]),
     }
 
 
@@ -247,44 +235,60 @@ def _files(source: SavedModel) -> list[File]:
 
 def _read_tensors(source: SavedModel, contents: Contents) -> None:
     """Fill in the statistics of the numbers."""
-    squares: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    experts: dict[str, dict[int, _Expert]] = defaultdict(lambda: defaultdict(_Expert))
+    squares: dict[str, list[float]] = defaultdict(list)
+    counts: dict[str, int] = defaultdict(int)
+    # Network -> index of the expert -> parameter -> its hash and its sum of squares.
+    experts: dict[str, dict[int, dict[str, tuple[str, float]]]]
+    experts = defaultdict(lambda: defaultdict(dict))
     temperatures: dict[str, float] = {}
     places = _places(source)
     for name in watched("reading tensors", list(source.tensors.specs)):
         weight = source.tensors.read(name)
+        states = list(source.checkpoint.states(name)) if source.checkpoint else [WEIGHT]
         square = float(weight.double().square().sum())
-        found = _found(source, name, places[name], weight, square)
-        contents.tensors.append(found)
-        contents.warnings.extend(_suspicious(source, name, weight))
-        total = squares[group_of(name)]
-        total[0] += weight.numel()
-        total[1] += square
+        hashed, rms = digest(weight), math.sqrt(square / weight.numel())
+        contents.tensors.append(
+            TensorFound(name, list(weight.shape), states, places[name], hashed, rms)
+        )
+        contents.warnings.extend(_suspicious(source.checkpoint, name, weight, states))
+        counts[group_of(name)] += weight.numel()
+        squares[group_of(name)].append(square)
         place = place_of(name)
         if place is not None and place.expert is not None:
-            experts[place.ffn][place.expert].add(place.parameter, found.sha256, square)
+            experts[place.ffn][place.expert][place.parameter] = hashed, square
         elif name.endswith(f"{_GATE}temperature"):
             temperatures[name.partition(_GATE)[0]] = float(weight)
-    for group, (count, square) in squares.items():
-        contents.groups.append(Group(group, int(count), math.sqrt(square / count)))
+    for group, count in counts.items():
+        contents.groups.append(Group(group, count, math.sqrt(sum(squares[group]) / count)))
+    owners: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
     for layer, of_layer in experts.items():
-        norms = [math.sqrt(expert.square) for expert in of_layer.values()]
+        norms = [math.sqrt(sum(one for _, one in of.values())) for of in of_layer.values()]
         spread = (min(norms), sum(norms) / len(norms), max(norms))
         contents.layers.append(MoELayer(layer, len(norms), temperatures.get(layer), spread))
-    contents.warnings.extend(_twins(experts))
+        for index, parameters in sorted(of_layer.items()):
+            hashes = tuple(sorted((name, one) for name, (one, _) in parameters.items()))
+            owners[hashes].append(f"{layer} expert {index}")
+    for names in owners.values():
+        if len(names) > 1:
+            more = len(names) - _SHOWN_EXPERTS
+            twins = ", ".join(names[:_SHOWN_EXPERTS]) + (f" and {more} more" if more > 0 else "")
+            contents.warnings.append(f"identical experts: {twins}")
 
 
-class _Expert:
-    """Sums over the tensors of one expert."""
-
-    def __init__(self) -> None:
-        self.square = 0.0
-        self.digests: dict[str, str] = {}
-
-    def add(self, parameter: str, digest: str, square: float) -> None:
-        """Add one tensor of the expert."""
-        self.digests[parameter] = digest
-        self.square += square
+def _suspicious(
+    checkpoint: Checkpoint | None, name: str, weight: Tensor, states: list[str]
+) -> Iterator[str]:
+    """Warnings about a tensor: matrices of zeros, and values that are not finite."""
+    if weight.dim() > 1 and not weight.any():
+        yield f"{name} is all zeros"
+    for state in states:
+        if checkpoint is None or state == WEIGHT:
+            values, of = weight, ""
+        else:
+            values, of = checkpoint.tensor(name, state), f" ({state})"
+        bad = values.numel() - int(values.isfinite().sum())
+        if bad:
+            yield f"{name}{of}: {bad:,} of {values.numel():,} values are not finite"
 
 
 def group_of(name: str) -> str:
@@ -301,63 +305,6 @@ def _places(source: SavedModel) -> dict[str, list[str]]:
         for path in source.path.glob("*.safetensors")
         for name in safe_open(path, framework="pt").keys()  # noqa: SIM118
     }
-
-
-def _found(
-    source: SavedModel, name: str, files: list[str], weight: Tensor, square: float
-) -> TensorFound:
-    checkpoint = source.checkpoint
-    return TensorFound(
-        name=name,
-        shape=list(weight.shape),
-        states=list(checkpoint.states(name)) if checkpoint else [WEIGHT],
-        files=files,
-        sha256=digest(weight),
-        rms=math.sqrt(square / weight.numel()),
-    )
-
-
-def digest(tensor: Tensor) -> str:
-    """Hex sha256 of a tensor's values, in the type that it has."""
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
-
-
-def _suspicious(source: SavedModel, name: str, weight: Tensor) -> Iterator[str]:
-    """Warnings about a tensor: matrices of zeros, and values that are not finite."""
-    if weight.dim() > 1 and not weight.any():
-        yield f"{name} is all zeros"
-    for state, values in _states(source.checkpoint, name, weight):
-        bad = values.numel() - int(values.isfinite().sum())
-        if bad:
-            of = "" if state == WEIGHT else f" ({state})"
-            yield f"{name}{of}: {bad:,} of {values.numel():,} values are not finite"
-
-
-def _states(
-    checkpoint: Checkpoint | None, name: str, weight: Tensor
-) -> Iterator[tuple[str, Tensor]]:
-    """The weight and, one after the other, the moments."""
-    yield WEIGHT, weight
-    for state in checkpoint.states(name) if checkpoint else ():
-        if checkpoint is not None and state != WEIGHT:
-            yield state, checkpoint.tensor(name, state)
-
-
-def _twins(experts: Mapping[str, Mapping[int, _Expert]]) -> list[str]:
-    """Experts with the same parameters, by layer and global index."""
-    owners: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
-    for layer, of_layer in experts.items():
-        for index, expert in sorted(of_layer.items()):
-            key = tuple(sorted(expert.digests.items()))
-            owners[key].append(f"{layer} expert {index}")
-    lines = []
-    for names in owners.values():
-        if len(names) > 1:
-            more = len(names) - _SHOWN_EXPERTS
-            shown = ", ".join(names[:_SHOWN_EXPERTS]) + (f" and {more} more" if more > 0 else "")
-            lines.append(f"identical experts: {shown}")
-    return lines
 
 
 def shown(contents: Contents, with_tensors: bool) -> list[RenderableType]:

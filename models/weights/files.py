@@ -116,13 +116,19 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file that another program may have written.
 
     Raises:
-        ValueError: if it holds no JSON, or nests too deeply to be read.
+        ValueError: if it cannot be understood; the message says why, and not where.
         OSError: if it cannot be read.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error}") from None
     except RecursionError:
         raise ValueError("its lists or objects nest too deeply") from None
+    except ValueError:  # of an integer
+        raise ValueError("it holds a number of thousands of digits") from None
 
 
 def write_files(
@@ -168,7 +174,7 @@ def write_files(
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     written = open_files(folder)
     for name in watch("checking", list(tensors.specs)):
-        if _digest(written.read(name)) != digests[name]:
+        if digest(written.read(name)) != digests[name]:
             raise ValueError(f"{folder}: {name} is not what was written: use another disk")
     return digests
 
@@ -182,7 +188,7 @@ def checked(folder: Path, tensors: LazyTensors, digests: Mapping[str, str]) -> L
 
     def read(name: str) -> Tensor:
         tensor = tensors.read(name)
-        if name in digests and _digest(tensor) != digests[name]:
+        if name in digests and digest(tensor) != digests[name]:
             raise ValueError(
                 f"{folder}: {name} is not what was written (its sha256 differs): copy the folder "
                 "again, or convert it again"
@@ -222,7 +228,7 @@ def _write_file(
         for name in coming:
             tensor, spec = tensors.read(name), tensors.specs[name]
             assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not {spec}"
-            digests[name] = _digest(tensor)
+            digests[name] = digest(tensor)
             file.write(_bytes(tensor))
 
 
@@ -230,7 +236,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """Hex sha256 of a tensor's values, in the type that it has."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 

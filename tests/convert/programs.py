@@ -14,11 +14,11 @@ def memory_of_reshard(small: Path, source: Path, out: Path, part_bytes: int) -> 
         out: its new folder.
         part_bytes: of a file at most.
     """
-    import magnetar.convert.reshard
+    import magnetar.convert.run_folders
     from magnetar.engine.memory_planner import Layout
 
-    magnetar.convert.reshard.PART_BYTES = part_bytes
-    magnetar.convert.reshard.reshard(small, out.with_name("small_out"), Layout(2, 2, 1), None)
+    magnetar.convert.run_folders.PART_BYTES = part_bytes
+    magnetar.convert.run_folders.reshard(small, out.with_name("small_out"), Layout(2, 2, 1), None)
     done = threading.Event()
     before = own_memory()
     largest = before
@@ -30,7 +30,7 @@ def memory_of_reshard(small: Path, source: Path, out: Path, part_bytes: int) -> 
 
     watching = threading.Thread(target=watch)
     watching.start()
-    magnetar.convert.reshard.reshard(source, out, Layout(2, 2, 1), None)
+    magnetar.convert.run_folders.reshard(source, out, Layout(2, 2, 1), None)
     done.set()
     watching.join()
     return largest - before

@@ -398,7 +398,7 @@ def test_an_end_from_outside_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("magnetar.convert.import_weights.config_in", ended)
+    monkeypatch.setattr("magnetar.convert.run_folders.require_whole", ended)
     try:
         with pytest.raises(SystemExit) as stopped:
             convert("import", exported, "--out", tmp_path / "out")

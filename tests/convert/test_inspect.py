@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from magnetar.convert.inspect import digest, group_of, inspect
+from magnetar.convert.inspect import group_of, inspect
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import MANIFEST
 from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.launchers.convert import main
 from magnetar.models.config import ModelConfig
 from magnetar.models.transformer import build_model
+from magnetar.models.weights.files import digest
 from magnetar.models.weights.load_save import save_weights, tensor_shapes
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
 

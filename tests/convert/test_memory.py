@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from magnetar.convert.import_weights import PART_BYTES
+from magnetar.convert.run_folders import IMPORTED_PART_BYTES as PART_BYTES
 from magnetar.data.text.token_files import read_manifest
 from tests.convert.checkpoints import write_checkpoint
 from tests.ranks import ROOT

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import magnetar.convert.reshard
-from magnetar.convert.expert_tensors import place_of
+import magnetar.convert.run_folders
+from magnetar.convert.experts import place_of
 from magnetar.convert.inspect import inspect
-from magnetar.convert.reshard import reshard
+from magnetar.convert.run_folders import reshard
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
@@ -160,7 +160,7 @@ def test_a_part_beyond_the_limit_is_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_checkpoint(tmp_path / "run")
-    monkeypatch.setattr(magnetar.convert.reshard, "PART_BYTES", 8_000)
+    monkeypatch.setattr(magnetar.convert.run_folders, "PART_BYTES", 8_000)
     reshard(tmp_path / "run", tmp_path / "out", Layout(2, 2, 1), None)
     written = written_in(tmp_path / "out")
     require_equal(source, written)

@@ -285,7 +285,7 @@ def test_options_are_read_from_json(tmp_path: Path) -> None:
     path.write_text(json.dumps({"decoder_layers": 3}))
     assert read_options(path) == {"decoder_layers": 3}
     path.write_text("{")
-    with pytest.raises(UserError, match=r"o.json: is no JSON: Expecting"):
+    with pytest.raises(UserError, match=r"o.json: it is no JSON: Expecting"):
         read_options(path)
     path.write_text("[1]")
     with pytest.raises(UserError, match=r"o.json: holds a list, not options by name"):
@@ -295,8 +295,8 @@ def test_options_are_read_from_json(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path.name}: is a folder: give the JSON"):
         read_options(tmp_path)
     path.write_text("[" * 100_000 + "]" * 100_000)
-    with pytest.raises(UserError, match=r"o.json: nests its lists and objects too deeply"):
+    with pytest.raises(UserError, match=r"o.json: its lists or objects nest too deeply"):
         read_options(path)
     path.write_text('{"decoder_layers": ' + "9" * 5000 + "}")
-    with pytest.raises(UserError, match=r"o.json: holds a number of thousands of digits"):
+    with pytest.raises(UserError, match=r"o.json: it holds a number of thousands of digits"):
         read_options(path)
