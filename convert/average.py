@@ -22,14 +22,10 @@ def average(
 
     Args:
         paths: runs (each stands for its newest checkpoint), checkpoints' folders, or folders of
-            weights: two or more, or one run with `last`.
-        out: new folder; it must not exist, or be empty.
+            weights: two or more, or one run with `last`. They are of one model and vocabulary.
+        out: new folder.
         last: number of newest checkpoints of the one run.
         shard_bytes: largest size of a file, see `write_files`.
-
-    Raises:
-        UserError: if sources cannot be read, are damaged, too few, named twice or of different
-            models or vocabularies, or if the folder holds something.
     """
     for path in paths:
         require_new(out, path)

@@ -94,16 +94,8 @@ def upcycle(
 ) -> list[str]:
     """A report in lines, after writing the upcycled model to a new folder.
 
-    Args:
-        path: the dense model, see `open_run`.
-        out: new folder; it must not exist, or be empty.
-        moe: keys of `model.moe`.
-        seed: seed of the routers' weights, which are those that `build_model` would draw.
-        shard_bytes: largest size of a file, see `write_files`.
-
-    Raises:
-        UserError: if the source cannot be read or has experts already, the keys would change its
-            function or contradict each other, the seed is below 0, or the folder holds something.
+    The keys of `model.moe` are refused if they would change the function. The routers' weights are
+    those that `build_model` draws with the seed.
     """
     source = open_whole(path, out)
     if source.config.moe is not None:
@@ -172,15 +164,7 @@ def _drawn(config: ModelConfig, seed: int, gate: str) -> dict[str, Tensor]:
 def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) -> list[str]:
     """A report in lines, after writing the dense model to a new folder.
 
-    Args:
-        path: the MoE model, see `open_run`.
-        out: new folder; it must not exist, or be empty.
-        expert: index of the expert that remains; None: the mean of all.
-        shard_bytes: largest size of a file, see `write_files`.
-
-    Raises:
-        UserError: if the source cannot be read or has no experts, the expert does not exist, or the
-            folder holds something.
+    Each MoE layer keeps the expert of this index, or the mean of all if it is None.
     """
     source = open_whole(path, out)
     moe = source.config.moe

@@ -45,15 +45,11 @@ def export(
 
     Args:
         path: a run's folder, a checkpoint's, or a folder of weights, which is written anew.
-        out: new folder; it must not exist, or be empty.
+        out: new folder.
         checkpoint: name of the checkpoint; None: the newest complete one.
         tokenizer: path of the vocabulary, if it is no longer where the run found it.
         dtype: type of the written weights, a key of DTYPES; float32 is what was saved, bit by bit.
         shard_bytes: largest size of a file, see `write_files`.
-
-    Raises:
-        UserError: if the source cannot be read, the type cannot hold the weights, the vocabulary is
-            missing, or the folder holds something.
     """
     source = open_whole(path, out, checkpoint)
     about = _about(source)

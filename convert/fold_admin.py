@@ -12,12 +12,7 @@ from magnetar.models.weights.load_save import CONFIG_FILE, tensor_shapes
 
 
 def fold_admin(source: Path, out: Path) -> list[str]:
-    """A report in lines, after folding the Admin model of a run or of a folder of weights.
-
-    Raises:
-        UserError: if the source cannot be read, the model has another norm, or the folder holds
-            something.
-    """
+    """A report in lines, after folding the Admin model of a run or of a folder of weights."""
     require_new(out, source)
     saved = open_run(source)
     config = saved.config

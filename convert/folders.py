@@ -1,4 +1,9 @@
-"""The frame of every conversion: a free place, a whole source, an atomic write, a report."""
+"""The frame of every conversion: a free place, a whole source, an atomic write, a report.
+
+A conversion is a function of a source (see `open_run`), a new folder that must not exist or be
+empty, and its own options. It returns its report in lines. What cannot be converted is a UserError:
+a source that cannot be read or is damaged, a place that is taken, options that do not fit.
+"""
 
 import json
 import os

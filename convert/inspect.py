@@ -51,14 +51,7 @@ _SHOWN_FILES = 3
 
 @dataclass(frozen=True)
 class File:
-    """A file.
-
-    Attributes:
-        name: name in its folder.
-        bytes: size when it was saved.
-        sha256: hash of its content when it was saved.
-        problem: damage that it has now; None: it is whole.
-    """
+    """A file: its size and its hash when it was saved, and the damage that it has now, if any."""
 
     name: str
     bytes: int
@@ -68,15 +61,8 @@ class File:
 
 @dataclass(frozen=True)
 class TensorFound:
-    """A tensor.
-
-    Attributes:
-        name: name in the state dict of the whole model.
-        shape: shape in the whole model.
-        states: names of its states: weight, and the optimizer's moments.
-        files: names of the files that hold it.
-        sha256: hash of the values of its weights.
-        rms: sqrt(mean(weight^2)).
+    """A tensor of the whole model: its states (weight, and the optimizer's moments), the names of
+    its files, the hash of its weights, and sqrt(mean(weight^2)).
     """
 
     name: str
@@ -98,13 +84,8 @@ class Group:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """A MoE layer.
-
-    Attributes:
-        name: name of its network in the model.
-        num_experts: number of its experts.
-        temperature: temperature of the router; None if it learns none.
-        expert_norms: L2 norm over all parameters of an expert: smallest, mean and largest.
+    """A MoE layer: the router's temperature, if it learns one, and the smallest, mean and largest
+    L2 norm over all parameters of an expert.
     """
 
     name: str
@@ -169,9 +150,15 @@ def inspect(path: Path) -> Contents:
     checkpoint = source.checkpoint
     files = _files(source)
     total, active = num_parameters(source.config)
+    about = {"holds": "weights", **in_words(source.config)}
+    if checkpoint is not None:
+        about["holds"] = (
+            f"step {checkpoint.step} of a run, in format {checkpoint.manifest['format']}"
+        )
+        about["layout"] = layout_in_words(checkpoint.manifest["layout"])
     contents = Contents(
         path=str(source.path),
-        about=_about(source),
+        about=about,
         step=checkpoint.step if checkpoint else None,
         layout=checkpoint.manifest["layout"] if checkpoint else None,
         num_tensors=len(source.tensors.specs),
@@ -205,18 +192,6 @@ def _source(path: Path) -> SavedModel:
     if not folders:
         raise UserError(f"{path} holds no checkpoint yet: train first")
     return of_checkpoint(read_checkpoint(folders[-1]))
-
-
-def _about(source: SavedModel) -> dict[str, str]:
-    words = in_words(source.config)
-    checkpoint = source.checkpoint
-    if checkpoint is None:
-        return {"holds": "weights", **words}
-    return {
-        "holds": f"step {checkpoint.step} of a run, in format {checkpoint.manifest['format']}",
-        **words,
-        "layout": layout_in_words(checkpoint.manifest["layout"]),
-    }
 
 
 def _files(source: SavedModel) -> list[File]:

@@ -77,13 +77,9 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
 
     Args:
         path: a run (its newest complete checkpoint), or a checkpoint's folder.
-        out: the run's new folder; it must not exist, or be empty. It is written atomically.
-        layout: layout of the ranks that will train.
+        out: the run's new folder.
+        layout: layout of the ranks that will train, which must be able to hold the model.
         gpu_memory: GiB of each rank's GPU; None: its memory is not checked.
-
-    Raises:
-        UserError: if the source cannot be read or is damaged, the layout cannot hold the model, or
-            the folder holds something.
     """
     require_new(out, path)
     source = open_run(path)
@@ -120,13 +116,7 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
 def import_weights(path: Path, out: Path) -> list[str]:
     """A report in lines, after writing a run's folder with one checkpoint without moments.
 
-    Args:
-        path: a folder that `export` has written.
-        out: the run's new folder; it must not exist, or be empty. It is written atomically.
-
-    Raises:
-        UserError: if the folder does not name its run, its config is of another version or model, a
-            file is damaged or of another vocabulary, or `out` holds something.
+    The source is a folder that `export` has written, which names its run.
     """
     require_new(out, path)
     source = open_run(path)

@@ -27,14 +27,10 @@ def shrink(
     """A report in lines, after writing the shallower model to a new folder.
 
     Args:
-        path: the deeper model, see `open_run`.
-        out: new folder; it must not exist, or be empty.
+        path: the deeper model.
+        out: new folder.
         layers: value of each option ("--layers", "--encoder-layers", "--decoder-layers").
         shard_bytes: largest size of a file, see `write_files`.
-
-    Raises:
-        UserError: if the source cannot be read, a layer does not exist or does not fit the pattern
-            of the MoE layers, or the folder holds something.
     """
     source = open_whole(path, out)
     chosen = _chosen_layers(source.config, layers)
