@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from magnetar.data.errors import UserError, all_problems
 from magnetar.engine.checkpoint.format import MANIFEST, checkpoint_folders
@@ -24,6 +25,8 @@ from magnetar.engine.checkpoint.open_run import SavedModel, open_run
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.files import LazyTensors
 from magnetar.models.weights.load_save import CONFIG_FILE, require_free, write_weights
+
+_SHOWN_WARNINGS = 3
 
 
 def require_new(out: Path, source: Path | None = None) -> None:
@@ -131,6 +134,7 @@ def write_folder(
     Raises:
         UserError: if the folder holds something, or the disk does not hold what was written.
     """
+    tensors, warnings = checked_numbers(tensors)
     try:
         write_weights(
             out,
@@ -145,12 +149,39 @@ def write_folder(
         raise UserError(str(error)) from None
     inputs = "source, target" if config.architecture == "encoder_decoder" else "tokens"
     return [
-        *aligned(rows),
+        *aligned([*rows, *warning_rows(warnings)]),
         "",
         "from magnetar.models.weights.load_save import load_model",
         f"model = load_model({str(out)!r})",
         f"logits = model({inputs}).logits  # tokens: (batch, length) int64",
     ]
+
+
+def checked_numbers(tensors: LazyTensors) -> tuple[LazyTensors, dict[str, str]]:
+    """The same tensors, and a warning about each that has been read and is not finite."""
+    warnings: dict[str, str] = {}
+
+    def read(name: str) -> Tensor:
+        tensor = tensors.read(name)
+        if text := not_finite(tensor):
+            warnings[name] = f"{name}: {text}"
+        return tensor
+
+    return LazyTensors(tensors.specs, read), warnings
+
+
+def not_finite(values: Tensor) -> str:
+    """How many numbers are NaN or infinite, in words; nothing if none is."""
+    bad = values.numel() - int(values.isfinite().sum())
+    return f"{bad:,} of {values.numel():,} values are not finite" if bad else ""
+
+
+def warning_rows(warnings: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The first warnings as rows of a report, and the number of the others."""
+    rows = [("warning", text) for text in list(warnings.values())[:_SHOWN_WARNINGS]]
+    if more := len(warnings) - len(rows):
+        rows.append(("warning", f"{more} more tensors have values that are not finite"))
+    return rows
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from magnetar.convert.experts import place_of
-from magnetar.convert.folders import layout_in_words, watched
+from magnetar.convert.folders import layout_in_words, not_finite, watched
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
@@ -261,9 +261,8 @@ def _suspicious(
             values, of = weight, ""
         else:
             values, of = checkpoint.tensor(name, state), f" ({state})"
-        bad = values.numel() - int(values.isfinite().sum())
-        if bad:
-            yield f"{name}{of}: {bad:,} of {values.numel():,} values are not finite"
+        if text := not_finite(values):
+            yield f"{name}{of}: {text}"
 
 
 def group_of(name: str) -> str:

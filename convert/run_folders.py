@@ -20,10 +20,12 @@ from torch import Tensor
 from magnetar.convert.experts import experts_of_layers, place_of
 from magnetar.convert.folders import (
     aligned,
+    checked_numbers,
     how_to_start,
     layout_in_words,
     require_new,
     vocabulary_file,
+    warning_rows,
     watched,
 )
 from magnetar.data.atomic import atomic_folder
@@ -133,7 +135,7 @@ def import_weights(path: Path, out: Path) -> list[str]:
             f"{how_to_start(path, {})}"
         )
     run = read_entry(path, source.about)
-    tensors = as_type(source.tensors, torch.float32)
+    tensors, warnings = checked_numbers(as_type(source.tensors, torch.float32))
     sizes = {name: spec.num_bytes for name, spec in tensors.specs.items()}
     parts = {
         part_name(index): [(name, 0, prod(tensors.specs[name].shape)) for name in names]
@@ -148,6 +150,7 @@ def import_weights(path: Path, out: Path) -> list[str]:
         [
             ("imported", str(path)),
             ("wrote", f"{written.path}, weights alone: Adam starts anew, the schedule goes on"),
+            *warning_rows(warnings),
             ("train on", _how_to_train_on(out, _num_ranks(config))),
         ]
     )

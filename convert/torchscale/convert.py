@@ -5,6 +5,7 @@ every position that is not padding. The tensors decide what the files leave open
 embeddings and the tensors differ, the embeddings are not tied.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from magnetar.convert.experts import experts_of_layers
 from magnetar.convert.folders import checked_model, require_new, write_folder
-from magnetar.convert.torchscale.names import FIRST_POSITION, NOT_WEIGHTS, Recipe, Stack, recipe
+from magnetar.convert.torchscale.names import (
+    FIRST_POSITION,
+    NOT_WEIGHTS,
+    XPOS,
+    Recipe,
+    Stack,
+    recipe,
+)
 from magnetar.convert.torchscale.options import (
     CLASSES,
     Architecture,
@@ -48,6 +57,9 @@ _FOREIGN = (
 )
 # fairseq builds positions for this many tokens by default.
 _FAIRSEQ_POSITIONS = 1024
+_LAYER = re.compile(r"((?:.*?\.)??)(?:(?:encoder|decoder)\.)?layers\.\d+\.")
+# Relative errors of xPos's table: in bfloat16, and in float32 on another machine.
+_LARGEST_ROUNDING, _SMALLEST_ROUNDING = 2**-8, 2**-20
 _TIES = (
     "share_all_embeddings",
     "share_decoder_input_output_embed",
@@ -138,7 +150,8 @@ def translate(
     _refuse_the_foreign(tensors, path)
     options = _all_options(checkpoint, given)
     source = str(given_path or path)
-    architecture = _architecture(tensors, options, path)
+    outer = _outer_prefix(tensors, path)
+    architecture = _architecture(tensors, outer, options, path)
     is_fairseqs = checkpoint.kind == "fairseq"
     if is_fairseqs and architecture != "encoder":
         # Its language models take the length of their samples for the number of positions.
@@ -150,8 +163,9 @@ def translate(
             check_belonging(some, architecture, place)
     resolved = resolve(architecture, options, source, final=is_fairseqs)
     keys, notes = model_keys(architecture, resolved, source)
-    model = _Model(path, tensors, _stacks(tensors, architecture), resolved, [])
+    model = _Model(path, tensors, _stacks(tensors, outer, architecture), resolved, [])
     _check_tables(model)
+    _check_xpos(model, checkpoint)
     embeddings, copies = _embedding_keys(model)
     # fairseq adds sines where neither a table nor an option says otherwise.
     has_sines = is_fairseqs and not options.get("no_token_positional_embeddings")
@@ -199,14 +213,32 @@ def _refuse_the_foreign(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
+def _outer_prefix(tensors: Iterable[str], path: Path) -> str:
+    """What comes before all names of the model, such as "model.", or nothing."""
+    layers = (match for name in tensors if (match := _LAYER.match(name)))
+    first, *others = dict.fromkeys(match[1] for match in layers)
+    if others:
+        raise UserError(
+            f"{path}: holds several models, with layers under {first or 'no prefix'} and under "
+            f"{others[0] or 'no prefix'}: give the state dict of one of them"
+        )
+    for name in tensors:
+        if not name.startswith(first):
+            raise UserError(
+                f"{path}: {name} is not under {first} as the model's layers are, so it belongs to "
+                "another module: take it out of the file"
+            )
+    return first
+
+
 def _architecture(
-    tensors: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
+    tensors: Mapping[str, Tensor], outer: str, options: Mapping[str, Any], path: Path
 ) -> Architecture:
     """The architecture by the names of the tensors or, if these leave it open, of the options."""
     sides = [
         side
         for side in ("encoder", "decoder")
-        if any(name.startswith(f"{side}.layers.") for name in tensors)
+        if any(name.startswith(f"{outer}{side}.layers.") for name in tensors)
     ]
     if len(sides) == 2:
         return "encoder_decoder"
@@ -228,12 +260,12 @@ def _architecture(
     return "encoder" if found == "encoder" else "decoder"
 
 
-def _stacks(tensors: Mapping[str, Tensor], architecture: Architecture) -> list[Stack]:
+def _stacks(tensors: Iterable[str], outer: str, architecture: Architecture) -> list[Stack]:
     if architecture == "encoder_decoder":
-        return [Stack(side, f"{side}.", f"{side}.") for side in ("encoder", "decoder")]
-    prefix = f"{architecture}."
+        return [Stack(side, f"{outer}{side}.", f"{side}.") for side in ("encoder", "decoder")]
+    prefix = f"{outer}{architecture}."
     has_prefix = any(name.startswith(prefix) for name in tensors)
-    return [Stack(architecture, prefix if has_prefix else "", "")]
+    return [Stack(architecture, prefix if has_prefix else outer, "")]
 
 
 def _check_tables(model: _Model) -> None:
@@ -258,6 +290,44 @@ def _check_tables(model: _Model) -> None:
                 )
 
 
+def _check_xpos(model: _Model, checkpoint: Checkpoint) -> None:
+    """Compare the table of xPos, which TorchScale reads from the file and Magnetar computes."""
+    rounded: dict[str, float] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if not name.endswith(XPOS):
+            continue
+        if not model.options["xpos_rel_pos"]:
+            raise UserError(
+                f"{model.path}: {name} belongs to xPos, and by the options xpos_rel_pos is false: "
+                "give xpos_rel_pos=true with --config, or this model's own options"
+            )
+        side = model.stacks[-1].side
+        width = model.options[f"{side}_embed_dim"] // model.options[f"{side}_attention_heads"]
+        # zeta of arXiv 2212.10554, as TorchScale computes it.
+        expected = (torch.arange(0, width, 2) + 0.4 * width) / (1.4 * width)
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"{model.path}: {name} is of shape {tuple(tensor.shape)}, and of heads of width "
+                f"{width}, as the options have them, it is {tuple(expected.shape)}: give the "
+                f"{side}_attention_heads that the model was built with"
+            )
+        error = ((tensor.float() - expected) / expected).abs().max().item()
+        if not error < _LARGEST_ROUNDING:
+            raise UserError(
+                f"{model.path}: {name} is not the table that TorchScale computes for heads of "
+                f"width {width}: give the options that the model was built with, or take it out "
+                "for positions by TorchScale's formula"
+            )
+        if error > _SMALLEST_ROUNDING:
+            rounded[name] = error
+    if rounded:
+        model.notes.append(
+            f"{next(iter(rounded))} is rounded in the file, by up to {max(rounded.values()):.1e}, "
+            "and Magnetar computes it in float32: logits differ from those of a TorchScale that "
+            "uses the rounded ones, and equal those of one that computes them"
+        )
+
+
 def _embedding_keys(model: _Model) -> tuple[dict[str, Any], set[str]]:
     """The keys about embeddings, and the tensors that are copies of another one.
 
@@ -268,8 +338,9 @@ def _embedding_keys(model: _Model) -> tuple[dict[str, Any], set[str]]:
     for name in tables:
         if name not in tensors:
             raise UserError(
-                f"{model.path}: {name} is missing, so the model was fed with embeddings from "
-                "outside, and Magnetar's read tokens: add the embedding's weight under this name"
+                f"{model.path}: {name} is missing, and Magnetar's models read tokens: add the "
+                "embedding's weight under this name, also if the model was fed with embeddings "
+                "from outside"
             )
     table, output = tables[-1], f"{model.stacks[-1].theirs}output_projection.weight"
     claims_tie = any(options.get(name, False) for name in _TIES)

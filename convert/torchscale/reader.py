@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from magnetar.convert.torchscale.names import NOT_WEIGHTS
+from magnetar.convert.torchscale.names import NOT_WEIGHTS, XPOS
 from magnetar.data.errors import UserError
 from magnetar.models.weights.files import read_json
 
@@ -29,6 +29,20 @@ _FAIRSEQ_KEYS = ("cfg", "extra_state", "optimizer_history")
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>shared|rank-(?P<rank>\d+))(?P<shard>-shard\d+)?\.pt")
 _EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<index>\d+)\.(?P<rest>.+)")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+# Parts that wrappers add to names: DistributedDataParallel and torch.optim.swa_utils.AveragedModel,
+# torch.compile, FSDP of torch and of fairscale, activation checkpointing now and in torch 1.12,
+# Lightning Fabric. No module of TorchScale's has such a name.
+_WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_checkpoint_wrapped_module",
+    "mod",
+    "_forward_module",
+}
+# Keys under which programs store the tensors: fairseq and others, Lightning, DeepSpeed.
+_STATES = ("model", "state_dict", "module", "model_state_dict")
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,8 @@ def _read_parts(
         for name, tensor in _read_file(path, trust).tensors.items():
             if match := _EXPERT.fullmatch(name):
                 local[rank][int(match["index"])][match["layer"], match["rest"]] = tensor
+            elif NOT_WEIGHTS.fullmatch(name):
+                continue
             elif name in tensors and not are_equal(tensors[name], tensor):
                 raise UserError(
                     f"{path}: {name} differs from the one in {shared_path.name}: these files "
@@ -196,7 +212,7 @@ def _read_file(path: Path, trust: bool) -> Checkpoint:
             f"{path}: holds a {type(held).__name__}, not tensors by name: save the model's "
             "state_dict()"
         )
-    states = [key for key in ("model", "state_dict") if isinstance(held.get(key), Mapping)]
+    states = [key for key in _STATES if isinstance(held.get(key), Mapping)]
     if not states:
         return Checkpoint(path, _named_tensors(path, held))
     tensors = _named_tensors(path, held[states[0]])
@@ -249,7 +265,7 @@ def _read_torch(path: Path, trust: bool) -> Any:
 
 
 def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors, without the prefix that DistributedDataParallel adds."""
+    """The tensors, without the parts that wrappers add to their names, in any order and depth."""
     for name, value in held.items():
         if not isinstance(value, Tensor):
             raise UserError(
@@ -258,16 +274,21 @@ def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
             )
     if not held:
         raise UserError(f"{path}: holds no tensors: give the file with the model's state dict")
-    tensors = {str(name): tensor for name, tensor in held.items()}
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
+    tensors: dict[str, Tensor] = {}
+    for whole_name, tensor in held.items():
+        name = ".".join(part for part in str(whole_name).split(".") if part not in _WRAPPERS)
         kind = _strange_kind(tensor)
-        if kind is not None and not NOT_WEIGHTS.fullmatch(name):
+        if kind is not None and (name.endswith(XPOS) or not NOT_WEIGHTS.fullmatch(name)):
             raise UserError(
                 f"{path}: {name} is {kind}, and every tensor of a model must be a dense one of a "
                 "floating type of 16 bits or more: convert it, or take it out if it is no weight"
             )
+        if name in tensors and kind is None and not are_equal(tensors[name], tensor):
+            raise UserError(
+                f"{path}: {whole_name} and another tensor are both {name} without the names of "
+                "wrappers such as module and _orig_mod, and they differ: take one of them out"
+            )
+        tensors[name] = tensor
     return tensors
 
 
@@ -320,8 +341,10 @@ def _as_dict(value: Any) -> dict[str, Any] | None:
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are of one type and shape and hold the same numbers."""
-    return first.dtype == second.dtype and torch.equal(first, second)
+    """Whether two tensors are of one type and shape and hold the same numbers, NaN included."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def read_options(path: Path) -> dict[str, Any]:
