@@ -128,17 +128,90 @@ def test_the_first_two_rows_of_the_positions_stay_behind() -> None:
 
 
 def test_what_is_no_weight_is_passed_over() -> None:
-    tensors = stack_tensors("decoder.") | {
-        "decoder.version": torch.tensor([3.0]),
-        "decoder.layers.0.self_attn.xpos.scale": torch.zeros(2),
-    }
+    tensors = stack_tensors("decoder.") | {"decoder.version": torch.tensor([3.0])}
     assert imported(tensors).tensors.keys() == imported(stack_tensors()).tensors.keys()
+
+
+@pytest.mark.parametrize("outer", ["model.", "lightning.net.model.", "encoder_decoder.lm."])
+def test_a_model_within_a_model_is_imported(outer: str, tmp_path: Path) -> None:
+    for tensors, options in ((stack_tensors("decoder."), small_options()), two_stacks()):
+        inner = {f"{outer}{name}": tensor for name, tensor in tensors.items()}
+        plain, found = imported(tensors, options), imported(inner, options)
+        assert (found.config, found.tensors.keys()) == (plain.config, plain.tensors.keys())
+        assert all(torch.equal(found.tensors[name], plain.tensors[name]) for name in plain.tensors)
+        beside = inner | {"loss.weight": torch.ones(3)}
+        with pytest.raises(UserError, match=f"loss.weight is not under {outer} as the model's la"):
+            imported(beside, options)
+        assert imported(without(beside, "loss.weight"), options)  # the way out
+        second = inner | {f"teacher.{name}": tensor for name, tensor in tensors.items()}
+        with pytest.raises(UserError, match=f"several models, with layers under {outer} and under"):
+            imported(second, options)
+        table = f"{outer}decoder.embed_tokens.weight"
+        with pytest.raises(
+            UserError, match=f"m.pt: {table} is missing, and Magnetar's models read"
+        ):
+            imported(without(inner, table), options)
+
+
+TABLE = "layers.0.self_attn.xpos.scale"
+
+
+def xpos_table(width: int) -> Tensor:
+    """Equation 13 of arXiv 2212.10554 with gamma = 0.4, number by number."""
+    return torch.tensor([(i + 0.4 * width) / (1.4 * width) for i in range(0, width, 2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("prefix", ["", "model.decoder."])
+def test_a_table_of_xpos_that_the_file_has_rounded_is_named(
+    prefix: str, dtype: torch.dtype
+) -> None:
+    rounded = xpos_table(4).to(dtype)
+    for table in (rounded, rounded.float()):
+        state = stack_tensors(prefix) | {f"{prefix}{TABLE}": table}
+        model = imported(state, small_options(xpos_rel_pos=True))
+        noted = [note for note in model.notes if "is rounded in the file" in note]
+        assert len(noted) == (dtype != torch.float32)
+        assert all(note.startswith(f"{prefix}{TABLE} is rounded") for note in noted)
+
+
+def test_a_table_of_xpos_that_the_options_contradict_is_refused() -> None:
+    options = small_options(xpos_rel_pos=True)
+    for table, message in (
+        (xpos_table(8), r"is of shape \(4,\), and of heads of width 4, as .* it is \(2,\): give"),
+        (xpos_table(4) + 0.01, "is not the table that TorchScale computes for heads of width 4"),
+        (torch.full((2,), torch.nan), "is not the table that TorchScale computes"),
+    ):
+        with pytest.raises(UserError, match=f"m.pt: {TABLE} {message}"):
+            imported(stack_tensors() | {TABLE: table}, options)
+    state = stack_tensors() | {TABLE: xpos_table(8)}
+    assert imported(state, options | {"decoder_attention_heads": 1})  # the way out
+    with pytest.raises(UserError, match=f"m.pt: {TABLE} belongs to xPos, and by .* is false: give"):
+        imported(state, small_options())
 
 
 def test_half_precision_becomes_float32() -> None:
     model = imported({name: tensor.half() for name, tensor in stack_tensors().items()})
     assert {tensor.dtype for tensor in model.tensors.values()} == {torch.float32}
     assert "float16 in the file, float32 in the folder" in model.notes
+
+
+def test_numbers_that_are_none_are_imported_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = stack_tensors()
+    tensors["output_projection.weight"] = tensors["embed_tokens.weight"]
+    tensors["embed_tokens.weight"][3, 4:7] = torch.tensor([math.nan, math.inf, -math.inf])
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        tensors[f"layers.0.self_attn.{name}.bias"][0] = math.nan
+    options = small_options(share_decoder_input_output_embed=True)
+    torch.save({"model": tensors, "config": options}, tmp_path / "m.pt")
+    main(["import-torchscale", str(tmp_path / "m.pt"), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out.splitlines()
+    assert "warning     embedding.weight: 3 of 88 values are not finite" in printed
+    assert "warning     blocks.0.attention.qkv_proj.bias: 3 of 24 values are not finite" in printed
+    assert not any("stay two" in line for line in printed), "a NaN is its copy's equal"
+    assert load_weights(tmp_path / "out")[1]["embedding.weight"][3, 4].isnan()
 
 
 def test_the_options_name_the_class_where_the_tensors_do_not() -> None:
