@@ -356,7 +356,9 @@ def read_options(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder: give the JSON with the model's options") from None
     except ValueError as error:
-        raise UserError(f'{path}: {error}: write the options as {{"decoder_layers": 6}}') from None
+        raise UserError(
+            f'{path}: {error}: write the options as UTF-8, such as {{"decoder_layers": 6}}'
+        ) from None
     if not isinstance(options, dict):
         raise UserError(
             f"{path}: holds a {type(options).__name__}, not options by name, such as "
