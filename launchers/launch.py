@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from magnetar.engine.cluster.hosts import free_port
 from magnetar.engine.config.schema import RunConfig, load_config
-from magnetar.engine.supervise.supervisor import free_port
 from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,

@@ -4,7 +4,9 @@ import ipaddress
 import os
 import re
 import shlex
+import socket
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,19 +59,46 @@ def chosen_slots(
 
     Unknown hosts in the two texts are ignored: they may have been removed from the hostfile since.
     """
-    slots = {host: list(range(count)) for host, count in hosts.items()}
     named: dict[str, list[int]] = {}
-    for part in (include or exclude).split("@") if include or exclude else []:
+    for part in filter(None, (include or exclude).split("@")):
         host, _, numbers = part.partition(":")
-        given = [int(number) for number in numbers.split(",")] if numbers else slots.get(host, [])
+        given = map(int, numbers.split(",")) if numbers else range(hosts.get(host, 0))
         named.setdefault(host, []).extend(given)
-    if include:
-        slots = {
-            host: [s for s in slots[host] if s in named[host]] for host in slots if host in named
-        }
-    else:
-        slots = {host: [s for s in slots[host] if s not in named.get(host, [])] for host in slots}
+    slots = {
+        host: [slot for slot in range(count) if (slot in named.get(host, ())) == bool(include)]
+        for host, count in hosts.items()
+    }
     return {host: left for host, left in slots.items() if left}
+
+
+def slots_of(hostfile: Path, include: str = "", exclude: str = "") -> dict[str, list[int]]:
+    """Host -> its slots that take part; see `chosen_slots`.
+
+    Raises:
+        UserError: if the hostfile is wrong, or no slot is left.
+    """
+    hosts = read_hostfile(hostfile)
+    slots = chosen_slots(hosts, include, exclude)
+    if not slots and (include or exclude):
+        raise UserError(
+            f"--include {include!r} and --exclude {exclude!r} leave no slot of {hostfile}: name "
+            f"some of {', '.join(hosts)}"
+        )
+    if not slots:
+        raise UserError(f"--hostfile {hostfile} has no slots: write slots=8, say")
+    return slots
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def path_of_programs() -> str:
+    """PATH for the launcher: programs beside this Python, such as ninja, are found first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def ssh_command(host: str, words: Sequence[str], port: int | None = None) -> list[str]:
