@@ -15,7 +15,7 @@ from typing import NamedTuple
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import checkpoint_folders, step_of
 from magnetar.engine.cluster import logbook
-from magnetar.engine.cluster.hosts import address_of, free_port, on_hosts, slots_of
+from magnetar.engine.cluster.hosts import LaunchOptions, address_of, on_hosts
 from magnetar.engine.config.schema import load_config
 from magnetar.engine.supervise.launched_run import (
     Launched,
@@ -30,41 +30,21 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(LaunchOptions):
     """The options of the supervisor and of the run.
 
     Attributes:
         config: the run's JSON.
-        settings: `--set` arguments of the JSON.
         max_restarts: largest number of restarts in a row without a new checkpoint.
         backoff: pause in seconds before a restart, doubled for each further one without progress.
         max_backoff: longest pause in seconds.
-        hostfile: path of the hostfile; None: only this machine.
-        num_nodes: number of machines, from the start of the hostfile; None: all.
-        num_gpus: number of ranks on each machine; None: its slots, or this machine's GPUs.
-        include: hosts and slots to use, in DeepSpeed's syntax.
-        exclude: hosts to leave out, in DeepSpeed's syntax.
-        master_addr: address of the first machine; None: found.
-        master_port: port of the rendezvous; None: a free one, another at each start.
-        ssh_port: port of sshd; None: ssh's default.
-        force_multi: whether a single machine of the hostfile is also reached over ssh.
         passed: further arguments for the launcher.
     """
 
     config: Path
-    settings: tuple[str, ...] = ()
     max_restarts: int = 10
     backoff: float = 5.0
     max_backoff: float = 300.0
-    hostfile: Path | None = None
-    num_nodes: int | None = None
-    num_gpus: int | None = None
-    include: str = ""
-    exclude: str = ""
-    master_addr: str | None = None
-    master_port: int | None = None
-    ssh_port: int | None = None
-    force_multi: bool = False
     passed: tuple[str, ...] = ()
 
 
@@ -231,38 +211,20 @@ class Supervisor:
 
     def _place(self, silent: set[str]) -> Place:
         """The machines of the current hostfile, without the hosts that do not answer."""
-        options = self.options
-        if options.hostfile is None:
-            return Place({})
-        slots = slots_of(options.hostfile, options.include, options.exclude)
-        slots = dict(list(slots.items())[: options.num_nodes])
-        if options.num_gpus is not None:
-            slots = {host: list(range(options.num_gpus)) for host in slots}
+        slots = self.options.slots()
         left = {host: numbers for host, numbers in slots.items() if host not in silent}
-        is_remote = len(slots) > 1 or options.force_multi
-        return Place(left, tuple(sorted(silent)), is_remote, next(iter(slots)))
+        is_remote = self.options.is_remote(slots)
+        return Place(left, tuple(sorted(silent)), is_remote, next(iter(slots), None))
 
     def _command(self, place: Place, settings: Sequence[str]) -> list[str]:
         """The launcher's command line for one start."""
-        options = self.options
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", *options.passed]
-        command += ["--master_port", str(options.master_port or free_port())]
-        if options.ssh_port is not None:
-            command += ["--ssh_port", str(options.ssh_port)]
-        if options.hostfile is None:
-            command += ["--num_gpus", str(options.num_gpus)] if options.num_gpus else []
-        else:
-            named = "@".join(f"{h}:{','.join(map(str, s))}" for h, s in place.slots.items())
-            # The supervisor has just asked every host; the launcher would ask the first one again.
-            command += ["--hostfile", str(options.hostfile), "--include", named, "--no_ssh_check"]
-            command += ["--master_addr", self._master_addr(place)]
-            command += ["--force_multi"] if place.is_remote else []
-        command += ["--module", "magnetar.launchers.train"]
-        command += ["--deepspeed_config", str(options.config)]
-        return command + [part for text in settings for part in ("--set", text)]
+        words = [sys.executable, "-m", "deepspeed.launcher.runner", *self.options.passed]
+        include = "@".join(f"{host}:{','.join(map(str, s))}" for host, s in place.slots.items())
+        words += self.options.words(self._master_addr(place), include, place.is_remote)
+        return words + self.options.training(settings)
 
     def _master_addr(self, place: Place) -> str:
-        host = next(iter(place.slots))
+        host = next(iter(place.slots), "")
         if self.options.master_addr is not None and host == place.first:
             return self.options.master_addr
         return address_of(host, self.options.ssh_port) if place.is_remote else "127.0.0.1"
