@@ -37,6 +37,7 @@ class LaunchOptions:
         master_port: port of the rendezvous; None: a free one, another at each start.
         ssh_port: port of sshd; None: ssh's default.
         force_multi: whether a single machine of the hostfile is also reached over ssh.
+        passed: further arguments for the launcher.
     """
 
     config: Path | None = None
@@ -50,6 +51,7 @@ class LaunchOptions:
     master_port: int | None = None
     ssh_port: int | None = None
     force_multi: bool = False
+    passed: tuple[str, ...] = ()
 
     def slots(self) -> dict[str, list[int]]:
         """Host -> its slots that take part; none without a hostfile.
@@ -76,13 +78,21 @@ class LaunchOptions:
         """Whether hosts are reached over ssh."""
         return self.hostfile is not None and (len(slots) > 1 or self.force_multi)
 
-    def words(self, address: str, include: str, is_remote: bool) -> list[str]:
-        """The launcher's arguments up to the module: rank 0's address, slots as in --include."""
-        words = ["--master_port", str(self.master_port or free_port())]
+    def words(self, address: str, slots: Mapping[str, list[int]], is_remote: bool) -> list[str]:
+        """The launcher's arguments up to the module.
+
+        Args:
+            address: rank 0's address.
+            slots: host -> its slots that take part; none: those of the hostfile.
+            is_remote: whether hosts are reached over ssh.
+        """
+        words = [*self.passed, "--master_port", str(self.master_port or free_port())]
         words += ["--ssh_port", str(self.ssh_port)] if self.ssh_port else []
         if self.hostfile is None:
             return words + (["--num_gpus", str(self.num_gpus)] if self.num_gpus else [])
-        words += ["--hostfile", str(self.hostfile), *(["--include", include] if include else [])]
+        words += ["--hostfile", str(self.hostfile)]
+        named = "@".join(f"{host}:{','.join(map(str, there))}" for host, there in slots.items())
+        words += ["--include", named] if slots else []
         # The hosts have just been asked; the launcher would ask the first one again.
         words += ["--no_ssh_check", "--master_addr", address]
         return words + (["--force_multi"] if is_remote else [])

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,10 +62,8 @@ def versions() -> dict[str, str]:
     """Versions of Python, the driver and packages, read without importing any."""
     found = {"python": platform.python_version()}
     for name in (*_PACKAGES, *_NCCL):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found["nccl" if name in _NCCL else name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -165,15 +164,12 @@ def _nvidia(query: str) -> list[list[str]]:
 
 
 def machine() -> dict[str, Any]:
-    """Name, cores, memory, compilers, and the variables that change compilation."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Cores, shared memory, compilers, and the variables that change compilation."""
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    programs = {name: shutil.which(name, path=path) for name in ("ninja", "c++", "nvcc")}
+    programs = {name: shutil.which(name, path=path) for name in ("ninja", "c++")}
     return {
-        "name": socket.gethostname(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory": memory,
         "shared_memory": shared,
         "programs": programs,
         "variables": {name: os.environ[name] for name in _ASKED_VARIABLES if name in os.environ},
@@ -187,14 +183,12 @@ def locks() -> list[dict[str, Any]]:
     """
     default = Path.home() / ".cache/torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
-    found = [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]
+    found = [*root.glob("*/lock"), *root.glob("*/*/lock")]
     holders: dict[str, int] = {}
     if found:
         for link in Path("/proc").glob("[0-9]*/fd/*"):
-            try:
+            with suppress(OSError):
                 holders.setdefault(os.readlink(link), int(link.parts[2]))
-            except OSError:
-                continue
     return [
         {
             "path": str(path),

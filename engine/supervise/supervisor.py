@@ -38,14 +38,12 @@ class Options(LaunchOptions):
         max_restarts: largest number of restarts in a row without a new checkpoint.
         backoff: pause in seconds before a restart, doubled for each further one without progress.
         max_backoff: longest pause in seconds.
-        passed: further arguments for the launcher.
     """
 
     config: Path
     max_restarts: int = 10
     backoff: float = 5.0
     max_backoff: float = 300.0
-    passed: tuple[str, ...] = ()
 
 
 class Place(NamedTuple):
@@ -218,9 +216,8 @@ class Supervisor:
 
     def _command(self, place: Place, settings: Sequence[str]) -> list[str]:
         """The launcher's command line for one start."""
-        words = [sys.executable, "-m", "deepspeed.launcher.runner", *self.options.passed]
-        include = "@".join(f"{host}:{','.join(map(str, s))}" for host, s in place.slots.items())
-        words += self.options.words(self._master_addr(place), include, place.is_remote)
+        words = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        words += self.options.words(self._master_addr(place), place.slots, place.is_remote)
         return words + self.options.training(settings)
 
     def _master_addr(self, place: Place) -> str:
