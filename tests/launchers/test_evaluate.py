@@ -6,14 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tokenizers
 
 from magnetar.data.text.prepare import PrepareConfig, prepare
 from magnetar.data.text.token_files import open_prepared
-from magnetar.launchers.evaluate import _tell, main
+from magnetar.launchers.evaluate import _keep, main
 from tests.ranks import ROOT
 from tests.runs import rewrite_manifest
 
@@ -236,11 +235,10 @@ def test_data_that_is_gone_and_a_config_of_another_version_are_described(
     assert "d_of_tomorrow" in message
 
 
-def test_an_answer_that_cannot_be_kept_is_still_printed(
+def test_an_answer_that_cannot_be_kept_is_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "evaluation.json.partial").mkdir()
-    assert _tell(SimpleNamespace(run=tmp_path, json=True), {"loss": 1.0})
-    shown = capsys.readouterr()
-    assert json.loads(shown.out) == {"loss": 1.0}
-    assert f"warning: {tmp_path / 'evaluation.json'} is not written (" in shown.err
+    _keep({"loss": 1.0}, tmp_path / "evaluation.json")
+    shown = capsys.readouterr().err
+    assert f"warning: {tmp_path / 'evaluation.json'} is not written (" in shown
