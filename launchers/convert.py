@@ -92,6 +92,11 @@ def _shard_bytes(options: argparse.Namespace) -> int:
     return parse_size(options.shard_size)
 
 
+_LAYERS = {
+    "layers": "layers of a decoder or an encoder",
+    "encoder_layers": "layers of an encoder-decoder's encoder (default: all)",
+    "decoder_layers": "layers of an encoder-decoder's decoder (default: all)",
+}
 # Parameters of the functions that are no option.
 _MADE: dict[str, Callable[[argparse.Namespace], Any]] = {
     "layout": _layout,
@@ -100,11 +105,6 @@ _MADE: dict[str, Callable[[argparse.Namespace], Any]] = {
         key: getattr(options, key) for key in ("num_experts", "every", "top_k", "router")
     },
     "layers": lambda options: {option_of(name): getattr(options, name) for name in _LAYERS},
-}
-_LAYERS = {
-    "layers": "layers of a decoder or an encoder",
-    "encoder_layers": "layers of an encoder-decoder's encoder (default: all)",
-    "decoder_layers": "layers of an encoder-decoder's decoder (default: all)",
 }
 _A_RUN = "a run's folder (its newest checkpoint), "
 
@@ -202,9 +202,10 @@ def _export(command: argparse.ArgumentParser) -> None:
     _add_source(command)
     add = partial(add_option, command)
     add("--checkpoint NAME", "such as step_00000400 (default: the newest)")
-    add("--tokenizer PATH", "the vocabulary or its folder, if the run's has moved", Path)
-    types, what = ("float32", "bfloat16", "float16"), "float32 is what was saved, to the last bit"
-    add("--dtype", f"{what} (%(default)s)", str, "float32", choices=types)
+    what = "the vocabulary or its folder, if it is no longer where the run read it"
+    add("--tokenizer PATH", what, Path)
+    what = "float32 is what was saved, to the last bit (%(default)s)"
+    add("--dtype", what, str, "float32", choices=("float32", "bfloat16", "float16"))
     _add_out(command)
 
 

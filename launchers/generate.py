@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     from magnetar.engine.checkpoint.open_run import open_run
-    from magnetar.engine.report.samples import continuation_text, decode_continuation
+    from magnetar.engine.report.samples import continuation_text
     from magnetar.models.decoding.generation import sample
     from magnetar.models.transformer import Transformer
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.seed,
         )
         for row in tokens.tolist():
-            text = continuation_text(*decode_continuation(tokenizer, row, len(ids)))
+            text = continuation_text(tokenizer, row, len(ids))
             console.print(text, soft_wrap=True, end="\n\n")
 
 
