@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from magnetar.engine.cluster.arguments import sealed
 from magnetar.engine.config.schema import load_config
 from magnetar.engine.supervise.supervisor import free_port
 from magnetar.launchers.terminal.command_line import (
@@ -144,8 +145,9 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
     words += ["--force_multi"] if options.force_multi else []
     words += ["--no_ssh"] if options.no_ssh else []
     words += handed_on(options)
-    words += ["--module", _module_of(command), "--deepspeed_config", str(options.config)]
-    return words + [part for text in options.set for part in ("--set", text)], variables
+    settings = [part for text in options.set for part in ("--set", text)]
+    own = sealed(["--deepspeed_config", str(options.config), *settings])
+    return [*words, "--module", _module_of(command), *own], variables
 
 
 def _start(command: str, arguments: Sequence[str] | None) -> NoReturn:
