@@ -9,15 +9,19 @@ import io
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from rich.console import Console
 
 from magnetar.data.errors import UserError
 from magnetar.data.text.lines import require_utf8
 from magnetar.launchers.terminal.command_line import (
+    AT_LEAST_1,
+    SEED,
+    TOP_P,
     CommandParser,
+    add_option,
     add_run_options,
-    require_at_least_1,
 )
 from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 
@@ -30,53 +34,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "the run's folder, such as runs/quickstart, or a folder of weights",
         "folder of the tokenizer (default: the run's)",
     )
-    add = parser.add_argument
-    add("--prompt", metavar="TEXT", help="what to continue (default: each line of the input)")
-    add("--tokens", type=int, default=100, metavar="N", help="tokens to add (%(default)s)")
-    add(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="T",
-        help="0: always the most probable token; 1: the model's own probabilities (%(default)s)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        default=0.95,
-        metavar="P",
-        help="draw among the likeliest tokens that make up this probability (%(default)s)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="seed of the draw (%(default)s)")
-    add(
-        "--num-samples",
-        type=int,
-        default=1,
-        metavar="N",
-        help="texts per prompt (%(default)s)",
-    )
+    add = partial(add_option, parser)
+    add("--prompt TEXT", "what to continue (default: each line of the input)")
+    add("--tokens N", "tokens to add (%(default)s)", int, 100, rule=AT_LEAST_1)
+    what = "0: always the most probable token; 1: the model's own probabilities (%(default)s)"
+    must = "0 or more: 0 takes the most probable token, 1 follows the model's own probabilities"
+    add("--temperature T", what, float, 0.8, rule=(lambda value: 0 <= value < math.inf, must))
+    what = "draw among the likeliest tokens that make up this probability (%(default)s)"
+    add("--top-p P", what, float, 0.95, rule=TOP_P)
+    add("--seed N", "seed of the draw (%(default)s)", int, 0, rule=SEED)
+    add("--num-samples N", "texts per prompt (%(default)s)", int, 1, rule=AT_LEAST_1)
     options = parser.parse_args(arguments)
-    _check(options)
-    return options
-
-
-def _check(options: argparse.Namespace) -> None:
     if options.prompt is not None:
         require_utf8(options.prompt, "--prompt", "give it in UTF-8")
         if not options.prompt.strip():
             raise UserError("--prompt is empty: give the beginning of a text to continue")
-    require_at_least_1(options, ("tokens", "num_samples"))
-    if not 0 <= options.temperature < math.inf:
-        raise UserError(
-            f"--temperature {options.temperature:g} must be 0 or more: 0 takes the most probable "
-            "token, 1 follows the model's own probabilities"
-        )
-    if not 0 < options.top_p <= 1:
-        raise UserError(
-            f"--top-p {options.top_p:g} must be more than 0 and at most 1: 1 allows every token"
-        )
-    if not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed {options.seed} must be 0 or more and less than 2^63")
+    return options
 
 
 def prompts_of(prompt: str | None) -> Iterator[str]:
@@ -110,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     from magnetar.engine.checkpoint.open_run import open_run
-    from magnetar.engine.report.samples import continuation_text, decode_continuation
+    from magnetar.engine.report.samples import continuation_text
     from magnetar.models.decoding.generation import sample
     from magnetar.models.transformer import Transformer
 
@@ -135,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.seed,
         )
         for row in tokens.tolist():
-            text = continuation_text(*decode_continuation(tokenizer, row, len(ids)))
+            text = continuation_text(tokenizer, row, len(ids))
             console.print(text, soft_wrap=True, end="\n\n")
 
 

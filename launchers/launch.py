@@ -11,15 +11,18 @@ Options may also be written with hyphens: --num-gpus.
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from magnetar.engine.cluster.arguments import sealed
 from magnetar.engine.cluster.hosts import free_port
-from magnetar.engine.config.schema import RunConfig, load_config
+from magnetar.engine.config.schema import load_config
 from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,
+    add_option,
     positive,
     take_config,
     whole_number,
@@ -43,27 +46,22 @@ _HOSTFILE = Path("/job/hostfile")  # the one that DeepSpeed reads if none is giv
 
 def add_launcher_options(parser: argparse.ArgumentParser, module: str) -> None:
     """The options of DeepSpeed's launcher that `train` and `supervise` both take."""
-    add = parser.add_argument_group("options of DeepSpeed's launcher").add_argument
-    add("-H", "--hostfile", type=Path, help="the machines, a line `NAME slots=N` each")
-    add("-i", "--include", default="", help="hosts and slots to use, such as node-1@node-2:0,2")
-    add("-e", "--exclude", default="", help="hosts and slots to leave out, in the same syntax")
-    add("--num_nodes", type=positive, metavar="N", help="only the first N hosts")
-    add("--num_gpus", "--num_accelerators", type=positive, metavar="N", help="ranks on each host")
-    add("--master_addr", metavar="ADDRESS", help="address of rank 0's machine (default: found)")
-    add(
-        "--master_port",
-        type=positive,
-        metavar="PORT",
-        help="port of rank 0's machine (default: a free one)",
-    )
-    add("--ssh_port", type=positive, metavar="PORT", help="port that ssh connects to")
-    add("--force_multi", action="store_true", help="use ssh even for a single host")
-    add("-q", "--quiet", action="store_true", help="print only the launcher's errors")
+    add = partial(add_option, parser.add_argument_group("options of DeepSpeed's launcher"))
+    add("-H --hostfile HOSTFILE", "the machines, a line `NAME slots=N` each", Path)
+    add("-i --include INCLUDE", "hosts and slots to use, such as node-1@node-2:0,2", str, "")
+    add("-e --exclude EXCLUDE", "hosts and slots to leave out, in the same syntax", str, "")
+    add("--num_nodes N", "only the first N hosts", positive)
+    add("--num_gpus --num_accelerators N", "ranks on each host", positive)
+    add("--master_addr ADDRESS", "address of rank 0's machine (default: found)")
+    add("--master_port PORT", "port of rank 0's machine (default: a free one)", positive)
+    add("--ssh_port PORT", "port that ssh connects to", positive)
+    add("--force_multi", "use ssh even for a single host")
+    add("-q --quiet", "print only the launcher's errors")
     for name in FLAGS:
-        add(name, action="store_true", help=argparse.SUPPRESS)
+        add(name, argparse.SUPPRESS)
     for name in VALUES:
-        add(name, help=argparse.SUPPRESS)
-    add("--module", choices=[module], help=argparse.SUPPRESS)
+        add(f"{name} VALUE", argparse.SUPPRESS)
+    add("--module MODULE", argparse.SUPPRESS, choices=[module])
 
 
 def underscored(arguments: Sequence[str] | None) -> list[str]:
@@ -97,10 +95,8 @@ def parse_arguments(arguments: Sequence[str] | None, command: str) -> argparse.N
     parser = CommandParser(prog=f"magnetar {command}", description=__doc__, allow_abbrev=False)
     add_config_options(parser)
     add_launcher_options(parser, _module_of(command))
-    parser.add_argument("--no_ssh", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--node_rank", type=lambda text: whole_number(text, 0), help=argparse.SUPPRESS
-    )
+    add_option(parser, "--no_ssh", argparse.SUPPRESS)
+    add_option(parser, "--node_rank N", argparse.SUPPRESS, partial(whole_number, least=0))
     options = parser.parse_args(underscored(arguments))
     options.config = take_config(parser, options)
     refuse_contradictions(parser, options)
@@ -120,11 +116,6 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _num_ranks_on_cpu(config: RunConfig) -> int:
-    """The fewest ranks that the model can be spread over as its JSON says."""
-    return config.model.moe.ep_size if config.model.moe is not None else 1
-
-
 def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[str], dict[str, str]]:
     """The command line that starts DeepSpeed's launcher, and the variables that it adds.
 
@@ -140,7 +131,8 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
         num_gpus = _num_gpus()
         if num_gpus == 0:
             variables["DS_ACCELERATOR"] = "cpu"
-            num_ranks = num_ranks or _num_ranks_on_cpu(config)
+            # The fewest that the model can be spread over as its JSON says.
+            num_ranks = num_ranks or (config.model.moe.ep_size if config.model.moe else 1)
         load_config(options.config, options.set, num_ranks or num_gpus)
     if is_here:
         port = port or free_port()
@@ -153,12 +145,14 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
     words += ["--force_multi"] if options.force_multi else []
     words += ["--no_ssh"] if options.no_ssh else []
     words += handed_on(options)
-    words += ["--module", _module_of(command), "--deepspeed_config", str(options.config)]
-    return words + [part for text in options.set for part in ("--set", text)], variables
+    settings = [part for text in options.set for part in ("--set", text)]
+    own = sealed(["--deepspeed_config", str(options.config), *settings])
+    return [*words, "--module", _module_of(command), *own], variables
 
 
-def _start(words: list[str], variables: Mapping[str, str]) -> NoReturn:
+def _start(command: str, arguments: Sequence[str] | None) -> NoReturn:
     """Become the launcher. Programs beside this Python, such as ninja, are found first."""
+    words, variables = launcher_command(parse_arguments(arguments, command), command)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     sys.stdout.flush()
     sys.stderr.flush()
@@ -168,10 +162,10 @@ def _start(words: list[str], variables: Mapping[str, str]) -> NoReturn:
 @user_errors()
 def train(arguments: Sequence[str] | None = None) -> NoReturn:
     """`magnetar train`."""
-    _start(*launcher_command(parse_arguments(arguments, "train"), "train"))
+    _start("train", arguments)
 
 
 @user_errors()
 def profile_admin(arguments: Sequence[str] | None = None) -> NoReturn:
     """`magnetar profile-admin`."""
-    _start(*launcher_command(parse_arguments(arguments, "profile-admin"), "profile-admin"))
+    _start("profile-admin", arguments)

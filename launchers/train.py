@@ -19,6 +19,7 @@ if __name__ == "__main__" and not __package__:
     _ROOM = Path(__file__).resolve().parent.parent
     sys.path[0] = str(_ROOM if (_ROOM / "magnetar").is_dir() else _ROOM.parent)
 
+from magnetar.engine.cluster.arguments import opened
 from magnetar.launchers.terminal.command_line import CommandParser, add_config_options, take_config
 from magnetar.launchers.terminal.defects import reports_in
 from magnetar.launchers.terminal.user_errors import user_errors
@@ -34,7 +35,7 @@ def parse_arguments(
     parser = CommandParser(prog=prog, description=description)
     add_config_options(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(opened(sys.argv[1:] if arguments is None else arguments))
     options.config = take_config(parser, options)
     return options
 

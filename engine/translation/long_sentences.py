@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import Codec
@@ -20,8 +19,7 @@ _BORDERS = (
 )
 
 
-@dataclass(frozen=True)
-class Fitted:
+class Fitted(NamedTuple):
     """Sources that fit into the positions, and the sentences that they come from.
 
     Attributes:
@@ -71,18 +69,16 @@ def fit(
                     f"most max_seq_len={max_len}: shorten it, or let it be split or truncated with "
                     "--too-long, or by data.pairs.too_long_inference of the run"
                 )
-            if too_long == "truncate":
-                parts = [[*ids[: max_len - 1], codec.eos_id]]
-            else:
+            if too_long == "split":
                 pieces = split_text(
                     text, lambda part: len(codec.source_ids(part, target)) <= max_len
                 )
-                # A single character can have more tokens than there are positions.
                 parts = [codec.source_ids(piece, target) for piece in pieces]
-                parts = [
-                    part if len(part) <= max_len else [*part[: max_len - 1], codec.eos_id]
-                    for part in parts
-                ]
+            # A single character, too, can have more tokens than there are positions.
+            parts = [
+                part if len(part) <= max_len else [*part[: max_len - 1], codec.eos_id]
+                for part in parts
+            ]
         found.ids.extend(parts)
         found.sentence.extend([number] * len(parts))
     return found

@@ -14,6 +14,7 @@ from magnetar.data.errors import UserError
 from magnetar.launchers import command_of, launch
 from magnetar.launchers.main import COMMANDS, main
 from magnetar.launchers.terminal.command_line import CONFIGS, find_config, shipped_configs
+from magnetar.launchers.train import parse_arguments
 from tests.ranks import ROOT
 
 QUICK = str(CONFIGS / "quickstart.json")
@@ -126,6 +127,15 @@ def test_train_hands_on_what_is_the_launchers_own(started: Callable) -> None:
         *("--module", "magnetar.launchers.train", "--deepspeed_config", QUICK),
         *("--set", "magnetar.training.num_steps=500"),
     ]
+
+
+def test_what_a_shell_would_change_reaches_the_ranks_as_it_was_given(started: Callable) -> None:
+    settings = ["magnetar.training.run_dir=runs/cost$3 (a)", 'optimizer.params={"lr":1e-3}']
+    words, _ = started("quickstart", *(word for text in settings for word in ("--set", text)))
+    own = words[words.index("magnetar.launchers.train") + 1 :]
+    assert not set("".join(own)) & set('${}() %"')
+    options = parse_arguments(["--local_rank=0", *own], "train", "")
+    assert (options.config, options.set) == (Path(QUICK), settings)
 
 
 def test_with_a_hostfile_the_hosts_and_the_launcher_decide(started: Callable) -> None:
