@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from magnetar.data.errors import UserError
+from magnetar.engine.cluster.arguments import require_plain_surroundings, sealed
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")  # as DeepSpeed reads it
 # What ssh and pdsh take for a host, and for nothing else: -oProxyCommand=... would be a command to
 # run here, exec:HOST another one, and node[1-4] four hosts where DeepSpeed counts one.
 _NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*", re.ASCII)
 _SECONDS_TO_ANSWER = 5
+_FOR_OTHER_MACHINES = ("--venv_script", "--enable_each_rank_log")  # paths that the launcher sends
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class LaunchOptions:
         """Host -> its slots that take part; none without a hostfile.
 
         Raises:
-            UserError: if the hostfile is wrong, or no slot is left.
+            UserError: if the hostfile is wrong, no slot is left, or shells of other machines would
+                change what they get.
         """
         if self.hostfile is None:
             return {}
@@ -72,6 +75,10 @@ class LaunchOptions:
             raise UserError(f"--hostfile {self.hostfile} has no slots: write slots=8, say")
         count = self.num_gpus
         chosen = list(slots.items())[: self.num_nodes]
+        if self.is_remote(chosen):
+            named = [word.partition("=") for word in self.passed]
+            handed_on = {name: value for name, _, value in named if name in _FOR_OTHER_MACHINES}
+            require_plain_surroundings({"--master_addr": self.master_addr, **handed_on})
         return {host: list(range(count)) if count else numbers for host, numbers in chosen}
 
     def is_remote(self, slots: Sized) -> bool:
@@ -99,9 +106,9 @@ class LaunchOptions:
 
     def training(self, settings: Sequence[str]) -> list[str]:
         """The launcher's arguments that name the program and its JSON."""
-        words = ["--module", "magnetar.launchers.train"]
-        words += ["--deepspeed_config", str(self.config or "JSON")]
-        return words + [part for text in settings for part in ("--set", text)]
+        words = ["--deepspeed_config", str(self.config or "JSON")]
+        words += [part for text in settings for part in ("--set", text)]
+        return ["--module", "magnetar.launchers.train", *sealed(words)]
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

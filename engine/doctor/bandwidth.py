@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magnetar.data.errors import MachineError
-from magnetar.engine.build import start_distributed
+from magnetar.engine.build import missing_types, start_distributed
 from magnetar.engine.cluster.hosts import path_of_programs
 from magnetar.engine.doctor.node import MARK
 
@@ -88,6 +88,7 @@ def measure(sizes: Sizes, seconds: float) -> None:
     results["rows_right"] = all(_gathered(bool((received == senders[:, None]).all())))
     results["all_to_all"] = [4 * per_rank * ep_size, _seconds(exchange), ep_size]
 
+    results["missing_types"] = _gathered(missing_types())
     results["links"] = _links(sizes.point_to_point_bytes, device)
     if rank == 0:
         print(f"{MARK}{json.dumps(results)}", flush=True)

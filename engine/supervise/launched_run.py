@@ -41,11 +41,12 @@ class RunProcess(NamedTuple):
 
 def run_processes(run_id: str) -> list[RunProcess]:
     """Every living process of the run on this machine that belongs to this user."""
-    found = {
-        process.pid: (process.info["ppid"], process.info["environ"])
-        for process in psutil.process_iter(["ppid", "environ"])
-        if process.pid != os.getpid() and (process.info["environ"] or {}).get(RUN_ID) == run_id
-    }
+    found: dict[int, tuple[int, dict[str, str]]] = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            variables = process.environ()
+            if variables.get(RUN_ID) == run_id and process.pid != os.getpid():
+                found[process.pid] = (process.ppid(), variables)
     processes = []
     for pid, (parent, variables) in found.items():
         is_rank = "RANK" in variables and "RANK" not in found.get(parent, (0, {}))[1]

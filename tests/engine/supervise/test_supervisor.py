@@ -36,6 +36,8 @@ starts = os.path.join(folder, "starts")
 count = os.path.getsize(starts) if os.path.exists(starts) else 0
 open(starts, "a").write(".")
 kind, _, value = plan[min(count, len(plan) - 1)].partition(":")
+if kind != "elsewhere":
+    open(os.path.join(folder, "logbook.md"), "a").write("- **start**\\n")
 if kind == "late":
     time.sleep(60)
 RANK = '''
@@ -149,6 +151,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> Any:
 CASES: dict[str, tuple[list[str], dict[str, Any], tuple[int, int], list[str]]] = {
     # name -> plan, options, (status, number of starts), what the logbook says
     "a run that finishes is started once": (["finish"], {}, (0, 1), ["**exit** finished\n"]),
+    "ranks that have trained in another folder have not finished": (
+        *(["elsewhere"], {}, (1, 1)),
+        ["**give-up** the ranks have ended with status 0, and none has written into "],
+    ),
     "the rank that was killed is named and the run starts again": (
         *(["kill:1", "kill:0", "finish"], {}, (0, 3)),
         [
@@ -207,6 +213,7 @@ def test_each_end_of_a_start_has_its_consequence(name: str, supervise: Callable[
     assert (status, starts) == ends
     for text in said:
         assert text in book
+    assert ("**exit** finished" in book) == (plan[-1] == "finish")
 
 
 def test_a_warning_reaches_the_ranks_that_listen_and_ends_no_other(
