@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from magnetar.data.errors import UserError
 
@@ -60,7 +61,9 @@ def _opened(words: Iterator[str]) -> Iterator[str]:
         yield from found
 
 
-def require_plain_surroundings(options: Mapping[str, str | None]) -> None:
+def require_plain_surroundings(
+    options: Mapping[str, str | None] = MappingProxyType({}),
+) -> None:
     """Refuse folders, options and variables that shells of other machines would change.
 
     Args:

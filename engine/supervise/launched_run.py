@@ -31,7 +31,7 @@ class RunProcess(NamedTuple):
     Attributes:
         pid: its id.
         rank: its rank; None for launchers, and for processes that a rank has started.
-        local_size: number of the run's ranks on this machine; 1 if its environment does not say.
+        local_size: number of ranks on this machine; 0 if rank is None.
     """
 
     pid: int
@@ -49,9 +49,10 @@ def run_processes(run_id: str) -> list[RunProcess]:
                 found[process.pid] = (process.ppid(), variables)
     processes = []
     for pid, (parent, variables) in found.items():
-        is_rank = "RANK" in variables and "RANK" not in found.get(parent, (0, {}))[1]
-        rank = int(variables["RANK"]) if is_rank else None
-        processes.append(RunProcess(pid, rank, int(variables.get("LOCAL_SIZE", 1))))
+        rank, local_size = None, 0
+        if "RANK" in variables and "RANK" not in found.get(parent, (0, {}))[1]:
+            rank, local_size = int(variables["RANK"]), int(variables.get("LOCAL_SIZE", 1))
+        processes.append(RunProcess(pid, rank, local_size))
     return processes
 
 
@@ -196,9 +197,11 @@ class Launched:
         self._selector = selectors.DefaultSelector()
         self._on_event(wake, lambda _: os.read(wake, 4096))
         theirs = [self._stream(1), self._stream(2)]
+        variables = os.environ | {RUN_ID: run_id, "PATH": path_of_programs()}
+        variables.pop("RANK", None)  # a batch system's would make the launcher look like a rank
         self.process = subprocess.Popen(
             command,
-            env=os.environ | {RUN_ID: run_id, "PATH": path_of_programs()},
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=theirs[0],
             stderr=theirs[1],

@@ -56,14 +56,14 @@ def test_folders_and_variables_that_a_shell_would_change_are_refused(
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         with pytest.raises(UserError, match=r"the current folder, '.*use one of letters, digits"):
-            require_plain_surroundings({})
+            require_plain_surroundings()
     (tmp_path / "my_runs").mkdir()
     monkeypatch.chdir(tmp_path / "my_runs")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth$0")
     with pytest.raises(UserError, match=r"NCCL_SOCKET_IFNAME='eth\$0' goes to shells"):
-        require_plain_surroundings({})
+        require_plain_surroundings()
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0,eth 1")
-    require_plain_surroundings({})
+    require_plain_surroundings()
     with pytest.raises(UserError, match=r"--venv_script, 'my env/activate', goes to shells"):
         require_plain_surroundings({"--master_addr": None, "--venv_script": "my env/activate"})
 
@@ -91,7 +91,7 @@ def test_a_line_of_deepspeed_env_sets_what_the_launcher_sets(
     env_file: Path, line: str, value: str
 ) -> None:
     env_file.write_text(f"{line}\n", encoding="utf-8")
-    require_plain_surroundings({})
+    require_plain_surroundings()
     variables, files = deepspeed_env()
     assert files == [env_file]
     launcher = PDSHRunner(Namespace(user_args=[], user_script=""), "")

@@ -207,7 +207,10 @@ CASES: dict[str, tuple[list[str], dict[str, Any], tuple[int, int], list[str]]] =
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_end_of_a_start_has_its_consequence(name: str, supervise: Callable[..., Any]) -> None:
+def test_each_end_of_a_start_has_its_consequence(
+    name: str, supervise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "no number")  # of a batch system around it
     plan, options, ends, said = CASES[name]
     status, book, starts = supervise(*plan, **options)
     assert (status, starts) == ends
