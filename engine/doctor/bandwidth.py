@@ -55,12 +55,7 @@ class Link(NamedTuple):
 
 
 def measure(sizes: Sizes, seconds: float) -> None:
-    """Measure the collectives on every rank; rank 0 prints the results.
-
-    Args:
-        sizes: sizes of the messages.
-        seconds: time limit after which this rank ends, even inside a collective.
-    """
+    """Measure the collectives on every rank, within a time limit; rank 0 prints the results."""
     signal.alarm(round(seconds))  # the default action ends the process even inside a collective
     device = start_distributed()
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -184,12 +179,7 @@ def slow_links(links: Sequence[Link]) -> list[tuple[Link, float]]:
 
 
 def launch(launcher: Sequence[str], sizes: Sizes, seconds: float) -> dict[str, Any]:
-    """The measurements of all ranks, which are started by the deepspeed launcher.
-
-    Args:
-        launcher: command line of the deepspeed launcher, up to the module.
-        sizes: sizes of the messages.
-        seconds: time limit of the ranks.
+    """The measurements of all ranks, which the deepspeed launcher's command line starts.
 
     Raises:
         MachineError: if the ranks measured nothing; it has the end of their output.

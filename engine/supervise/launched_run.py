@@ -89,11 +89,7 @@ def _is_caught(pid: int, number: int) -> bool:
 
 
 def kill_processes(run_id: str, seconds: float = 10.0) -> int:
-    """Send SIGKILL to the rest of the run on this machine, stopped or not, until it is gone.
-
-    Returns:
-        Number of processes that did not end in time, for example because they wait for a disk.
-    """
+    """Kill what is left of the run here, stopped or not; the number that did not end in time."""
     until = time.monotonic() + seconds
     while left := run_processes(run_id):
         if time.monotonic() > until:
@@ -162,12 +158,10 @@ def killed_by(status: int | None) -> int | None:
 
 def ending(status: int | None) -> str:
     """A status in words; also the statuses that a shell gives for signals."""
-    if status is None:
-        return "ended"
     number = killed_by(status)
     if number is not None and number in set(signal.Signals):
         return f"was killed by {signal.Signals(number).name}"
-    return f"ended with status {status}"
+    return "ended" if status is None else f"ended with status {status}"
 
 
 class Launched:
@@ -178,13 +172,7 @@ class Launched:
     """
 
     def __init__(self, command: Sequence[str], run_id: str, wake: int) -> None:
-        """Start it.
-
-        Args:
-            command: command line of the launcher.
-            run_id: value of the variable that marks all of its processes.
-            wake: file descriptor that becomes readable when a signal has arrived.
-        """
+        """Start it; `run_id` marks its processes, `wake` is readable when a signal has arrived."""
         self.run_id = run_id
         self.deaths: list[Death] = []
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
