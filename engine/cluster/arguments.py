@@ -18,7 +18,7 @@ from magnetar.data.errors import UserError
 _OPTION = "--words"
 _PLAIN = re.compile(r"(?!=)[A-Za-z0-9_@+=:,./-]+")  # zsh reads =WORD as the path of a program
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_EATEN = re.compile(r'["`\\\x00-\x1f\x7f]|\$(?![A-Za-z_]|\{[A-Za-z_]\w*\})')
+_EATEN = re.compile(r'%[nu%]|["`\\\x00-\x1f\x7f]|\$(?![A-Za-z_]|\{[A-Za-z_]\w*\})')
 _SET_FOR_EACH_RANK = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "PYTHON_MAGNETAR_RUN"),
@@ -98,8 +98,8 @@ def deepspeed_env() -> tuple[dict[str, str], list[Path]]:
     """
     variables: dict[str, str] = {}
     files: list[Path] = []
-    for folder in (Path.home(), Path(".")):
-        file = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    for folder in (os.path.expanduser("~"), "."):
+        file = Path(folder) / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
         if file.is_file() and file not in files:
             files.append(file)
             variables |= _variables_of(file)
@@ -128,8 +128,8 @@ def _variables_of(file: Path) -> dict[str, str]:
             problem = f"sets {name}, which each rank gets from its launcher: remove the line"
         elif _EATEN.search(value):
             problem = (
-                'has a value that shells of other machines would change: leave out ", `, \\, '
-                "control characters and each $ that does not begin $NAME or ${NAME}"
+                'has a value that pdsh or shells of other machines would change: leave out ", `, '
+                "\\, %n, %u, %%, control characters and each $ that does not begin $NAME or ${NAME}"
             )
         if problem:
             raise UserError(f"{file}, line {number}: {line.rstrip(chr(10))!r} {problem}")

@@ -110,7 +110,7 @@ def test_a_line_of_deepspeed_env_sets_what_the_launcher_sets(
         *((line, "is not NAME=value") for line in ("", "# c", "NAME", "=v", "export A=b", "A-B=c")),
         *((line, "sets ") for line in ("RANK=0", "MASTER_PORT = 1", "PYTHON_MAGNETAR_RUN=x")),
         *((line, "has a value that") for line in ('A="b c"', "A=`id`", "A=a\\b", "A=$(id)")),
-        *((line, "has a value that") for line in ("A=$3", "A=b$", "A=${B:-c}", "A=\x01")),
+        *((line, "has a value that") for line in ("A=$3", "A=b$", "A=50%n", "A=${B:-c}", "A=\x01")),
         ("A=\udce9", "not a text"),
     ],
 )
