@@ -4,7 +4,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,7 @@ def examine(options: LaunchOptions) -> Examination:
     wanted, numel = _wanted(config, Wanted(str(options.config), address=address, port=port))
     exports = environment.exports() if is_remote else environment.Exports({}, [], [])
     machines = [Machine(name, len(numbers), is_remote) for name, numbers in slots.items()]
-    about = {
-        name: getattr(wanted, name) for name in ("config", "data", "run_dir", "address", "port")
-    }
-    ask(machines, about, exports.variables, options.ssh_port)
+    ask(machines, asdict(wanted), exports.variables, options.ssh_port)
     found = findings(machines, wanted)
     if options.hostfile is not None and not is_remote and not _is_this_machine(first):
         remedy = "add --force_multi to the launcher and to this command, or take its hostfile away"
