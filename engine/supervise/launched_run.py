@@ -316,8 +316,8 @@ class Launched:
         Deaths long after the first failure do not count: the launcher kills ranks that do not end
         by themselves.
         """
-        # The launcher may have waited for a rank before we could read its status, and ends with that
-        # of the rank that it looked at first. Without it the echo of another rank would be blamed.
+        # The launcher may wait for a rank before we can read its status, and ends with the status
+        # of the rank that it looked at first. Otherwise the echo of another would be blamed.
         known = [
             death._replace(name="a rank", status=self.process.returncode)
             if death.status is None and self.process.returncode
