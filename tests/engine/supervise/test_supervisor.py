@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from magnetar.data.errors import UserError
 from magnetar.engine.supervise.launched_run import (
     Death,
     Launched,
@@ -293,15 +292,6 @@ def test_a_rank_whose_status_the_launcher_took_is_not_blamed_on_another(
     run.lines = deque()
     assert run.cause() == cause
     assert ending(run.status) in cause
-
-
-def test_a_hostfile_that_is_wrong_ends_before_anything_starts(
-    supervise: Callable[..., Any], tmp_path: Path
-) -> None:
-    hosts = tmp_path / "hosts"
-    hosts.write_text("node-1 slots=2\nnode-2\n")
-    with pytest.raises(UserError, match=r"hosts, line 2: 'node-2' is not `host slots=N`"):
-        supervise("finish", hostfile=hosts)
 
 
 @pytest.mark.slow
