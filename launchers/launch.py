@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from magnetar.engine.cluster.arguments import sealed
+from magnetar.engine.cluster.hosts import free_port, path_of_programs
 from magnetar.engine.config.schema import load_config
-from magnetar.engine.supervise.supervisor import free_port
 from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,

@@ -10,6 +10,8 @@ are in logbook.md of the run's folder.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 
 from magnetar.engine.supervise.supervisor import Options, Supervisor
@@ -26,11 +28,6 @@ from magnetar.launchers.terminal.command_line import (
     whole_number,
 )
 from magnetar.launchers.terminal.user_errors import user_errors
-
-_SAME_NAME = (
-    *("max_restarts", "backoff", "max_backoff", "hostfile", "num_nodes", "num_gpus", "include"),
-    *("exclude", "master_addr", "master_port", "ssh_port", "force_multi"),
-)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> Options:
@@ -64,22 +61,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> Options:
     refuse_contradictions(parser, given)
     if given.hostfile is None and (given.include or given.exclude or given.num_nodes):
         parser.error("--include, --exclude and --num_nodes need --hostfile")
-    return Options(
-        config=take_config(parser, given),
-        settings=tuple(given.set),
-        passed=tuple(handed_on(given)),
-        **{name: getattr(given, name) for name in _SAME_NAME},
-    )
+    given.config, given.settings = take_config(parser, given), tuple(given.set)
+    given.passed = tuple(handed_on(given))
+    return Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return value
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
 
 
 @user_errors()

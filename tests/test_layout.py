@@ -22,6 +22,7 @@ MAY_IMPORT_DEEPSPEED = {
     "models/moe/deepspeed.py",
     "engine/checkpoint/save_load.py",
     "engine/doctor/environment.py",
+    "engine/doctor/run.py",
     "engine/build.py",
     "engine/evaluate.py",
     "engine/zero.py",

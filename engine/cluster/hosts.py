@@ -4,9 +4,12 @@ import ipaddress
 import os
 import re
 import shlex
+import socket
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from magnetar.data.errors import UserError
@@ -16,6 +19,89 @@ _LINE = re.compile(r"(\S+)\s+slots=(\d+)")  # as DeepSpeed reads it
 # run here, exec:HOST another one, and node[1-4] four hosts where DeepSpeed counts one.
 _NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*", re.ASCII)
 _SECONDS_TO_ANSWER = 5
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """A run, and the machines that DeepSpeed's launcher starts it on.
+
+    Attributes:
+        config: the run's JSON; None: unknown.
+        settings: `--set` arguments of the JSON.
+        hostfile: path of the hostfile; None: only this machine.
+        include: hosts and slots to use, in DeepSpeed's syntax.
+        exclude: hosts to leave out, in DeepSpeed's syntax.
+        num_nodes: number of machines, from the start of the hostfile; None: all.
+        num_gpus: number of ranks on each machine; None: its slots, or this machine's GPUs.
+        master_addr: address of the first machine; None: found.
+        master_port: port of the rendezvous; None: a free one, another at each start.
+        ssh_port: port of sshd; None: ssh's default.
+        force_multi: whether a single machine of the hostfile is also reached over ssh.
+        passed: further arguments for the launcher.
+    """
+
+    config: Path | None = None
+    settings: tuple[str, ...] = ()
+    hostfile: Path | None = None
+    include: str = ""
+    exclude: str = ""
+    num_nodes: int | None = None
+    num_gpus: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+    ssh_port: int | None = None
+    force_multi: bool = False
+    passed: tuple[str, ...] = ()
+
+    def slots(self) -> dict[str, list[int]]:
+        """Host -> its slots that take part; none without a hostfile.
+
+        Raises:
+            UserError: if the hostfile is wrong, or no slot is left.
+        """
+        if self.hostfile is None:
+            return {}
+        hosts = read_hostfile(self.hostfile)
+        slots = chosen_slots(hosts, self.include, self.exclude)
+        if not slots and (self.include or self.exclude):
+            raise UserError(
+                f"--include {self.include!r} and --exclude {self.exclude!r} leave no slot of "
+                f"{self.hostfile}: name some of {', '.join(hosts)}"
+            )
+        if not slots:
+            raise UserError(f"--hostfile {self.hostfile} has no slots: write slots=8, say")
+        count = self.num_gpus
+        chosen = list(slots.items())[: self.num_nodes]
+        return {host: list(range(count)) if count else numbers for host, numbers in chosen}
+
+    def is_remote(self, slots: Sized) -> bool:
+        """Whether hosts are reached over ssh."""
+        return self.hostfile is not None and (len(slots) > 1 or self.force_multi)
+
+    def words(self, address: str, slots: Mapping[str, list[int]], is_remote: bool) -> list[str]:
+        """The launcher's arguments up to the module.
+
+        Args:
+            address: rank 0's address.
+            slots: host -> its slots that take part; none: those of the hostfile.
+            is_remote: whether hosts are reached over ssh.
+        """
+        words = [*self.passed, "--master_port", str(self.master_port or free_port())]
+        words += ["--ssh_port", str(self.ssh_port)] if self.ssh_port else []
+        if self.hostfile is None:
+            return words + (["--num_gpus", str(self.num_gpus)] if self.num_gpus else [])
+        words += ["--hostfile", str(self.hostfile)]
+        named = "@".join(f"{host}:{','.join(map(str, there))}" for host, there in slots.items())
+        words += ["--include", named] if slots else []
+        # The hosts have just been asked; the launcher would ask the first one again.
+        words += ["--no_ssh_check", "--master_addr", address]
+        return words + (["--force_multi"] if is_remote else [])
+
+    def training(self, settings: Sequence[str]) -> list[str]:
+        """The launcher's arguments that name the program and its JSON."""
+        words = ["--module", "magnetar.launchers.train"]
+        words += ["--deepspeed_config", str(self.config or "JSON")]
+        return words + [part for text in settings for part in ("--set", text)]
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -57,19 +143,28 @@ def chosen_slots(
 
     Unknown hosts in the two texts are ignored: they may have been removed from the hostfile since.
     """
-    slots = {host: list(range(count)) for host, count in hosts.items()}
     named: dict[str, list[int]] = {}
-    for part in (include or exclude).split("@") if include or exclude else []:
+    for part in filter(None, (include or exclude).split("@")):
         host, _, numbers = part.partition(":")
-        given = [int(number) for number in numbers.split(",")] if numbers else slots.get(host, [])
+        given = map(int, numbers.split(",")) if numbers else range(hosts.get(host, 0))
         named.setdefault(host, []).extend(given)
-    if include:
-        slots = {
-            host: [s for s in slots[host] if s in named[host]] for host in slots if host in named
-        }
-    else:
-        slots = {host: [s for s in slots[host] if s not in named.get(host, [])] for host in slots}
+    slots = {
+        host: [slot for slot in range(count) if (slot in named.get(host, ())) == bool(include)]
+        for host, count in hosts.items()
+    }
     return {host: left for host, left in slots.items() if left}
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def path_of_programs() -> str:
+    """PATH for the launcher: programs beside this Python, such as ninja, are found first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def ssh_command(host: str, words: Sequence[str], port: int | None = None) -> list[str]:

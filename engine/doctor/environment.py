@@ -15,21 +15,8 @@ from deepspeed.launcher.runner import (
 from magnetar.data.errors import UserError
 
 # Variables that change a run and are not handed on, unless .deepspeed_env names them.
-_MATTER = (
-    *(
-        "CUDA_",
-        "DEEPSPEED_",
-        "DS_",
-        "FI_",
-        "GLOO_",
-        "HF_",
-        "LD_",
-        "MAGNETAR_",
-        "OMP_",
-        "TOKENIZERS_",
-    ),
-    *("TORCH", "TRITON_"),
-)
+_MATTER: tuple[str, ...] = ("CUDA_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "LD_")
+_MATTER += ("MAGNETAR_", "OMP_", "TOKENIZERS_", "TORCH", "TRITON_")
 _THE_LAUNCHERS_OWN = ("DS_ENV_FILE", "CUDA_VISIBLE_DEVICES")
 
 
@@ -97,23 +84,16 @@ def of_nodes(slots: Mapping[str, Sequence[int]], address: str, port: int) -> lis
     num_ranks = sum(map(len, slots.values()))
     added, first = [], 0
     for index, numbers in enumerate(slots.values()):
+        variables = {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(num_ranks),
+            "CROSS_RANK": str(index),
+            "CROSS_SIZE": str(len(slots)),
+            "LOCAL_SIZE": str(len(numbers)),
+            "RANK": f"{first} to {first + len(numbers) - 1}",
+        }
         devices = ",".join(map(str, numbers))
-        added.append(
-            {
-                "MASTER_ADDR": address,
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": str(num_ranks),
-                "CROSS_RANK": str(index),
-                "CROSS_SIZE": str(len(slots)),
-                "LOCAL_SIZE": str(len(numbers)),
-                "RANK": f"{first} to {first + len(numbers) - 1}",
-            }
-            | dict.fromkeys(get_accelerator().visible_devices_envs(), devices)
-        )
+        added.append(variables | dict.fromkeys(get_accelerator().visible_devices_envs(), devices))
         first += len(numbers)
     return added
-
-
-def default_slots() -> int:
-    """The number of ranks that the launcher starts on this machine by default."""
-    return get_accelerator().device_count()
