@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, world_size = launched_config(options)
     from magnetar.engine.admin.measure import profile
     from magnetar.engine.admin.profile import profile_path, require_admin
-    from magnetar.engine.build import launched_rank
+    from magnetar.engine.cluster.environment import launched_rank
     from magnetar.engine.cluster.process_groups import leave_distributed
     from magnetar.engine.prepare_run import resolve_run
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -168,14 +169,16 @@ def given_values(options: argparse.Namespace, names: Iterable[str]) -> dict[str,
     return {name: value for name, value in values.items() if value is not None}
 
 
-def whole_number(text: str, least: int) -> int:
-    """A whole number of at least `least`.
+def whole_number(text: str, least: int, most: int | None = None) -> int:
+    """A whole number of at least `least`, and no more than `most`.
 
     Raises:
         argparse.ArgumentTypeError: the text is anything else.
     """
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+    is_one = re.fullmatch("[0-9]{1,18}", text) is not None and int(text) >= least
+    if not is_one or (most is not None and int(text) > most):
+        range_ = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text} is no whole number {range_}")
     return int(text)
 
 
