@@ -22,6 +22,7 @@ from magnetar.engine.cluster.arguments import opened
 from magnetar.engine.cluster.environment import launched_world_size
 from magnetar.launchers.terminal.command_line import CommandParser, add_config_options, take_config
 from magnetar.launchers.terminal.defects import reports_in
+from magnetar.launchers.terminal.output import let_no_print_fail
 from magnetar.launchers.terminal.user_errors import user_errors
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def launched_config(options: argparse.Namespace) -> "tuple[RunConfig, int]":
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check everything, then join the other ranks and train."""
+    let_no_print_fail()
     from magnetar.engine.cluster.start_times import StartTimes
 
     times = StartTimes()

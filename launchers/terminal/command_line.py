@@ -49,6 +49,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
 Rule = tuple[Callable[[Any], bool], str]  # what holds of a value, and what it must be in words
 AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
+COUNT: Rule = (lambda value: 1 <= value < 2**31, "at least 1 and less than 2^31")  # of rows
 LENGTH_PENALTY: Rule = (
     lambda value: 0 <= value <= 10,  # what n tokens are raised to must stay a number
     "0 to 10: 0 compares plain probabilities, 1 those of a token",
