@@ -126,9 +126,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         match = _LINE.match(line)
         if match is None or match[1] in hosts:
-            what = "is named twice" if match else "is not `host slots=N`, N up to 9999"
+            what = "is named twice" if match else "is not `host slots=N`"
             shown = line if len(line) < 80 else f"{line[:80]}..."
-            raise UserError(f"--hostfile {path}, line {number}: {shown!r} {what}: mend the line")
+            raise UserError(
+                f"--hostfile {path}, line {number}: {shown!r} {what}: mend the line; N is a "
+                f"whole number up to {MOST_SLOTS}"
+            )
         if _NAME.fullmatch(match[1]) is None:
             raise UserError(
                 f"--hostfile {path}, line {number}: {match[1]!r} is not the name of one host: use "
