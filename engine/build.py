@@ -23,7 +23,8 @@ from magnetar.data.errors import UserError
 from magnetar.engine.admin.profile import needs_profile, start_omegas
 from magnetar.engine.checkpoint.open_run import DTYPES
 from magnetar.engine.checkpoint.starting_weights import load_starting_weights, starts_from_weights
-from magnetar.engine.cluster.rendezvous import launched_local_size, use_rendezvous
+from magnetar.engine.cluster.environment import launched_local_size
+from magnetar.engine.cluster.rendezvous import use_rendezvous
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import LRSchedule, RunConfig
 from magnetar.engine.deepspeed_engine import DeepSpeedEngine
@@ -62,12 +63,6 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     mallopt(_TRIM_THRESHOLD, _NEVER)
     mallopt(_TOP_PAD, _TOP_PAD_BYTES)
-
-
-def launched_rank() -> int:
-    """This process's rank from the environment of deepspeed, torchrun or MPI; else 0."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def start_distributed() -> torch.device:

@@ -20,6 +20,7 @@ from magnetar.data.errors import UserError
 from magnetar.data.text.lines import sentences_of, windows_of_input
 from magnetar.launchers.terminal.command_line import (
     AT_LEAST_1,
+    COUNT,
     LENGTH_PENALTY,
     SEED,
     TOP_P,
@@ -54,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--to LANG", "language to translate into", dest="target", required=True)
     add("--text TEXT", "a sentence, in place of files")
     add("--out FILE", "where to write (default: standard output)", Path)
-    add("--beam N", "hypotheses; 1: greedy (4)", int, rule=AT_LEAST_1)
+    add("--beam N", "hypotheses; 1: greedy (4)", int, rule=COUNT)
     what = "compare log p / tokens^A; more favours long translations (%(default)s)"
     add("--length-penalty A", what, float, 1.0, rule=LENGTH_PENALTY)
     add("--sample", "draw each token, in place of the search")
@@ -65,7 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = "with --sample: the likeliest tokens that make up this probability (1.0)"
     add("--top-p P", what, float, rule=TOP_P)
     add("--seed N", "with --sample: of the draw (0)", int, rule=SEED)
-    add("--batch-size N", "sentences at once (%(default)s)", int, 32, rule=AT_LEAST_1)
+    add("--batch-size N", "sentences at once (%(default)s)", int, 32, rule=COUNT)
     what = "tokens of a translation (default: twice its source's and 20)"
     add("--max-len N", what, int, rule=AT_LEAST_1)
     what = "what happens to a sentence longer than the model's positions (default: what the run's "

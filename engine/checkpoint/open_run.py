@@ -5,6 +5,7 @@ is asked for: first the config, then names and shapes of tensors, then the tenso
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -123,9 +124,10 @@ class SavedModel:
             UserError: if the model has learnt pairs, or the weights come from no run.
         """
         if self.has_learnt_pairs:
+            named = shlex.quote(str(self.named))
             raise UserError(
-                f"{self.named} has learnt sentence pairs: use `magnetar translate {self.named} "
-                f"--from A --to B`, or `magnetar evaluate {self.named}`"
+                f"{self.named} has learnt sentence pairs: use `magnetar translate {named} "
+                f"--from A --to B`, or `magnetar evaluate {named}`"
             )
         if self.run_config is None:
             raise UserError(
