@@ -28,9 +28,6 @@ def profile(config: RunConfig, data: RunData) -> dict[str, list[float]]:
 
     Returns:
         The omegas of the sublayers, by stack.
-
-    Raises:
-        UserError: a run has begun in the folder.
     """
     run_dir = profile_path(config).parent
     if complete_checkpoints(run_dir):

@@ -205,8 +205,8 @@ def test_8_bits_go_with_every_stage_and_precision() -> None:
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"\[8bit\]' or pip install bitsandbytes==0\.50\.2, or"):
-        require_optimizer_package({"optimizer": {"type": "AdamW8bit"}})
-    require_optimizer_package({"optimizer": {"type": "AdamW"}})
+        require_optimizer_package("AdamW8bit")
+    require_optimizer_package("AdamW")
 
 
 def test_a_partition_that_the_kernels_cannot_count_is_refused() -> None:
