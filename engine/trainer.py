@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import deepspeed.comm as dist
@@ -13,6 +12,7 @@ from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
 from magnetar.data.loader import RunData, TrainingBatches
 from magnetar.engine.build import build_engine, launched_rank, start_distributed
+from magnetar.engine.checkpoint.exported_run import TrainerEntry
 from magnetar.engine.checkpoint.format import Checkpoint
 from magnetar.engine.checkpoint.run_folder import (
     claim_run_folder,
@@ -110,36 +110,6 @@ def train_to_the_end(run: "Run") -> bool:
                 run.stop(step)
                 return False
     return True
-
-
-@dataclass
-class TrainerState:
-    """The part of a checkpoint beside DeepSpeed's own state: the states of a run's components.
-
-    The position in the data, the learning rate and the noise are functions of the step and of
-    `batch_offset`, so they have no entry here.
-
-    Attributes:
-        seconds: training time over all starts, without evaluations and saves.
-        num_clipped: steps that SparseClip clipped.
-        num_targets: tokens that were asked about.
-        num_bad: steps that the guards left out.
-        batch_offset: batches that rollbacks left out.
-        recent_losses: losses with which the guards compare the next one.
-        before: validation of the initial weights.
-        after: the last validation.
-        examples: a few translations by the initial weights.
-    """
-
-    seconds: float = 0.0
-    num_clipped: int = 0
-    num_targets: int = 0
-    num_bad: int = 0
-    batch_offset: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    examples: list = field(default_factory=list)
 
 
 class Run:
@@ -269,14 +239,14 @@ class Run:
             self.watchdog.beat(f"the checkpoint of step {step}")
             self.metrics.end_lap()
             if self.saves:
-                self.saver.save(step, asdict(self.state()))
+                self.saver.save(step, self.state().model_dump())
                 self.num_rollbacks = 0
         self.save_is_pending = False
 
-    def state(self) -> TrainerState:
+    def state(self) -> TrainerEntry:
         """The states of the components, for a checkpoint."""
         metrics, guards, evaluations = self.metrics, self.guards, self.evaluations
-        return TrainerState(
+        return TrainerEntry(
             seconds=metrics.seconds,
             num_clipped=int(self.sparse_clip.num_clipped),
             num_targets=int(metrics.num_targets),
@@ -285,17 +255,17 @@ class Run:
             recent_losses=guards.recent_losses,
             before=evaluations.before,
             after=evaluations.after,
-            examples=evaluations.examples,
+            examples=[list(example) for example in evaluations.examples],
         )
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Give the engine and the components the states of a checkpoint."""
-        state = TrainerState(**load_checkpoint(self.engine, self.config, checkpoint))
+        state = TrainerEntry(**load_checkpoint(self.engine, self.config, checkpoint))
         clip, evaluations = self.sparse_clip, self.evaluations
         clip.num_clipped = torch.full_like(clip.num_clipped, state.num_clipped)
         self.guards.start_from(state.num_bad, state.batch_offset, state.recent_losses)
         evaluations.before, evaluations.after = state.before, state.after
-        evaluations.examples = state.examples
+        evaluations.examples = [(d, s, r, t) for d, s, r, t in state.examples]
         self.metrics.start_from(state.num_targets, state.seconds)
         self.metrics.forget_after(checkpoint.step)
 
