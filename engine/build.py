@@ -65,10 +65,7 @@ def launched_rank() -> int:
 
 
 def start_distributed() -> torch.device:
-    """Join the launcher's process group, or make one of a single rank.
-
-    Returns:
-        This rank's device.
+    """This rank's device, once the launcher's process group is joined, or one of a single rank.
 
     Raises:
         UserError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
@@ -111,11 +108,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Only tensors of matrix shape decay. To decay a temperature or a LayerNorm gain towards zero
     changes the function and is no regularisation. The groups of experts carry DeepSpeed's marks
-    (`moe` and the name of the process group), and E for SparseClip.
-
-    Args:
-        model: the model, with parameters that still have their shapes.
-        weight_decay: weight decay of the matrices.
+    (`moe` and the name of the process group), and E for SparseClip. The parameters must still have
+    their shapes.
     """
     found: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
     for parameter in filter(lambda each: each.requires_grad, model.parameters()):
@@ -145,10 +139,7 @@ def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[
         inverse_sqrt   lr * sqrt(warmup_steps / (step + 1))
         constant       lr
 
-    Args:
-        schedule: the schedule's section.
-        base_lr: the full learning rate.
-        num_steps: steps of the run, the default of total_steps.
+    The run's `num_steps` are the default of total_steps.
     """
     total_steps = schedule.total_steps or num_steps
     warmup_steps = max(1, schedule.warmup_steps)
@@ -173,12 +164,7 @@ def trained_moe_class(zero_stage: int, moe: MoEConfig | None) -> type[MoE]:
 
 
 def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngine, SparseClip]:
-    """The DeepSpeed engine of a resolved config, and the SparseClip in place of its clipping.
-
-    Args:
-        config: config that is resolved for this world size, with a vocab_size.
-        device: this rank's device, from `start_distributed`.
-    """
+    """The DeepSpeed engine of a resolved config, and the SparseClip in place of its clipping."""
     with torch.device("cpu" if config.zero_stage == 3 else device):
         # The weights are drawn on the device in any case. With the CPU's generator ZeRO 3 would
         # start from other weights than the other stages.

@@ -113,13 +113,7 @@ def parameters_of(model: ModelConfig) -> list[Parameter]:
 
 
 def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_size: int) -> Memory:
-    """Bytes that each rank keeps, by the table above.
-
-    Args:
-        parameters: the parameters of config.model.
-        config: the config, with its ep_size and ZeRO stage.
-        world_size: number of ranks, a multiple of ep_size.
-    """
+    """Bytes that each rank keeps by the table above; the parameters are those of config.model."""
     stage, zero = config.zero_stage, config.deepspeed["zero_optimization"]
     ep_size = config.model.moe.ep_size if config.model.moe else 1
     width = _BYTES[config.dtype]

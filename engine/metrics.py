@@ -55,11 +55,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reduce_over_ranks(result: "StepResult") -> tuple[dict[str, float], list[RoutingStats]]:
-    """Losses and routing of the whole batch, in one all_reduce and one read of the device.
+    """The whole batch's losses by their names in a StepResult, and the routing of each MoE layer.
 
-    Returns:
-        The losses by their names in a StepResult, and one RoutingStats of the whole batch for
-        each MoE layer.
+    It takes one all_reduce and one read of the device.
     """
     losses = torch.stack([getattr(result, name) for name in LOSSES])
     values = [losses, *(value for stats in result.routing for value in stats)]
@@ -151,14 +149,8 @@ class Metrics:
     ) -> None:
         """Prepare for the first step.
 
-        Args:
-            engine: the engine.
-            sparse_clip: its clipping.
-            path: the file; only rank 0 writes it.
-            model: the model's section.
-            seq_len: tokens of a sequence, for the FLOPs of a token.
-            tokens_per_step: tokens of a step, or None to count targets.
-            weights: the weights of the losses; a loss without weight is not recorded.
+        Rank 0 alone writes the file. The FLOPs of a token depend on `seq_len`. If `tokens_per_step`
+        is None, targets are counted as tokens. A loss without weight is not recorded.
         """
         self.engine, self.sparse_clip, self.path = engine, sparse_clip, path
         self.tokens_per_step, self.weights = tokens_per_step, weights
@@ -208,10 +200,7 @@ class Metrics:
     def training_record(self, step: int, result: "StepResult", num_bad: int) -> dict[str, float]:
         """The record of a step; every rank calls this. Times cover the steps since the last.
 
-        Args:
-            step: optimizer steps done.
-            result: result of the step on this rank.
-            num_bad: steps so far that the guards left out.
+        `num_bad` steps were left out by the guards so far.
         """
         losses, routing = reduce_over_ranks(result)
         now = time.perf_counter()

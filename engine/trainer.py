@@ -10,15 +10,11 @@ import torch
 
 from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
-from magnetar.data.loader import RunData, TrainingBatches
+from magnetar.data.loader import RunData
 from magnetar.engine.build import build_engine, launched_rank, start_distributed
 from magnetar.engine.checkpoint.exported_run import TrainerEntry
 from magnetar.engine.checkpoint.format import Checkpoint
-from magnetar.engine.checkpoint.run_folder import (
-    claim_run_folder,
-    differing,
-    flat_keys,
-)
+from magnetar.engine.checkpoint.run_folder import claim_run_folder, differing, flat_keys
 from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint, newest_whole_checkpoint
 from magnetar.engine.cluster import logbook
 from magnetar.engine.cluster.signals import Requests
@@ -41,14 +37,10 @@ from magnetar.engine.train_step import StepResult, loss_weights, train_step, tra
 
 
 def train(config: RunConfig, data: RunData, times: StartTimes | None = None) -> None:
-    """Train to the end, resuming from the run's newest checkpoint.
+    """Train to the end with the config and data of `prepare_run`, from the newest checkpoint.
 
-    A signal may ask the run to stop earlier, see engine.cluster.signals.
-
-    Args:
-        config: the config of `prepare_run`.
-        data: the data of `prepare_run`.
-        times: times of the start so far; None if it begins here.
+    A signal may ask the run to stop earlier, see engine.cluster.signals. `times` are those of the
+    start so far.
 
     Raises:
         UserError: the loss is not finite and rolling back does not help, or a checkpoint cannot
@@ -71,11 +63,7 @@ def train(config: RunConfig, data: RunData, times: StartTimes | None = None) -> 
 
 
 def train_to_the_end(run: "Run") -> bool:
-    """The loop over the steps.
-
-    Returns:
-        True if the last step was reached, False if a signal has stopped the run.
-    """
+    """The loop over the steps; False if a signal has stopped it before the last one."""
     engine, guards, training = run.engine, run.guards, run.training
     run.evaluate_initial()
     with run.log.progress, run.saver:
@@ -143,9 +131,7 @@ class Run:
         self.saves = self.training.save_every != "never"
         self.save_is_pending, self.num_rollbacks = False, 0
         self.is_first_rank = dist.get_rank() == 0
-        self.batches: TrainingBatches = training_batches(
-            data, config.deepspeed[ACCUMULATION], device
-        )
+        self.batches = training_batches(data, config.deepspeed[ACCUMULATION], device)
         self.engine, self.sparse_clip = build_engine(config, device)
         times.end("build")
         self.guards = Guards(self.engine, self.sparse_clip, config.guards, requests)
@@ -270,11 +256,9 @@ class Run:
         self.metrics.forget_after(checkpoint.step)
 
     def roll_back(self, step: int, problem: str) -> None:
-        """Load the newest checkpoint again, and leave out the batches since.
+        """Load the newest checkpoint again, since the run cannot go on after a step.
 
-        Args:
-            step: number of the step after which the run cannot go on.
-            problem: reason of the rollback, in words.
+        The batches since the checkpoint are left out.
 
         Raises:
             UserError: there is no checkpoint, or the run has rolled back to it often enough.

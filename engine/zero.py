@@ -40,12 +40,7 @@ def partition(model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.d
 
     DeepSpeed's engine would move the whole model to the device first. Here one tensor at a time is
     there, so a process needs host memory for the model in float32 (with the experts of its rank
-    alone), and device memory for its shards.
-
-    Args:
-        model: Model with the initial weights, on the CPU.
-        deepspeed_config: DeepSpeed's JSON.
-        dtype: Type of the weights in training.
+    alone), and device memory for its shards, whose weights have the dtype.
     """
     join_expert_groups(model)
     for parameter in model.parameters():

@@ -66,10 +66,8 @@ def groups_by_bits(
 ) -> list[dict]:
     """The parameter groups, each divided into one of 8-bit and one of 32-bit moments.
 
-    Args:
-        model: the model, with parameters that still have their shapes.
-        param_groups: the groups of all parameters that train.
-        min_8bit_size: number of elements from which on a tensor's moments have 8 bits.
+    The model's parameters must still have their shapes. A tensor's moments have 8 bits from
+    `min_8bit_size` elements on.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
