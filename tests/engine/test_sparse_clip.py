@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,11 +85,7 @@ FP16 = [
     if case["zero_optimization.stage"]
 ]
 EIGHT_BITS = [
-    case
-    | {
-        "optimizer.type": "AdamW8bit",
-        "optimizer.params.min_8bit_size": 512,
-    }
+    case | {"optimizer.type": "AdamW8bit", "optimizer.params.min_8bit_size": 512}
     for case in FP32 + BF16[:2]
 ]
 CASES = FP32 + BF16 + FP16 + ACCUMULATED + VANILLA + UNCLIPPED + UNEVEN + SIZES + OFFLOADED
@@ -101,28 +98,18 @@ RUNS = {"torch_adam": CASES, "fused_adam": FUSED}
 MARKS = {"torch_adam": [], "fused_adam": [pytest.mark.multi_gpu]}
 
 
-def measured(cases: list[dict]) -> dict[str, dict]:
-    """What is found of each case that this machine can run, by its id."""
-    cases = [case for case in cases if is_runnable(case)]
+@cache
+def measured(run: str) -> dict[str, dict]:
+    """What is found of each case of a run that this machine can run, by the case's id."""
+    cases = [case for case in RUNS[run] if is_runnable(case)]
     program = "tests.engine.programs:clipping_against_every_gradient"
-    return dict(
-        zip(map(case_id, cases), run_on_ranks(program, 2, cases, timeout=900)[0], strict=True)
-    )
-
-
-@pytest.fixture(scope="module")
-def torch_adam() -> dict[str, dict]:
-    return measured(CASES)
-
-
-@pytest.fixture(scope="module")
-def fused_adam() -> dict[str, dict]:
-    return measured(FUSED)
+    found = run_on_ranks(program, 2, cases, timeout=900)[0]
+    return dict(zip(map(case_id, cases), found, strict=True))
 
 
 @pytest.fixture
-def found(run: str, case: dict, request: pytest.FixtureRequest) -> dict:
-    return request.getfixturevalue(run)[case_id(case)]
+def found(run: str, case: dict) -> dict:
+    return measured(run)[case_id(case)]
 
 
 def every_case(condition: Callable[[dict], bool] = lambda _: True) -> pytest.MarkDecorator:
@@ -199,8 +186,8 @@ def test_expert_and_dense_gradients_shrink_alike_before_they_reach_adam(
 @pytest.mark.slow
 @pytest.mark.needs("bf16")  # without which nothing needs BF16_Optimizer
 @pytest.mark.parametrize("run", [pytest.param(run, marks=MARKS[run]) for run in RUNS])
-def test_every_wrapper_of_deepspeed_was_met(run: str, request: pytest.FixtureRequest) -> None:
-    wrappers = {found["optimizer"] for found in request.getfixturevalue(run).values()}
+def test_every_wrapper_of_deepspeed_was_met(run: str) -> None:
+    wrappers = {found["optimizer"] for found in measured(run).values()}
     assert wrappers - {"AdamW", "FusedAdam", "BlockwiseAdamW"} == {
         "BF16_Optimizer",
         "DeepSpeedZeroOptimizer",

@@ -67,13 +67,8 @@ def test_what_was_stored_in_8_bits_comes_back_with_the_same_bits(
             codes[codes == 255] = 254
             codes[BLOCK + 1 :: 2 * BLOCK] = 255
             codes[1 :: 2 * BLOCK] = 254  # as large as the block's first, with another sign
-        values = (
-            functional()
-            .dequantize_blockwise(codes, absmax=scales, code=book, blocksize=BLOCK)
-            .float()
-        )
-        again = stored(values, book)
-        assert torch.equal(again, values)  # but for the sign of zeros
+        values = functional().dequantize_blockwise(codes, None, scales, book, blocksize=BLOCK)
+        assert torch.equal(stored(values, book), values)  # but for the sign of zeros
 
 
 def stored(values: Tensor, book: Tensor) -> Tensor:
@@ -259,20 +254,23 @@ every_layout = pytest.mark.parametrize(
 )
 
 
+def in_groups(cases: dict[Any, Any], max_numel: int, program: str, *arguments: Any) -> dict:
+    """What rank 0 of two finds of each of these cases, in optimizer groups of so many elements."""
+    target = "tests.engine.programs:in_groups"
+    given = (max_numel, program, [*cases.values()], *arguments)
+    return dict(zip(cases, run_on_ranks(target, 2, *given, timeout=900)[0], strict=True))
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict]:
-    """Of one of two ranks: each pair of RESUMED that this machine can run."""
+    """What happens to each pair of RESUMED that this machine can run."""
     pairs = {
         (kind, index): pair
         for kind, of_kind in RESUMED.items()
         for index, pair in enumerate(of_kind)
         if is_runnable(*pair)
     }
-    folder = str(tmp_path_factory.mktemp("runs"))
-    program = "tests.engine.programs:resumed"
-    return dict(
-        zip(pairs, run_on_ranks(program, 2, [*pairs.values()], folder, timeout=900)[0], strict=True)
-    )
+    return in_groups(pairs, 2**30, "resumed", str(tmp_path_factory.mktemp("runs")))
 
 
 GROUPED: list[dict[str, Any]] = [{STAGE: stage, EP: ep} for stage in range(4) for ep in (1, 2)]
@@ -283,12 +281,8 @@ GROUPED += [keys | TYPE | {"bf16.enabled": True} for keys in GROUPED if keys[STA
 def grouped() -> dict[int, tuple[dict, dict]]:
     """Of the cases of GROUPED that can run: curves with whole and with small groups."""
     cases = {index: keys for index, keys in enumerate(GROUPED) if is_runnable(keys)}
-    program = "tests.engine.programs:in_groups"
-    whole, small = (
-        run_on_ranks(program, 2, numel, "losses_and_norms", [*cases.values()], 4, timeout=900)[0]
-        for numel in (2**30, 3000)
-    )
-    return dict(zip(cases, zip(whole, small, strict=True), strict=True))
+    whole, small = (in_groups(cases, numel, "losses_and_norms", 4) for numel in (2**30, 3000))
+    return {index: (whole[index], small[index]) for index in cases}
 
 
 @pytest.mark.slow
@@ -306,12 +300,8 @@ def test_small_groups_change_no_number(grouped: dict[int, tuple[dict, dict]], in
 @pytest.fixture(scope="module")
 def resumed_in_small_groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     """Of the layouts of LAYOUTS that can run: the same run resumed, in small groups."""
-    layouts = {index: SMALL | keys for index, keys in enumerate(LAYOUTS)}
-    cases = {index: (keys, keys) for index, keys in layouts.items() if is_runnable(keys)}
-    folder = str(tmp_path_factory.mktemp("small"))
-    program = "tests.engine.programs:in_groups"
-    found = run_on_ranks(program, 2, 3000, "resumed", [*cases.values()], folder, timeout=900)[0]
-    return dict(zip(cases, found, strict=True))
+    pairs = {index: pair for index, pair in enumerate(RESUMED["the same"]) if is_runnable(*pair)}
+    return in_groups(pairs, 3000, "resumed", str(tmp_path_factory.mktemp("small")))
 
 
 # The moments and weights are copied, and the second run does what the first did with them, on the
