@@ -158,6 +158,19 @@ def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[
     return factor
 
 
+def early_end(schedule: LRSchedule, num_steps: int) -> str:
+    """What a schedule that ends before the run does to the other steps; "" if it does not."""
+    total_steps, end_lr = schedule.total_steps or num_steps, schedule.end_lr or 0.0
+    if schedule.type != "polynomial" or total_steps >= num_steps:
+        return ""
+    rate = f"end_lr={end_lr:g}" if end_lr else "a learning rate of 0, so they change nothing"
+    return (
+        f"magnetar.training.lr_schedule.total_steps={total_steps} is less than num_steps="
+        f"{num_steps}: the steps after {total_steps} train at {rate}; use num_steps={total_steps}, "
+        f"or begin another run with total_steps={num_steps}"
+    )
+
+
 def trained_moe_class(zero_stage: int, moe: MoEConfig | None) -> type[MoE]:
     """The class of the MoE layers of a model that trains."""
     return moe_class(zero_stage, moe is None or moe.frozen != "router_and_experts")

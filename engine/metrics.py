@@ -5,17 +5,19 @@ They go to metrics.jsonl and to DeepSpeed's monitor.
 
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
-from magnetar.data.atomic import write_atomically
+from magnetar.data.atomic import append, write_atomically
 from magnetar.models.config import ModelConfig
 from magnetar.models.cost import flops_per_token
 from magnetar.models.moe.all_to_all import Traffic
@@ -159,6 +161,7 @@ class Metrics:
         self.layers = sparse_layers(engine.module, model)
         self.traffic: dict[str, Traffic] = {}
         self.start_from(0, 0.0)
+        threading.excepthook = _without_tensorboards_errors
 
     def start_from(self, num_targets: int, seconds: float) -> None:
         """Go on from a checkpoint's targets and training time."""
@@ -253,24 +256,32 @@ class Metrics:
             return
         # JSON has no infinity and no NaN, so null stands for both.
         finite = {name: v if math.isfinite(v) else None for name, v in record.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        append(self.path, json.dumps(finite) + "\n")
         step = int(record["step"])
-        self.engine.monitor.write_events(
-            [(monitor_tag(name), value, step) for name, value in record.items() if name != "step"]
-        )
+        events = [(monitor_tag(name), v, step) for name, v in record.items() if name != "step"]
+        try:
+            self.engine.monitor.write_events(events)
+        except OSError as error:  # of an open file, or of a thread, that has no name
+            name = error.filename or f"what a monitor writes for {self.path.parent}"
+            raise OSError(error.errno, error.strerror, name) from error
 
-    def forget_after(self, step: int) -> None:
-        """Remove what was recorded after a step, which will be recorded again, on rank 0."""
+    def forget_after(self, step: int) -> str:
+        """Remove what was recorded after a step, on rank 0, as `keep_records_up_to` does."""
         if dist.get_rank() != 0:
-            return
-        keep_records_up_to(self.path, step)
+            return ""
         writer = getattr(self.engine.monitor.tb_monitor, "summary_writer", None)
         if writer is not None:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
             start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
             writer.file_writer.add_event(start, step + 1)
+        return keep_records_up_to(self.path, step)
+
+
+def _without_tensorboards_errors(args: threading.ExceptHookArgs) -> None:
+    """Print a thread's error, unless TensorBoard raises it again at the next record."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def monitor_tag(name: str) -> str:
@@ -280,15 +291,71 @@ def monitor_tag(name: str) -> str:
     return name if "/" in name else f"train/{name}"
 
 
-def keep_records_up_to(path: Path, step: int) -> None:
-    """Remove the records after a step from metrics.jsonl, since they will be written again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # a killed run can leave half a line
-            continue
-    write_atomically(path, "".join(kept))
+Record = dict[str, float]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_RECORD = TypeAdapter(dict[str, _Number | None])
+
+
+class Records(NamedTuple):
+    """The content of a metrics.jsonl.
+
+    Attributes:
+        lines: every record with its line; NaN stands for null.
+        left_out: lines that are no records.
+        words: a sentence about `left_out`, "" if there are none.
+    """
+
+    lines: list[tuple[bytes, Record]]
+    left_out: list[bytes]
+    words: str
+
+
+def read_records(file: Path) -> Records:
+    """The records of a metrics.jsonl, whatever else stands in it.
+
+    Half a line at the end is left out without a word, since a run may be writing it, or was killed.
+    """
+    *lines, last = file.read_bytes().split(b"\n")
+    found, left_out = [], {}
+    for number, line in enumerate([*lines, last], start=1):
+        if (record := _record(line)) is not None:
+            found.append((line, record))
+        elif line.strip() and number <= len(lines):
+            left_out[number] = line
+    words = ""
+    if left_out:
+        number, line = next(iter(left_out.items()))
+        what = f"line {number} is no record and is"
+        if len(left_out) > 1:
+            what = f"{len(left_out)} lines, line {number} first, are no records and are"
+        words = f"{file}: {what} left out ({line[:40]!r})"
+    return Records(found, list(left_out.values()), words)
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        values = _RECORD.validate_json(line)
+    except ValidationError:
+        return None
+    record = {name: math.nan if value is None else value for name, value in values.items()}
+    step = record.get("step", -1.0)
+    is_record = step >= 0 and step.is_integer() and not {"loss", "valid_loss"}.isdisjoint(record)
+    return record if is_record else None
+
+
+def keep_records_up_to(file: Path, step: int) -> str:
+    """Remove the records after a step from metrics.jsonl, since they will be written again.
+
+    Returns:
+        A sentence about lines that are no records, "" if there are none. They go into another file.
+    """
+    if not file.exists():
+        return ""
+    lines, left_out, words = read_records(file)
+    if left_out:
+        other = file.with_suffix(".left_out")
+        append(other, b"".join(line + b"\n" for line in left_out))
+        words += f" and kept in {other.name}"
+    kept = [line + b"\n" for line, record in lines if record["step"] <= step]
+    write_atomically(file, b"".join(kept))
+    return words

@@ -11,7 +11,7 @@ import torch
 from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
 from magnetar.data.loader import RunData
-from magnetar.engine.build import build_engine, launched_rank, start_distributed
+from magnetar.engine.build import build_engine, early_end, launched_rank, start_distributed
 from magnetar.engine.checkpoint.exported_run import TrainerEntry
 from magnetar.engine.checkpoint.format import Checkpoint
 from magnetar.engine.checkpoint.run_folder import claim_run_folder, differing, flat_keys
@@ -149,20 +149,22 @@ class Run:
         )
         self.evaluations = Evaluations(self.engine, data, self.training.eval_translations)
         checkpoint = newest_whole_checkpoint(self.run_dir)
+        first_step = checkpoint.step if checkpoint else 0
+        progress = ProgressLine(first_step, self.training.num_steps, self.is_first_rank)
+        self.log = RunLog(self.run_dir, progress)
         if checkpoint is None:
-            self.metrics.forget_after(-1)
+            self.forget_after(-1)
         else:
             self.load(checkpoint)
         times.end("load")
-        first_step = self.engine.global_steps
-        progress = ProgressLine(first_step, self.training.num_steps, self.is_first_rank)
-        self.log = RunLog(self.run_dir, progress)
         self.saver = Saver(self.engine, config, data)
         ep_size = config.model.moe.ep_size if config.model.moe else 1
         layout = layout_words(dist.get_world_size(), ep_size, config.zero_stage, config.dtype)
         batch_size = config.deepspeed[TRAIN]
         about = describe(config.model, layout, data, self.training, batch_size, first_step)
         self.log.tell("resume" if first_step else "start", about)
+        if words := early_end(self.training.lr_schedule, self.training.num_steps):
+            self.log.tell("schedule", words)
 
     def steps(self) -> Iterator[int]:
         """The steps to do, from 1; a rollback goes on behind its checkpoint."""
@@ -253,7 +255,12 @@ class Run:
         evaluations.before, evaluations.after = state.before, state.after
         evaluations.examples = [(d, s, r, t) for d, s, r, t in state.examples]
         self.metrics.start_from(state.num_targets, state.seconds)
-        self.metrics.forget_after(checkpoint.step)
+        self.forget_after(checkpoint.step)
+
+    def forget_after(self, step: int) -> None:
+        """Remove what was recorded after a step, and tell what in metrics.jsonl is no record."""
+        if words := self.metrics.forget_after(step):
+            self.log.tell("metrics", words)
 
     def roll_back(self, step: int, problem: str) -> None:
         """Load the newest checkpoint again, since the run cannot go on after a step.

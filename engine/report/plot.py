@@ -2,13 +2,15 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from magnetar.data.errors import UserError, missing_package
+from magnetar.engine import metrics
 
-Record = dict[str, float]
+Record = metrics.Record
 
 
 def read_records(run_dir: Path) -> tuple[list[Record], list[Record]]:
@@ -20,9 +22,10 @@ def read_records(run_dir: Path) -> tuple[list[Record], list[Record]]:
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{file} does not exist: name the folder of a run that has begun to train")
-    # A run that is being written, or was killed, can end in half a line.
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    records = [json.loads(line) for line in lines]
+    lines, _, words = metrics.read_records(file)
+    if words:
+        print(f"warning: {words}", file=sys.stderr, flush=True)
+    records = [record for _, record in lines]
     train = [record for record in records if "loss" in record]
     if not train:
         raise UserError(f"{file} has no training record yet: wait for the first logged step")
@@ -33,7 +36,7 @@ def layer_extremes(record: Record) -> tuple[float, float] | None:
     """Loads of the busiest and of the idlest expert of all MoE layers; None for a dense model."""
     highest = [value for name, value in record.items() if name.endswith("/load_max")]
     lowest = [value for name, value in record.items() if name.endswith("/load_min")]
-    return (max(highest), min(lowest)) if highest else None
+    return (max(highest), min(lowest)) if highest and lowest else None
 
 
 def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
@@ -53,7 +56,9 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
         name, color = run_dir.name, f"C{index}"
         losses.plot(_steps(train), [r["loss"] for r in train], label=name, color=color)
         losses.plot(_steps(valid), [r["valid_loss"] for r in valid], "o", color=color)
-        norms.plot(_steps(train), [r["grad_norm"] for r in train], label=name, color=color)
+        norms.plot(
+            _steps(train), [r.get("grad_norm", math.nan) for r in train], label=name, color=color
+        )
         for panel in bleu:
             _draw_bleu(panel, valid, name, color)
     unigram_losses = {loss for loss in map(_unigram_loss, run_dirs) if loss is not None}
@@ -156,7 +161,12 @@ def _draw_bleu(panel: Any, valid: list[Record], name: str, color: str) -> None:
 
 
 def _draw_gradient_norm(panel: Any, train: list[Record], threshold: float) -> None:
-    panel.plot(_steps(train), [r["grad_norm"] for r in train], color="C2", label="before clipping")
+    panel.plot(
+        _steps(train),
+        [r.get("grad_norm", math.nan) for r in train],
+        color="C2",
+        label="before clipping",
+    )
     if threshold:
         panel.axhline(threshold, color="gray", linestyle="--", label="threshold")
     panel.set_title("gradient norm")
@@ -168,16 +178,16 @@ def _draw_entropy(panel: Any, train: list[Record]) -> None:
     names = [name for name in train[0] if name.endswith("/routing_entropy")]
     for name in names:
         layer = name.split("/")[0].replace("_", " ")
-        panel.plot(_steps(train), [r[name] for r in train], label=layer)
+        panel.plot(_steps(train), [r.get(name, math.nan) for r in train], label=layer)
     panel.set_title("routing entropy (nats)")
     if 1 < len(names) <= 8:
         panel.legend(frameon=False)
 
 
 def _draw_load(panel: Any, train: list[Record]) -> None:
-    extremes = [pair for pair in map(layer_extremes, train) if pair is not None]
-    panel.plot(_steps(train), [most for most, _ in extremes], color="C3", label="busiest expert")
-    panel.plot(_steps(train), [least for _, least in extremes], color="C0", label="idlest expert")
+    loads = [layer_extremes(record) or (math.nan, math.nan) for record in train]
+    panel.plot(_steps(train), [most for most, _ in loads], color="C3", label="busiest expert")
+    panel.plot(_steps(train), [least for _, least in loads], color="C0", label="idlest expert")
     panel.axhline(1.0, color="gray", linestyle="--", label="even")
     panel.set_title("load of an expert, in even shares")
     panel.set_ylim(bottom=0)
