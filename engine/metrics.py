@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.distributed as dist
@@ -296,40 +296,27 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _RECORD = TypeAdapter(dict[str, _Number | None])
 
 
-class Records(NamedTuple):
-    """The content of a metrics.jsonl.
-
-    Attributes:
-        lines: every record with its line; NaN stands for null.
-        left_out: lines that are no records.
-        words: a sentence about `left_out`, "" if there are none.
-    """
-
-    lines: list[tuple[bytes, Record]]
-    left_out: list[bytes]
-    words: str
-
-
-def read_records(file: Path) -> Records:
+def read_records(file: Path) -> tuple[list[tuple[bytes, Record]], list[bytes], str]:
     """The records of a metrics.jsonl, whatever else stands in it.
 
     Half a line at the end is left out without a word, since a run may be writing it, or was killed.
+
+    Returns:
+        Every record with its line, with NaN for null; the lines that are no records; a sentence
+        about those, "" if there are none.
     """
-    *lines, last = file.read_bytes().split(b"\n")
-    found, left_out = [], {}
-    for number, line in enumerate([*lines, last], start=1):
-        if (record := _record(line)) is not None:
-            found.append((line, record))
-        elif line.strip() and number <= len(lines):
-            left_out[number] = line
+    lines = file.read_bytes().split(b"\n")
+    records = [(line, record) for line in lines if (record := _record(line)) is not None]
+    left_out = {
+        n: line for n, line in enumerate(lines[:-1], 1) if line.strip() and not _record(line)
+    }
     words = ""
-    if left_out:
-        number, line = next(iter(left_out.items()))
+    for number, line in list(left_out.items())[:1]:
         what = f"line {number} is no record and is"
         if len(left_out) > 1:
             what = f"{len(left_out)} lines, line {number} first, are no records and are"
         words = f"{file}: {what} left out ({line[:40]!r})"
-    return Records(found, list(left_out.values()), words)
+    return records, list(left_out.values()), words
 
 
 def _record(line: bytes) -> Record | None:

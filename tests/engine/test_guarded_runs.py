@@ -182,12 +182,15 @@ def test_a_spike_of_the_loss_is_left_out_where_that_is_asked_for(
     corpus: Path, tmp_path: Path
 ) -> None:
     spikes = {"magnetar.guards.spike_deviations": 6.0, "magnetar.guards.spike_window": 5}
-    config = one_rank(tmp_path, corpus, **spikes)
+    short = {"magnetar.training.lr_schedule.total_steps": 11}
+    config = one_rank(tmp_path, corpus, **spikes, **short)
     done = train_with((config, {"loss": "3 if batch in (4, 11) else 1"}))
     assert done.returncode == 0, done.stdout
     assert "step 4" not in done.stdout.replace("step 4: validation", "")  # five are not yet done
     assert "step 11 is left out: loss " in done.stdout
     assert "more than 6 standard deviations" in done.stdout
+    assert "**schedule** " in (tmp_path / "run" / "logbook.md").read_text()
+    assert "total_steps=11 is less than num_steps=12: the steps after 11" in done.stdout
 
 
 def test_what_going_back_does_not_help_ends_as_diverged(corpus: Path, tmp_path: Path) -> None:
@@ -262,10 +265,16 @@ def test_a_signal_to_any_rank_saves_and_ends_them_all_well(
     logbook = (tmp_path / "run" / "logbook.md").read_text()
     assert f"SIGUSR1 asks for a checkpoint after step {saved[0]}" in logbook
     assert not (tmp_path / "run" / "summary.json").exists()
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe{\n")
     shorter = launch(config, "--set", f"magnetar.training.num_steps={saved[1] + 2}")
     assert shorter.returncode == 0, shorter.stdout
-    assert "**resume** " in (tmp_path / "run" / "logbook.md").read_text()
-    assert "num_steps: 4000 -> " in (tmp_path / "run" / "logbook.md").read_text()
+    logbook = (tmp_path / "run" / "logbook.md").read_text()
+    for words in ("**resume** ", "num_steps: 4000 -> ", "is no record and is left out (b'"):
+        assert words in logbook
+    assert "and kept in metrics.left_out" in shorter.stdout
+    steps = [record["step"] for record in records(tmp_path / "run") if "loss" in record]
+    assert steps == list(range(1, saved[1] + 3))
 
 
 def test_a_launcher_that_is_ended_leaves_no_ranks_behind_and_loses_no_step(

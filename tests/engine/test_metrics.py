@@ -91,7 +91,7 @@ def test_a_line_that_is_no_record_is_left_out_with_a_word_and_kept(
     assert keep_records_up_to(file, 2) == f"{words} and kept in metrics.left_out"
     assert file.read_bytes() == b"\n".join([LINES[0], LINES[1] + b"\r", b""])
     assert (tmp_path / "metrics.left_out").read_bytes() == line + b"\n"
-    assert read_records(file).words == keep_records_up_to(file, 2) == ""
+    assert read_records(file)[2] == keep_records_up_to(file, 2) == ""
 
 
 def test_several_lines_are_counted_and_a_last_line_may_lack_its_end(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_several_lines_are_counted_and_a_last_line_may_lack_its_end(tmp_path: Pa
         keep_records_up_to(file, 9)
     )
     append(file, json.dumps({"step": 3, "valid_loss": 1.0}) + "\n")
-    assert [record["step"] for _, record in read_records(file).lines] == [1, 2, 3]
+    assert [record["step"] for _, record in read_records(file)[0]] == [1, 2, 3]
 
 
 def test_a_record_that_a_full_disk_takes_in_part_is_taken_back_and_its_file_named(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from magnetar.engine.build import lr_factor, parameter_groups
+from magnetar.engine.build import early_end, lr_factor, parameter_groups
 from magnetar.engine.config.schema import LRSchedule
 from magnetar.engine.train_step import LossWeights, StepResult, train_step
 from magnetar.models.config import ModelConfig
@@ -42,6 +42,24 @@ def test_the_learning_rate_follows_its_schedule(
 ) -> None:
     factor = lr_factor(LRSchedule(**schedule), 1e-3, num_steps)
     assert {step: factor(step) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_steps", "parts"),
+    [
+        (POLYNOMIAL, 110, []),
+        (POLYNOMIAL, 111, ["total_steps=110 is less than num_steps=111", "end_lr=0.0001; use"]),
+        (SQUARED, 300, ["after 100 train at a learning rate of 0", "use num_steps=100, or begin"]),
+        ({"type": "polynomial", "warmup_steps": 1}, 40, []),
+        ({"type": "constant", "warmup_steps": 0}, 10, []),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_said(
+    schedule: dict[str, Any], num_steps: int, parts: list[str]
+) -> None:
+    words = early_end(LRSchedule(**schedule), num_steps)
+    assert bool(words) == bool(parts)
+    assert all(part in words for part in parts)
 
 
 @pytest.fixture
