@@ -30,7 +30,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from magnetar.engine.checkpoint.format import WEIGHT, evenly_cut
-from magnetar.engine.optim.adam import MOMENTS, Moment, moments, round_to_8_bits, start_8_bit
+from magnetar.engine.optim.adam import MOMENTS, Moment, moments, round_to_8_bits
 from magnetar.models.moe.deepspeed import join_expert_groups
 from magnetar.models.moe.experts import Experts
 
@@ -230,7 +230,7 @@ def start_adam(engine: Any, step: int) -> None:
     is_torchs = isinstance(adam, torch.optim.Adam)
     for group, flat in tensors_of_optimizer(engine):
         if "optim_bits" in group:
-            start_8_bit(adam, group, flat, step)
+            adam.make_states(group, flat, step)
             continue
         adam.state[flat] = {
             # DeepSpeed's own Adams count in Python; PyTorch's fused one, beside the states.

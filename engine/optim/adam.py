@@ -187,18 +187,8 @@ def moments(state: dict[str, Any]) -> dict[str, Moment]:
     return found
 
 
-def start_8_bit(adam: Any, group: dict, tensor: Tensor, step: int) -> None:
-    """Make a tensor's states as after `step` updates, with moments that are to be filled.
-
-    Moments of 8 bits get float32 copies on the host until `round_to_8_bits`.
-    """
-    state = adam.make_states(group, tensor, step)
-    if state["state1"].dtype == torch.uint8:
-        state |= {name: torch.zeros(tensor.numel()) for name in MOMENTS}
-
-
 def round_to_8_bits(adam: Any) -> None:
-    """Put the float32 copies that `start_8_bit` made into the states, and remove them."""
+    """Put the float32 copies that `BlockwiseAdamW.make_states` made into the states."""
     for state in adam.state.values():
         if MOMENTS[0] not in state or "state1" not in state:
             continue  # float32 moments, or another optimizer's
