@@ -209,10 +209,6 @@ def test_the_nearest_layout_that_can(
     assert nearest_layout(SAVED, asked, PARAMETERS, gpu_memory) == nearest
 
 
-def test_a_layout_is_written_as_options() -> None:
-    assert str(Layout(8, 4, 2)) == "--world-size 8 --ep-size 4 --zero-stage 2"
-
-
 @pytest.mark.parametrize(("local_size", "held"), [("1", True), ("4", False)])
 def test_ranks_that_a_machine_cannot_hold_are_refused(
     local_size: str, held: bool, monkeypatch: pytest.MonkeyPatch
