@@ -9,7 +9,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -109,3 +109,25 @@ def lock(path: Path) -> IO[str]:
         file.close()
         raise
     return file
+
+
+def append(path: Path, content: str | bytes) -> None:
+    """Append to a file, which is made if there is none.
+
+    Raises:
+        OSError: if it cannot be written. The error names the file, whose content is as it was.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        rest = content.encode() if isinstance(content, str) else content
+        try:
+            # Several processes write a logbook, so this is one write, if the disk takes it whole.
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)

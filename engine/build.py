@@ -44,11 +44,9 @@ from magnetar.models.moe.deepspeed import moe_class
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import build_model, compile_blocks, set_checkpointing
 
-# mallopt's parameters (malloc.h of glibc, whose largest threshold for mmap is 32 MiB).
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20
-_TOP_PAD_BYTES = 256 * 2**20
-_NEVER = 2**31 - 1
+# mallopt's parameters in malloc.h of glibc, whose largest threshold for mmap is 32 MiB.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+_MALLOPT = {_MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 256 * 2**20}
 
 
 def keep_freed_memory() -> None:
@@ -58,18 +56,13 @@ def keep_freed_memory() -> None:
     page. A small operator then spends most of its time waiting for zeroed pages.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    mallopt(_TRIM_THRESHOLD, _NEVER)
-    mallopt(_TOP_PAD, _TOP_PAD_BYTES)
+    if mallopt is not None:
+        for parameter, value in _MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def start_distributed() -> torch.device:
-    """Join the launcher's process group, or make one of a single rank.
-
-    Returns:
-        This rank's device.
+    """This rank's device, once the launcher's process group is joined, or one of a single rank.
 
     Raises:
         UserError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
@@ -112,16 +105,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Only tensors of matrix shape decay. To decay a temperature or a LayerNorm gain towards zero
     changes the function and is no regularisation. The groups of experts carry DeepSpeed's marks
-    (`moe` and the name of the process group), and E for SparseClip.
-
-    Args:
-        model: the model, with parameters that still have their shapes.
-        weight_decay: weight decay of the matrices.
+    (`moe` and the name of the process group), and E for SparseClip. The parameters must still have
+    their shapes.
     """
     found: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
         group_name = getattr(parameter, "group_name", "dense")
         # Experts' tensors are stacked, so they have one dimension more than one expert's.
         is_matrix = parameter.dim() - (group_name != "dense") >= 2
@@ -130,17 +118,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     param_groups = []
     # Experts come first. ZeRO 3 lays out one parameter behind the other, and a temperature (one
     # number) before them would misalign their weights for grouped matrix products.
-    for (group_name, num_experts, is_matrix), parameters in sorted(
-        found.items(), key=lambda item: item[0], reverse=True
-    ):
-        group = {
-            "params": parameters,
-            "name": group_name,
-            "weight_decay": weight_decay if is_matrix else 0.0,
-        }
-        if num_experts:
-            group |= {"moe": True, "num_experts": num_experts}
-        param_groups.append(group)
+    for key in sorted(found, reverse=True):
+        group_name, num_experts, is_matrix = key
+        decay = weight_decay if is_matrix else 0.0
+        marks = {"moe": True, "num_experts": num_experts} if num_experts else {}
+        group = {"params": found[key], "name": group_name, "weight_decay": decay}
+        param_groups.append(group | marks)
     return param_groups
 
 
@@ -153,10 +136,7 @@ def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[
         inverse_sqrt   lr * sqrt(warmup_steps / (step + 1))
         constant       lr
 
-    Args:
-        schedule: the schedule's section.
-        base_lr: the full learning rate.
-        num_steps: steps of the run, the default of total_steps.
+    The run's `num_steps` are the default of total_steps.
     """
     total_steps = schedule.total_steps or num_steps
     warmup_steps = max(1, schedule.warmup_steps)
@@ -173,6 +153,19 @@ def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[
         return end + (1 - end) * max(0.0, 1 - progress) ** (schedule.power or 1.0)
 
     return factor
+
+
+def early_end(schedule: LRSchedule, num_steps: int) -> str:
+    """What a schedule that ends before the run does to the other steps; "" if it does not."""
+    total_steps, end_lr = schedule.total_steps or num_steps, schedule.end_lr or 0.0
+    if schedule.type != "polynomial" or total_steps >= num_steps:
+        return ""
+    rate = f"end_lr={end_lr:g}" if end_lr else "a learning rate of 0, so they change nothing"
+    return (
+        f"magnetar.training.lr_schedule.total_steps={total_steps} is less than num_steps="
+        f"{num_steps}: the steps after {total_steps} train at {rate}; use num_steps={total_steps}, "
+        f"or begin another run with total_steps={num_steps}"
+    )
 
 
 def trained_moe_class(zero_stage: int, moe: MoEConfig | None) -> type[MoE]:
@@ -209,14 +202,7 @@ def require_type(dtype: str) -> None:
 
 
 def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngine, SparseClip]:
-    """The DeepSpeed engine of a resolved config, with SparseClip in place of its clipping.
-
-    Args:
-        config: config that is resolved for this world size, with a vocab_size.
-        device: this rank's device, from `start_distributed`.
-
-    Returns:
-        The engine and its SparseClip.
+    """The DeepSpeed engine of a resolved config, and the SparseClip in place of its clipping.
 
     Raises:
         UserError: if a device does not compute in the type of the weights.
@@ -225,12 +211,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
     with torch.device("cpu" if config.zero_stage == 3 else device):
         # The weights are drawn on the device in any case. With the CPU's generator ZeRO 3 would
         # start from other weights than the other stages.
-        model = build_model(
-            config.model,
-            config.training.seed,
-            trained_moe_class(config.zero_stage, config.model.moe),
-            drawn_on=device,
-        )
+        moe = trained_moe_class(config.zero_stage, config.model.moe)
+        model = build_model(config.model, config.training.seed, moe, drawn_on=device)
     if config.data.pairs is not None:
         expect_many_shapes()
     if starts_from_weights(config) and config.training.init_from is not None:
@@ -248,9 +230,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
     if config.training.independent_weight_decay:
         # AdamW multiplies weight_decay by the learning rate, so only the schedule's factor is left.
         weight_decay /= optimizer_params["lr"]
-    factor = lr_factor(
-        config.training.lr_schedule, optimizer_params["lr"], config.training.num_steps
-    )
+    schedule, num_steps = config.training.lr_schedule, config.training.num_steps
+    factor = lr_factor(schedule, optimizer_params["lr"], num_steps)
     deepspeed_config = copy.deepcopy(config.deepspeed)  # DeepSpeed takes keys out of it
     # SparseClip applies the threshold. DeepSpeed calls it in every mode if its own is above 0.
     deepspeed_config["gradient_clipping"] = config.gradient_clipping or 1.0

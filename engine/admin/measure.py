@@ -20,17 +20,10 @@ def profile(config: RunConfig, data: RunData) -> dict[str, list[float]]:
     """Run the first training batch through the initial model, and write the run's profile.
 
     Every rank calls this. The batch is the whole first batch of the training, so the profile does
-    not depend on the layout.
-
-    Args:
-        config: config that is resolved for this world size, with a vocab_size.
-        data: the run's data.
+    not depend on the layout. The config is one of `resolve_run`.
 
     Returns:
         The omegas of the sublayers, by stack.
-
-    Raises:
-        UserError: a run has begun in the folder.
     """
     run_dir = profile_path(config).parent
     if complete_checkpoints(run_dir):

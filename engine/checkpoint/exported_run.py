@@ -16,7 +16,22 @@ _Number = int | Annotated[float, Field(allow_inf_nan=True)]
 
 
 class TrainerEntry(StrictModel):
-    """State of the trainer, with which a run goes on."""
+    """The part of a checkpoint beside DeepSpeed's own state: the states of a run's components.
+
+    The position in the data, the learning rate and the noise are functions of the step and of
+    `batch_offset`, so they have no entry here.
+
+    Attributes:
+        seconds: training time over all starts, without evaluations and saves.
+        num_clipped: steps that SparseClip clipped.
+        num_targets: tokens that were asked about.
+        num_bad: steps that the guards left out.
+        batch_offset: batches that rollbacks left out.
+        recent_losses: losses with which the guards compare the next one.
+        before: validation of the initial weights.
+        after: the last validation.
+        examples: a few translations by the initial weights.
+    """
 
     seconds: float = 0.0
     num_clipped: int = 0

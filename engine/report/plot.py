@@ -2,13 +2,15 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from magnetar.data.errors import UserError, missing_package
+from magnetar.engine import metrics
 
-Record = dict[str, float]
+Record = metrics.Record
 Runs = dict[Path, tuple[list[Record], list[Record]]]  # training and validation records
 
 
@@ -21,9 +23,10 @@ def read_records(run_dir: Path) -> tuple[list[Record], list[Record]]:
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{file} does not exist: name the folder of a run that has begun to train")
-    # A run that is being written, or was killed, can end in half a line.
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    records = [json.loads(line) for line in lines]
+    lines, _, words = metrics.read_records(file)
+    if words:
+        print(f"warning: {words}", file=sys.stderr, flush=True)
+    records = [record for _, record in lines]
     train = [record for record in records if "loss" in record]
     if not train:
         raise UserError(f"{file} has no training record yet: wait for the first logged step")
@@ -75,7 +78,7 @@ def _figure(num_panels: int) -> tuple[Any, Any]:
 
 
 def _curve(panel: Any, records: Iterable[Record], name: str, style: str = "-", **how: Any) -> None:
-    points = [(record["step"], record[name]) for record in records]
+    points = [(record["step"], record.get(name, math.nan)) for record in records]
     panel.plot(*zip(*points, strict=True) if points else ([], []), style, **how)
 
 

@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from magnetar.data.atomic import write_atomically
 from magnetar.data.loader import RunData
 from magnetar.data.text.packed_lm import IGNORE_INDEX
 from magnetar.engine.config.schema import TrainingConfig
@@ -114,7 +115,7 @@ def finish(
     run_dir, console = Path(training.run_dir), progress.console
     unigram = data.unigram_perplexity(int(after["num_tokens"]))
     summary = make_summary(evaluations, model, totals, unigram, scores, engine.device)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     console.print()
     console.print(
         evaluation_table(

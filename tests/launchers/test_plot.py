@@ -27,6 +27,21 @@ def test_a_run_that_still_trains_is_drawn(
     assert f"wrote {tmp_path / 'curves.png'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "line", [b"\0\0\0", b"\xff\xfe", b"null", b"{}", b"[" * 9_999, b"9" * 5_000]
+)
+def test_a_line_that_is_no_record_is_left_out_of_the_picture_with_a_word(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [RECORD | ROUTING, {"step": 2, "loss": None}, {"step": 3, "valid_loss": 4.0}]
+    lines = [*(json.dumps(record).encode() for record in records), line, b""]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    main([str(tmp_path)])
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    words = f"warning: {tmp_path / 'metrics.jsonl'}: line 4 is no record and is left out"
+    assert words in capsys.readouterr().err
+
+
 def test_several_runs_are_drawn_into_one_picture_that_must_be_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

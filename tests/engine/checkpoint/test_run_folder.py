@@ -6,7 +6,6 @@ import pytest
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.run_folder import check_run_folder
 from magnetar.engine.config.schema import RunConfig, check_config
-from magnetar.engine.metrics import keep_records_up_to, monitor_tag
 from tests.engine.programs import BASE, with_keys
 
 
@@ -167,26 +166,6 @@ def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read as JSON"):
         check_run_folder(config(tmp_path / "run"))
-
-
-def test_records_beyond_the_checkpoint_and_half_lines_are_removed(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 1}\n{"broken\n{"step": 2}\n{"step": 3}\n{"ste')
-    keep_records_up_to(metrics, 2)
-    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-@pytest.mark.parametrize(
-    ("name", "tag"),
-    [
-        ("loss", "train/loss"),
-        ("valid_loss", "valid/loss"),
-        ("valid_bleu/en-de", "valid/bleu/en-de"),
-        ("layer_2/temperature", "layer_2/temperature"),
-    ],
-)
-def test_tags_group_metrics_by_what_they_are_of(name: str, tag: str) -> None:
-    assert monitor_tag(name) == tag
 
 
 @pytest.mark.parametrize(
