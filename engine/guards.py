@@ -157,7 +157,7 @@ class Guards:
 def require_equal_replicas(model: nn.Module, step: int, run_dir: Path) -> None:
     """Compare hashes of the weights that several ranks hold; every rank calls this.
 
-    ZeRO 3 keeps every weight once, so there is nothing to compare.
+    A sharded weight is held once, so there is nothing to compare.
 
     Args:
         model: the engine's model.

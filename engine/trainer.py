@@ -35,7 +35,6 @@ from magnetar.engine.report.samples import (
     RunTotals,
     describe,
     finish,
-    layout_words,
     validation_words,
 )
 from magnetar.engine.sparse_clip import SparseClip
@@ -438,12 +437,7 @@ def start_run(
         times=times,
     )
     run.restore(state)
-    layout = layout_words(
-        dist.get_world_size(),
-        config.model.moe.ep_size if config.model.moe else 1,
-        config.zero_stage,
-        config.dtype,
-    )
+    layout = f"{config.layout(dist.get_world_size()).in_words()}, {config.dtype}"
     train_batch_size = config.deepspeed[TRAIN]
     about = describe(config.model, layout, data, training, train_batch_size, first_step)
     run.log.tell("resume" if first_step else "start", about)

@@ -157,13 +157,20 @@ def _reshard(command: Parser) -> Derive:
     _add_out(command, "run's folder")
     add("--world-size", type=int, required=True, metavar="N", help="ranks")
     add("--ep-size", type=int, default=1, metavar="N", help="magnetar.model.moe.ep_size")
-    add("--zero-stage", type=int, default=0, metavar="N", help="zero_optimization.stage")
+    add(
+        "--zero-stage",
+        dest="stage",
+        type=int,
+        default=0,
+        metavar="N",
+        help="zero_optimization.stage",
+    )
     add(
         "--gpu-memory", type=float, metavar="GIB", help="refuse what a GPU of this size cannot hold"
     )
 
     def derive(options: argparse.Namespace) -> None:
-        from magnetar.engine.memory_planner import Layout
+        from magnetar.engine.config.schema import Layout
 
         for name in ("world_size", "ep_size", "gpu_memory"):
             value = getattr(options, name)
@@ -171,7 +178,7 @@ def _reshard(command: Parser) -> Derive:
                 raise UserError(f"{option_of(name)} {value} must be more than 0")
         if options.gpu_memory == math.inf:
             raise UserError("--gpu-memory inf holds everything: give a GPU's GiB, or leave it out")
-        options.layout = Layout(options.world_size, options.ep_size, options.zero_stage)
+        options.layout = Layout(options.world_size, options.ep_size, options.stage)
 
     return derive
 
