@@ -110,7 +110,7 @@ def send_order(num_experts: int, num_ranks: int, rank: int, device: torch.device
     return SendOrder(order, order.argsort())
 
 
-class _RowCounts(NamedTuple):
+class RowCounts(NamedTuple):
     """Numbers of rows in one direction, on the host.
 
     These are plain integers because the device may run out of work while the host computes them,
@@ -125,13 +125,6 @@ class _RowCounts(NamedTuple):
     by_rank: list[int]
     remote: int
     own: int
-
-
-def _row_counts(counts: Tensor, rank: int) -> _RowCounts:
-    """(W, L) int64 on the host -> the number of rows for each rank."""
-    by_rank = counts.sum(1).tolist()
-    own, by_rank[rank] = by_rank[rank], 0
-    return _RowCounts(by_rank, sum(by_rank), own)
 
 
 class Work(Protocol):
@@ -196,14 +189,17 @@ class AllToAll:
                 self._counts_copied = torch.cuda.current_stream().record_event()
 
     @cached_property
-    def _row_counts(self) -> tuple[_RowCounts, _RowCounts]:
-        """Rows sent and rows received; the host waits here."""
+    def row_counts(self) -> tuple[RowCounts, RowCounts]:
+        """The rows sent, A in all, and the rows received, R in all; the host waits here."""
         if self._counts.is_cuda:
             self._counts_copied.synchronize()
         else:
             self._counts_work.wait()
-        sent, received = self._counts_on_host
-        return _row_counts(sent, self.rank), _row_counts(received, self.rank)
+        found = []
+        for by_rank in self._counts_on_host.sum(2).tolist():
+            own, by_rank[self.rank] = by_rank[self.rank], 0
+            found.append(RowCounts(by_rank, sum(by_rank), own))
+        return found[0], found[1]
 
     def recv_counts(self) -> Tensor:
         """(W, L) int64 on the device, rows that each rank sends to each of this rank's experts."""
@@ -213,38 +209,12 @@ class AllToAll:
             self._counts_work.wait()
         return self._counts[1]
 
-    @property
-    def num_sent(self) -> int:
-        """A, this rank's own rows among them."""
-        return self._row_counts[0].remote + self._row_counts[0].own
-
-    @property
-    def num_received(self) -> int:
-        """R, this rank's own rows among them."""
-        return self._row_counts[1].remote + self._row_counts[1].own
-
-    @property
-    def num_received_remote(self) -> int:
-        """S."""
-        return self._row_counts[1].remote
-
-    def own_rows(self, rows: Tensor) -> Tensor:
-        """The part of (A, D) that is for this rank's own experts."""
-        return rows[self._row_counts[0].remote :]
-
-    def start_dispatch(self, rows: Tensor, received: Tensor) -> Work:
-        """Send (A, D) to its experts, into (S, D).
+    def start(self, rows: Tensor, received: Tensor, back: bool = False) -> Work:
+        """Dispatch (A, D) into (S, D); with `back` combine (S, D) into (A, D).
 
         The caller keeps both tensors until it has waited for the work.
         """
-        return self._start(rows, received, *self._row_counts)
-
-    def start_combine(self, rows: Tensor, received: Tensor) -> Work:
-        """Send (S, D) back to its senders, into (A, D); see `start_dispatch`."""
-        there, here = self._row_counts
-        return self._start(rows, received, here, there)
-
-    def _start(self, rows: Tensor, received: Tensor, send: _RowCounts, recv: _RowCounts) -> Work:
+        send, recv = reversed(self.row_counts) if back else self.row_counts
         work: Work = self.comm.all_to_all_single(
             received[: recv.remote],
             rows[: send.remote],
@@ -256,11 +226,9 @@ class AllToAll:
         if self.traffic is not None:
             bytes_per_row = rows.size(1) * rows.element_size()
             nodes = self.peers.nodes or (0,) * len(send.by_rank)
-            intra_node = sum(
-                number
-                for number, node in zip(send.by_rank, nodes, strict=True)
-                if node == nodes[self.rank]
-            )
+            here = nodes[self.rank]
+            pairs = zip(send.by_rank, nodes, strict=True)
+            intra_node = sum(number for number, node in pairs if node == here)
             self.traffic.local += bytes_per_row * send.own
             self.traffic.intra_node += bytes_per_row * intra_node
             self.traffic.inter_node += bytes_per_row * (send.remote - intra_node)
@@ -317,13 +285,11 @@ class _MoveRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, all_to_all: AllToAll, back: bool) -> Tensor:
         ctx.all_to_all, ctx.back = all_to_all, back
         rows = rows.contiguous()
-        num_rows = all_to_all.num_sent if back else all_to_all.num_received
-        received = rows.new_empty(num_rows, rows.size(1))
-        start = all_to_all.start_combine if back else all_to_all.start_dispatch
-        work = start(rows, received)
+        counts = all_to_all.row_counts[0 if back else 1]
+        received = rows.new_empty(counts.remote + counts.own, rows.size(1))
+        work = all_to_all.start(rows, received, back)
         # This rank's own rows are last on both sides, and are copied while the others travel.
-        num_own = all_to_all.own_rows(received if back else rows).size(0)
-        received[num_rows - num_own :] = rows[rows.size(0) - num_own :]
+        received[counts.remote :] = rows[rows.size(0) - counts.own :]
         work.wait()
         return received
 

@@ -196,35 +196,23 @@ def sort_assignments(experts: Tensor, num_experts: int, kept: Tensor | None) -> 
     return Assignments(order, _starts(expert_of, num_experts).diff())
 
 
-def gather_tokens(h: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """The row of each assignment's token.
-
-    Args:
-        h: (N, D).
-        order: (A,) int64, see Assignments.
-        top_k: K.
-
-    Returns:
-        (A, D); its backward adds a token's K gradients in a fixed order.
-    """
-    return _GatherTokens.apply(h, order, top_k)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """index_select with a backward that gives the same bits in every run.
+class GatherTokens(torch.autograd.Function):
+    """The row of each assignment's token, with a backward that gives the same bits in every run.
 
     On a GPU index_select's own backward adds with atomics: from K = 3 on, the order of the sum and
-    so its last bits change.
+    so its last bits change. Here a token's K gradients are added in a fixed order.
     """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, order: Tensor, top_k: int) -> Tensor:
+        """(N, D) and (A,) int64, see Assignments -> (A, D)."""
         ctx.save_for_backward(order)
         ctx.top_k, ctx.num_tokens = top_k, h.size(0)
         return h.index_select(0, order % max(1, h.size(0)))  # k*N + n -> token n
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """(A, D) -> (N, D)."""
         (order,) = ctx.saved_tensors
         slots = grad.new_zeros(ctx.top_k * ctx.num_tokens, grad.size(1)).index_copy(0, order, grad)
         return slots.unflatten(0, (ctx.top_k, ctx.num_tokens)).sum(0), None, None  # (N, D)
