@@ -188,7 +188,7 @@ class SelfAttention(_Attention):
         cache: LayerCache | None = None,
         split_position: int | None = None,
     ) -> Tensor:
-        """Attend to the positions that the mask allows.
+        """(B, T, D) -> (B, T, D) in the dtype of x.
 
         Args:
             x: (B, T, D).
@@ -198,9 +198,6 @@ class SelfAttention(_Attention):
             first_position: position of x's first token.
             cache: earlier keys and values, to which those of x are appended.
             split_position: number of tokens of the first modality, see `models.layers.multiway`.
-
-        Returns:
-            (B, T, D), in the dtype of x.
         """
         q, k, v = self._heads(per_modality(self.qkv_proj, x, split_position), 3)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -232,16 +229,10 @@ class CrossAttention(_Attention):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Attend to the encoder's output.
+        """(B, T, D) and the encoder's output (B, S, D) -> (B, T, D) in the dtype of x.
 
-        Args:
-            x: (B, T, D).
-            memory: (B, S, D); may be None once the cache holds its keys and values.
-            mask: summand of the attention logits, broadcast to (B, H, T, S); None: nothing.
-            cache: store of the memory's keys and values.
-
-        Returns:
-            (B, T, D), in the dtype of x.
+        The memory may be None once the cache holds its keys and values. The mask is a summand of
+        the attention logits, broadcast to (B, H, T, S).
         """
         (q,) = self._heads(self.q_proj(x), 1)
         if cache is not None and cache.cross is not None:

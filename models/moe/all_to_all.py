@@ -160,14 +160,9 @@ class AllToAll:
         timed: Callable[[str], AbstractContextManager[None]],
         traffic: Traffic | None = None,
     ) -> None:
-        """Start the all-to-all of the counts.
+        """Start the all-to-all of the counts, by comm.all_to_all_single.
 
-        Args:
-            comm: module that has all_to_all_single.
-            peers: the W ranks.
-            send_counts: (W, L) int64, rows for each expert of each rank.
-            timed: see the class.
-            traffic: counter to which sent bytes are added; None counts nothing.
+        Counts are (W, L) int64, rows for each expert of each rank. Sent bytes are added to traffic.
         """
         self.comm, self.peers, self.rank = comm, peers, peers.rank
         self.timed = timed
@@ -235,15 +230,10 @@ class AllToAll:
         return work
 
     def through(self, rows: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Dispatch, apply the experts, combine: the plain path.
+        """(A, D) -> (A, D), sorted as the module says: dispatch, apply the experts, combine.
 
-        Args:
-            rows: (A, D), sorted as the module says.
-            experts: function of (R, D), sorted by (expert, sender), and of the (L,) int64 rows of
-                each expert; it returns (R, D).
-
-        Returns:
-            (A, D).
+        The experts are a function of (R, D), sorted by (expert, sender), and of the (L,) int64 rows
+        of each expert; it returns (R, D). This is the plain path.
         """
         with self.timed("time_falltoall"):
             rows = _MoveRows.apply(rows, self, False)  # (R, D), sorted by (sender, expert)
@@ -256,18 +246,10 @@ class AllToAll:
 
 
 def sender_major_positions(counts: Tensor, rank: int, num_rows: int) -> Tensor:
-    """The positions, among the received rows, of the rows sorted by (expert, sender).
+    """(R,) int64, the positions, among the received rows, of the rows sorted by (expert, sender).
 
     Received rows are sorted by (sender, expert) with this rank's own rows last. The grouped matmul
-    wants them sorted by (expert, sender).
-
-    Args:
-        counts: (W, L) int64, rows of each sender for each expert.
-        rank: rank of this process.
-        num_rows: R.
-
-    Returns:
-        (R,) int64.
+    wants them sorted by (expert, sender). Counts are (W, L), rows of each sender for each expert.
     """
     received = torch.cat([counts[:rank], counts[rank + 1 :], counts[rank : rank + 1]])  # (W, L)
     starts = (received.view(-1).cumsum(0) - received.view(-1)).view_as(counts)  # (W, L)

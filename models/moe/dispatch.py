@@ -29,15 +29,10 @@ def expert_capacity(
 
 
 def routed_tokens(x: Tensor, padding: Tensor | None, time_major: bool) -> Tensor | None:
-    """Indices of the routed tokens among the B*T, in the order in which they fill capacity.
+    """(B, T, D) -> (N,) int64, the routed tokens in the order in which they fill capacity.
 
-    Args:
-        x: (B, T, D).
-        padding: (B, T) bool, True for a token that is not routed; None if all are routed.
-        time_major: whether all tokens of a position come before the next position.
-
-    Returns:
-        (N,) int64; None if all tokens are routed in their own order.
+    Padding (B, T) is True for a token that is not routed. With time_major all tokens of a position
+    come before the next position. None: all tokens are routed in their own order.
     """
     if padding is None and not time_major:
         return None
@@ -63,17 +58,10 @@ class Choices(NamedTuple):
 
 
 def kept_choices(choices: Choices, num_experts: int, capacity: int | Tensor) -> Tensor:
-    """The choices that are served if each expert serves `capacity` of them.
+    """(N, K) bool, the choices that are served if each expert serves `capacity` of them.
 
-    An expert serves first choices in order of priority or position, then second choices.
-
-    Args:
-        choices: choices of all tokens that compete for the experts.
-        num_experts: E.
-        capacity: largest number of choices per expert, an int or () int64.
-
-    Returns:
-        (N, K) bool.
+    An expert serves first choices in order of priority or position, then second choices. The
+    choices are those of all tokens that compete; the capacity is an int or () int64.
     """
     experts, used, priority = choices
     num_tokens, top_k = experts.shape
@@ -103,15 +91,9 @@ def _starts(expert_of: Tensor, num_experts: int) -> Tensor:
 
 
 def expert_counts(experts: Tensor, num_experts: int, used: Tensor | None = None) -> Tensor:
-    """The number of choices of each expert, without waiting for the device.
+    """Int64 of any shape -> (E,) int64, the number of choices of each expert that are used.
 
-    Args:
-        experts: int64 of any shape.
-        num_experts: E.
-        used: bool of the same shape, False for an entry that does not count; None if all count.
-
-    Returns:
-        (E,) int64.
+    It does not wait for the device. Used is a bool of the same shape, or None if all count.
     """
     ones = torch.ones_like(experts) if used is None else used.long()
     return ones.new_zeros(num_experts).scatter_add_(0, experts.reshape(-1), ones.reshape(-1))
@@ -179,12 +161,9 @@ class Assignments(NamedTuple):
 
 
 def sort_assignments(experts: Tensor, num_experts: int, kept: Tensor | None) -> Assignments:
-    """Sort assignments by expert; within an expert they stay choice-major.
+    """Sort the kept ones of (N, K) choices by expert; within an expert they stay choice-major.
 
-    Args:
-        experts: (N, K) int64, the router's choices.
-        num_experts: E.
-        kept: (N, K) bool, False for a choice that is unused or dropped; None if all are kept.
+    Kept (N, K) is False for a choice that is unused or dropped; None if all are kept.
     """
     expert_of = experts.t().reshape(-1)  # (K*N,), choice-major
     if kept is None:

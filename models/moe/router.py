@@ -157,15 +157,9 @@ def route(
 
 
 def sample_other(scores: Tensor, first: Tensor, draws: Tensor) -> Tensor:
-    """Draw an expert other than the first from the softmax over the others, by Gumbel-max.
+    """(N, 1) int64, an expert drawn from the softmax over all but the first, by Gumbel-max.
 
-    Args:
-        scores: (N, E) float32.
-        first: (N, 1) int64, first choices, which are not drawn again.
-        draws: (N, E) float32, uniform in (0, 1).
-
-    Returns:
-        (N, 1) int64.
+    Scores and draws, which are uniform in (0, 1), are (N, E) float32, first choices (N, 1) int64.
     """
     gumbel = -draws.log().neg().log()
     return (scores + gumbel).scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
@@ -318,12 +312,9 @@ def balance_loss(probs: Tensor, first_choices: Tensor) -> Tensor:
     t_i is the share of the whole batch's tokens whose first choice is expert i; it carries no
     gradient. The loss is linear in p, so the losses of the parts of a batch sum to the batch's.
 
-    Args:
-        probs: (E,) float32, p summed over the tokens of a part of the batch.
-        first_choices: (E,) int64, first choices of the whole batch; they sum to its tokens.
-
-    Returns:
-        () float32, share of this part in the batch's loss; 0 without tokens.
+    Probs (E,) float32 is p summed over the tokens of a part of the batch, first_choices (E,) int64
+    counts those of the whole batch. The result () float32 is the share of this part in the batch's
+    loss, 0 without tokens.
     """
     num_tokens = first_choices.sum().clamp(min=1)
     return probs.size(-1) * (first_choices / num_tokens * probs).sum() / num_tokens

@@ -40,7 +40,7 @@ def _weight_gradient(node: Any, rows: Tensor, grad: Tensor, offsets: Tensor) -> 
 class ExpertFFN(torch.autograd.Function):
     """w2(h) with h = LN(act(w1(rows) + b1)), on the ranks that hold the experts.
 
-    Without an all-to-all the output bias is left to whoever combines the rows.
+    Without an all-to-all the output bias is added where the rows are combined.
     """
 
     @staticmethod

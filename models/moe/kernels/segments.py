@@ -155,20 +155,11 @@ def move_segments(
     bias: Tensor | None = None,
     summed: bool = False,
 ) -> Tensor | None:
-    """Write rows to the order of the experts, or to that of the senders.
+    """Write arriving rows to the order of the experts, others to that of the senders.
 
-    Args:
-        all_to_all: all-to-all of the rows.
-        segments: their segments.
-        by_expert: (R, D), rows sorted by (expert, sender).
-        by_sender: (S, D), rows of other ranks sorted by (sender, expert).
-        sent: (A, D), whose last rows are this rank's own.
-        arriving: whether by_expert is written, or by_sender and sent.
-        bias: (L, D), added to the rows if they are not arriving.
-        summed: whether to sum up arriving rows.
-
-    Returns:
-        (L*W, D) float32, the sum of each segment's rows; None without `summed`.
+    By_expert is (R, D), by_sender (S, D) has the rows of other ranks, and the last ones of sent
+    (A, D) are this rank's own. A bias (L, D) is added to rows that are not arriving. Summed returns
+    (L*W, D) float32, the sum of each segment's arriving rows.
     """
     (num_rows, d_model), num_segments = by_expert.shape, segments.ends.numel()
     tiles = num_tiles(num_rows, num_segments, TILE_ROWS)
