@@ -336,21 +336,13 @@ class EncoderDecoder(nn.Module):
         target_padding: Tensor | None = None,
         *,
         sample_keys: Tensor | None = None,
-        targets: Tensor | None = None,
-        z_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        **losses: Any,
     ) -> ModelOutput | ModelLosses:
         """Logits of the token after each target position, or with targets their losses.
 
-        Args:
-            source: (B, S) int64.
-            target: (B, T) int64, the tokens so far.
-            source_padding: (B, S) bool, True at padding.
-            target_padding: (B, T) bool, True at padding.
-            sample_keys: (B,) int64, see Transformer, which has the other arguments too.
-            targets: (B, T) int64.
-            z_weight: weight of the z-loss in the total.
-            label_smoothing: eps, from 0 to below 1.
+        Source (B, S) and target (B, T), the tokens so far, are int64; paddings are bool of their
+        shapes, True at padding. Transformer.forward has sample_keys, and the losses' targets,
+        z_weight and label_smoothing.
         """
         memory, routing = self.encoder(source, source_padding, sample_keys=sample_keys)
         output = self.decoder(
@@ -359,9 +351,7 @@ class EncoderDecoder(nn.Module):
             memory=memory,
             memory_padding=source_padding,
             sample_keys=sample_keys,
-            targets=targets,
-            z_weight=z_weight,
-            label_smoothing=label_smoothing,
+            **losses,
         )
         return output._replace(routing=routing + output.routing)
 

@@ -15,12 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import magnetar.data.text.packed_lm
 from magnetar.models import losses
-from magnetar.models.config import ModelConfig
 from magnetar.models.losses import IGNORE_INDEX, TokenLosses, token_losses
-from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model, set_checkpointing
-from tests.models import brute_force
+from magnetar.models.transformer import EncoderDecoder, Transformer, set_checkpointing
+from tests.models.small import VOCAB, random_model
 
-B, T, D, VOCAB = 3, 7, 8, 23
+B, T, D = 3, 7, 8
 # Roundings of the logits' type: what they are multiplied with, and what is sent back, are rounded.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 DTYPES = tuple(ROUNDING)
@@ -254,11 +253,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def model_of(keys: dict[str, Any], **sizes: int) -> Transformer | EncoderDecoder:
-    config = {"vocab_size": VOCAB, "num_layers": 2, "d_model": 16, "d_ff": 24, "num_heads": 4}
-    config |= {"max_seq_len": 16, "moe": {"num_experts": 4, "every": 2}}
-    model = empty_model(ModelConfig.model_validate(config | keys | sizes))
-    brute_force.randomize(model)
-    return model
+    base = {"max_seq_len": 16, "moe": {"num_experts": 4, "every": 2}}
+    return random_model(**base | keys | sizes)
 
 
 def run(model: nn.Module, tokens: Tensor, **arguments: object) -> Any:

@@ -25,9 +25,10 @@ from magnetar.models.transformer import (
     empty_model,
     set_checkpointing,
 )
-from tests.models import brute_force
+from tests.models import brute_force, small
+from tests.models.small import VOCAB
 
-VOCAB, T, S = 23, 6, 7
+T, S = 6, 7
 MOE = {"num_experts": 4, "every": 2}
 ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 NORMS = get_args(NormName)
@@ -62,23 +63,12 @@ FLOAT32_POSITIONS = ("sinusoidal_fairseq", "rotary", "xpos", "xpos_relative")
 
 
 def config(**keys: object) -> ModelConfig:
-    base = {
-        "vocab_size": VOCAB,
-        "num_layers": 2,
-        "d_model": 16,
-        "d_ff": 24,
-        "num_heads": 4,
-        "max_seq_len": 12,
-    }
-    if keys.get("architecture") == "encoder_decoder":
-        base["num_decoder_layers"] = 3
-    return ModelConfig.model_validate(base | keys)
+    more = {"num_decoder_layers": 3} if keys.get("architecture") == "encoder_decoder" else {}
+    return small.config(**more | keys)
 
 
 def random_model(**keys: object) -> Transformer | EncoderDecoder:
-    model = empty_model(config(**keys))
-    brute_force.randomize(model)
-    return model
+    return small.random_model(**config(**keys).model_dump(exclude_unset=True))
 
 
 def token_ids(batch: int = 2, length: int = T, seed: int = 0) -> Tensor:

@@ -6,28 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from magnetar.models.config import ModelConfig, NormName
+from magnetar.models.config import NormName
 from magnetar.models.layers.multiway import Multiway, per_modality
-from magnetar.models.transformer import Transformer, empty_model
+from magnetar.models.transformer import Transformer
 from tests.models import brute_force
+from tests.models.small import random_model
 
 T = 6
 
 
 def model(**keys: object) -> Transformer:
-    base = {
-        "architecture": "encoder",
-        "vocab_size": 23,
-        "num_layers": 2,
-        "d_model": 16,
-        "d_ff": 24,
-        "num_heads": 4,
-        "max_seq_len": 12,
-        "multiway": True,
-        "embedding_norm": True,
-    }
-    built = empty_model(ModelConfig.model_validate(base | keys))
-    brute_force.randomize(built)
+    base = {"architecture": "encoder", "multiway": True, "embedding_norm": True}
+    built = random_model(**base | keys)
     assert isinstance(built, Transformer)
     return built
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from magnetar.models.config import ModelConfig
 from magnetar.models.layers.positions import (
     RelativeBias,
     Rotary,
@@ -15,8 +14,8 @@ from magnetar.models.layers.positions import (
     relative_bucket,
     sinusoidal_table,
 )
-from magnetar.models.transformer import empty_model
 from tests.models import brute_force
+from tests.models.small import random_model
 
 DISTANCES = [*range(-700, 701), -5000, 5000, -(10**6), 10**6]
 
@@ -133,18 +132,8 @@ def test_nothing_of_a_kind_of_positions_without_parameters_is_saved() -> None:
 
 
 def model_of(architecture: str, **keys: object) -> nn.Module:
-    base = {
-        "vocab_size": 23,
-        "num_layers": 2,
-        "d_model": 16,
-        "d_ff": 24,
-        "num_heads": 2,
-        "max_seq_len": 32,
-        "architecture": architecture,
-    }
-    model = empty_model(ModelConfig.model_validate(base | keys))
-    brute_force.randomize(model)
-    return model.eval()
+    base = {"num_heads": 2, "max_seq_len": 32, "architecture": architecture}
+    return random_model(**base | keys).eval()
 
 
 RELATIVE = {"relative_buckets": 8, "relative_max_distance": 6}
