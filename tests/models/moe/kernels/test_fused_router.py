@@ -293,21 +293,6 @@ def test_what_is_dropped_has_no_row(share: float, order: str | None) -> None:
     torch.testing.assert_close(place.counts.cpu(), named.bincount(minlength=24))
 
 
-def test_positions_in_the_order_of_sending_are_those_of_experts_so_named() -> None:
-    case = Case(24, 2, "softmax", True, False)
-    found = fused(raw_scores(case), None, case)
-    sent = send_order(24, 2, 1, found.experts.device)
-    place = sorting.sorted_positions(found.experts, found.block_counts, sent)
-    named = sent.positions[found.experts.long()].view(-1).cpu()
-    order, counts = named.argsort(stable=True), named.bincount(minlength=24)
-    torch.testing.assert_close(place.assignment_of.cpu(), order.int())
-    torch.testing.assert_close(
-        place.row_of.cpu().view(-1)[order], torch.arange(named.numel()).int()
-    )
-    torch.testing.assert_close(place.counts.cpu(), counts)
-    torch.testing.assert_close(place.offsets.cpu(), counts.cumsum(0).int())
-
-
 @pytest.mark.gpu
 def test_two_runs_give_the_same_bits() -> None:
     case = Case(64, 2, "softmax", True, True)
