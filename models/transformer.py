@@ -114,10 +114,9 @@ class Transformer(nn.Module):
         self.config = config
         self.is_causal = not depths.in_encoder
         is_second = self.is_causal and not depths.is_alone
-        self.max_len = (is_second and config.max_target_len) or config.max_seq_len
-        self._max_len_key = (
-            "max_target_len" if is_second and config.max_target_len else "max_seq_len"
-        )
+        has_own_len = is_second and config.max_target_len
+        self._max_len_key = "max_target_len" if has_own_len else "max_seq_len"
+        self.max_len: int = getattr(config, self._max_len_key)
         self.checkpoint: Callable[..., Any] | None = None
         d_model, norm_eps = config.d_model, config.norm_eps
         self.embedding = embedding or Embedding(config.vocab_size, d_model)

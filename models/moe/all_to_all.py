@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -127,13 +127,6 @@ class RowCounts(NamedTuple):
     own: int
 
 
-class Work(Protocol):
-    """A collective that is under way."""
-
-    def wait(self) -> object:
-        """Wait for it; on a GPU only the current stream waits."""
-
-
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
@@ -204,13 +197,14 @@ class AllToAll:
             self._counts_work.wait()
         return self._counts[1]
 
-    def start(self, rows: Tensor, received: Tensor, back: bool = False) -> Work:
+    def start(self, rows: Tensor, received: Tensor, back: bool = False) -> dist.Work:
         """Dispatch (A, D) into (S, D); with `back` combine (S, D) into (A, D).
 
-        The caller keeps both tensors until it has waited for the work.
+        The caller keeps both tensors until it has waited for the work. On a GPU only the current
+        stream waits.
         """
         send, recv = reversed(self.row_counts) if back else self.row_counts
-        work: Work = self.comm.all_to_all_single(
+        work: dist.Work = self.comm.all_to_all_single(
             received[: recv.remote],
             rows[: send.remote],
             recv.by_rank,
