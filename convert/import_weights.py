@@ -21,7 +21,7 @@ from magnetar.engine.checkpoint.format import WEIGHT, Checkpoint, CheckpointWrit
 from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.save_load import part_name
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
-from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.config.schema import Layout, RunConfig
 from magnetar.models.weights.files import LazyTensors, as_type, grouped
 from magnetar.models.weights.load_save import CONFIG_FILE
 
@@ -96,7 +96,7 @@ def _write_checkpoint(folder: Path, run: ExportedRun, tensors: LazyTensors) -> C
         writer.write_part(parts[-1], pieces)
     next(coming, None)  # the last one has been written
     about = run.model_dump(exclude_unset=True) | {
-        "layout": {"world_size": len(parts), "ep_size": 1, "zero_stage": 0},
+        "layout": Layout(len(parts), 1, 0)._asdict(),
         "optimizer": run.optimizer.model_dump() | {"step": 0},
     }
     return writer.commit(parts, tensors.shapes, about)

@@ -30,6 +30,7 @@ from magnetar.engine.checkpoint.format import (
     sha256,
 )
 from magnetar.engine.checkpoint.open_run import SavedModel, is_run, of_checkpoint, open_run
+from magnetar.engine.config.schema import Layout
 from magnetar.engine.optim.adam import MOMENTS
 from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
@@ -121,7 +122,7 @@ class Contents:
         path: path of the checkpoint or the folder of weights.
         about: facts for a person, by their label.
         step: optimizer steps done; None for weights alone.
-        layout: world_size, ep_size and zero_stage that it was written for; None for weights alone.
+        layout: ranks, ep_size and ZeRO stage that it was written for; None for weights alone.
         num_tensors: number of tensors; tied ones count once.
         num_parameters: number of parameters of the whole model.
         num_parameters_a_token: number of parameters that a token passes through, see models.cost.
@@ -221,13 +222,10 @@ def _about(source: SavedModel) -> dict[str, str]:
     if checkpoint is None:
         return {"holds": "weights", **words}
     manifest = checkpoint.manifest
-    layout = manifest["layout"]
-    ranks = layout["world_size"]
     return {
         "holds": f"step {checkpoint.step} of a run, in format {manifest['format']}",
         **words,
-        "layout": f"{ranks} rank{'s' * (ranks > 1)}, ep_size {layout['ep_size']}, "
-        f"ZeRO {layout['zero_stage']}",
+        "layout": Layout.stored(manifest).in_words(),
     }
 
 

@@ -33,7 +33,8 @@ from magnetar.engine.checkpoint.format import (
 )
 from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.save_load import part_name
-from magnetar.engine.memory_planner import GIB, Layout, nearest_layout, parameters_of, problems_of
+from magnetar.engine.config.schema import Layout
+from magnetar.engine.memory_planner import GIB, nearest_layout, parameters_of, problems_of
 from magnetar.engine.metrics import keep_records_up_to
 from magnetar.models.config import ModelConfig
 
@@ -83,8 +84,8 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
         ) from None
     num_files = len(written.manifest["files"])
     return [
-        f"read      {checkpoint.path}, {_layout_words(checkpoint)}",
-        f"wrote     {out / 'checkpoints' / written.path.name}, {_layout_words(written)}, "
+        f"read      {checkpoint.path}, {Layout.stored(checkpoint.manifest).in_words()}",
+        f"wrote     {out / 'checkpoints' / written.path.name}, {layout.in_words()}, "
         f"{num_files} file{'s' * (num_files > 1)}, read back and compared",
         f"train on  {how_to_train_on(out / 'config.json', layout.world_size)}",
     ]
@@ -121,14 +122,6 @@ def _require_whole(checkpoint: Checkpoint) -> None:
     for index, _ in enumerate(watched("reading", names)):
         if damaged_files(checkpoint, index, len(names)):
             require_whole(checkpoint)  # names all
-
-
-def _layout_words(checkpoint: Checkpoint) -> str:
-    there = checkpoint.manifest["layout"]
-    ranks = there["world_size"]
-    return (
-        f"{ranks} rank{'s' * (ranks > 1)}, ep_size {there['ep_size']}, ZeRO {there['zero_stage']}"
-    )
 
 
 def _write(

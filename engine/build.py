@@ -37,11 +37,13 @@ from magnetar.engine.optim.adam import (
     take_client_optimizer,
 )
 from magnetar.engine.sparse_clip import SparseClip
-from magnetar.engine.zero import partition, tensors_of_optimizer
+from magnetar.engine.zero import (
+    device_of_build,
+    prepare_for_zero,
+    tensors_of_optimizer,
+    trained_moe_class,
+)
 from magnetar.models.layers.attention import expect_many_shapes
-from magnetar.models.moe.config import MoEConfig
-from magnetar.models.moe.deepspeed import moe_class
-from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import build_model, compile_blocks, set_checkpointing
 
 # mallopt's parameters in malloc.h of glibc, whose largest threshold for mmap is 32 MiB.
@@ -116,8 +118,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         key = (group_name, getattr(parameter, "num_experts", 0), is_matrix)
         found.setdefault(key, []).append(parameter)
     param_groups = []
-    # Experts come first. ZeRO 3 lays out one parameter behind the other, and a temperature (one
-    # number) before them would misalign their weights for grouped matrix products.
+    # Experts come first. Shards lie one behind the other, and a temperature (one number) before
+    # them would misalign their weights for grouped matrix products.
     for key in sorted(found, reverse=True):
         group_name, num_experts, is_matrix = key
         decay = weight_decay if is_matrix else 0.0
@@ -168,11 +170,6 @@ def early_end(schedule: LRSchedule, num_steps: int) -> str:
     )
 
 
-def trained_moe_class(zero_stage: int, moe: MoEConfig | None) -> type[MoE]:
-    """The class of the MoE layers of a model that trains."""
-    return moe_class(zero_stage, moe is None or moe.frozen != "router_and_experts")
-
-
 def missing_types() -> dict[str, str]:
     """Types of weights that this rank's device does not compute in, with the reason and way out."""
     accelerator = get_accelerator()
@@ -208,11 +205,10 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
         UserError: if a device does not compute in the type of the weights.
     """
     require_type(config.dtype)
-    with torch.device("cpu" if config.zero_stage == 3 else device):
-        # The weights are drawn on the device in any case. With the CPU's generator ZeRO 3 would
-        # start from other weights than the other stages.
-        moe = trained_moe_class(config.zero_stage, config.model.moe)
-        model = build_model(config.model, config.training.seed, moe, drawn_on=device)
+    with torch.device(device_of_build(config, device)):
+        # The weights are drawn on the device in any case: the CPU's generator draws others.
+        moe_class = trained_moe_class(config)
+        model = build_model(config.model, config.training.seed, moe_class, drawn_on=device)
     if config.data.pairs is not None:
         expect_many_shapes()
     if starts_from_weights(config) and config.training.init_from is not None:
@@ -244,14 +240,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
         model_parameters = groups_by_bits(model, model_parameters, min_8bit_size)
     model_parameters = small_groups(model_parameters)
     fuse_torchs_adam(deepspeed_config)
-    if config.zero_stage in (1, 2):
-        # These stages allocate such a bucket in each backward pass, however small the model is.
-        numel = sum(parameter.numel() for parameter in model.parameters())
-        section = deepspeed_config["zero_optimization"]
-        section["reduce_bucket_size"] = min(section.get("reduce_bucket_size", numel), numel)
     client_optimizer = take_client_optimizer(deepspeed_config)
-    if config.zero_stage == 3:
-        partition(model, deepspeed_config, DTYPES[config.dtype])
+    prepare_for_zero(model, deepspeed_config, DTYPES[config.dtype])
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         config=deepspeed_config,

@@ -149,7 +149,7 @@ class Guards:
 def require_equal_replicas(model: nn.Module, step: int, run_dir: Path) -> None:
     """Compare hashes of the weights that several ranks hold; every rank calls this.
 
-    ZeRO 3 keeps every weight once, so there is nothing to compare.
+    A sharded weight is held once, so there is nothing to compare.
 
     Raises:
         MachineError: two ranks differ in a tensor; every rank raises it.

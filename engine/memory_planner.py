@@ -35,7 +35,7 @@ from magnetar.data.errors import UserError
 from magnetar.engine.cluster.environment import launched_local_size
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.deepspeed import EIGHT_BIT
-from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.config.schema import Layout, RunConfig, check_config
 from magnetar.engine.optim.adam import BLOCK, MIN_8BIT_SIZE, takes_8_bits
 from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.config import ON_ONE_RANK
@@ -45,21 +45,6 @@ from magnetar.models.transformer import empty_model
 GIB = 2**30
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER_BYTES, _MOMENTS_BYTES = 4, 8
-
-
-class Layout(NamedTuple):
-    """Number of ranks, ranks that share one set of experts, and the ZeRO stage."""
-
-    world_size: int
-    ep_size: int
-    zero_stage: int
-
-    def __str__(self) -> str:
-        """The layout as options of a command."""
-        return (
-            f"--world-size {self.world_size} --ep-size {self.ep_size} "
-            f"--zero-stage {self.zero_stage}"
-        )
 
 
 class Parameter(NamedTuple):

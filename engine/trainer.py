@@ -31,7 +31,6 @@ from magnetar.engine.report.samples import (
     RunTotals,
     describe,
     finish,
-    layout_words,
     validation_words,
 )
 from magnetar.engine.train_step import StepResult, loss_weights, train_step, training_batches
@@ -159,8 +158,7 @@ class Run:
             self.load(checkpoint)
         times.end("load")
         self.saver = Saver(self.engine, config, data)
-        ep_size = config.model.moe.ep_size if config.model.moe else 1
-        layout = layout_words(dist.get_world_size(), ep_size, config.zero_stage, config.dtype)
+        layout = f"{config.layout(dist.get_world_size()).in_words()}, {config.dtype}"
         batch_size = config.deepspeed[TRAIN]
         about = describe(config.model, layout, data, self.training, batch_size, first_step)
         self.log.tell("resume" if first_step else "start", about)

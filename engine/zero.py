@@ -10,12 +10,11 @@ Parameters that do not train have no states but their weights.
 
 Under ZeRO 3 the weights themselves are sharded, too. DeepSpeed collects those of a module when the
 module is called, and frees them afterwards. All that reads a shard's attributes is in this file.
-What else in the code depends on stage 3:
-    engine/build.py             builds the model on the CPU, and calls `partition`
-    engine/sparse_clip.py       replaces the norm and the clipping of the stage-3 optimizer
-    models/moe/deepspeed.py     chooses the MoE layer that DeepSpeed accepts there
-    models/moe/router.py        looks whether the projection's weight is collected
-    engine/memory_planner.py    reckons bytes a rank, and engine/config refuses what stage 3 lacks
+What else in the code depends on the stage:
+    engine/sparse_clip.py       replaces the norm and the clipping of each stage's optimizer
+    models/moe/deepspeed.py     has the MoE layer that DeepSpeed accepts under each stage
+    engine/memory_planner.py    reckons bytes a rank
+    engine/config/schema.py     reads the stage; engine/config refuses what a stage lacks
 """
 
 import copy
@@ -30,12 +29,44 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from magnetar.engine.checkpoint.format import WEIGHT, evenly_cut
+from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.optim.adam import MOMENTS, Moment, moments, round_to_8_bits
-from magnetar.models.moe.deepspeed import join_expert_groups
+from magnetar.models.moe.deepspeed import join_expert_groups, moe_class
 from magnetar.models.moe.experts import Experts
+from magnetar.models.moe.layer import MoE
 
 
-def partition(model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> None:
+def trained_moe_class(config: RunConfig) -> type[MoE]:
+    """The class of the MoE layers of a model that trains."""
+    moe = config.model.moe
+    return moe_class(config.zero_stage, moe is None or moe.frozen != "router_and_experts")
+
+
+def device_of_build(config: RunConfig, device: torch.device) -> torch.device:
+    """The device on which to build the model: the rank's own, or the CPU to shard it there."""
+    return torch.device("cpu") if config.zero_stage == 3 else device
+
+
+def prepare_for_zero(
+    model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Prepare a model and DeepSpeed's JSON for the ZeRO stage, before DeepSpeed's engine.
+
+    Args:
+        model: Model with the initial weights, on the device of `device_of_build`.
+        deepspeed_config: DeepSpeed's JSON, changed in place.
+        dtype: Type of the weights in training.
+    """
+    section = deepspeed_config["zero_optimization"]
+    if section["stage"] == 3:
+        _partition(model, deepspeed_config, dtype)
+    elif section["stage"] > 0:
+        # These stages allocate such a bucket in each backward pass, however small the model is.
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        section["reduce_bucket_size"] = min(section.get("reduce_bucket_size", numel), numel)
+
+
+def _partition(model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> None:
     """Shard a model for ZeRO 3 that every rank has built on the CPU.
 
     DeepSpeed's engine would move the whole model to the device first. Here one tensor at a time is

@@ -30,7 +30,7 @@ from magnetar.launchers.terminal.command_line import CommandParser, add_option, 
 from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
-    from magnetar.engine.memory_planner import Layout
+    from magnetar.engine.config.schema import Layout
 
 Function = str | Callable[..., Iterable[str]]
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _layout(options: argparse.Namespace) -> "Layout":
-    from magnetar.engine.memory_planner import Layout
+    from magnetar.engine.config.schema import Layout
 
     for name in ("world_size", "ep_size", "gpu_memory"):
         value = getattr(options, name)
@@ -83,7 +83,7 @@ def _layout(options: argparse.Namespace) -> "Layout":
             raise UserError(f"{option_of(name)} {value} must be more than 0")
     if options.gpu_memory == math.inf:
         raise UserError("--gpu-memory inf holds everything: give a GPU's GiB, or leave it out")
-    return Layout(options.world_size, options.ep_size, options.zero_stage)
+    return Layout(options.world_size, options.ep_size, options.stage)
 
 
 def _shard_bytes(options: argparse.Namespace) -> int:
@@ -175,7 +175,7 @@ def _reshard(command: argparse.ArgumentParser) -> None:
     add = partial(add_option, command)
     add("--world-size N", "ranks", int, required=True)
     add("--ep-size N", "magnetar.model.moe.ep_size", int, 1)
-    add("--zero-stage N", "zero_optimization.stage", int, 0)
+    add("--zero-stage N", "zero_optimization.stage", int, 0, dest="stage")
     add("--gpu-memory GIB", "refuse what a GPU of this size cannot hold", float)
 
 

@@ -6,11 +6,12 @@ import torch
 from magnetar.data.errors import UserError
 from magnetar.data.loader import RunData
 from magnetar.engine.admin.profile import profile_path, write_profile
-from magnetar.engine.build import start_distributed, trained_moe_class
+from magnetar.engine.build import start_distributed
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.config.batch_sizes import ACCUMULATION
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.train_step import training_batches
+from magnetar.engine.zero import trained_moe_class
 from magnetar.models.admin import omegas, recorded_moments, variances
 from magnetar.models.moe.deepspeed import join_expert_groups
 from magnetar.models.transformer import build_model
@@ -33,7 +34,7 @@ def profile(config: RunConfig, data: RunData) -> dict[str, list[float]]:
         )
     device = start_distributed()
     with torch.device(device):
-        moe_class = trained_moe_class(config.zero_stage, config.model.moe)
+        moe_class = trained_moe_class(config)
         model = build_model(config.model, config.training.seed, moe_class).eval()
     join_expert_groups(model)
     batches = training_batches(data, config.deepspeed[ACCUMULATION], device)

@@ -159,7 +159,7 @@ class Saver:
         scaler = vars(engine.optimizer.loss_scaler) if self.config.dtype == "fp16" else {}
         return {
             "step": step,
-            "layout": layout(self.config, dist.get_world_size()),
+            "layout": self.config.layout(dist.get_world_size())._asdict(),
             "config": self.config.to_dict(),
             "tokenizer_fingerprint": self.prepared.manifest.tokenizer_fingerprint,
             "data_fingerprint": self.prepared.fingerprint,
@@ -287,15 +287,6 @@ def _warn(problems: list[str]) -> None:
     if dist.get_rank() == 0:
         for problem in problems:
             print(f"warning: {problem}: going on from an older one", file=sys.stderr, flush=True)
-
-
-def layout(config: RunConfig, world_size: int) -> dict[str, int]:
-    """World size, ep_size and ZeRO stage that wrote a checkpoint. No reader depends on it."""
-    return {
-        "world_size": world_size,
-        "ep_size": config.model.moe.ep_size if config.model.moe else 1,
-        "zero_stage": config.zero_stage,
-    }
 
 
 def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> None:

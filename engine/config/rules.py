@@ -306,7 +306,7 @@ def checkpointing_is_switched_on(activation_checkpointing: Any, training: Any) -
 
 
 def compiled_blocks_keep_their_weights(zero_optimization: Any, training: Any) -> Problems:
-    """ZeRO 3 collects weights in hooks of modules, which compiled blocks do not call."""
+    """Sharded weights are collected in hooks of modules, which compiled blocks do not call."""
     if training.compile and zero_optimization.stage == 3:
         yield problem(
             "magnetar.training.compile",

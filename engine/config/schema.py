@@ -2,10 +2,10 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     ConfigDict,
@@ -342,6 +342,31 @@ class ConfigFile(_TopLevel, DeepSpeedKeys):
     magnetar: MagnetarConfig = key(..., "Model, data, training, SparseClip and guards.")
 
 
+class Layout(NamedTuple):
+    """Number of ranks, ranks that share one set of experts, and the ZeRO stage."""
+
+    world_size: int
+    ep_size: int
+    zero_stage: int
+
+    @classmethod
+    def stored(cls, manifest: Mapping[str, Any]) -> Self:
+        """The layout that wrote a checkpoint, from its manifest. No reader depends on it."""
+        return cls(*(manifest["layout"][field] for field in cls._fields))
+
+    def __str__(self) -> str:
+        """The layout as options of a command."""
+        return (
+            f"--world-size {self.world_size} --ep-size {self.ep_size} "
+            f"--zero-stage {self.zero_stage}"
+        )
+
+    def in_words(self) -> str:
+        """`2 ranks, ep_size 2, ZeRO 1`: what runs where."""
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        return f"{ranks}, ep_size {self.ep_size}, ZeRO {self.zero_stage}"
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A checked run: DeepSpeed's sections with defaults filled in, and Magnetar's."""
@@ -385,6 +410,10 @@ class RunConfig:
     def zero_stage(self) -> int:
         """The ZeRO stage."""
         return self.deepspeed["zero_optimization"]["stage"]
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout of this run on so many ranks."""
+        return Layout(world_size, self.model.moe.ep_size if self.model.moe else 1, self.zero_stage)
 
     @property
     def gradient_clipping(self) -> float:

@@ -84,12 +84,6 @@ def describe(
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
-def layout_words(world_size: int, ep_size: int, zero_stage: int, dtype: str) -> str:
-    """`2 ranks, ep_size 2, ZeRO 1, fp32`: what runs where."""
-    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
-    return f"{ranks}, ep_size {ep_size}, ZeRO {zero_stage}, {dtype}"
-
-
 def finish(
     evaluations: Evaluations,
     model: ModelConfig,

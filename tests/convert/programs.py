@@ -15,7 +15,7 @@ def memory_of_reshard(small: Path, source: Path, out: Path, part_bytes: int) -> 
         part_bytes: of a file at most.
     """
     import magnetar.convert.reshard
-    from magnetar.engine.memory_planner import Layout
+    from magnetar.engine.config.schema import Layout
 
     magnetar.convert.reshard.PART_BYTES = part_bytes
     magnetar.convert.reshard.reshard(small, out.with_name("small_out"), Layout(2, 2, 1), None)

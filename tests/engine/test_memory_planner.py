@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from magnetar.data.errors import UserError
-from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.config.schema import Layout, RunConfig, check_config
 from magnetar.engine.memory_planner import (
-    Layout,
     Memory,
     memory_of_rank,
     nearest_layout,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from magnetar.data.errors import UserError
-from magnetar.engine.build import parameter_groups, trained_moe_class
+from magnetar.engine.build import parameter_groups
 from magnetar.engine.config.schema import check_config
 from magnetar.engine.optim import adam as optimizers
 from magnetar.engine.optim.adam import (
@@ -23,6 +23,7 @@ from magnetar.engine.optim.adam import (
     require_optimizer_package,
     small_groups,
 )
+from magnetar.engine.zero import trained_moe_class
 from magnetar.models.transformer import build_model
 from tests.engine.programs import BASE, with_keys
 from tests.machine import as_param, case_id, is_runnable
@@ -118,12 +119,7 @@ def test_embeddings_and_small_tensors_keep_32_bits() -> None:
     changes = TYPE | {"magnetar.model.tie_embeddings": False, "magnetar.model.positions": "learned"}
     config, _ = check_config(with_keys(BASE, changes), 1)
     assert config is not None
-    model = build_model(
-        config.model,
-        0,
-        trained_moe_class(config.zero_stage, config.model.moe),
-        drawn_on=torch.device("cpu"),
-    )
+    model = build_model(config.model, 0, trained_moe_class(config), drawn_on=torch.device("cpu"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     before = parameter_groups(model, 0.1)
     groups = groups_by_bits(model, before, 2048)
