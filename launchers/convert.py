@@ -145,13 +145,6 @@ def inspected(path: Path, tensors: bool, as_json: bool) -> list[str]:
     return []
 
 
-def import_torchscale(paths: list[Path], out: Path, config: Path | None, trust: bool) -> list[str]:
-    """Import, and say what came in."""
-    from magnetar.convert.torchscale import convert
-
-    return convert.report(convert.import_torchscale(paths, out, config, trust), out)
-
-
 @_command("inspect", inspected, "what is in a checkpoint, and whether it is whole")
 def _inspect(command: argparse.ArgumentParser) -> None:
     """Read every file, compare the hashes, and show what is there.
@@ -163,7 +156,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     add_option(command, "--json", "print the same as JSON", dest="as_json")
 
 
-@_command("reshard", "reshard.reshard", "a checkpoint cut for other ranks")
+@_command("reshard", "run_folders.reshard", "a checkpoint cut for other ranks")
 def _reshard(command: argparse.ArgumentParser) -> None:
     """Write a run's folder whose checkpoint is cut for other ranks.
 
@@ -209,7 +202,7 @@ def _export(command: argparse.ArgumentParser) -> None:
     _add_out(command)
 
 
-@_command("import", "import_weights.import_weights", "an exported folder as a run again")
+@_command("import", "run_folders.import_weights", "an exported folder as a run again")
 def _import(command: argparse.ArgumentParser) -> None:
     """Write a run's folder with one checkpoint that holds the weights of an exported folder.
 
@@ -219,7 +212,7 @@ def _import(command: argparse.ArgumentParser) -> None:
     _add_out(command, "RUN", shards=False)
 
 
-@_command("upcycle", "upcycle.upcycle", "a dense model as a MoE model with the same function")
+@_command("upcycle", "experts.upcycle", "a dense model as a MoE model with the same function")
 def _upcycle(command: argparse.ArgumentParser) -> None:
     """Copy the feed-forward networks of a dense model into experts, and draw routers.
 
@@ -235,7 +228,7 @@ def _upcycle(command: argparse.ArgumentParser) -> None:
     _add_out(command)
 
 
-@_command("densify", "densify.densify", "a MoE model as a dense one")
+@_command("densify", "experts.densify", "a MoE model as a dense one")
 def _densify(command: argparse.ArgumentParser) -> None:
     """Make each MoE layer a dense feed-forward network: one of its experts, or their mean.
 
@@ -262,7 +255,7 @@ def _shrink(command: argparse.ArgumentParser) -> None:
 
 @_command(
     "import-torchscale",
-    import_torchscale,
+    "torchscale.convert.import_torchscale",
     "a model of TorchScale 0.3.0, with fairseq or without",
 )
 def _import_torchscale(command: argparse.ArgumentParser) -> None:

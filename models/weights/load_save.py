@@ -25,12 +25,10 @@ from magnetar.models.weights.files import (
     WEIGHTS_FILE,
     LazyTensors,
     Watch,
-    checked,
     has_weights,
     in_memory,
     open_files,
     read_json,
-    unwatched,
     write_files,
 )
 
@@ -63,7 +61,7 @@ def write_weights(
     shard_bytes: int | None = None,
     about: Mapping[str, Any] | None = None,
     other_files: Mapping[str, bytes] | None = None,
-    watch: Watch = unwatched,
+    watch: Watch | None = None,
 ) -> None:
     """Write a folder of weights with one tensor in memory at a time, and read it back.
 
@@ -114,17 +112,17 @@ def open_weights(folder: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]
             shape.
     """
     config, about = read_config(folder)
-    tensors = open_files(folder)
+    digests = about.pop("sha256", {})  # older versions and other programs write none
+    if not isinstance(digests, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: sha256 is no object: convert it again")
+    tensors = open_files(folder, digests)
     shapes = tensor_shapes(config)
     try:
         check_tensors(shapes, tensors.shapes)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
-    in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
-    digests = about.pop("sha256", {})  # older versions and other programs write none
-    if not isinstance(digests, dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: sha256 is no object: convert it again")
-    return config, checked(folder, in_order, digests), about
+    in_order = {name: tensors.specs[name] for name in shapes}
+    return config, LazyTensors(in_order, tensors.read), about
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -133,11 +131,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
         ValueError: if a file is missing, or it describes no model.
     """
-    for name, is_there in (
-        (CONFIG_FILE, (folder / CONFIG_FILE).is_file()),
-        (WEIGHTS_FILE, has_weights(folder)),
-    ):
-        if not is_there:
+    is_there = {CONFIG_FILE: (folder / CONFIG_FILE).is_file(), WEIGHTS_FILE: has_weights(folder)}
+    for name in is_there:
+        if not is_there[name]:
             raise ValueError(
                 f"{folder / name} is missing, so {folder} is not a folder of weights: name one "
                 "that magnetar convert has written"
@@ -238,21 +234,15 @@ def check_tensors(
         ValueError: naming the first tensor of each kind that is missing, unexpected or of another
             shape, and how many there are.
     """
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    reshaped = [
-        f"{name}, {tuple(found[name])} where the model has {tuple(expected[name])}"
-        for name in expected
-        if name in found and tuple(found[name]) != tuple(expected[name])
-    ]
-    lines = [
-        f"{len(names)} {kind}, the first is {names[0]}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", reshaped),
-        )
-        if names
-    ]
+    wrong = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name}, {tuple(found[name])} where the model has {tuple(expected[name])}"
+            for name in expected
+            if name in found and tuple(found[name]) != tuple(expected[name])
+        ],
+    }
+    lines = [f"{len(n)} {kind}, the first is {n[0]}" for kind, n in wrong.items() if n]
     if lines:
         raise ValueError("the tensors do not fit the model: " + "; ".join(lines))

@@ -54,6 +54,7 @@ def test_ranks_of_mpirun_train_like_those_of_deepspeed(
     done = mpi(folder, "-n", "2", "--deepspeed_config", str(write_config(tmp_path, trained.corpus)))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "layout   2 ranks, ep_size 2" in done.stdout
+    # Exact: only the launcher differs. The ranks and their threads are as many, with the same work.
     assert records(tmp_path / "run") == records(trained.folder)
     # Bad input ends it with our status and message.
     done = mpi(folder, "-n", "2", "--deepspeed_config", str(tmp_path / "missing.json"))
