@@ -1,4 +1,8 @@
-"""What the sections of the JSON are made of: strict models, keys and kinds of numbers."""
+"""What the sections of the JSON are made of: strict models and kinds of numbers.
+
+A key is a field of a section. The text below it is its meaning and unit, for the page of keys and
+for messages; a key without a default is required.
+"""
 
 from typing import Annotated, Any, ClassVar
 
@@ -22,7 +26,13 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class StrictModel(BaseModel):
     """Base of every section: immutable, no unknown keys, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class StoredModel(StrictModel):
@@ -46,17 +56,6 @@ class StoredModel(StrictModel):
             for name, value in section.items()
             if (type(value), value) not in allowed.get(name, ())
         }
-
-
-def key(default: Any, description: str, **limits: Any) -> Any:
-    """A key of a section.
-
-    Args:
-        default: its value in a file that leaves it out; `...` if it is required.
-        description: its meaning and unit, for the page of keys and for messages.
-        limits: pydantic's limits, such as `ge`.
-    """
-    return Field(default, description=description, **limits)
 
 
 def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:

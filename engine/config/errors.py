@@ -28,16 +28,9 @@ _HINTS = {
 
 
 MAX_DEPTH = 50  # levels of objects and lists; a config needs 5
-
-
-class _TooDeepError(ValueError):
-    """JSON nested deeper than MAX_DEPTH."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            f"objects and lists are nested more than {MAX_DEPTH} deep: is a bracket repeated by "
-            "mistake?"
-        )
+_TOO_DEEP = (
+    f"objects and lists are nested more than {MAX_DEPTH} deep: is a bracket repeated by mistake?"
+)
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -62,7 +55,7 @@ def _refuse_constant(name: str) -> float:
 def _plain(value: Any, path: str, repeated: list[str], depth: int = 0) -> Any:
     """The value with dicts for objects; a line for each key given twice is added to `repeated`."""
     if depth > MAX_DEPTH:
-        raise _TooDeepError
+        raise UserError(_TOO_DEEP)
     if isinstance(value, _Pairs):
         members: dict[str, list[Any]] = {}
         for key, member in value:
@@ -84,7 +77,7 @@ def parse_json(text: str, path: str = "") -> tuple[Any, list[str]]:
     try:
         value = json.loads(text, object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
     except RecursionError:
-        raise _TooDeepError from None
+        raise UserError(_TOO_DEEP) from None
     return _plain(value, path, repeated), repeated
 
 
@@ -155,7 +148,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[list
 def _override_value(path: str, written: str) -> Any:
     try:
         value, repeated = parse_json(written, path)
-    except _TooDeepError as error:
+    except UserError as error:
         raise UserError(f"--set {path}: {error}") from None
     except ValueError:  # not JSON: a text without quotes
         return written
@@ -281,6 +274,11 @@ def expected(field: FieldInfo) -> str:
     return _in_words(TypeAdapter(annotation).json_schema())
 
 
+def meaning(field: FieldInfo) -> str:
+    """The text below a key, on one line."""
+    return " ".join((field.description or "").split())
+
+
 def _unknown_key(path: str, value: Any, names: list[str], every_path: list[str]) -> Problem:
     """A key that no section has, with the reason for refusing it or the nearest name.
 
@@ -312,7 +310,7 @@ def _wrong_value(path: str, value: Any, field: FieldInfo) -> Problem:
         names = {str(choice).lower(): choice for choice in get_args(kind)}
         if near := difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.6):
             hint = f"did you mean {shown(names[near[0]])}? "
-    about = VALUE_REASONS.get(path) or field.description or ""
+    about = VALUE_REASONS.get(path) or meaning(field)
     return problem(path, value, f"must be {expected(field)}: {hint}{about}")
 
 
@@ -338,7 +336,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
         if field is None:
             problems.append(_unknown_key(path, each["input"], names, key_paths(model)))
         elif each["type"] == "missing":
-            words = f"{path} is missing: add {expected(field)}. {field.description}"
+            words = f"{path} is missing: add {expected(field)}. {meaning(field)}"
             problems.append(Problem(path, words))
         elif each["type"] == "value_error":  # rules of a section, a line each
             lines = [joined(path, line) for line in str(each["ctx"]["error"]).split("\n")]
