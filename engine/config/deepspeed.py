@@ -77,7 +77,7 @@ class OffloadConfig(StrictModel):
 class ZeroConfig(StoredModel):
     """ZeRO: what is divided among the data-parallel ranks."""
 
-    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"load_from_fp32_weights": (True,)}
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {"load_from_fp32_weights": (True, False)}
 
     stage: Literal[0, 1, 2, 3] = 0
     """ZeRO stage. 0: nothing is divided. 1: the optimizer's states are. 2: gradients too. 3:
@@ -272,8 +272,12 @@ class ActivationCheckpointingConfig(StrictModel):
     """Whether the time of each layer is printed."""
 
 
-class DeepSpeedKeys(StrictModel):
+class DeepSpeedKeys(StoredModel):
     """DeepSpeed's top-level keys."""
+
+    retired: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "checkpoint": tuple({"tag_validation": how} for how in ("Ignore", "Warn", "Fail"))
+    }
 
     train_batch_size: BatchSize | None = None
     """Sequences in one optimizer step, over all ranks: train_micro_batch_size_per_gpu *
