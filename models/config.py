@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from magnetar.models.moe.config import MAX_WIDTH, ON_ONE_RANK, MoEConfig
-from magnetar.models.section import Count, Positive, Share, StrictModel
+from magnetar.models.section import Count, Positive, Share, StrictModel, strays
 
 # Larger than anybody trains: a slip of the keyboard must not ask for terabytes.
 MAX_LAYERS = 10_000
@@ -143,25 +143,16 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
 
     def _contradictions(self) -> list[str]:
         """The problems of keys that belong to another value of another key."""
-        wrong = []
         two_stacks = self.architecture == "encoder_decoder"
         is_xpos = self.is_rotary and self.attention_positions != "rotary"
-        for name, fits, other, value in (
-            ("num_decoder_layers", two_stacks, "architecture", "encoder_decoder"),
-            ("max_target_len", two_stacks, "architecture", "encoder_decoder"),
-            ("share_embeddings", two_stacks, "architecture", "encoder_decoder"),
-            ("multiway", self.architecture == "encoder", "architecture", "encoder"),
-            ("relative_buckets", self.is_relative, "attention_positions", "relative"),
-            ("relative_max_distance", self.is_relative, "attention_positions", "relative"),
-            ("relative_bidirectional", self.is_relative, "attention_positions", "relative"),
-            ("xpos_scale_base", is_xpos, "attention_positions", "xpos"),
-        ):
-            own = getattr(self, name)
-            if not fits and own != type(self).model_fields[name].default:
-                wrong.append(
-                    f"{name}={str(own).lower()} belongs to {other} {value!r}, but {other} is "
-                    f"{getattr(self, other)!r}: leave it out"
-                )
+        of_two_stacks = ("num_decoder_layers", "max_target_len", "share_embeddings")
+        of_relative = ("relative_buckets", "relative_max_distance", "relative_bidirectional")
+        wrong = [
+            *strays(self, "architecture", "encoder_decoder", of_two_stacks),
+            *strays(self, "architecture", "encoder", ["multiway"]),
+            *strays(self, "attention_positions", "relative", of_relative, self.is_relative),
+            *strays(self, "attention_positions", "xpos", ["xpos_scale_base"], is_xpos),
+        ]
         if not self.cross_attention_inner_norm and not (two_stacks and self.norm == "subln"):
             wrong.append(
                 "cross_attention_inner_norm=false belongs to norm 'subln' in architecture "

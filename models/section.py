@@ -4,6 +4,8 @@ A key is a field of a section. The text below it is its meaning and unit, for th
 for messages; a key without a default is required.
 """
 
+import json
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -65,3 +67,26 @@ def one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> Any:
     except ValidationError as error:  # it lists the problems of each type
         found = error.errors()[-1 if isinstance(value, list) else 0]
         raise PydanticKnownError(found["type"], found.get("ctx")) from None  # type: ignore[arg-type]
+
+
+def strays(
+    section: BaseModel, other: str, value: str, names: Iterable[str], fits: bool | None = None
+) -> list[str]:
+    """A line for each key that is set although it belongs to another value of another key.
+
+    Args:
+        section: the section.
+        other: the other key.
+        value: the value of it to which the keys belong.
+        names: the keys.
+        fits: whether the keys belong here. None: whether `other` has `value`.
+    """
+    given = getattr(section, other)
+    if given == value if fits is None else fits:
+        return []
+    return [
+        f"{name}={json.dumps(own)} belongs to {other} {value!r}, but {other} is {given!r}: leave "
+        f"it out, or use {other} {value!r}"
+        for name in names
+        if (own := getattr(section, name)) != type(section).model_fields[name].default
+    ]

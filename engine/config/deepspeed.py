@@ -162,9 +162,12 @@ class DataTypesConfig(StrictModel):
     """Type in which gradients accumulate. null: the type of the weights."""
 
 
-class _FileMonitor(StrictModel):
+class _Switched(StrictModel):
     enabled: bool = False
-    """Whether metrics are written."""
+    """Whether it is on."""
+
+
+class _FileMonitor(_Switched):
     output_path: str = ""
     """Folder. Empty: one in the run's folder."""
     job_name: str = "DeepSpeedJobName"
@@ -179,11 +182,9 @@ class CsvConfig(_FileMonitor):
     """CSV files, one for each metric."""
 
 
-class WandbConfig(StrictModel):
+class WandbConfig(_Switched):
     """Weights & Biases (its package must be installed)."""
 
-    enabled: bool = False
-    """Whether metrics are sent."""
     group: str | None = None
     """Group of runs."""
     team: str | None = None
@@ -192,11 +193,9 @@ class WandbConfig(StrictModel):
     """Project."""
 
 
-class CometConfig(StrictModel):
+class CometConfig(_Switched):
     """Comet (its package must be installed)."""
 
-    enabled: bool = False
-    """Whether metrics are sent."""
     samples_log_interval: Count = 100
     """Samples between two submissions."""
     project: str | None = None
@@ -213,11 +212,9 @@ class CometConfig(StrictModel):
     """Whether the experiment is an old one, a new one or either. null: Comet's default."""
 
 
-class CommsLoggerConfig(StrictModel):
+class CommsLoggerConfig(_Switched):
     """Times of the collective operations."""
 
-    enabled: bool = False
-    """Whether they are recorded."""
     prof_all: bool = True
     """Whether every operation is recorded. false: those in prof_ops."""
     prof_ops: list[str] = Field(default=[])
@@ -228,11 +225,9 @@ class CommsLoggerConfig(StrictModel):
     """Whether the calling function is named too."""
 
 
-class FlopsProfilerConfig(StrictModel):
+class FlopsProfilerConfig(_Switched):
     """DeepSpeed's profile of one training step."""
 
-    enabled: bool = False
-    """Whether a step is profiled."""
     recompute_fwd_factor: NonNegative = 0.0
     """Share of the forward pass that is recomputed."""
     profile_step: Count = 1

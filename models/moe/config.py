@@ -13,6 +13,7 @@ from magnetar.models.section import (
     StoredModel,
     StrictModel,
     one_problem,
+    strays,
 )
 
 # Larger than anybody trains, so that a typing error does not ask for terabytes or hours of
@@ -155,29 +156,15 @@ class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
                 f"dispatch={self.dispatch!r}: set capacity_factor (1.0, say) with dispatch "
                 "'capacity', and leave it out with 'dropless'"
             )
-        for name, usual in (("capacity_order", "first_come"), ("capacity_scope", "global")):
-            if self.dispatch == "dropless" and getattr(self, name) != usual:
-                wrong.append(
-                    f"{name}={getattr(self, name)!r} belongs to dispatch 'capacity': leave it out, "
-                    "or use dispatch 'capacity' with a capacity_factor"
-                )
+        wrong += strays(self, "dispatch", "capacity", ("capacity_order", "capacity_scope"))
         if self.dispatch == "capacity" and self.balance_scope == "batch":
             wrong.append(
                 "balance_scope='batch' does not go with dispatch 'capacity', where each "
                 "accumulation step drops its own tokens: use balance_scope 'micro_step', or "
                 "dispatch 'dropless'"
             )
-        if self.router == "linear":
-            if self.d_router is not None:
-                wrong.append(
-                    f"d_router={self.d_router} belongs to router 'xmoe': leave it out, or use "
-                    "router 'xmoe'"
-                )
-            wrong += [
-                f"{name}=false belongs to router 'xmoe': leave it out, or use router 'xmoe'"
-                for name in ("normalize_tokens", "learned_temperature")
-                if not getattr(self, name)
-            ]
+        of_xmoe = ("d_router", "normalize_tokens", "learned_temperature")
+        wrong += strays(self, "router", "xmoe", of_xmoe)
         if fewest == 1 and self.gate == "sigmoid":
             wrong.append(
                 "gate='sigmoid' would weigh a single expert by its score, and there is nothing to "
