@@ -4,7 +4,6 @@ A key is a field of a section. The text below it is its meaning and unit, for th
 for messages; a key without a default is required.
 """
 
-import json
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
@@ -85,7 +84,7 @@ def strays(
     if given == value if fits is None else fits:
         return []
     return [
-        f"{name}={json.dumps(own)} belongs to {other} {value!r}, but {other} is {given!r}: leave "
+        f"{name}={repr(own).lower()} belongs to {other} {value!r}, but {other} is {given!r}: leave "
         f"it out, or use {other} {value!r}"
         for name in names
         if (own := getattr(section, name)) != type(section).model_fields[name].default

@@ -136,6 +136,8 @@ def _open(path: Path) -> tuple[Checkpoint | None, str]:
     try:
         manifest = read_json_object(file)
     except FileNotFoundError:
+        if path.is_symlink() and not path.exists():
+            return None, f"{path} is a link to {os.readlink(path)}, which is not there"
         return None, f"{file} is missing"
     except (OSError, ValueError) as error:
         return None, f"{file} cannot be read ({getattr(error, 'strerror', None) or error})"
@@ -205,10 +207,12 @@ def file_problem(path: Path, saved: Mapping[str, Any], content: bool = True) -> 
         content: True to compare the hash too.
     """
     try:
-        if (size := path.stat().st_size) != saved["bytes"]:
-            return f"has {size:,} bytes where {saved['bytes']:,} were saved"
-        if content and sha256(path) != saved["sha256"]:
-            return "is not what was saved (its sha256 differs)"
+        with path.open("rb") as file:  # it must be readable even if nobody reads it now
+            size = os.fstat(file.fileno()).st_size
+            if size != saved["bytes"]:
+                return f"has {size:,} bytes where {saved['bytes']:,} were saved"
+            if content and hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"]:
+                return "is not what was saved (its sha256 differs)"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

@@ -5,6 +5,7 @@ is asked for: first the config, then names and shapes of tensors, then the tenso
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,9 +22,12 @@ from magnetar.data.text.token_files import Prepared, open_prepared
 from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 from magnetar.engine.checkpoint.exported_run import RUN_KEY, read_entry
 from magnetar.engine.checkpoint.format import (
+    CHECKPOINTS,
     MANIFEST,
     Checkpoint,
+    checkpoint_folders,
     complete_checkpoints,
+    looked_at,
     newest_checkpoint,
     read_checkpoint,
     require_whole,
@@ -377,7 +381,7 @@ def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run that has saved checkpoints."""
-    return (path / "checkpoints").is_dir()
+    return os.path.lexists(path / CHECKPOINTS)
 
 
 def choose_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
@@ -391,9 +395,12 @@ def choose_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     if name is not None:
         found = {checkpoint.path.name: checkpoint for checkpoint in complete_checkpoints(path)}
         if name not in found:
+            folders = [folder for folder in checkpoint_folders(path) if folder.name == name]
+            problems = [f"\n  {line}" for folder in folders for line in looked_at(folder)[1]]
             raise UserError(
                 f"--checkpoint {name}: {path} has no such complete checkpoint: "
                 + (f"use {' or '.join(found)}" if found else "it has none")
+                + "".join(problems)
             )
         return found[name]
     if is_run(path):

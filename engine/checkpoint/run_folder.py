@@ -117,14 +117,16 @@ def check_run_folder(config: RunConfig) -> None:
             "name another folder, delete this one, or use resume 'auto' to go on with it"
         )
     try:
-        begun = _trained_part(with_defaults(read_json_object(file)))
+        saved = read_json_object(file)
+        if not isinstance(saved.get("magnetar"), dict):
+            raise ValueError("it has no key magnetar with an object")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} cannot be read as JSON ({error}): copy the config of a checkpoint's "
+            f"{file} cannot be read ({error}): copy the config of a checkpoint's "
             f"manifest.json there, delete the file if {run_dir} holds nothing you need, or name "
             "another training.run_dir"
         ) from error
-    free = _MAY_CHANGE_ON_RESUME
+    begun, free = _trained_part(with_defaults(saved)), _MAY_CHANGE_ON_RESUME
     if not accumulation_counts(config.model):
         free = free | {"gradient_accumulation_steps"}
     different = differing(begun, _trained_part(config.to_dict()), free)

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.checkpoint.format import checkpoint_folders
 from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.run_folder import differing_models
 from magnetar.engine.checkpoint.vocabulary import require_vocabulary
@@ -34,7 +34,7 @@ _MAY_DIFFER_FROM_SOURCE = {
 
 def starts_from_weights(config: RunConfig) -> bool:
     """Whether the run will read other weights. It does not once it has a checkpoint of its own."""
-    begun = complete_checkpoints(Path(config.training.run_dir))
+    begun = checkpoint_folders(Path(config.training.run_dir))
     return config.training.init_from is not None and not begun
 
 

@@ -267,12 +267,8 @@ class ActivationCheckpointingConfig(StrictModel):
     """Whether the time of each layer is printed."""
 
 
-class DeepSpeedKeys(StoredModel):
+class DeepSpeedKeys(StrictModel):
     """DeepSpeed's top-level keys."""
-
-    retired: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "checkpoint": tuple({"tag_validation": how} for how in ("Ignore", "Warn", "Fail"))
-    }
 
     train_batch_size: BatchSize | None = None
     """Sequences in one optimizer step, over all ranks: train_micro_batch_size_per_gpu *

@@ -41,6 +41,9 @@ from magnetar.models.section import (
     one_problem,
 )
 
+# Earlier versions stored this section, which did nothing.
+_RETIRED_SECTIONS = [("checkpoint", {"tag_validation": v}) for v in ("Ignore", "Warn", "Fail")]
+
 SaveEvery = Annotated[Count | Literal["never"] | None, WrapValidator(one_problem)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -362,7 +365,7 @@ def check_config(
     assert world_size is None or world_size >= 1
     if strange := strange_texts(raw):
         return None, strange
-    raw = {name: value for name, value in raw.items() if name != "$schema"}
+    raw = {k: v for k, v in raw.items() if k != "$schema" and (k, v) not in _RETIRED_SECTIONS}
     valid: dict[str, Any] = {"world_size": world_size}  # filled by _TopLevel
     problems: list[Problem] = []
     try:

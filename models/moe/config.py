@@ -156,7 +156,8 @@ class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
                 f"dispatch={self.dispatch!r}: set capacity_factor (1.0, say) with dispatch "
                 "'capacity', and leave it out with 'dropless'"
             )
-        wrong += strays(self, "dispatch", "capacity", ("capacity_order", "capacity_scope"))
+        of_capacity = strays(self, "dispatch", "capacity", ("capacity_order", "capacity_scope"))
+        wrong += [f"{line} with a capacity_factor" for line in of_capacity]
         if self.dispatch == "capacity" and self.balance_scope == "batch":
             wrong.append(
                 "balance_scope='batch' does not go with dispatch 'capacity', where each "
