@@ -93,7 +93,7 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def read_json_object(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The JSON object in the file, and a line for each key given more than once."""
     text = _read_text(path)
     try:

@@ -25,7 +25,7 @@ from magnetar.engine.config.errors import (
     Problem,
     apply_overrides,
     problems_of,
-    read_json_object,
+    read_config_file,
     shown,
     strange_texts,
 )
@@ -338,7 +338,7 @@ def load_config(
     Raises:
         UserError: all that is wrong.
     """
-    raw, lines = read_json_object(Path(path))
+    raw, lines = read_config_file(Path(path))
     set_paths, complaints = apply_overrides(raw, overrides)
     lines += complaints
     config, problems = check_config(raw, world_size)

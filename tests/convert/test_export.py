@@ -514,6 +514,7 @@ def test_weights_of_no_run_cannot_be_imported(
         ({"run.optimizer.skipped_steps": None}, "run.optimizer.skipped_steps=null: it should be"),
         ({"run.optimizer.loss_scaler": 3}, "run.optimizer.loss_scaler=3: it should be an object"),
         ({"run.trainer.num_clipped": "x"}, 'run.trainer.num_clipped="x": it should be'),
+        ({"run.config.magnetar.data": None}, "run.config: it has no magnetar.data.path"),
         ({"run.trainer.epoch": 1}, "run.trainer.epoch is not a key that this version knows"),
     ],
     ids=str,
