@@ -7,7 +7,7 @@ from magnetar.data.errors import UserError
 from magnetar.data.loader import RunData
 from magnetar.engine.admin.profile import profile_path, write_profile
 from magnetar.engine.build import start_distributed
-from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.checkpoint.format import checkpoint_folders
 from magnetar.engine.config.batch_sizes import ACCUMULATION
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.train_step import training_batches
@@ -27,7 +27,7 @@ def profile(config: RunConfig, data: RunData) -> dict[str, list[float]]:
         The omegas of the sublayers, by stack.
     """
     run_dir = profile_path(config).parent
-    if complete_checkpoints(run_dir):
+    if checkpoint_folders(run_dir):
         raise UserError(
             f"training.run_dir={run_dir} already holds a run, which goes on from its "
             "checkpoints without a profile: name another folder for a new one"

@@ -8,7 +8,7 @@ from torch import nn
 
 from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError, first_problem
-from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.checkpoint.format import checkpoint_folders
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.admin import set_omegas
 from magnetar.models.moe.config import ON_ONE_RANK
@@ -59,7 +59,7 @@ def require_admin(config: RunConfig) -> None:
 
 def needs_profile(config: RunConfig) -> bool:
     """Whether omegas start from the profile, since neither checkpoint nor weights hold them."""
-    begun = complete_checkpoints(Path(config.training.run_dir))
+    begun = checkpoint_folders(Path(config.training.run_dir))
     return config.model.norm == "admin" and config.training.init_from is None and not begun
 
 

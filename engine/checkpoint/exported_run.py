@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from magnetar.data.errors import UserError
 from magnetar.models.section import StrictModel
@@ -61,6 +61,14 @@ class ExportedRun(StrictModel):
     data_fingerprint: str
     trainer: TrainerEntry
     optimizer: OptimizerEntry
+
+    @field_validator("config")
+    @classmethod
+    def _names_its_data(cls, config: dict[str, Any]) -> dict[str, Any]:
+        match config:
+            case {"magnetar": {"data": {"path": str()}}}:
+                return config
+        raise ValueError("it has no magnetar.data.path with a text")
 
 
 def read_entry(folder: Path, entry: Any) -> ExportedRun:
