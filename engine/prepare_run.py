@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from magnetar.data.errors import UserError
-from magnetar.data.loader import DataOptions, MaskOptions, PairOptions, RunData, open_data
+from magnetar.data.loader import DataOptions, Masking, PairOptions, RunData, open_data
 from magnetar.engine.admin.profile import require_profile
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.checkpoint.run_folder import check_run_folder
@@ -81,13 +81,14 @@ def data_options(config: RunConfig) -> DataOptions:
     masking, pairs = None, None
     if data.masking is not None:
         length = data.masking.mean_span_length if data.masking.unit == "span" else None
-        masking = MaskOptions(data.masking.probability, length, data.masking.replace)
+        masking = Masking(data.masking.probability, length, data.masking.replace)
     if data.pairs is not None:
         pairs = PairOptions(
             data.pairs.bin_tokens,
             data.pairs.temperature,
             data.pairs.directions,
             data.pairs.too_long,
+            data.seq_len,
             config.model.max_target_len or config.model.max_seq_len,
         )
     return DataOptions(

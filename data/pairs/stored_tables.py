@@ -152,19 +152,8 @@ class Reader:
 
     def rows(self, stage: str, splits: tuple[str, ...] = SPLITS) -> Rows:
         """The rows, table after table and split after split."""
-        done_bytes = 0
-        all_bytes = sum(
-            path.stat().st_size
-            for (_, split), paths in self.files.items()
-            if split in splits
-            for path in paths
-        )
-
-        def on_bytes(num_bytes: int) -> None:
-            nonlocal done_bytes
-            done_bytes += num_bytes
-            self.reporter.progress(stage, done_bytes, all_bytes)
-
+        of_splits = [paths for (_, split), paths in self.files.items() if split in splits]
+        on_bytes = self.reporter.count_bytes(stage, [path for paths in of_splits for path in paths])
         for one in self.configs:
             for split in splits:
                 for path in self.files.get((one.name, split), []):

@@ -16,17 +16,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from magnetar.data.atomic import sync, write_atomically
+from magnetar.data.atomic import atomic_file, write_atomically
+from magnetar.data.prepared_folder import Reporter, read_json
 from magnetar.data.text.corpus import Piece
 from magnetar.data.text.token_files import SPLITS, SplitRecord, token_dtype
 from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_CHARS = 4 << 20
 COPY_BYTES = 1 << 24
+COUNTS = ("num_tokens", "num_documents", "num_bytes")
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
@@ -68,9 +69,7 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
             ends.append(num_tokens)
     contents = {".bin": b"".join(blocks), ".ends": np.array(ends, dtype="<u8").tobytes()}
     for suffix, content in contents.items():
-        file = stem.with_suffix(suffix)
-        file.write_bytes(content)
-        sync(file)  # before the record, which says that they are whole
+        write_atomically(stem.with_suffix(suffix), content)
     record = {
         "num_tokens": num_tokens,
         "num_documents": len(ends),
@@ -80,14 +79,16 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
     write_atomically(stem.with_suffix(".json"), json.dumps(record) + "\n")
 
 
-def is_finished(stem: Path) -> bool:
+def _is_finished(stem: Path) -> bool:
     """Whether a shard's files are there in the sizes that its record gives."""
-    try:
-        sizes = json.loads(stem.with_suffix(".json").read_text())["sizes"]
-        found = {suffix: stem.with_suffix(suffix).stat().st_size for suffix in sizes}
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
-    return found == sizes
+    record = read_json(stem.with_suffix(".json"))
+    sizes = {suffix: _size(stem.with_suffix(suffix)) for suffix in (".bin", ".ends")}
+    counts = (record.get(key) for key in COUNTS)
+    return record.get("sizes") == sizes and all(isinstance(count, int) for count in counts)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else -1
 
 
 @functools.cache
@@ -101,8 +102,9 @@ def tokenise(
     vocabulary: Path,
     folder: Path,
     workers: int,
+    reporter: Reporter,
     splits: Sequence[str] = SPLITS,
-) -> tuple[dict[str, list[Path]], int]:
+) -> dict[str, list[Path]]:
     """Tokenise the shards that `folder` does not hold yet.
 
     Args:
@@ -110,10 +112,11 @@ def tokenise(
         vocabulary: a file for `load_tokenizer`.
         folder: the folder of the shards, which are found again after an interruption.
         workers: number of processes; 1 works in this process.
+        reporter: callbacks for what a person is told.
         splits: names of all splits that may occur.
 
     Returns:
-        The stems of the shards in order, by split, and how many of them were already there.
+        The stems of the shards in order, by split.
     """
     stems: dict[str, list[Path]] = {split: [] for split in splits}
     num_kept = 0
@@ -124,7 +127,7 @@ def tokenise(
             stem = folder / name
             stems[name.rpartition("-")[0]].append(stem)
             # The text is read and cut again even if the shard exists: its cuts define the rest.
-            if is_finished(stem):
+            if _is_finished(stem):
                 num_kept += 1
             else:
                 yield vocabulary, stem, shard
@@ -132,14 +135,22 @@ def tokenise(
     if workers == 1:
         for arguments in todo():
             tokenise_shard(*arguments)
-        return stems, num_kept
+    else:
+        _in_processes(todo(), workers)
+    if num_kept:
+        reporter.message(f"kept {num_kept} finished shards")
+    return stems
+
+
+def _in_processes(todo: Iterator[tuple[Path, Path, list[Piece]]], workers: int) -> None:
+    """Tokenise shards in worker processes."""
     # Spawned, not forked: the parent holds threads of the tokenizer libraries.
     context = multiprocessing.get_context("spawn")
     start = functools.partial(_start_worker, os.getpid())
     with ProcessPoolExecutor(workers, context, initializer=start) as pool:
         running: deque[Future[None]] = deque()
         try:
-            for arguments in todo():
+            for arguments in todo:
                 running.append(pool.submit(tokenise_shard, *arguments))
                 if len(running) >= 2 * workers:  # bounds the text in memory
                     running.popleft().result()
@@ -147,7 +158,6 @@ def tokenise(
                 running.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-    return stems, num_kept
 
 
 def _start_worker(parent: int) -> None:
@@ -162,12 +172,10 @@ def _start_worker(parent: int) -> None:
 
 def join(stems: list[Path], bin_file: Path) -> SplitRecord:
     """Write one split's token file and its index from the shards."""
-    records = [json.loads(stem.with_suffix(".json").read_text()) for stem in stems]
-    totals = {
-        key: sum(record[key] for record in records)
-        for key in ("num_tokens", "num_documents", "num_bytes")
-    }
-    with bin_file.with_suffix(".idx").open("wb") as index:
+    records = [read_json(stem.with_suffix(".json")) for stem in stems]
+    totals = {key: sum(record[key] for record in records) for key in COUNTS}
+    digest = hashlib.sha256()
+    with atomic_file(bin_file.with_suffix(".idx")) as index, atomic_file(bin_file) as tokens:
         shape = (totals["num_documents"] + 1,)
         header = {"descr": "<u8", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(index, header)
@@ -177,19 +185,8 @@ def join(stems: list[Path], bin_file: Path) -> SplitRecord:
             ends = np.fromfile(stem.with_suffix(".ends"), dtype="<u8")
             index.write((ends + np.uint64(first_token)).tobytes())
             first_token += record["num_tokens"]
-    with bin_file.open("wb") as out:
-        digest = _concatenate([stem.with_suffix(".bin") for stem in stems], out)
-    return SplitRecord(**totals, sha256=digest)
-
-
-def _concatenate(files: list[Path], out: IO[bytes]) -> str:
-    """The sha256 of some files, after copying them to `out` one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as source:
-            while block := source.read(COPY_BYTES):
-                digest.update(block)
-                out.write(block)
-    out.flush()
-    os.fsync(out.fileno())
-    return digest.hexdigest()
+            with stem.with_suffix(".bin").open("rb") as source:
+                while block := source.read(COPY_BYTES):
+                    digest.update(block)
+                    tokens.write(block)
+    return SplitRecord(**totals, sha256=digest.hexdigest())

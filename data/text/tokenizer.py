@@ -170,11 +170,16 @@ def _gpt2_json(vocabulary: Path, merges: Path) -> bytes:
     return tokenizer.to_str().encode()
 
 
+def sample_chars(vocab_size: int) -> int:
+    """The largest number of characters that a vocabulary of this size learns from."""
+    return min(max(2048 * vocab_size, 8 << 20), 64 << 20)
+
+
 def train_sentencepiece(
     texts: Iterable[str],
     vocab_size: int,
     out_model: Path,
-    sample_chars: int | None = None,
+    max_chars: int | None = None,
     symbols: Sequence[str] = (),
 ) -> None:
     """Train a SentencePiece vocabulary (unigram, byte fallback) and write it to `out_model`.
@@ -186,14 +191,13 @@ def train_sentencepiece(
         vocab_size: number of entries, among them 256 bytes, the newline, the unknown and the end of
             document.
         out_model: the file to write; it appears only when complete.
-        sample_chars: largest number of characters to learn from. None: 2048 for each entry, within
-            8 Mi and 64 Mi.
+        max_chars: largest number of characters to learn from. None: that of `sample_chars`.
         symbols: strings that are always a piece of their own.
 
     Raises:
         UserError: if the text is empty, or too little or too varied for this vocabulary.
     """
-    limit = sample_chars or min(max(2048 * vocab_size, 8 << 20), 64 << 20)
+    limit = max_chars or sample_chars(vocab_size)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

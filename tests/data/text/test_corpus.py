@@ -6,7 +6,8 @@ import pytest
 
 import magnetar.data.text.corpus
 from magnetar.data.errors import UserError
-from magnetar.data.text.corpus import Piece, matching_files, read_pieces, sotu_files
+from magnetar.data.source_files import matching_files
+from magnetar.data.text.corpus import FORMATS, Piece, read_pieces, sotu_files
 
 TEXT = "first line\nsecond line\n\nthird line \u00e9\n   \nfourth\n"
 
@@ -107,30 +108,30 @@ def test_every_byte_read_is_counted_once(tmp_path):
 def test_globs_give_each_file_once_in_order(tmp_path):
     for name in ("b.txt", "a.jsonl", "c.txt.gz"):
         (tmp_path / name).touch()
-    found = matching_files([f"{tmp_path}/*.txt*", f"{tmp_path}/?.*"])
+    found = matching_files([f"{tmp_path}/*.txt*", f"{tmp_path}/?.*"], FORMATS)
     assert [path.name for path in found] == ["a.jsonl", "b.txt", "c.txt.gz"]
 
 
 def test_a_glob_without_files_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no file matches '.*\*\.txt'.*check the path"):
-        matching_files([f"{tmp_path}/*.txt"])
+        matching_files([f"{tmp_path}/*.txt"], FORMATS)
 
 
 def test_a_folder_in_place_of_its_files_is_named(tmp_path):
     with pytest.raises(UserError, match=r"it is a folder; name the files in it, '.*/\*\.txt' say"):
-        matching_files([str(tmp_path)])
+        matching_files([str(tmp_path)], FORMATS)
 
 
 def test_a_plain_name_with_glob_characters_is_found(tmp_path):
     (tmp_path / "a[1].txt").touch()
-    assert matching_files([str(tmp_path / "a[1].txt")]) == [tmp_path / "a[1].txt"]
+    assert matching_files([str(tmp_path / "a[1].txt")], FORMATS) == [tmp_path / "a[1].txt"]
 
 
 @pytest.mark.parametrize("name", ["text.doc", "text", "text.gz"])
 def test_an_unknown_suffix_is_named(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(UserError, match=rf"{name}: cannot tell the format.*rename.*\.txt"):
-        matching_files([str(tmp_path / name)])
+        matching_files([str(tmp_path / name)], FORMATS)
 
 
 @pytest.mark.parametrize(

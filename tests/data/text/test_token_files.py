@@ -55,7 +55,7 @@ def test_sizes_agree_with_the_files(folder):
         assert len(split.tokens) == split.num_tokens
         assert (split.tokens == prepared.manifest.eos_id).sum() == num_documents
         text = "".join(prepared.tokenizer.decode(split.document(i)) for i in range(num_documents))
-        assert split.num_bytes == len(text.encode())
+        assert split.record.num_bytes == len(text.encode())
 
 
 def test_unigram_perplexity_of_equal_frequencies_is_their_number(make_split):
@@ -111,7 +111,7 @@ def test_a_manifest_that_is_not_json_is_refused(folder):
 def test_a_manifest_of_another_version_is_refused(folder):
     edit_manifest(folder, version=2)
     with pytest.raises(
-        UserError, match=r"not a valid manifest of version 1: version=2: it .*again"
+        UserError, match=r"not a valid manifest of version 1 of .*: version=2: it .*again"
     ):
         open_prepared(folder)
 
@@ -120,7 +120,9 @@ def test_a_manifest_without_a_split_is_refused(folder):
     splits = json.loads((folder / "manifest.json").read_text())["splits"]
     del splits["valid"]
     edit_manifest(folder, splits=splits)
-    with pytest.raises(UserError, match=r"manifest\.json: splits has no 'valid': delete"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json: splits has no 'valid': copy it back, or delete"
+    ):
         open_prepared(folder)
 
 
