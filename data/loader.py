@@ -118,23 +118,14 @@ class RunData(ABC):
 
     @abstractmethod
     def valid_batches(self, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
-        """One rank's validation batches.
+        """One rank's validation batches, of `batch_size` windows; a bin of pairs is a batch.
 
         Every rank gets the same number, since ranks that share experts step together.
-
-        Args:
-            batch_size: windows of a batch; a bin of pairs is a batch by itself.
-            rank: this rank.
-            world_size: number of ranks.
         """
 
     @abstractmethod
     def unigram_perplexity(self, num_tokens: int) -> float:
-        """Perplexity of a model that knows only the frequencies of the validation tokens.
-
-        Args:
-            num_tokens: number of tokens that validation asked about.
-        """
+        """Perplexity of a model that knows only the frequencies of the tokens asked about."""
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
@@ -212,9 +203,9 @@ class TextData(RunData):
 
     def beginnings(self, count: int, length: int) -> list[list[int]]:
         """The documents' in the order of the file."""
-        found: list[list[int]] = []
-        for index in range(self.prepared.valid.num_documents):
-            beginning = self.prepared.valid.document(index)[:length].tolist()
+        valid, found = self.prepared.valid, list[list[int]]()
+        for index in range(valid.num_documents):
+            beginning = valid.document(index)[:length].tolist()
             if len(beginning) == length and beginning not in found:
                 found.append(beginning)
             if len(found) == count:
@@ -268,8 +259,8 @@ class PairData(RunData):
         """The numbers of languages and directions, and of pairs that are too long."""
         done = {"drop": "dropped", "truncate": "truncated"}.get(self.pairs.too_long, "")
         counts = (
-            (sum(self.train.num_too_long.values()), "pairs", done),
-            (sum(self.valid.num_too_long.values()), "validation pairs", "truncated"),
+            (self.train.num_too_long, "pairs", done),
+            (self.valid.num_too_long, "validation pairs", "truncated"),
         )
         too_long = "; ".join(f"{count:,} {what}, {how}" for count, what, how in counts if count)
         size = f"{len(self.prepared.languages)} languages, {len(self.train.directions)} directions"
@@ -355,7 +346,7 @@ class TrainingBatches:
             to_device: conversion of each array when its step begins.
         """
         self._data, self._num_micro_steps = data, num_micro_steps
-        self._rank, self._world_size = rank, world_size
+        self._ranks = rank, world_size
         self._to_host, self._to_device = to_host, to_device
         self._thread = ThreadPoolExecutor(1, "batches")
         self._made: dict[int, Future[list[Batch]]] = {}
@@ -375,7 +366,7 @@ class TrainingBatches:
     def _make(self, step: int) -> list[Batch]:
         made = []
         for micro_step in range(self._num_micro_steps):
-            batch = self._data.micro_batch(step, micro_step, self._rank, self._world_size)
+            batch = self._data.micro_batch(step, micro_step, *self._ranks)
             inputs = tuple(map(self._to_host, batch.inputs))
             made.append(Batch(inputs, self._to_host(batch.targets)))
         return made

@@ -3,10 +3,12 @@
 Memory holds one block of a compressed file and one line of a `.jsonl`.
 """
 
+import codecs
 import glob
 import io
 import json
 import lzma
+import shlex
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -15,14 +17,34 @@ from typing import IO, Any, TypeVar
 
 from magnetar.data.errors import UserError
 
-COMPRESSIONS = (".gz", ".xz", ".zst", ".zstd")
+COMPRESSIONS = {".gz": "gzip -dc", ".xz": "xz -dc", ".zst": "zstd -dc", ".zstd": "zstd -dc"}
 BLOCK_BYTES = 1 << 16
+MOST_NULS = 1 / 32  # of the bytes of a text
+HEAD_BYTES = 4096  # looked at for signs of another kind of file
+# What other kinds of file begin with, and what to do with them.
+SIGNATURES = {
+    b"\x1f\x8b": "compressed with gzip: rename it to end in .gz",
+    b"\xfd7zXZ\0": "compressed with xz: rename it to end in .xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: rename it to end in .zst",
+    b"BZh": "compressed with bzip2: decompress it first",
+    b"PK\3\4": "a zip archive: unpack it first",
+    b"PAR1": "a Parquet file: rename it to end in .parquet",
+    b"%PDF": "a PDF: extract its text first",
+}
+BYTE_ORDER_MARKS = {  # those of UTF-32 first: one begins like one of UTF-16
+    codecs.BOM_UTF32_LE: "utf32",
+    codecs.BOM_UTF32_BE: "utf32",
+    codecs.BOM_UTF16_LE: "utf16",
+    codecs.BOM_UTF16_BE: "utf16",
+}
 Found = TypeVar("Found")
 OnBytes = Callable[[int], None]  # takes the bytes of a file, as stored, read since its last call
 
 
 def matching_files(patterns: Sequence[str], formats: Collection[str]) -> list[Path]:
-    """The files that some globs (or plain names) match, sorted, each once.
+    """The files that some globs (or plain names) match, sorted.
+
+    Each file is there once, under one of its names: relative or absolute, links of either kind.
 
     Args:
         patterns: the globs.
@@ -43,7 +65,13 @@ def matching_files(patterns: Sequence[str], formats: Collection[str]) -> list[Pa
         files.update(found)
     for path in files:
         file_format(path, formats)
-    return sorted(files)
+    return [*{same_file(path): path for path in sorted(files, reverse=True)}.values()][::-1]
+
+
+def same_file(path: Path) -> tuple[int, int]:
+    """What two names of one file have in common."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def file_format(path: Path, formats: Collection[str]) -> str:
@@ -78,8 +106,9 @@ def read_source(
     """
     try:
         with path.open("rb") as raw:
-            position = 0
-            for found in parse(_decompressed(path, raw)):
+            stream, position = _decompressed(path, raw), 0
+            _require_letters(path, stream)
+            for found in parse(stream):
                 yield found
                 position, before = max(position, raw.tell()), position
                 on_bytes(position - before)
@@ -87,19 +116,24 @@ def read_source(
     except UnicodeDecodeError as error:
         raise _not_utf8(path) from error
     except (EOFError, lzma.LZMAError, zlib.error) as error:
+        with path.open("rb") as raw:
+            kind = _other_kind(raw.read(HEAD_BYTES), path.suffix)
+        if "Dictionary" in str(error):
+            kind = "compressed with a dictionary: decompress it with zstd -d -D DICTIONARY"
         raise UserError(
-            f"{path} is damaged or not what its suffix {path.suffix!r} says: {error}. Make it "
-            "again, or leave it out"
+            f"{path} is damaged or not what its suffix {path.suffix!r} says: {error}. "
+            + (f"It is {kind}" if kind else "Make it again, or leave it out")
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
     """The decompressed bytes of an open file; its suffix names the compression."""
     if path.suffix not in COMPRESSIONS:
         return raw
     damage: type[Exception] = EOFError
+    padding = b"\0"
     if path.suffix == ".gz":
         new_frame: Callable[[], Any] = partial(zlib.decompressobj, wbits=31)
     elif path.suffix == ".xz":
@@ -111,21 +145,30 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
             raise UserError(
                 f"{path}: reading it needs zstandard: run `pip install zstandard`, or decompress it"
             ) from error
-        new_frame, damage = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-    return io.BufferedReader(_Frames(raw, new_frame, damage), 4 * BLOCK_BYTES)
+        # The largest window that `zstd --long` can ask for.
+        new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        damage, padding = zstandard.ZstdError, b""
+    return io.BufferedReader(_Frames(raw, new_frame, damage, padding), 4 * BLOCK_BYTES)
 
 
 class _Frames(io.RawIOBase):
-    """Bytes of a compressed file, frame after frame.
+    """Bytes of a compressed file, frame after frame, with padding behind each.
 
     The packages' own readers differ in what they say of a file that was cut short, and in what they
     read behind the first frame.
     """
 
-    def __init__(self, raw: IO[bytes], new_frame: Callable[[], Any], damage: type[Exception]):
+    def __init__(
+        self,
+        raw: IO[bytes],
+        new_frame: Callable[[], Any],
+        damage: type[Exception],
+        padding: bytes,
+    ):
         self._raw, self._new_frame, self._damage = raw, new_frame, damage
+        self._padding = padding
         self._input, self._output = b"", memoryview(b"")
-        self._frame: Any = None  # the frame that is being read; None between frames
+        self._frame: Any = new_frame()  # the frame that is being read; None between frames
 
     def readable(self) -> bool:
         """Yes."""
@@ -139,7 +182,10 @@ class _Frames(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("it ends in the middle of a frame")
                 return 0
-            self._frame = self._frame or self._new_frame()
+            if self._frame is None:
+                self._input = self._input.lstrip(self._padding)
+                self._frame = self._new_frame() if self._input else None
+                continue
             try:
                 self._output = memoryview(self._frame.decompress(self._input))
             except self._damage as error:
@@ -221,18 +267,86 @@ def require_text(value: Any, key: str, where: str, way_out: str) -> str:
     return value
 
 
+def _other_kind(head: bytes, suffix: str = "") -> str:
+    """The kind of a file that begins like this, and a way out; "" for text and for `suffix`."""
+    kinds = [kind for start, kind in SIGNATURES.items() if head.startswith(start)]
+    return "" if not kinds or (suffix and suffix[:4] in kinds[0]) else kinds[0]
+
+
+def _wide_encoding(head: bytes) -> str:
+    """The encoding of 16 or 32 bits a letter of a file that begins like this; "" for none.
+
+    ASCII, blanks say, has its NULs on one side of each letter.
+    """
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    places = [head[i::4].count(0) for i in range(4)]
+    if sum(places) <= len(head) * MOST_NULS:
+        return ""
+    nearly_all = 0.9 * len(head) / 4
+    for encoding, two in (("utf32le", places[2:]), ("utf32be", places[:2])):
+        if min(two) > nearly_all:
+            return encoding
+    return "utf16le" if places[1] + places[3] > places[0] + places[2] else "utf16be"
+
+
+def _conversion(path: Path, *options: str) -> str:
+    """The command that writes a file anew beside it, through iconv with each of some options."""
+    name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
+    start = f"{COMPRESSIONS.get(path.suffix, 'cat')} {shlex.quote(str(path))}"
+    steps = [start, *(f"iconv {option}" for option in options)]
+    return f"`{' | '.join(steps)} > {shlex.quote(str(path.with_name(f'utf8-{name}')))}`"
+
+
+def _require_letters(path: Path, stream: io.BufferedReader) -> None:
+    """Refuse text of 16 or 32 bits a letter that is valid UTF-8, with a NUL beside every letter."""
+    head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+    if head.startswith(b"PAR1"):
+        return
+    if kind := _other_kind(head):
+        raise UserError(f"{path} is not text but {kind}")
+    if head.count(0) <= len(head) * MOST_NULS:
+        return
+    options = [f"-f {_wide_encoding(head)} -t utf8"]
+    if head.startswith(("\xff\xfe".encode(), "\xfe\xff".encode())):
+        options = ["-f utf8 -t latin1", "-f utf16 -t utf8"]  # somebody has taken it for latin1
+    raise UserError(
+        f"{path} is not UTF-8: it has NUL bytes beside its letters. Convert it with "
+        f"{_conversion(path, *options)}"
+    )
+
+
 def _not_utf8(path: Path) -> UserError:
-    """The error for a file that is not UTF-8. Reads it line by line to name the first bad byte."""
-    offset = 0
+    """The error for a file that is not UTF-8. Reads all of it to find the first bad byte."""
+    offset, place, num_bad, num_good = 0, "", 0, 0
+    seen: set[int] = set()  # bytes of the lines that are not UTF-8
     with path.open("rb") as raw:
-        for number, line in enumerate(_decompressed(path, raw), start=1):
+        stream = _decompressed(path, raw)
+        head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+        for number, line in enumerate(stream, start=1):
             try:
-                line.decode()
+                num_good += not line.decode().isascii()
             except UnicodeDecodeError as error:
-                return UserError(
-                    f"{path} is not UTF-8: byte 0x{line[error.start]:02x} at offset "
-                    f"{offset + error.start} (line {number}). Convert it, for example with "
-                    f"`iconv -f latin1 -t utf8`"
-                )
+                num_bad += 1
+                byte, at = line[error.start], offset + error.start
+                place = place or f"byte 0x{byte:02x} at offset {at} (line {number})"
+                seen.update(line)
             offset += len(line)
-    raise AssertionError(f"{path} decodes line by line")
+    if wide := _wide_encoding(head):
+        way_out = f"Convert it with {_conversion(path, f'-f {wide} -t utf8')}"
+    elif num_good >= num_bad:
+        way_out = (
+            f"The rest is UTF-8, so mend the {num_bad} lines with such bytes, or leave the bytes "
+            f"out with {_conversion(path, '-c -f utf8 -t utf8')}"
+        )
+    else:
+        encoding = "latin1"
+        if any(0x80 <= byte < 0xA0 for byte in seen):  # latin1 has no letters there
+            encoding = "ENCODING" if seen & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else "cp1252"
+        what = "`iconv -l` lists" if encoding == "ENCODING" else "for Western European text"
+        way_out = (
+            f"Convert it from the encoding that it was saved in, {what}: "
+            f"{_conversion(path, f'-f {encoding} -t utf8')}"
+        )
+    return UserError(f"{path} is not UTF-8: {place}. {way_out}")

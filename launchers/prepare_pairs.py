@@ -8,7 +8,7 @@ docs/translation.md shows both. Stopped runs resume: give the same command again
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from typing import Any
 
@@ -72,11 +72,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
     add("--max-length-ratio", type=float, metavar="R", help="drop pairs of more unequal lengths")
     add("--max-length", type=int, metavar="N", help="drop pairs with more tokens on a side")
     values = vars(parser.parse_args(arguments))
-    asked = PairFilter(*(values.pop(key) for key in ("dedupe", "max_length_ratio", "max_length")))
-    given = [values.pop(key) for key in ("table", "columns", "weight", "directions")]
-    directions = None if given[3] == "all" else _list(given[3])
+    directions = values.pop("directions")
     return PreparePairsConfig(
-        tables=_tables(*given[:3]), directions=directions, filter=asked, **values
+        tables=_tables(values.pop("table"), values.pop("columns"), values.pop("weight")),
+        directions=None if directions == "all" else _list(directions),
+        filter=PairFilter(**{field.name: values.pop(field.name) for field in fields(PairFilter)}),
+        **values,
     )
 
 

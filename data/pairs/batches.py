@@ -16,7 +16,6 @@ round, and the number of its bins, are known without shuffling. Any bin is found
 the rounds before it (milliseconds each) and planning only its own round.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -90,6 +89,37 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def lay_out(self, cells: IntArray) -> None:
+        """Lay out the passes among the cells of all streams, ascending.
+
+        Passes differ only in the order within a cell.
+        """
+        self._cell_of = np.searchsorted(cells, self.cells).astype(np.int32)  # (n,)
+        self._sizes = np.bincount(self._cell_of, minlength=len(cells))
+        cell, rank = spread_pattern(self._sizes)
+        first = np.cumsum(self._sizes) - self._sizes
+        self._pattern = cell.astype(np.int32)  # (n,) by place in the pass
+        self._slot = (first[cell] + rank).astype(np.int32)  # (n,) place if cells came in turn
+
+    def counts_before(self, place: int) -> IntArray:
+        """Pairs of each cell before a place of the stream: (cells,) int64."""
+        passes, rest = divmod(place, len(self))  # every pass has the same pattern
+        part = np.bincount(self._pattern[:rest], minlength=len(self._sizes))
+        return passes * self._sizes + part
+
+    def drawn(self, start: int, stop: int, key: WordArray) -> tuple[IntArray, IntArray]:
+        """The pairs at places start to stop - 1 of the stream and their cells, as int64."""
+        blocks = [np.empty(0, dtype=np.int64)]
+        size = len(self)
+        for number in range(start // size, -(-stop // size)):
+            word = mixed(key + np.uint64(number % 2**64))
+            words = mixed(np.arange(size, dtype=np.uint64) + word)
+            by_cell = np.lexsort((words, self._cell_of))  # another order within each cell
+            first = max(start - number * size, 0)
+            blocks.append(by_cell[self._slot[first : stop - number * size]])
+        pairs = np.concatenate(blocks)
+        return pairs, self._cell_of[pairs]
 
 
 def snake(source: IntArray, target: IntArray) -> IntArray:
@@ -199,19 +229,48 @@ class _Bins:
 
     Attributes:
         directions: source and target language of every direction.
-        num_too_long: number of pairs longer than the model reads, by direction such as "en-de";
-            directions without any are left out.
+        num_too_long: number of pairs longer than the model reads.
+
+    Raises:
+        UserError: if a direction is unknown, there is no pair, a pair is too long and `too_long` is
+            "refuse", or a bin does not hold the longest pair.
     """
 
     def __init__(self, prepared: PreparedPairs, split: str, options: PairOptions):
         self._codec, self._options = prepared.codec, options
-        streams = _streams(prepared, split, options)
-        self.directions = [*dict.fromkeys(stream.pairs.direction for stream in streams)]
-        self.num_too_long: Counter[str] = Counter()
-        for stream in streams:
-            if stream.num_too_long:
-                self.num_too_long["-".join(stream.pairs.direction)] += stream.num_too_long
+        parts = prepared.tables[split]
+        if options.directions is not None:
+            known = prepared.languages
+            asked = [parse_direction(direction, known) for direction in options.directions]
+            for direction in asked:
+                prepared.pairs(split, *direction)  # says what there is instead
+            parts = [part for part in parts if part.direction in asked]
+        streams = [Stream(part, options) for part in parts]
+        self.directions = [*dict.fromkeys(part.direction for part in parts)]
+        self.num_too_long = sum(stream.num_too_long for stream in streams)
         self._streams = [stream for stream in streams if len(stream)]
+        are_longer = (
+            f"{self.num_too_long} pairs of the {split} split of {prepared.path} are longer than "
+            f"seq_len={options.max_len} or max_target_len={options.max_target_len} tokens"
+        )
+        if self.num_too_long and options.too_long == "refuse":
+            raise UserError(f"{are_longer}: raise these, or let long pairs be dropped or truncated")
+        if not self._streams:
+            remedy = f"{are_longer}: raise these"
+            if not self.num_too_long:
+                remedy = (
+                    "give `magnetar prepare-pairs` a file for it, --table NAME=TRAIN,VALID, and a "
+                    "new --out"
+                )
+            raise UserError(f"{prepared.path} has no pair for the {split} split: {remedy}")
+        cells = np.concatenate([stream.cells for stream in self._streams])
+        widest = int(np.add(*unsnaked(cells)).max())
+        if widest > options.bin_tokens:
+            raise UserError(
+                f"bin_tokens={options.bin_tokens} does not hold the longest pair of "
+                f"{prepared.path}, which takes {widest} with its padding: use {widest} or more, or "
+                "a smaller seq_len"
+            )
 
     def _batch(self, streams: npt.NDArray[Any], pairs: npt.NDArray[Any]) -> Batch:
         """A batch of some pairs of some streams; a side that is cut keeps its end.
@@ -259,10 +318,6 @@ class PairBatches(_Bins):
             options: settings of the bins.
             bins: number of bins of a step, over all ranks.
             seed: seed of the order.
-
-        Raises:
-            UserError: if a direction is unknown, there is no pair, a pair is too long and
-                `too_long` is "refuse", or a bin does not hold the longest pair.
         """
         super().__init__(prepared, "train", options)
         self.bins, self.seed = bins, seed
@@ -271,17 +326,10 @@ class PairBatches(_Bins):
         sizes = [*map(len, self._streams)]
         self._rates = round_rates(weights, sizes, of_streams, options.temperature)
         self._cells = np.unique(np.concatenate([stream.cells for stream in self._streams]))
-        self._layouts = [_Layout(stream, self._cells) for stream in self._streams]
+        for stream in self._streams:
+            stream.lay_out(self._cells)
         self._first_bins = [0]  # of each round
         self._plan = lru_cache(maxsize=2)(self._planned)
-
-    @property
-    def shares(self) -> dict[tuple[str, str], float]:
-        """Share of each direction among the drawn pairs."""
-        shares = dict.fromkeys(self.directions, 0.0)
-        for stream, rate in zip(self._streams, self._rates, strict=True):
-            shares[stream.pairs.direction] += float(rate / self._rates.sum())
-        return shares
 
     def bin(self, step: int, index: int) -> Batch:
         """Bin `index`, from 0 to bins - 1, of an optimizer step; see `_Bins._batch`."""
@@ -304,8 +352,8 @@ class PairBatches(_Bins):
     def _starts(self, which: int) -> IntArray:
         """The start of each bin of a round among its pairs."""
         counts = np.zeros(len(self._cells), dtype=np.int64)
-        for layout, start, stop in zip(self._layouts, *self._places(which), strict=True):
-            counts += layout.cell_counts(start, stop)
+        for stream, start, stop in zip(self._streams, *self._places(which), strict=True):
+            counts += stream.counts_before(stop) - stream.counts_before(start)
         return cut_bins(self._cells, counts, self._options.bin_tokens)
 
     def _places(self, which: int) -> tuple[list[int], list[int]]:
@@ -317,10 +365,9 @@ class PairBatches(_Bins):
     def _planned(self, which: int) -> _Round:
         cells, streams, pairs = [], [], []
         for s, (start, stop) in enumerate(zip(*self._places(which), strict=True)):
-            layout = self._layouts[s]
-            found = layout.drawn(start, stop, self._key(s))
+            found, of_cells = self._streams[s].drawn(start, stop, self._key(s))
             pairs.append(found.astype(np.int32))
-            cells.append(layout.cell_of[found])
+            cells.append(of_cells)
             streams.append(np.full(len(found), s, dtype=np.int32))
         of_cell, of_stream, of_pair = map(np.concatenate, (cells, streams, pairs))
         # Pairs of a cell in an order of their own, so that directions mix in a bin.
@@ -331,41 +378,6 @@ class PairBatches(_Bins):
     def _key(self, stream: int) -> WordArray:
         seed = mixed(np.array([self.seed % 2**64], dtype=np.uint64))
         return mixed(seed + np.array([stream % 2**64], dtype=np.uint64))
-
-
-class _Layout:
-    """The layout of a stream's passes; passes differ only in the order within a cell."""
-
-    def __init__(self, stream: Stream, cells: IntArray):
-        """The layout of a stream among the cells of all streams, ascending."""
-        self.size = len(stream)
-        self.cell_of = np.searchsorted(cells, stream.cells).astype(np.int32)  # (n,)
-        self._num_cells = len(cells)
-        self._sizes = np.bincount(self.cell_of, minlength=self._num_cells)
-        cell, rank = spread_pattern(self._sizes)
-        first = np.cumsum(self._sizes) - self._sizes
-        self._pattern = cell.astype(np.int32)  # (n,) by place in the pass
-        self._slot = (first[cell] + rank).astype(np.int32)  # (n,) place if cells came in turn
-
-    def cell_counts(self, start: int, stop: int) -> IntArray:
-        """Pairs of each cell at places start to stop - 1 of the stream: (cells,) int64."""
-        return self._counts_before(stop) - self._counts_before(start)
-
-    def _counts_before(self, place: int) -> IntArray:
-        passes, rest = divmod(place, self.size)  # every pass has the same pattern
-        part = np.bincount(self._pattern[:rest], minlength=self._num_cells)
-        return passes * self._sizes + part
-
-    def drawn(self, start: int, stop: int, key: WordArray) -> IntArray:
-        """The pairs at places start to stop - 1 of the stream: (stop - start,) int64."""
-        blocks = [np.empty(0, dtype=np.int64)]
-        for number in range(start // self.size, -(-stop // self.size)):
-            word = mixed(key + np.uint64(number % 2**64))
-            words = mixed(np.arange(self.size, dtype=np.uint64) + word)
-            by_cell = np.lexsort((words, self.cell_of))  # another order within each cell
-            first = max(start - number * self.size, 0)
-            blocks.append(by_cell[self._slot[first : stop - number * self.size]])
-        return np.concatenate(blocks)
 
 
 class ValidBins(_Bins):
@@ -380,10 +392,6 @@ class ValidBins(_Bins):
             prepared: the pairs.
             options: settings of the bins.
             max_pairs: number of pairs of each direction of each table, from the start; None: all.
-
-        Raises:
-            UserError: if a direction is unknown, there is no pair, or a bin does not hold the
-                longest.
         """
         super().__init__(prepared, "valid", options._replace(too_long="truncate"))
         cells = [stream.cells[:max_pairs] for stream in self._streams]
@@ -404,40 +412,6 @@ class ValidBins(_Bins):
             return self._batch(*(rows[start:stop] for rows in self._rows))
         filling = self._batch(*(rows[start : start + 1] for rows in self._rows))
         return Batch(filling.inputs, np.full_like(filling.targets, IGNORE_INDEX))
-
-
-def _streams(prepared: PreparedPairs, split: str, options: PairOptions) -> list[Stream]:
-    """The streams of the directions that are asked for."""
-    parts = prepared.tables[split]
-    if options.directions is not None:
-        asked = [parse_direction(direction, prepared.languages) for direction in options.directions]
-        for source, target in asked:
-            prepared.pairs(split, source, target)  # says what there is instead
-        parts = [part for part in parts if part.direction in asked]
-    streams = [Stream(part, options) for part in parts]
-    longer = sum(stream.num_too_long for stream in streams)
-    are_longer = (
-        f"{longer} pairs of the {split} split of {prepared.path} are longer than "
-        f"seq_len={options.max_len} or max_target_len={options.max_target_len} tokens"
-    )
-    if longer and options.too_long == "refuse":
-        raise UserError(f"{are_longer}: raise these, or let long pairs be dropped or truncated")
-    if not any(map(len, streams)):
-        remedy = (
-            f"{are_longer}: raise these"
-            if longer
-            else "give `magnetar prepare-pairs` a file for it, --table "
-            "NAME=TRAIN,VALID, and a new --out"
-        )
-        raise UserError(f"{prepared.path} has no pair for the {split} split: {remedy}")
-    cells = np.concatenate([stream.cells for stream in streams])
-    widest = int(np.add(*unsnaked(cells)).max())
-    if widest > options.bin_tokens:
-        raise UserError(
-            f"bin_tokens={options.bin_tokens} does not hold the longest pair of {prepared.path}, "
-            f"which takes {widest} with its padding: use {widest} or more, or a smaller seq_len"
-        )
-    return streams
 
 
 def _cut(tokens: npt.NDArray[Any], longest: int) -> npt.NDArray[Any]:

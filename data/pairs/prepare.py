@@ -43,7 +43,7 @@ from magnetar.data.prepared_folder import (
     files_digest,
     prepare_folder,
 )
-from magnetar.data.source_files import matching_files
+from magnetar.data.source_files import matching_files, same_file
 from magnetar.data.text.corpus import Piece
 from magnetar.data.text.shards import join, tokenise
 from magnetar.data.text.token_files import SPLITS, token_dtype
@@ -72,14 +72,14 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
     settings = _settings(config, files)
 
     def fill(partial: Path) -> PairsManifest:
-        tables = counted_tables(config.tables, files, reporter)
+        reader = counted_tables(config.tables, files, reporter)
+        tables = [*reader.tables.values()]
         languages = [*dict.fromkeys(language for table in tables for language in table.languages)]
         asked = _directions(config, tables, languages)
         if not any(table.valid for table in config.tables):
             reporter.message(
                 "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
             )
-        reader = Reader(config.tables, files, {table.name: table for table in tables}, reporter)
         codec = _vocabulary(config, languages, reader, partial, reporter)
         stems = tokenise(
             _pieces(reader.rows("tokenising"), codec),
@@ -144,14 +144,13 @@ def _files(config: PreparePairsConfig) -> Files:
         for split, pattern in zip(SPLITS, (table.train, table.valid), strict=True):
             if pattern:
                 files[table.name, split] = matching_files([pattern], TABLE_FORMATS)
-    by_split = {
-        split: {path.resolve() for (_, of), paths in files.items() if of == split for path in paths}
-        for split in SPLITS
+    trained = {
+        same_file(path) for (_, of), paths in files.items() if of == "train" for path in paths
     }
-    both = by_split["train"] & by_split["valid"]
-    if both:
+    validated = [path for (_, of), paths in files.items() if of == "valid" for path in paths]
+    if both := [path for path in validated if same_file(path) in trained]:
         raise UserError(
-            f"{min(both)} is named for training and for validation: what is validated must not be "
+            f"{both[0]} is named for training and for validation: what is validated must not be "
             "trained on"
         )
     return files

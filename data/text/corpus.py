@@ -7,6 +7,8 @@ follow one another; only the last piece ends the document.
 
 import importlib.util
 import io
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from magnetar.data.errors import UserError, missing_package
 from magnetar.data.source_files import (
+    COMPRESSIONS,
     OnBytes,
     file_format,
     json_objects,
@@ -151,17 +154,32 @@ def _parquet_texts(path: Path, text_key: str, stream: IO[bytes]) -> Iterator[str
         import pyarrow.parquet
     except ImportError as error:
         raise missing_package(f"{path}: reading it", "pyarrow", "parquet") from error
+    if path.suffix in COMPRESSIONS:  # a Parquet file is read from its end
+        whole = tempfile.TemporaryFile()  # noqa: SIM115 closed with its last reference
+        shutil.copyfileobj(stream, whole)
+        stream = whole
+    number = 0
     try:
         file = pyarrow.parquet.ParquetFile(stream)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {error}. Make it again") from error
-    if text_key not in file.schema_arrow.names:
-        _text_of(None, str(path), text_key, file.schema_arrow.names)
-    number = 0
-    for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_key]):
-        for value in batch.column(0):
-            number += 1
-            yield _text_of(value.as_py(), f"{path}, row {number}", text_key, [text_key])
+        names = file.schema_arrow.names
+        if names.count(text_key) != 1:
+            if text_key in names:
+                raise UserError(f"{path} has the column {text_key!r} twice: keep one of them")
+            _text_of(None, str(path), text_key, names)
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_key]):
+            for value in batch.column(0):
+                number += 1
+                yield _text_of(value.as_py(), f"{path}, row {number}", text_key, [text_key])
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, row {number}: {text_key!r} is not UTF-8 at byte {error.start + 1} of the "
+            "row's text: mend the row where the file is made, or leave it out there"
+        ) from error
+    except pyarrow.ArrowException as error:
+        where = f", after row {number}" if number else ""
+        raise UserError(
+            f"{path} is not a Parquet file, or is damaged{where}: {error}. Make it again"
+        ) from error
 
 
 def _text_of(text: Any, where: str, text_key: str, keys: list[str]) -> str:

@@ -191,16 +191,25 @@ def train_micro_batch(
     start = first_sample + (micro_step * world_size + rank) * micro_batch_size
     index = np.arange(start, start + micro_batch_size)
     windows = sample_order(index, len(dataset), seed)
-    tokens = np.stack([dataset.sample(int(i)) for i in windows])  # (B, T + 1)
-    lengths = np.full(micro_batch_size, dataset.seq_len)
-    return dataset.objective(Rows(tokens, lengths, index), seed)
+    return dataset.objective(_rows(dataset, windows, index), seed)
 
 
 def window_batch(dataset: PackedLM, windows: Sequence[int]) -> Batch:
-    """The validation batch of these whole windows."""
-    tokens = np.stack([dataset.sample(window) for window in windows])
+    """The validation batch of these windows."""
     index = np.array(windows, dtype=np.int64)
-    return dataset.objective(Rows(tokens, np.full(len(index), dataset.seq_len), index), 0)
+    return dataset.objective(_rows(dataset, index, index), 0)
+
+
+def _rows(dataset: PackedLM, windows: IntArray, keys: IntArray) -> Rows:
+    """Windows side by side; the last may be short, and those beyond the split are empty."""
+    seq_len, num_tokens = dataset.seq_len, dataset.split.num_tokens
+    tokens = np.zeros((len(windows), seq_len + 1), dtype=np.int64)
+    lengths = np.zeros(len(windows), dtype=np.int64)
+    for row, start in enumerate((windows * seq_len).tolist()):
+        if start < num_tokens - 1:
+            found = dataset.split.read(start, min(start + seq_len + 1, num_tokens))
+            tokens[row, : len(found)], lengths[row] = found, len(found) - 1
+    return Rows(tokens, lengths, keys)
 
 
 def valid_batches(
@@ -223,20 +232,11 @@ def valid_batches(
         world_size: number of such ranks.
         max_sequences: number of windows to read, from the first; None: the whole split.
     """
-    seq_len, num_tokens = dataset.seq_len, dataset.split.num_tokens
-    num_windows = -(-(num_tokens - 1) // seq_len)  # rounded up: the last window may be short
+    # Rounded up: the last window may be short.
+    num_windows = -(-(dataset.split.num_tokens - 1) // dataset.seq_len)
     if max_sequences is not None:
         num_windows = min(num_windows, max_sequences)
     for first in range(0, num_windows, batch_size * world_size):
         index = first + rank * batch_size + np.arange(batch_size)
-        rows = Rows(
-            np.zeros((batch_size, seq_len + 1), dtype=np.int64),
-            np.zeros(batch_size, dtype=np.int64),
-            index,
-        )
-        for row, window in enumerate(index[index < num_windows]):
-            start = int(window) * seq_len
-            tokens = dataset.split.read(start, min(start + seq_len + 1, num_tokens))
-            rows.tokens[row, : len(tokens)] = tokens
-            rows.lengths[row] = len(tokens) - 1
-        yield dataset.objective(rows, 0)
+        windows = np.where(index < num_windows, index, len(dataset) + 1)  # which is beyond
+        yield dataset.objective(_rows(dataset, windows, index), 0)

@@ -28,7 +28,7 @@ from magnetar.data.prepared_folder import (
     files_digest,
     prepare_folder,
 )
-from magnetar.data.source_files import matching_files
+from magnetar.data.source_files import matching_files, same_file
 from magnetar.data.text.corpus import FORMATS, Documents, Piece, read_pieces, sotu_files
 from magnetar.data.text.shards import join, tokenise
 from magnetar.data.text.token_files import (
@@ -71,7 +71,8 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
     def fill(partial: Path) -> Manifest:
         tokenizer = _vocabulary(config, sources, partial, reporter)
         pieces = _split_pieces(config, sources, "tokenising", reporter)
-        vocabulary = partial / tokenizer.file_name
+        # The user's own file, if there is one, so that a message names it.
+        vocabulary = config.tokenizer or partial / tokenizer.file_name
         stems = tokenise(pieces, vocabulary, partial / "shards", config.workers, reporter)
         return Manifest(
             tokenizer_file=tokenizer.file_name,
@@ -116,12 +117,10 @@ def _sources(config: PrepareConfig) -> Sources:
         return dict(zip(SPLITS, sotu_files(), strict=True))
     globs = {"train": config.train, "valid": config.valid}
     sources = {split: matching_files(patterns, FORMATS) for split, patterns in globs.items()}
-    both = {path.resolve() for path in sources["train"]} & {
-        path.resolve() for path in sources["valid"]
-    }
-    if both:
+    trained = {same_file(path) for path in sources["train"]}
+    if both := [path for path in sources["valid"] if same_file(path) in trained]:
         raise UserError(
-            f"{min(both)} is matched by --train and by --valid: what is validated must not be "
+            f"{both[0]} is matched by --train and by --valid: what is validated must not be "
             "trained on; narrow one of the globs"
         )
     return sources

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -27,6 +27,7 @@ from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_CHARS = 4 << 20
 COPY_BYTES = 1 << 24
+SHOWN_LETTERS = 5
 COUNTS = ("num_tokens", "num_documents", "num_bytes")
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
@@ -59,8 +60,10 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     blocks, ends = [], []
     num_tokens = 0
+    unspelt: Counter[str] = Counter()
     for piece in pieces:
         ids = tokenizer.encode(piece.text)
+        unspelt.update(tokenizer.unspelt(piece.text, ids))
         if piece.ends_document:
             ids.append(tokenizer.eos_id)
         num_tokens += len(ids)
@@ -74,6 +77,8 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
         "num_tokens": num_tokens,
         "num_documents": len(ends),
         "num_bytes": sum(len(piece.text.encode()) for piece in pieces),
+        "num_chars": sum(len(piece.text) for piece in pieces),
+        "unspelt": unspelt,
         "sizes": {suffix: len(content) for suffix, content in contents.items()},
     }
     write_atomically(stem.with_suffix(".json"), json.dumps(record) + "\n")
@@ -83,8 +88,9 @@ def _is_finished(stem: Path) -> bool:
     """Whether a shard's files are there in the sizes that its record gives."""
     record = read_json(stem.with_suffix(".json"))
     sizes = {suffix: _size(stem.with_suffix(suffix)) for suffix in (".bin", ".ends")}
-    counts = (record.get(key) for key in COUNTS)
-    return record.get("sizes") == sizes and all(isinstance(count, int) for count in counts)
+    counts = (record.get(key) for key in (*COUNTS, "num_chars"))
+    is_counted = all(isinstance(count, int) for count in counts) and "unspelt" in record
+    return is_counted and record.get("sizes") == sizes
 
 
 def _size(file: Path) -> int:
@@ -139,7 +145,25 @@ def tokenise(
         _in_processes(todo(), workers)
     if num_kept:
         reporter.message(f"kept {num_kept} finished shards")
+    for split, found in stems.items():
+        _report_unspelt(split, found, reporter)
     return stems
+
+
+def _report_unspelt(split: str, stems: list[Path], reporter: Reporter) -> None:
+    """Say which letters of a split its vocabulary cannot spell, if any."""
+    num_chars, unspelt = 0, Counter[str]()
+    for stem in stems:
+        record = read_json(stem.with_suffix(".json"))
+        num_chars += record["num_chars"]
+        unspelt.update(record["unspelt"])
+    if count := unspelt.total():
+        most = ", ".join(f"{letter!r} {n:,}" for letter, n in unspelt.most_common(SHOWN_LETTERS))
+        reporter.message(
+            f"warning: the vocabulary cannot spell {count:,} of {num_chars:,} characters "
+            f"({count / num_chars:.2%}) of {split}, most often {most}: they are lost; use another "
+            "--tokenizer, or train one with --vocab-size"
+        )
 
 
 def _in_processes(todo: Iterator[tuple[Path, Path, list[Piece]]], workers: int) -> None:

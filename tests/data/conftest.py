@@ -12,6 +12,12 @@ from magnetar.data.text.token_files import SplitRecord, TokenSplit
 WORDS = ["sea", "ship", "sail", "north", "wind", "harbour", "the", "of", "a", "old", "blue", "zéro"]
 
 
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """No test loses its power, and a busy disk takes seconds for each fsync."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def make_split(tmp_path):
     def make(num_tokens, vocab_size=1000):

@@ -140,6 +140,6 @@ def test_only_pairs_are_translated_and_only_text_is_continued(text: Path, pairs:
 def test_bits_per_byte_are_left_out_where_text_is_seen_with_masks(text: Path) -> None:
     data = open_data(text, OPTIONS)
     assert isinstance(data, TextData)
-    assert data.predicted_bytes() == data.prepared.valid.num_bytes
+    assert data.predicted_bytes() == data.prepared.valid.record.num_bytes
     masked = replace(OPTIONS, architecture="encoder", masking=Masking(0.15, None, "bert"))
     assert open_data(text, masked).predicted_bytes() is None
