@@ -302,12 +302,15 @@ def _conversion(path: Path, *options: str) -> str:
 def _require_letters(path: Path, stream: io.BufferedReader) -> None:
     """Refuse text of 16 or 32 bits a letter that is valid UTF-8, with a NUL beside every letter."""
     head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
-    if head.startswith(b"PAR1"):
+    if head.startswith(b"PAR1") or head.count(0) <= len(head) * MOST_NULS:
         return
     if kind := _other_kind(head):
         raise UserError(f"{path} is not text but {kind}")
-    if head.count(0) <= len(head) * MOST_NULS:
-        return
+    if not head.strip(b"\0"):
+        raise UserError(
+            f"{path} begins with nothing but NUL bytes, as after a power loss: make it again, or "
+            "leave it out"
+        )
     options = [f"-f {_wide_encoding(head)} -t utf8"]
     if head.startswith(("\xff\xfe".encode(), "\xfe\xff".encode())):
         options = ["-f utf8 -t latin1", "-f utf16 -t utf8"]  # somebody has taken it for latin1
@@ -333,6 +336,8 @@ def _not_utf8(path: Path) -> UserError:
                 place = place or f"byte 0x{byte:02x} at offset {at} (line {number})"
                 seen.update(line)
             offset += len(line)
+    if kind := _other_kind(head):
+        return UserError(f"{path} is not text but {kind}")
     if wide := _wide_encoding(head):
         way_out = f"Convert it with {_conversion(path, f'-f {wide} -t utf8')}"
     elif num_good >= num_bad:

@@ -104,16 +104,6 @@ class PackedLM:
         every = self.split.num_tokens - 1
         return every if max_sequences is None else min(every, max_sequences * self.seq_len)
 
-    def sample(self, i: int) -> IntArray:
-        """Window i in the order of the file: (T + 1,) int64; inputs are [:-1], targets [1:].
-
-        Raises:
-            UserError: if the window holds an id beyond the vocabulary.
-        """
-        if not 0 <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
-        return self.split.read(i * self.seq_len, (i + 1) * self.seq_len + 1)
-
 
 def sample_order(index: npt.ArrayLike, num_samples: int, seed: int) -> IntArray:
     """The window of each global sample; every epoch has an order of its own.
@@ -152,10 +142,8 @@ def _feistel(word: WordArray, key: WordArray, half_bits: int) -> WordArray:
     left, right = word >> shift, word & mask
     for round_index in range(NUM_FEISTEL_ROUNDS):
         round_key = mixed(key + np.uint64(round_index))
-        left, right = (
-            right,
-            left ^ (mixed(right + round_key) & mask),
-        )  # invertible whatever mixed is
+        # Invertible, whatever `mixed` is.
+        left, right = right, left ^ (mixed(right + round_key) & mask)
     return (left << shift) | right
 
 

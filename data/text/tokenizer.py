@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +81,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise ValueError("it has no end-of-sentence piece")
+        self._unknown = self._processor.unk_id()
+        self._is_unknown = cache(lambda letter: self._unknown in self._processor.encode(letter))
         # SentencePiece writes a space as U+2581 and so reads a true U+2581 as a space. With byte
         # pieces that character can be spelt in bytes instead, unless the model prefixes each
         # part with a space: one try tells.
@@ -106,12 +109,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.decode([int(i) for i in ids])
 
     def unspelt(self, text: str, ids: Sequence[int]) -> str:
-        """The surfaces of the unknown piece."""
-        unknown = self._processor.unk_id()
-        if unknown not in ids:
-            return ""
-        pieces = self._processor.encode(text, out_type="immutable_proto").pieces
-        return "".join(piece.surface for piece in pieces if piece.id == unknown)
+        """The letters that are unknown by themselves, if anything was."""
+        return "".join(filter(self._is_unknown, text)) if self._unknown in ids else ""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -135,12 +134,16 @@ class HuggingFaceTokenizer(Tokenizer):
         model = exact["model"]
         unknown = model.get("unk_token")
         self._unknown = model.get("unk_id") if unknown is None else vocabulary.get(unknown)
-        self._is_exact = False
+        self._is_left_out = cache(lambda letter: not self._encoded(letter).ids)
+        self._is_exact = self._eats_blank = False
         with suppress(UserError):
+            self._eats_blank = self.decode(self._encoded(" a").ids) == "a"
             self._is_exact = self.decode(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> list[int]:
         """A piece of the model that spells the end of document is cut in two."""
+        if self._eats_blank and text.startswith(" "):
+            text = " " + text
         found = self._encoded(text)
         if self.eos_id not in found.ids:
             return found.ids
@@ -173,6 +176,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """The letters in no token or in an unknown one, if the text does not come back."""
         if self._is_exact or self.decode(ids) == text:
             return ""
+        if self._unknown is None:  # letters are left out, and the places of tokens are wrong then
+            return "".join(filter(self._is_left_out, text))
         spelt = set[int]()
         for i, place in _spans(self._encoded(text)):
             if i != self._unknown:
@@ -201,6 +206,10 @@ def _exact_settings(settings: dict[str, Any], eos: str) -> dict[str, Any]:
         token["special"] |= token["content"] == eos
     if "cleanup" in decoder:
         decoder["cleanup"] = False
+    pre_tokenizer = settings["pre_tokenizer"] or {}
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        if step.get("add_prefix_space"):
+            step["add_prefix_space"] = False
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     kept = [step for step in steps if _is_exact_step(step)]
     settings["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None

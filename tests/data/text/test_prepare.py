@@ -167,3 +167,21 @@ def test_a_split_is_chosen_by_the_text_alone(config, tmp_path, documents):
         for p in (first, second)
     ]
     assert texts[0] == texts[1]
+
+
+def test_letters_that_a_vocabulary_loses_are_counted_and_one_that_raises_is_named(config, tmp_path):
+    file, text = tmp_path / "letters.json", tmp_path / "short.txt"
+    tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "a": 1, "b": 2}, [])).save(str(file))
+    text.write_text("ab ba cc\n\nccc")
+    messages = []
+    files = {"train": (str(text),), "valid": config.train, "valid_fraction": None}
+    given = replace(config, **files, vocab_size=None, tokenizer=file)
+    prepare(given, Reporter(message=messages.append))
+    expected = "cannot spell 7 of 11 characters (63.64%) of train, most often 'c' 5, ' ' 2: they"
+    assert any(expected in message for message in messages)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}))
+    words.save(str(file))
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=rf"{file} cannot encode the text: .*UNK.*--tokenizer"):
+            prepare(replace(given, out=tmp_path / "words", workers=workers))
+    assert not [*tmp_path.glob("words*")]
