@@ -56,7 +56,7 @@ class TableRecord(Record):
     """One table as it is stored."""
 
     name: str  # what its files begin with
-    weight: float = Field(gt=0)
+    weight: float = Field(gt=0, allow_inf_nan=False)
     directions: list[tuple[str, str]]  # source and target language
     splits: dict[str, TableSplitRecord]
 

@@ -47,7 +47,12 @@ from magnetar.data.source_files import matching_files, same_file
 from magnetar.data.text.corpus import Piece
 from magnetar.data.text.shards import join, tokenise
 from magnetar.data.text.token_files import SPLITS, token_dtype
-from magnetar.data.text.tokenizer import load_tokenizer, sample_chars, train_sentencepiece
+from magnetar.data.text.tokenizer import (
+    load_tokenizer,
+    sample_chars,
+    train_sentencepiece,
+    trained_before,
+)
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,7 @@ def _vocabulary(
         write_atomically(file, other.codec.tokenizer.file_content)
         return other.codec
     assert config.vocab_size is not None
-    if not file.exists():
+    if trained_before(file) is None:
         num_chars: Counter[str] = Counter()
         for table in reader.tables.values():
             num_chars.update(table.num_chars)

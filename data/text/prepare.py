@@ -38,7 +38,12 @@ from magnetar.data.text.token_files import (
     open_prepared,
     token_dtype,
 )
-from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from magnetar.data.text.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+    trained_before,
+)
 
 DEFAULT_VALID_FRACTION = 0.01
 Sources = dict[str, list[Path]]  # by split; nothing for "valid" if a fraction of "train" is taken
@@ -158,7 +163,7 @@ def _vocabulary(
         return tokenizer
     assert config.vocab_size is not None
     file = partial / "tokenizer.model"
-    if not file.exists():
+    if trained_before(file) is None:
         pieces = _split_pieces(config, sources, "reading for the vocabulary", reporter)
         texts = (piece.text for split, piece in pieces if split == "train")
         reporter.message(f"training a vocabulary of {config.vocab_size} entries")

@@ -79,22 +79,19 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
         "num_bytes": sum(len(piece.text.encode()) for piece in pieces),
         "num_chars": sum(len(piece.text) for piece in pieces),
         "unspelt": unspelt,
-        "sizes": {suffix: len(content) for suffix, content in contents.items()},
+        "sha256": hashlib.sha256(b"".join(contents.values())).hexdigest(),
     }
     write_atomically(stem.with_suffix(".json"), json.dumps(record) + "\n")
 
 
 def _is_finished(stem: Path) -> bool:
-    """Whether a shard's files are there in the sizes that its record gives."""
+    """Whether a shard's files are there as its record says."""
     record = read_json(stem.with_suffix(".json"))
-    sizes = {suffix: _size(stem.with_suffix(suffix)) for suffix in (".bin", ".ends")}
-    counts = (record.get(key) for key in (*COUNTS, "num_chars"))
-    is_counted = all(isinstance(count, int) for count in counts) and "unspelt" in record
-    return is_counted and record.get("sizes") == sizes
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else -1
+    try:
+        files = [stem.with_suffix(suffix).read_bytes() for suffix in (".bin", ".ends")]
+    except FileNotFoundError:
+        return False
+    return record.get("sha256") == hashlib.sha256(b"".join(files)).hexdigest()
 
 
 @functools.cache

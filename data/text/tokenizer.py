@@ -250,6 +250,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from error
 
 
+def trained_before(file: Path) -> Tokenizer | None:
+    """The tokenizer that an interrupted run has trained; None if it is missing or damaged."""
+    try:
+        return load_tokenizer(file)
+    except UserError:
+        return None
+
+
 def _vocabulary_file(path: Path) -> Path:
     if not path.exists():
         raise UserError(

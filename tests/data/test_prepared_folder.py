@@ -172,26 +172,37 @@ def test_a_run_killed_before_its_first_shard_resumes(made: tuple[Make, Config]) 
     opened(make, config.out)
 
 
-DAMAGES = {
-    "empty": b"",
-    "no record": b"[1]",
-    "null": b"null",
-    "not UTF-8": b"\xff\xfe{",
-    "too deep": b"[" * 100_000,
-    "5,000 digits": b'{"num_tokens": ' + b"7" * 5000 + b"}",
-    "other counts": b'{"num_tokens": "3", "sizes": {}}',
-}
+NO_RECORDS = [
+    b"[1]",
+    b"null",
+    b"\xff\xfe{",
+    b"[" * 100_000,
+    b'{"num_tokens": ' + b"7" * 5000 + b"}",
+    b'{"num_tokens": "3"}',
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-@pytest.mark.parametrize("name", ["settings.json", "*-000000.json", "*-000000.bin"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("*-000000.json", damage) for damage in (b"", b"\0", *NO_RECORDS)),
+        *(("settings.json", damage) for damage in (b"", *NO_RECORDS[2:5])),
+        *(
+            (name, damage)
+            for name in ("tokenizer.model", "*-000000.bin")
+            for damage in (b"", b"\0")
+        ),
+    ],
+    ids=lambda value: repr(value[:9]),
+)
 def test_a_file_that_a_power_loss_has_damaged_is_made_again(
     made: tuple[Make, Config], name: str, damage: bytes
 ) -> None:
     make, config = made
     stop_after(make, config, 1)
     file, *_ = sorted(config.out.with_name("out.partial").rglob(name))
-    file.write_bytes(damage)
+    # One NUL stands for a block of them in place of the content.
+    file.write_bytes(damage * file.stat().st_size if damage == b"\0" else damage)
     make(config)
     require_same_as_whole(make, config)
 
