@@ -2,11 +2,9 @@
 
 import errno
 import fcntl
-from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,34 +15,28 @@ import magnetar.data.text.shards
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.folder import open_pairs
 from magnetar.data.pairs.prepare import PreparePairsConfig, TableConfig, prepare_pairs
-from magnetar.data.prepared_folder import Config, Reporter
 from magnetar.data.text.prepare import PrepareConfig, prepare
 from magnetar.data.text.token_files import open_prepared
 from tests.data.parallel import verses, write_tsv
 
 MODULES = {prepare: magnetar.data.text.prepare, prepare_pairs: magnetar.data.pairs.prepare}
-Make = Callable[..., Any]
 
 
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def raise_killed(*arguments: Any) -> None:
-    raise Killed
-
-
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_shards(monkeypatch):
     monkeypatch.setattr(magnetar.data.text.shards, "SHARD_CHARS", 1500)  # about a dozen shards
 
 
 @pytest.fixture(params=["text", "pairs"])
-def made(request: pytest.FixtureRequest, tmp_path: Path, text_file: Path) -> tuple[Make, Config]:
+def made(request, tmp_path, text_file):
     """A preparation, and what it is asked for."""
     out = tmp_path / "out"
     if request.param == "text":
-        own: Any = {"train": (str(text_file),), "valid_fraction": 0.1, "documents": "blank-line"}
+        own = {"train": (str(text_file),), "valid_fraction": 0.1, "documents": "blank-line"}
         return prepare, PrepareConfig(out, vocab_size=300, **own)
     files = [
         str(write_tsv(tmp_path / f"{split}.tsv", verses(size, seed)))
@@ -53,37 +45,27 @@ def made(request: pytest.FixtureRequest, tmp_path: Path, text_file: Path) -> tup
     return prepare_pairs, PreparePairsConfig(out, (TableConfig("v", *files),), vocab_size=320)
 
 
-@pytest.fixture
-def messages() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def reporter(messages: list[str]) -> Reporter:
-    return Reporter(message=messages.append)
-
-
-def content(folder: Path) -> dict[str, bytes]:
+def content(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def require_same_as_whole(make: Make, config: Config) -> None:
+def require_same_as_whole(make, config):
     """A preparation that nothing has stopped gives the same bytes."""
     whole = replace(config, out=config.out.with_name("whole"))
     make(whole)
     assert content(config.out) == content(whole.out)
 
 
-def opened(make: Make, folder: Path) -> Any:
+def opened(make, folder):
     return open_prepared(folder) if make is prepare else open_pairs(folder)
 
 
-def stop_after(make: Make, config: Config, num_finished: int) -> None:
+def stop_after(make, config, num_finished):
     """Prepare, and be killed in the middle of a shard."""
     tokenise_shard = magnetar.data.text.shards.tokenise_shard
     calls = []
 
-    def stopping(*arguments: Any) -> None:
+    def stopping(*arguments):
         if len(calls) == num_finished:
             arguments[1].with_suffix(".bin").write_bytes(b"half")
             raise Killed
@@ -96,11 +78,11 @@ def stop_after(make: Make, config: Config, num_finished: int) -> None:
             make(config)
 
 
-def killed_in(make: Make, config: Config, module: Any, name: str, at: str = "") -> None:
+def killed_in(make, config, module, name, at=""):
     """Prepare, and be killed when a function is called, perhaps only with a file of some name."""
     original = getattr(module, name)
 
-    def function(*arguments: Any) -> Any:
+    def function(*arguments):
         if not at or arguments[0].name == at:
             raise Killed
         return original(*arguments)
@@ -111,10 +93,10 @@ def killed_in(make: Make, config: Config, module: Any, name: str, at: str = "") 
             make(config)
 
 
-def count_calls(patch: pytest.MonkeyPatch) -> list[str]:
-    tokenise_shard, stems = magnetar.data.text.shards.tokenise_shard, list[str]()
+def count_calls(patch):
+    tokenise_shard, stems = magnetar.data.text.shards.tokenise_shard, []
 
-    def counting(vocabulary: Path, stem: Path, pieces: Any) -> None:
+    def counting(vocabulary, stem, pieces):
         stems.append(stem.name)
         tokenise_shard(vocabulary, stem, pieces)
 
@@ -122,7 +104,7 @@ def count_calls(patch: pytest.MonkeyPatch) -> list[str]:
     return stems
 
 
-def test_the_number_of_workers_does_not_change_a_byte(made: tuple[Make, Config]) -> None:
+def test_the_number_of_workers_does_not_change_a_byte(made):
     make, config = made
     make(replace(config, workers=2))
     require_same_as_whole(make, config)
@@ -130,12 +112,8 @@ def test_the_number_of_workers_does_not_change_a_byte(made: tuple[Make, Config])
 
 @pytest.mark.parametrize("num_finished", [0, 1, 5])
 def test_a_killed_run_resumes_and_gives_the_same_bytes(
-    made: tuple[Make, Config],
-    monkeypatch: pytest.MonkeyPatch,
-    reporter: Reporter,
-    messages: list[str],
-    num_finished: int,
-) -> None:
+    made, monkeypatch, reporter, messages, num_finished
+):
     make, config = made
     stop_after(make, config, num_finished)
     assert not config.out.exists()
@@ -148,9 +126,7 @@ def test_a_killed_run_resumes_and_gives_the_same_bytes(
     require_same_as_whole(make, config)
 
 
-def test_a_run_killed_while_joining_or_tidying_up_resumes(
-    made: tuple[Make, Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_killed_while_joining_or_tidying_up_resumes(made, monkeypatch):
     make, config = made
     folder = magnetar.data.prepared_folder
     killed_in(make, config, folder, "write_atomically", "manifest.json")
@@ -163,7 +139,7 @@ def test_a_run_killed_while_joining_or_tidying_up_resumes(
     require_same_as_whole(make, config)
 
 
-def test_a_run_killed_before_its_first_shard_resumes(made: tuple[Make, Config]) -> None:
+def test_a_run_killed_before_its_first_shard_resumes(made):
     make, config = made
     killed_in(make, config, magnetar.data.prepared_folder, "write_atomically", "settings.json")
     killed_in(make, config, MODULES[make], "_vocabulary")
@@ -195,9 +171,7 @@ NO_RECORDS = [
     ],
     ids=lambda value: repr(value[:9]),
 )
-def test_a_file_that_a_power_loss_has_damaged_is_made_again(
-    made: tuple[Make, Config], name: str, damage: bytes
-) -> None:
+def test_a_file_that_a_power_loss_has_damaged_is_made_again(made, name, damage):
     make, config = made
     stop_after(make, config, 1)
     file, *_ = sorted(config.out.with_name("out.partial").rglob(name))
@@ -207,9 +181,7 @@ def test_a_file_that_a_power_loss_has_damaged_is_made_again(
     require_same_as_whole(make, config)
 
 
-def test_other_settings_start_the_partial_folder_over(
-    made: tuple[Make, Config], reporter: Reporter, messages: list[str]
-) -> None:
+def test_other_settings_start_the_partial_folder_over(made, reporter, messages):
     make, config = made
     stop_after(make, config, 2)
     make(replace(config, vocab_size=(config.vocab_size or 0) + 1), reporter)
@@ -217,13 +189,7 @@ def test_other_settings_start_the_partial_folder_over(
     assert any("begun with other settings: starting over" in message for message in messages)
 
 
-def test_a_second_run_does_nothing(
-    made: tuple[Make, Config],
-    text_file: Path,
-    reporter: Reporter,
-    messages: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_second_run_does_nothing(made, text_file, reporter, messages, monkeypatch):
     make, config = made
     manifest = make(config)
     before = content(config.out)
@@ -235,7 +201,7 @@ def test_a_second_run_does_nothing(
     assert content(config.out) == before
 
 
-def test_a_foreign_folder_is_left_alone(made: tuple[Make, Config]) -> None:
+def test_a_foreign_folder_is_left_alone(made):
     make, config = made
     config.out.mkdir()
     with pytest.raises(UserError, match=r"out exists and is not a prepared folder: choose another"):
@@ -249,7 +215,7 @@ def test_a_foreign_folder_is_left_alone(made: tuple[Make, Config]) -> None:
     assert (partial / "thesis.txt").read_text() == "precious"
 
 
-def test_two_runs_never_write_the_same_folder(made: tuple[Make, Config]) -> None:
+def test_two_runs_never_write_the_same_folder(made):
     make, config = made
     partial = config.out.with_name("out.partial")
     partial.mkdir()
@@ -260,12 +226,10 @@ def test_two_runs_never_write_the_same_folder(made: tuple[Make, Config]) -> None
     make(config)
 
 
-def test_a_killed_worker_is_explained(
-    made: tuple[Make, Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_worker_is_explained(made, monkeypatch):
     make, config = made
 
-    def broken(*arguments: Any) -> None:
+    def broken(*arguments):
         raise BrokenProcessPool
 
     monkeypatch.setattr(MODULES[make], "tokenise", broken)
@@ -277,12 +241,10 @@ def test_a_killed_worker_is_explained(
     "name",
     ["settings.json", "tokenizer.model", "*.bin", "*.ends", "*.json", "*.idx", "manifest.json"],
 )
-def test_a_full_disk_names_the_file_leaves_nothing_of_it_and_loses_nothing(
-    made: tuple[Make, Config], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_full_disk_names_the_file_leaves_nothing_of_it_and_loses_nothing(made, monkeypatch, name):
     make, config = made
 
-    def full(descriptor: int) -> None:
+    def full(descriptor):
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.with_name(path.name.removesuffix(".partial")).match(name):
             raise OSError(errno.ENOSPC, "No space left on device")

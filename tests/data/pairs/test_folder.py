@@ -115,7 +115,6 @@ def test_a_missing_file_is_a_message(copy, name, message):
     [
         ("tokenizer.model", r"holds tokens made by another vocabulary: tokenizer\.model has"),
         ("verses.train.de.bin", r"verses\.train\.de\.bin has \d+ bytes where the manifest says"),
-        ("verses.train.de.idx", r"verses\.train\.de\.idx is not the index of 100 documents"),
         ("verses.train.en+de.rows", r"en\+de\.rows has 398 bytes where the manifest says 400"),
         (
             "manifest.json",
@@ -127,17 +126,6 @@ def test_a_file_that_was_cut_short_is_a_message(copy, name, message):
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[:-2])
     with pytest.raises(UserError, match=message):
-        open_pairs(copy)
-
-
-def test_an_index_that_goes_back_is_a_message(copy):
-    file = copy / "verses.train.de.idx"
-    content = bytearray(file.read_bytes())
-    content[128 + 8 * 40 + 6] ^= 0x80  # of the start of row 40
-    file.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"verses\.train\.de\.idx is not the index of 100 documents"
-    ):
         open_pairs(copy)
 
 

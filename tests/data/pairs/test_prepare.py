@@ -13,7 +13,6 @@ from magnetar.data.pairs.prepare import (
     prepare_pairs,
     sampled_texts,
 )
-from magnetar.data.prepared_folder import Reporter
 from magnetar.data.text.corpus import Piece
 from tests.data.parallel import LANGUAGES, long_rows, verses, write_jsonl, write_tsv
 
@@ -37,16 +36,6 @@ def table(tmp_path):
 @pytest.fixture
 def config(tmp_path, table):
     return PreparePairsConfig(tmp_path / "out", (table,), vocab_size=320)
-
-
-@pytest.fixture
-def messages():
-    return []
-
-
-@pytest.fixture
-def reporter(messages):
-    return Reporter(message=messages.append)
 
 
 def test_every_direction_of_an_n_way_table_gives_its_texts_back(config):
