@@ -65,7 +65,7 @@ def matching_files(patterns: Sequence[str], formats: Collection[str]) -> list[Pa
         files.update(found)
     for path in files:
         file_format(path, formats)
-    return [*{same_file(path): path for path in sorted(files, reverse=True)}.values()][::-1]
+    return sorted({same_file(path): path for path in sorted(files, reverse=True)}.values())
 
 
 def same_file(path: Path) -> tuple[int, int]:
@@ -115,7 +115,7 @@ def read_source(
             on_bytes(path.stat().st_size - position)
     except UnicodeDecodeError as error:
         raise _not_utf8(path) from error
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
+    except EOFError as error:
         with path.open("rb") as raw:
             kind = _other_kind(raw.read(HEAD_BYTES), path.suffix)
         if "Dictionary" in str(error):
@@ -132,12 +132,10 @@ def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
     """The decompressed bytes of an open file; its suffix names the compression."""
     if path.suffix not in COMPRESSIONS:
         return raw
-    damage: type[Exception] = EOFError
-    padding = b"\0"
     if path.suffix == ".gz":
-        new_frame: Callable[[], Any] = partial(zlib.decompressobj, wbits=31)
+        frames = _Frames(raw, partial(zlib.decompressobj, wbits=31), zlib.error, b"\0")
     elif path.suffix == ".xz":
-        new_frame = lzma.LZMADecompressor
+        frames = _Frames(raw, lzma.LZMADecompressor, lzma.LZMAError, b"\0")
     else:
         try:
             import zstandard
@@ -146,9 +144,9 @@ def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
                 f"{path}: reading it needs zstandard: run `pip install zstandard`, or decompress it"
             ) from error
         # The largest window that `zstd --long` can ask for.
-        new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        damage, padding = zstandard.ZstdError, b""
-    return io.BufferedReader(_Frames(raw, new_frame, damage, padding), 4 * BLOCK_BYTES)
+        whole = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        frames = _Frames(raw, whole.decompressobj, zstandard.ZstdError, b"")
+    return io.BufferedReader(frames, 4 * BLOCK_BYTES)
 
 
 class _Frames(io.RawIOBase):
