@@ -16,7 +16,13 @@ _TOO_DEEP = (
 )
 
 
-class UserError(ValueError):
+class _Told(Exception):
+    def __init__(self, message: str, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
+
+
+class UserError(_Told, ValueError):
     """Bad input: a key, a value or a file that a user can change.
 
     Its message names the key or file, the value, the rule and a way out. The launchers print it
@@ -28,12 +34,8 @@ class UserError(ValueError):
             Before the ranks have joined, all of them see the same input and this does not matter.
     """
 
-    def __init__(self, message: str, on_every_rank: bool = False) -> None:
-        super().__init__(message)
-        self.on_every_rank = on_every_rank
 
-
-class MachineError(RuntimeError):
+class MachineError(_Told, RuntimeError):
     """A fault of a machine, such as weights that have changed by themselves.
 
     Its message says what was found and what to do. The launchers print it without a traceback and
@@ -42,10 +44,6 @@ class MachineError(RuntimeError):
     Attributes:
         on_every_rank: True if every rank raises it, so that one rank prints it.
     """
-
-    def __init__(self, message: str, on_every_rank: bool = False) -> None:
-        super().__init__(message)
-        self.on_every_rank = on_every_rank
 
 
 def missing_package(what: str, package: str, extra: str, otherwise: str = "") -> UserError:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from magnetar.data.errors import UserError
-from magnetar.data.loader import DataOptions, MaskOptions, PairOptions, RunData, open_data
+from magnetar.data.loader import DataOptions, Masking, PairOptions, RunData, open_data
 from magnetar.engine.admin.profile import require_profile
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.checkpoint.run_folder import check_run_folder
@@ -81,11 +81,16 @@ def data_options(config: RunConfig) -> DataOptions:
     masking, pairs = None, None
     if (masks := data.masking) is not None:
         length = masks.mean_span_length if masks.unit == "span" else None
-        masking = MaskOptions(masks.probability, length, masks.replace)
+        masking = Masking(masks.probability, length, masks.replace)
     if (asked := data.pairs) is not None:
         max_target_len = config.model.max_target_len or config.model.max_seq_len
         pairs = PairOptions(
-            asked.bin_tokens, asked.temperature, asked.directions, asked.too_long, max_target_len
+            asked.bin_tokens,
+            asked.temperature,
+            asked.directions,
+            asked.too_long,
+            data.seq_len,
+            max_target_len,
         )
     return DataOptions(
         architecture=config.model.architecture,

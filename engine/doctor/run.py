@@ -141,7 +141,7 @@ def _wanted(config: RunConfig | None, wanted: Wanted) -> tuple[Wanted, int]:
     if vocab_size is None:
         try:
             folder, holds_pairs = Path(config.data.path), config.data.pairs is not None
-            vocab_size = open_folder(folder, holds_pairs).vocab_size
+            vocab_size = open_folder(folder, holds_pairs).manifest.vocab_size
         except UserError:  # the data may be on other machines only, which are asked for it
             vocab_size = _VOCAB_SIZE
     model = config.model.model_copy(update={"vocab_size": vocab_size})
