@@ -15,11 +15,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """For tensors of a few kilobytes: several threads only wait for each other.
-
-    MAGNETAR_TEST_THREADS: another number, to see what holds on several threads too.
-    """
-    torch.set_num_threads(int(os.environ.get("MAGNETAR_TEST_THREADS", "1")))
+    """For tensors of a few kilobytes: several threads only wait for each other."""
+    torch.set_num_threads(1)  # MAGNETAR_TEST_THREADS overrides it
 
 
 # First, so that no fixture is made for a test that is skipped.
