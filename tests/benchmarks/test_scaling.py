@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling
-from benchmarks.launching import launch
-from benchmarks.scaling import Session, main, parse, require_gpus
-from benchmarks.scaling_chart import apart, draw, summary, table
-from benchmarks.scaling_configs import (
+from benchmarks.measurement import launch
+from benchmarks.scaling import (
+    Session,
     corpus,
     expert_parallel_sizes,
+    main,
     paper_configs,
+    parse,
+    require_gpus,
     small_model,
     weak_config,
 )
+from benchmarks.scaling_chart import apart, draw, summary, table
 from benchmarks.step_contenders import cost
 from magnetar.data.errors import UserError
 from magnetar.data.text.token_files import open_prepared
@@ -296,38 +299,6 @@ def test_results_without_a_picture_say_how_to_get_one(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     main(["--draw", str(file)])
     assert "a picture needs matplotlib: --draw it where that is" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        (["--out", "a.txt"], "--out a.txt must end in .json: such as --out scaling.json"),
-        (["--cpu"], "--out is missing: name a file for the results"),
-        (["--cpu", "--gpus", "3", "--out", "a.json"], "--gpus 3: experts are halved and halved"),
-        (["--cpu", "--gpus", "1", "--out", "a.json"], "so use 2, 4, 8 or 16"),
-        (["--out", "a.json", "--only", "paper,speed"], "'speed' is none of scaling, paper"),
-        (["--draw", "a.json"], "a.json does not exist: name a file that --out has written"),
-        (
-            ["--cpu", "--out", "a.json", "--set", "magnetar.model.d_modl=3"],
-            "magnetar.model.d_modl",
-        ),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_in_one_message(
-    arguments: list[str],
-    shown: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # put back afterwards, whatever --cpu does
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert shown in error
-    assert "Traceback" not in error
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:

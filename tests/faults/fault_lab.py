@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.launching import launch
+from benchmarks.measurement import launch
 from tests.faults.faulty_train import VARIABLE
 from tests.faults.supervised import CONFIG, Supervised, difference, records
 

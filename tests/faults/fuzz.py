@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from benchmarks.provenance import git_commit, versions
+from benchmarks.measurement import git_commit, versions
 from magnetar.data.errors import UserError
 from magnetar.launchers.terminal.user_errors import user_errors
 from tests.faults.fuzz_cases import (

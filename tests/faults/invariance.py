@@ -18,7 +18,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launching import launch
+from benchmarks.measurement import launch
 from tests.ranks import ROOT
 
 CONFIG = ROOT / "benchmarks/layouts.json"

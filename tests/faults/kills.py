@@ -20,8 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launching import launch
-from benchmarks.provenance import git_commit, versions
+from benchmarks.measurement import launch
+from benchmarks.measurement import git_commit, versions
 from tests.faults.supervised import (
     CONFIG,
     Supervised,

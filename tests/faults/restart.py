@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.provenance import git_commit, versions
+from benchmarks.measurement import git_commit, versions
 from magnetar.engine.cluster.start_times import parsed_times
 from tests.faults.fault_lab import Fault, book, goes_on
 from tests.faults.supervised import ROOT, Supervised, kill

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.launching import launch
+from benchmarks.measurement import launch
 from tests.ranks import ROOT
 
 CONFIG = ROOT / "benchmarks/layouts.json"
