@@ -18,10 +18,8 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measurement import launch
-from tests.ranks import ROOT
+from benchmarks.measurement import Training, argument_parser, launch
 
-CONFIG = ROOT / "benchmarks/layouts.json"
 NUM_STEPS = 50
 ROUNDING = "rounding"
 NUM_ROUNDINGS = {"fp32": 3, "bf16": 9}  # in bf16 their spread is the bound
@@ -96,29 +94,16 @@ def round_otherwise(engine: Any, seed: int) -> None:
 
 def curve(changes: dict[str, Any], num_steps: int, device: Any) -> dict[str, list[float]]:
     """The global batch's loss, the gradient norm and the clip coefficient of each step."""
-    import deepspeed.comm as dist
     import torch
 
-    from magnetar.engine.build import build_engine
-    from magnetar.engine.config.schema import load_config
-    from magnetar.engine.prepare_run import resolve_run
-    from magnetar.engine.train_step import loss_weights, train_step, training_batches
-
-    world_size = dist.get_world_size()
     rounding, linear = changes.pop(ROUNDING, None), torch.nn.functional.linear
-    settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    config, prepared = resolve_run(load_config(CONFIG, settings, world_size), world_size)
-    training = training_batches(prepared, config.deepspeed["gradient_accumulation_steps"], device)
-    engine, clip = build_engine(config, device)
+    training = Training([f"{key}={json.dumps(value)}" for key, value in changes.items()], device)
+    engine, clip = training.engine, training.clip
     if rounding is not None:
         round_otherwise(engine, rounding)
     found: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
     for step in range(1, num_steps + 1):
-        weights, seed = loss_weights(config.model.moe, config.training), config.training.seed
-        result = train_step(engine, training.of_step(step), weights, seed, step)
-        loss = result.loss.double()
-        dist.all_reduce(loss)
-        found["loss"].append(float(loss) / world_size)
+        found["loss"].append(training.step(step))
         found["norm"].append(float(clip.norm))
         found["coefficient"].append(float(clip.coefficient))
     engine.destroy()
@@ -220,8 +205,7 @@ def table(dtype: str, found: dict[str, dict[str, Any]], variants: list[str]) -> 
 
 def main() -> int:
     """Run every layout and write the page; status 1 if a difference exceeds its bound."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.invariance", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("tests.faults.invariance", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the page, a .md file")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))

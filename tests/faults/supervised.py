@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measurement import launch
 from magnetar.engine.checkpoint.format import newest_checkpoint
 from magnetar.engine.supervise.launched_run import RUN_ID, RunProcess, kill_processes, run_processes
 
@@ -46,14 +47,14 @@ class Supervised:
         self.run_dir = run_dir
         self.lines: list[str] = []
         texts = [f"magnetar.training.run_dir={run_dir}", *settings]
-        self.started = time.time()
+        own = {text.partition("=")[0]: text for text in texts}
         self.process = subprocess.Popen(
             [
                 *prefix,
                 *(sys.executable, "-m", module, "-q", "--backoff", "0.2"),
                 *arguments,
                 *("--deepspeed_config", str(config)),
-                *(part for text in texts for part in ("--set", text)),
+                *(word for text in own.values() for word in ("--set", text)),
             ],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
@@ -141,6 +142,27 @@ class Supervised:
         status = self.process.wait(seconds)
         self._reader.join()
         return status
+
+
+def train(
+    run_dir: Path,
+    settings: Sequence[str],
+    ranks: int = 2,
+    config: Path = CONFIG,
+    seconds: float | None = None,
+) -> None:
+    """Train a run to its end, by the launcher; a later setting of a key replaces an earlier one.
+
+    Raises:
+        SystemExit: if it ends otherwise, with its output.
+    """
+    texts = [f"magnetar.training.run_dir={run_dir}", *settings]
+    own = {text.partition("=")[0]: text for text in texts}
+    words = [word for text in own.values() for word in ("--set", text)]
+    arguments = ["--deepspeed_config", config, *words]
+    done = launch("magnetar.launchers.train", ranks, arguments, True, seconds)
+    if done.returncode != 0:
+        raise SystemExit(f"{run_dir.name} ended with {done.returncode}:\n{done.stdout}")
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
