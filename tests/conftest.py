@@ -13,12 +13,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """For tensors of a few kilobytes: several threads only wait for each other."""
-    torch.set_num_threads(1)  # MAGNETAR_TEST_THREADS overrides it
-
-
 # First, so that no fixture is made for a test that is skipped.
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:

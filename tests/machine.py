@@ -3,7 +3,8 @@
 `@pytest.mark.needs("fp16")` names it for a test; `as_param` and `runnable` do so for the cases of
 a program that runs many in one process group. MAGNETAR_TEST_WITHOUT="fp16 triton" imitates a
 machine without some of it: the probe says no, and whoever uses it all the same fails (`imitate`).
-MAGNETAR_TEST_THREADS=2 gives each process of a test two threads.
+Each process of a test has one thread: with tensors of a few kilobytes several only wait for each
+other. MAGNETAR_TEST_THREADS=2 gives it two.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-THREADS = int(os.environ.get("MAGNETAR_TEST_THREADS", "0"))
+THREADS = int(os.environ.get("MAGNETAR_TEST_THREADS", "1"))
 WITHOUT = frozenset(os.environ.get("MAGNETAR_TEST_WITHOUT", "").split())
 PACKAGES = ("bitsandbytes", "triton")
 
@@ -28,7 +29,7 @@ PACKAGES = ("bitsandbytes", "triton")
 def imitate() -> None:
     """Take away from this process what MAGNETAR_TEST_WITHOUT names, and fix its threads.
 
-    With MAGNETAR_TEST_THREADS the number stays, whatever a program or the engine asks for later.
+    Their number stays, whatever a program or the engine asks for later.
     """
     unknown = WITHOUT - IMITATED.keys()
     if unknown:
@@ -38,9 +39,8 @@ def imitate() -> None:
         )
     for name in sorted(WITHOUT):
         IMITATED[name]()
-    if THREADS:
-        torch.set_num_threads(THREADS)
-        torch.set_num_threads = lambda _number: None
+    torch.set_num_threads(THREADS)
+    torch.set_num_threads = lambda _number: None
 
 
 def _refuse_dtype(name: str) -> Callable[[], None]:

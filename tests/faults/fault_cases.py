@@ -500,27 +500,27 @@ def lose_data(lab: Lab) -> Outcome:
     "the JSON is edited sensibly, and a rank killed",
     "the restart goes on with it, and the logbook lists the keys that changed",
     edit=('"log_every": 1', '"log_every": 2'),
-    words="",
+    said="",
 )
 @fault(
     "the JSON is edited to nonsense, and a rank killed",
     "the restart names line and column, status 2",
     edit=('"seq_len": 64', '"seq_len": 64,,'),
-    words="JSON",
+    said="JSON",
 )
-def change_json(lab: Lab, edit: tuple[str, str], words: str) -> Outcome:
+def change_json(lab: Lab, edit: tuple[str, str], said: str) -> Outcome:
     """Edit the JSON while the run trains, and kill a rank."""
     config = lab.folder / "edited.json"
     config.write_text(CONFIG.read_text())
     text = CONFIG.read_text().replace(*edit)
     assert text != CONFIG.read_text()
-    with Supervised(lab.folder / f"edited_{words}", lab.settings, config=config) as run:
+    with Supervised(lab.folder / f"edited_{said}", lab.settings, config=config) as run:
         run.wait_for_step(12)
         before = Fault.now(run)
         config.write_text(text)
         kill(run.ranks()[1])
-        if words:
-            return ends_with(run, 2, words, before.when)
+        if said:
+            return ends_with(run, 2, said, before.when)
         outcome = goes_on(run, before)
         assert "**change** the JSON:" in book(run), book(run)
         assert "training.log_every: 1 -> 2" in book(run), book(run)
