@@ -20,6 +20,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def rank_variables(world_size: int) -> list[dict[str, str]]:
+    """What the launcher says to each of so many ranks of this machine."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
+    shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
 def run_on_ranks(target: str, world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
     """What `module:function` returns on each rank.
 
@@ -28,23 +36,16 @@ def run_on_ranks(target: str, world_size: int, *arguments: Any, timeout: float =
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "arguments").write_bytes(pickle.dumps(arguments))
-        environment = os.environ | {
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.ranks", target, folder],
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=os.environ | own,
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for rank in range(world_size)
+            for own in rank_variables(world_size)
         ]
         outputs = []
         try:

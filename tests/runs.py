@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.engine.programs import with_keys
-from tests.ranks import ROOT, free_port
+from tests.ranks import ROOT, free_port, rank_variables
 
 TINY: dict[str, Any] = {
     "train_batch_size": 4,
@@ -99,18 +100,33 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}
 
 
-def launch(config: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    """Train to the end of the command; output holds stdout and stderr."""
-    return subprocess.run(
-        launcher_command(config, *arguments, ranks=ranks),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def launch(
+    config: Path, *arguments: str, ranks: int = 2, by_deepspeed: bool = False
+) -> subprocess.CompletedProcess:
+    """Train to the end of the command; output holds stdout and stderr of all ranks.
+
+    Without `by_deepspeed` the ranks are started here, in the launcher's environment: the launcher's
+    two processes would take as long to import DeepSpeed as a small run trains.
+    """
+    if by_deepspeed:
+        commands = [(launcher_command(config, *arguments, ranks=ranks), environment())]
+    else:
+        command = [sys.executable, "-m", "magnetar.launchers.train", "--deepspeed_config"]
+        command += [str(config), *arguments]
+        commands = [(command, environment() | own) for own in rank_variables(ranks)]
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [
+            subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+            for words, env in commands
+        ]
+        try:
+            statuses = [process.wait(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        output.seek(0)
+        status = next((status for status in statuses if status), 0)
+        return subprocess.CompletedProcess(commands[0][0], status, output.read())
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from tests.faults.fault_lab import (
     resumed_after,
     steps,
 )
-from tests.faults.hosts import TwoHosts, missing, two_hosts
+from tests.faults.hosts import Host, TwoHosts, missing, two_hosts
 from tests.faults.supervised import CONFIG, ROOT, Supervised, kill
 
 RESTART = "it starts again from the newest checkpoint"
@@ -78,47 +78,52 @@ def fault(words: str, documented: str, within: float = 60, **keys: Any) -> Calla
 # Processes
 
 
-@fault("rank 1 is killed (SIGKILL)", RESTART, rank=1)
-@fault("rank 0 is killed (SIGKILL)", RESTART, rank=0)
-def kill_rank(lab: Lab, rank: int) -> Outcome:
-    """SIGKILL."""
-    with lab.run(f"kill_{rank}") as run:
+def recovers(
+    lab: Lab, name: str, harm: Callable[[Supervised], object], said: tuple[str, ...] = ("",)
+) -> Outcome:
+    """A run that is harmed after step 12, says one of some words, and goes on as if nothing was."""
+    with lab.run(name) as run:
         run.wait_for_step(12)
         before = Fault.now(run)
-        kill(run.ranks()[rank])
+        harm(run)
         outcome = goes_on(run, before)
-        assert f"rank {rank} was killed by SIGKILL" in book(run), book(run)
+        assert any(words in run.output + book(run) for words in said), run.output
         finishes_as_undisturbed(run, lab)
         return outcome
 
 
-@fault("rank 1 is stopped (SIGSTOP)", HANG, 150, rank=1)
-@fault("rank 0 is stopped (SIGSTOP)", HANG, 150, rank=0)
-def stop_rank(lab: Lab, rank: int) -> Outcome:
-    """SIGSTOP."""
-    with lab.run(f"stop_{rank}") as run:
-        run.wait_for_step(12)
-        before = Fault.now(run)
-        kill(run.ranks()[rank], signal.SIGSTOP)
-        outcome = goes_on(run, before)
-        assert f"rank {rank} does not answer" in run.output or "rank 0 does not" in run.output
-        finishes_as_undisturbed(run, lab)
-        return outcome
+def signal_rank(run: Supervised, rank: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a rank."""
+    kill(run.ranks()[rank], number)
 
 
-@fault("`deepspeed.launcher.launch` is killed", LEFT, of_node=True)
-@fault("`deepspeed` is killed", LEFT, of_node=False)
-def kill_launcher(lab: Lab, of_node: bool) -> Outcome:
+def kill_launcher(run: Supervised, of_node: bool) -> None:
     """SIGKILL for the launcher's first process, or for the one that the ranks are children of."""
-    with lab.run(f"launcher_{of_node}") as run:
-        run.wait_for_step(12)
-        before = Fault.now(run)
-        first = run.launcher()
-        (second,) = (p.pid for p in run.processes() if p.rank is None and p.pid != first)
-        kill(second if of_node else first or 0)
-        outcome = goes_on(run, before)
-        finishes_as_undisturbed(run, lab)
-        return outcome
+    first = run.launcher()
+    (second,) = (p.pid for p in run.processes() if p.rank is None and p.pid != first)
+    kill(second if of_node else first or 0)
+
+
+for rank in (0, 1):
+    fault(
+        f"rank {rank} is killed (SIGKILL)",
+        RESTART,
+        name=f"kill_{rank}",
+        harm=partial(signal_rank, rank=rank),
+        said=(f"rank {rank} was killed by SIGKILL",),
+    )(recovers)
+for rank in (0, 1):
+    fault(
+        f"rank {rank} is stopped (SIGSTOP)",
+        HANG,
+        150,
+        name=f"stop_{rank}",
+        harm=partial(signal_rank, rank=rank, number=signal.SIGSTOP),
+        said=(f"rank {rank} does not answer", "rank 0 does not"),
+    )(recovers)
+for name, of_node in (("`deepspeed`", False), ("`deepspeed.launcher.launch`", True)):
+    harm = partial(kill_launcher, of_node=of_node)
+    fault(f"{name} is killed", LEFT, name=f"launcher_{of_node}", harm=harm)(recovers)
 
 
 @fault(
@@ -335,10 +340,12 @@ def unplug_for_10_s(lab: Lab, two: TwoHosts, run: Supervised) -> Outcome:
     "and the run goes on without",
     150,
 )
-def unplug_for_good(lab: Lab, two: TwoHosts, run: Supervised) -> Outcome:
+def unplug_for_good(
+    lab: Lab, two: TwoHosts, run: Supervised, harm: Callable[[Host], None] = Host.unplug
+) -> Outcome:
     """The cable stays out: the first host goes on alone."""
     before = Fault.now(run)
-    two.hosts[1].unplug()
+    harm(two.hosts[1])
     outcome = goes_on(run, before)
     finishes_alike(run, lab)
     assert "1 of 2 ranks are there" in book(run), book(run)
@@ -348,11 +355,7 @@ def unplug_for_good(lab: Lab, two: TwoHosts, run: Supervised) -> Outcome:
 @between_hosts("a host is switched off", "as if the network were down for good", 150)
 def switch_off(lab: Lab, two: TwoHosts, run: Supervised) -> Outcome:
     """The second host is switched off; no connection is closed."""
-    before = Fault.now(run)
-    two.hosts[1].switch_off()
-    outcome = goes_on(run, before)
-    finishes_alike(run, lab)
-    return outcome._replace(end="recovered on one host")
+    return unplug_for_good(lab, two, run, Host.switch_off)
 
 
 @fault(
