@@ -91,7 +91,7 @@ class Host:
 
 @dataclass(frozen=True)
 class TwoHosts:
-    """The host where launchers are started, the second, their hostfile and a launcher's variables."""
+    """The two hosts, their hostfile, and the variables of a launcher on the first of them."""
 
     hosts: tuple[Host, Host]
     hostfile: Path
