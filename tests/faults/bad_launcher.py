@@ -14,7 +14,7 @@ EXPECTED = {
     "message": "message",
     "silent": "status 2 without a message",
     "status": "status 3",
-    "nothing": "status 0 and nothing prepared",
+    "nothing": "done",
 }
 
 

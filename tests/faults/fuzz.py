@@ -36,14 +36,17 @@ from typing import Any, NamedTuple, NoReturn
 from benchmarks.measurement import argument_parser, git_commit, versions, write_json
 from magnetar.data.errors import UserError
 from magnetar.launchers.terminal.user_errors import user_errors
-from tests.faults.fuzz_cases import Case, config_cases, file_cases, make_world
+from tests.faults.field_cases import field_cases
+from tests.faults.fuzz_cases import TRAIN, Case, config_cases, file_cases, make_world
 
 PRELOADED = (
     *("magnetar.launchers.train", "magnetar.launchers.prepare_data", "rich.progress", "deepspeed"),
     *("magnetar.launchers.prepare_pairs", "magnetar.engine.trainer", "torch.utils.tensorboard"),
-    *("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    *("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "magnetar.launchers.plot"),
+    *("magnetar.launchers.generate", "magnetar.launchers.evaluate", "magnetar.launchers.convert"),
+    *("matplotlib.pyplot", "tokenizers", "magnetar.convert.export"),
 )
-GOOD = ("message", "trained", "prepared")
+GOOD = ("message", "trained", "prepared", "done")
 MAX_MEMORY = 12 * 2**30  # bytes of address space of a case
 MAX_MESSAGE = 20_000  # characters that somebody may still read
 
@@ -62,13 +65,13 @@ def must(module: str, arguments: list[str], folder: Path) -> None:
     Raises:
         UserError: if it fails.
     """
-    status, output = run(module, arguments, folder, 120, lambda: False)
+    status, output = run(Case("", module, arguments, {}), folder, 120, lambda: False)
     if status != 0:
         raise UserError(f"{module} fails on sound input with {status}:\n{output[-4000:]}")
 
 
 def run(
-    module: str, arguments: Sequence[str], folder: Path, limit: float, is_enough: Callable[[], bool]
+    case: Case, folder: Path, limit: float, is_enough: Callable[[], bool]
 ) -> tuple[int | None, str]:
     """A launcher's exit status and what it prints; None: it was killed after `limit` seconds.
 
@@ -77,7 +80,7 @@ def run(
     log = folder / "output.txt"
     pid = os.fork()
     if pid == 0:
-        _child(module, arguments, folder, log)
+        _child(case, folder, log)
     end, status = time.monotonic() + limit, None
     asked = time.monotonic() + limit / 3
     while time.monotonic() < end:
@@ -97,7 +100,7 @@ def run(
     return status, log.read_text(errors="replace")
 
 
-def _child(module: str, arguments: Sequence[str], folder: Path, log: Path) -> NoReturn:
+def _child(case: Case, folder: Path, log: Path) -> NoReturn:
     """Be a process that was started with a launcher."""
     status = 1
     try:
@@ -109,8 +112,12 @@ def _child(module: str, arguments: Sequence[str], folder: Path, log: Path) -> No
         os.chdir(folder)
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        sys.argv = [module, *arguments]
-        status = importlib.import_module(module).main() or 0
+        for name, value in case.environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        sys.argv = [case.module, *case.arguments]
+        status = importlib.import_module(case.module).main() or 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
         if isinstance(error.code, str):
@@ -145,10 +152,21 @@ def steps_done(folder: Path, since: float) -> int:
     )
 
 
+def steps_in(run_dir: Path) -> set[int]:
+    """Steps of the records with a loss in a run's metrics; lines that are no records are passed."""
+    found = set()
+    with suppress(OSError):
+        for line in (run_dir / "metrics.jsonl").read_bytes().splitlines():
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
+                record = json.loads(line)
+                found |= {record["step"]} if "loss" in record else set()
+    return {step for step in found if step in (1, 2)}  # that the run has trained
+
+
 def needs_compiler(case: Case) -> bool:
     """Whether a run has DeepSpeed's Adam, compiled when first used, or torch's compiler."""
     content = case.files.get("run.json", b"")
-    if b'"compile"' in content:
+    if b'"compile": true' in content:
         return True
     try:
         return json.loads(content)["optimizer"]["params"].get("torch_adam") is False
@@ -163,15 +181,16 @@ def outcome(case: Case, world: Path, limit: float) -> Outcome:
     for name, content in case.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    own = [folder / name for name in case.files]
+        path.write_bytes(content) if isinstance(content, bytes) else path.symlink_to(content)
+    # A run that goes on writes into its own folder.
+    own = [folder / name for name in case.files if case.module != TRAIN or "run/" not in name]
+    steps = steps_in(folder / "run")
     before = {path: digest(path) for path in [*files_of(world), *own] if path.is_file()}
     begin, since = time.monotonic(), time.time() - 0.05
-    status, output = run(
-        case.module, case.arguments, folder, limit, lambda: steps_done(world, since) >= 2
-    )
+    status, output = run(case, folder, limit, lambda: steps_done(world, since) >= 2)
     seconds = time.monotonic() - begin
     changed = [str(p.relative_to(world)) for p, content in before.items() if digest(p) != content]
+    changed += [f"step {step}" for step in sorted(steps - steps_in(folder / "run"))]
     return Outcome(_verdict(case, status, output, changed, world, since), output, seconds)
 
 
@@ -183,9 +202,12 @@ def _verdict(
         return f"overwrote {', '.join(changed)}"
     if "Traceback (most recent call last)" in output or "is a defect of Magnetar" in output:
         return "traceback"
-    prepares = case.module != "magnetar.launchers.train"
+    prepares = case.module in (
+        "magnetar.launchers.prepare_data",
+        "magnetar.launchers.prepare_pairs",
+    )
     if status is None:
-        return "trained" if not prepares and steps_done(world, since) else "hang"
+        return "trained" if case.module == TRAIN and steps_done(world, since) else "hang"
     if status == 2:
         said = output.partition("error: ")[2]
         if not said.strip():
@@ -194,9 +216,16 @@ def _verdict(
     if status != 0:
         return f"status {status}"
     if prepares:
-        made = (world / "case/out/manifest.json").is_file()
-        return "prepared" if made else "status 0 and nothing prepared"
-    return "trained" if steps_done(world, since) else "status 0 and no step"
+        manifest = world / "case/out/manifest.json"
+        if not manifest.is_file():
+            return "status 0 and nothing prepared"
+        splits = json.loads(manifest.read_text())["splits"].values()
+        found = sum(split.get("num_documents", 0) for split in splits)
+        is_whole = case.documents in (None, found)
+        return "prepared" if is_whole else f"{found} documents in place of {case.documents}"
+    if case.module == TRAIN:
+        return "trained" if steps_done(world, since) else "status 0 and no step"
+    return "done"
 
 
 def outcome_of_worker(case: Case, world: Path, limit: float) -> Outcome:
@@ -249,6 +278,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser("tests.faults.fuzz", __doc__)
     parser.add_argument("--configs", type=int, default=2000, help="broken JSONs: 2000")
     parser.add_argument("--files", type=int, default=500, help="broken data files: 500")
+    parser.add_argument(
+        "--field", type=int, default=0, help="environments, tokenizers, runs, compressed text: 0"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of all of them: 1")
     parser.add_argument("--workers", type=int, default=2, help="cases at once: 2")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds of a case: 30")
@@ -269,9 +301,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_world(world, must)
         cases = config_cases(options.configs, options.seed)
         cases += file_cases(options.files, options.seed, world)
+        cases += field_cases(options.field, options.seed, world)
         cases = [case for case in cases if not needs_compiler(case)]
         if options.only is not None:
             found = outcome(cases[options.only], world, options.limit)
+            print(cases[options.only].module, *cases[options.only].arguments)
+            print(cases[options.only].environment)
             for name, content in cases[options.only].files.items():
                 if name == "run.json" or len(content) < 3000:
                     print(f"--- {name}\n{content!r}")
@@ -287,7 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"case {failure['case']}, {failure['kind']}: {failure['verdict']}")
     if options.out:
         about = {"benchmark": "fuzz", "commit": git_commit(), "versions": versions()}
-        about |= {key: getattr(options, key) for key in ("configs", "files", "seed", "limit")}
+        about |= {
+            key: getattr(options, key) for key in ("configs", "files", "field", "seed", "limit")
+        }
         write_json(options.out, about | result)
         print(f"wrote {options.out}")
     return bool(result["failures"])

@@ -4,7 +4,7 @@ import gzip
 import json
 import lzma
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -23,13 +23,17 @@ class Case(NamedTuple):
         kind: name of the JSON or the file that was broken.
         module: name of the launcher.
         arguments: arguments of the launcher, in the case's folder.
-        files: contents of files by their path in the case's folder.
+        files: contents of files, or targets of links, by their path in the case's folder.
+        environment: variables to set, or with None to remove.
+        documents: number of documents that must be prepared, if any are; None: any number.
     """
 
     kind: str
     module: str
     arguments: list[str]
-    files: dict[str, bytes]
+    files: dict[str, bytes | str]
+    environment: Mapping[str, str | None] = {}
+    documents: int | None = None
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +137,13 @@ def preparation(name: str) -> tuple[str, list[str]]:
     ]
 
 
+def sound_config() -> bytes:
+    """The JSON of a run of two steps, which may go on to the third."""
+    config = shrunk(json.loads((CONFIGS / "quickstart.json").read_text()))
+    config["magnetar"]["training"]["lr_schedule"]["total_steps"] = 3
+    return json.dumps(config).encode()
+
+
 def make_world(world: Path, must: Callable[[str, list[str], Path], None]) -> None:
     """Make everything that cases share: raw text, prepared folders, and a run.
 
@@ -155,6 +166,9 @@ def make_world(world: Path, must: Callable[[str, list[str], Path], None]) -> Non
     other["magnetar"]["training"]["run_dir"] = "runs/other"
     (world / "other.json").write_text(json.dumps(other))
     must(TRAIN, ["--deepspeed_config", "other.json"], world)
+    (world / "base").mkdir()  # as deep as a case: its relative paths are a case's, too
+    (world / "base/run.json").write_bytes(sound_config())
+    must(TRAIN, ["--deepspeed_config", "run.json"], world / "base")
 
 
 def config_cases(number: int, seed: int) -> list[Case]:

@@ -207,20 +207,25 @@ def drawn(cases: dict[str, st.SearchStrategy[Any]], number: int, of_seed: int) -
     found: list[Drawn] = []
     for index, (name, strategy) in enumerate(cases.items()):
         wanted = number // len(cases) + (index < number % len(cases))
-        own: list[Drawn] = []
-
-        @seed(1000 * of_seed + index)  # else all would be broken in the same places
-        @settings(
-            max_examples=max(1, wanted),
-            phases=[Phase.generate],
-            database=None,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(strategy)
-        def collect(value: Any, name: str = name, own: list[Drawn] = own) -> None:
-            own.append(Drawn(name, value))
-
-        collect()
-        found += own[:wanted]
+        own_seed = 1000 * of_seed + index  # else all would be broken in the same places
+        found += [Drawn(name, value) for value in _values(strategy, wanted, own_seed)]
     return found
+
+
+def _values(strategy: st.SearchStrategy[Any], number: int, of_seed: int) -> list[Any]:
+    found: list[Any] = []
+
+    @seed(of_seed)
+    @settings(
+        max_examples=max(1, number),
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def collect(value: Any) -> None:
+        found.append(value)
+
+    collect()
+    return found[:number]
