@@ -85,8 +85,9 @@ lint: $(INSTALLED)
 	$(BIN)/python -m magnetar config docs --check
 	$(BIN)/python -m tests.prose
 
-# Two at a time: a test of several ranks takes several cores and gigabytes itself.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two at a time: a test of several ranks takes several cores and gigabytes itself. Files come in the
+# order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint
 	$(PYTEST) -m "not slow"
