@@ -47,14 +47,7 @@ SKIPPED = "the step is left out on all ranks"
 
 
 class Case(NamedTuple):
-    """A fault.
-
-    Attributes:
-        fault: the fault in words.
-        documented: the documented consequence.
-        within: time limit of the consequence in seconds.
-        case: function that does it.
-    """
+    """A fault in words, its documented consequence, seconds until that, and the function."""
 
     fault: str
     documented: str

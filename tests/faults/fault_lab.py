@@ -18,13 +18,7 @@ RESUMED = re.compile(r"resuming after step (\d+)")
 
 
 class Outcome(NamedTuple):
-    """The end of a case.
-
-    Attributes:
-        end: the end in words: status, or how the run continued.
-        seconds: time from the fault to its consequence: the run's end, or its next new step.
-        lost: number of steps that were trained again; None if there were none.
-    """
+    """How a run ended or went on, seconds from the fault until then, and steps trained again."""
 
     end: str
     seconds: float
@@ -37,14 +31,7 @@ class SkipError(Exception):
 
 @dataclass
 class Lab:
-    """Folders for runs, and two runs to start from.
-
-    Attributes:
-        folder: folder of all runs.
-        settings: settings of every run.
-        whole: an undisturbed run.
-        half: the same run after HALF steps.
-    """
+    """A folder of runs, the settings of each, an undisturbed run, and that run after HALF steps."""
 
     folder: Path
     settings: list[str] = field(default_factory=list)
@@ -147,13 +134,7 @@ def ends_with(run: Supervised, status: int, words: str, since: float) -> Outcome
 
 
 class Fault(NamedTuple):
-    """A moment of a run.
-
-    Attributes:
-        when: time by time.monotonic, in seconds.
-        step: last step in the metrics.
-        resumed: number of times that the run had been resumed.
-    """
+    """A moment of a run: time.monotonic, its last step, how often it had been resumed."""
 
     when: float
     step: int

@@ -13,6 +13,7 @@ over all ranks (`moe.balance_scope`).
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
@@ -134,14 +135,12 @@ def work(out: Path, dtype: str, variants: list[str], num_steps: int) -> None:
 
 def curves_of(world_size: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Start the ranks with the launcher; what they found."""
-    out = options.results / f"{dtype}_{world_size}.json"
-    if options.reuse and out.is_file():
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "curves.json")
+        arguments = ["--out", out, "--work", "--dtypes", dtype, "--variants", *options.variants]
+        arguments += ["--steps", str(options.steps)]
+        launch("tests.faults.invariance", world_size, arguments).check_returncode()
         return json.loads(out.read_text())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    arguments = ["--out", out, "--work", "--dtypes", dtype, "--variants", *options.variants]
-    arguments += ["--steps", str(options.steps)]
-    launch("tests.faults.invariance", world_size, arguments).check_returncode()
-    return json.loads(out.read_text())
 
 
 def difference(own: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
@@ -174,11 +173,11 @@ def cell(dtype: str, name: str, curves: dict[str, Any]) -> tuple[str, bool]:
     own, reference = curves[name], next(iter(curves.values()))
     loss, norm = difference(own, reference)
     loss_bound, norm_bound = bounds(dtype, curves)
-    text = f"{loss:.0e}, {norm:.0e}"
-    within = (loss <= loss_bound and norm <= norm_bound) or "rounding" in name
+    text, is_rounding = f"{loss:.0e}, {norm:.0e}", "rounding" in name
+    within = (loss <= loss_bound and norm <= norm_bound) or is_rounding
     if not within:
         text = f"**{text}**"
-    if dtype == "fp32" and loss > loss_bound and "rounding" not in name:
+    if dtype == "fp32" and loss > loss_bound and not is_rounding:
         other = {r: difference(own, c)[0] for r, c in curves.items() if "rounding" in r}
         nearest = min(other, key=other.__getitem__)
         text += f" ({other[nearest]:.0e} from {nearest.partition(', ')[2]})"
@@ -211,8 +210,6 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4], help="numbers of ranks")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
-    parser.add_argument("--results", type=Path, default=Path("runs/invariance"), help="curves")
-    parser.add_argument("--reuse", action="store_true", help="take the curves that are there")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

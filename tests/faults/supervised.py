@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.measurement import launch
 from magnetar.engine.checkpoint.format import newest_checkpoint
 from magnetar.engine.supervise.launched_run import RUN_ID, RunProcess, kill_processes, run_processes
@@ -33,17 +35,7 @@ class Supervised:
         module: str = "magnetar.launchers.supervise",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it.
-
-        Args:
-            run_dir: the run's folder.
-            settings: `--set` arguments.
-            arguments: further arguments of launchers.supervise.
-            prefix: words before the command, such as a shell that sets a limit.
-            config: path of the JSON.
-            module: module that runs instead of launchers.supervise.
-            environment: variables beside our own.
-        """
+        """Start it, with words before the command and `module` in place of the launcher."""
         self.run_dir = run_dir
         self.lines: list[str] = []
         texts = [f"magnetar.training.run_dir={run_dir}", *settings]
@@ -99,15 +91,10 @@ class Supervised:
         return int(children[0]) if children else None
 
     def _found_id(self) -> str:
-        child = self.launcher()
-        if child is None:
-            return ""
         try:
-            variables = Path(f"/proc/{child}/environ").read_text().split("\0")
-        except OSError:
+            return psutil.Process(self.launcher() or 0).environ().get(RUN_ID, "")
+        except (psutil.Error, OSError):
             return ""
-        found = [v.partition("=")[2] for v in variables if v.startswith(f"{RUN_ID}=")]
-        return found[0] if found else ""
 
     def processes(self) -> list[RunProcess]:
         """All of its processes on this machine, but the supervisor."""
