@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 
-THREADS = int(os.environ.get("MAGNETAR_TEST_THREADS", "1"))
 WITHOUT = frozenset(os.environ.get("MAGNETAR_TEST_WITHOUT", "").split())
 PACKAGES = ("bitsandbytes", "triton")
 
@@ -39,7 +38,7 @@ def imitate() -> None:
         )
     for name in sorted(WITHOUT):
         IMITATED[name]()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(os.environ.get("MAGNETAR_TEST_THREADS", "1")))
     torch.set_num_threads = lambda _number: None
 
 

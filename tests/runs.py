@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.engine.programs import with_keys
-from tests.ranks import ROOT, free_port, rank_variables
+from tests.ranks import ROOT, free_port, rank_variables, run_processes
 
 TINY: dict[str, Any] = {
     "train_batch_size": 4,
@@ -109,24 +108,22 @@ def launch(
     two processes would take as long to import DeepSpeed as a small run trains.
     """
     if by_deepspeed:
-        commands = [(launcher_command(config, *arguments, ranks=ranks), environment())]
-    else:
-        command = [sys.executable, "-m", "magnetar.launchers.train", "--deepspeed_config"]
-        command += [str(config), *arguments]
-        commands = [(command, environment() | own) for own in rank_variables(ranks)]
-    with tempfile.TemporaryFile("w+") as output:
-        processes = [
-            subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
-            for words, env in commands
-        ]
-        try:
-            statuses = [process.wait(timeout=300) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        output.seek(0)
-        status = next((status for status in statuses if status), 0)
-        return subprocess.CompletedProcess(commands[0][0], status, output.read())
+        command = launcher_command(config, *arguments, ranks=ranks)
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    command = ["--deepspeed_config", str(config), *arguments]
+    environments = [environment() | own for own in rank_variables(ranks)]
+    found = run_processes("magnetar.launchers.train", command, environments)
+    status = next((status for status, _ in found if status), 0)
+    return subprocess.CompletedProcess(command, status, "".join(output for _, output in found))
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def test_only_what_can_be_taken_away_is(monkeypatch: pytest.MonkeyPatch) -> None
 def test_ranks_refuse_what_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAGNETAR_TEST_WITHOUT", "bf16")
     with pytest.raises(AssertionError, match="Type bf16 is not supported on your device"):
-        run_on_ranks("tests.engine.programs:losses_and_norms", 1, [BF16], 1)
+        run_on_ranks("tests.engine.programs:losses_and_norms", 1, [BF16], 1, fresh=True)
 
 
 def test_what_was_skipped_is_counted_by_its_reason() -> None:

@@ -190,6 +190,7 @@ def test_memory_is_bounded_by_the_limit(tmp_path: Path, monkeypatch: pytest.Monk
         "tests.convert.programs:memory_of_reshard",
         1,
         *(tmp_path / "small", tmp_path / "run", tmp_path / "out", limit),
+        fresh=True,
     )
     # What a file will hold, and the copy of it that safetensors makes.
     assert growth < 2.5 * limit
