@@ -226,7 +226,7 @@ NO_RECORDS = (
     *(b'{"step": %s, "loss": 1}' % (b"9" * 5000), b'{"step": true, "loss": []}', b'{"loss": 1}'),
     *(b'{"step": 1, "step": 2}', b'{"step": {"a": 1}, "valid_loss": "x"}', "ü".encode("utf-16")),
 )
-LINKS = ("nowhere", "../run/metrics.jsonl/x", "/dev/null", "..", "config.json", "/dev/full")
+LINKS = ("nowhere", "../run/metrics.jsonl/x", "/dev/null", "..", "config.json", "metrics.jsonl")
 
 
 @st.composite
