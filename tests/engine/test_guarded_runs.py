@@ -14,7 +14,7 @@ import pytest
 
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from tests.machine import as_param, is_runnable
-from tests.ranks import ROOT, free_port
+from tests.ranks import ROOT, rank_variables
 from tests.runs import (
     environment,
     launch,
@@ -78,18 +78,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_with(*cases: tuple[Path, dict[str, str]], ranks: int = 1) -> subprocess.CompletedProcess:
     """Train under faults, on ranks of our own; the output of all, the status of the first."""
     arguments = json.dumps([(str(config), fault) for config, fault in cases])
-    shared = environment() | {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
             ["python", "-c", FAULTY, arguments],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment() | of_rank,
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(ranks)
+        for of_rank in rank_variables(ranks)
     ]
     outputs = [process.communicate(timeout=500)[0] for process in processes]
     return subprocess.CompletedProcess(arguments, processes[0].returncode, "\n".join(outputs))

