@@ -85,8 +85,9 @@ lint: $(INSTALLED)
 	$(BIN)/python -m magnetar config docs --check
 	$(BIN)/python -m tests.prose
 
-# Two at a time: a test of several ranks takes several cores and gigabytes itself.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two at a time: a test of several ranks takes several cores and gigabytes itself. Files come in the
+# order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint
 	$(PYTEST) -m "not slow"
@@ -94,14 +95,9 @@ check: lint
 test: $(INSTALLED)
 	$(PYTEST) --durations=10
 
-# Tests that compare bits or types.
-BITS := $(patsubst %,tests/models/%.py,moe/test_layer moe/test_noise moe/test_dispatch \
-  moe/test_experts moe/test_router moe/kernels/test_fused_router test_admin test_losses \
-  decoding/test_generation) tests/models/layers tests/models/weights \
-  $(patsubst %,tests/data/%.py,text/test_masked_lm text/test_packed_lm pairs/test_batches) \
-  tests/convert/test_average.py tests/convert/test_densify.py \
-  $(patsubst %,tests/engine/%.py,checkpoint/test_save_load test_train_step test_sparse_clip \
-  optim/test_adam)
+# Tests that compare bits or types: every file that compares whole tensors or names a type.
+BITS = $(shell grep -rlE --include='test_*.py' \
+  'torch\.(equal|bfloat16|float16)|array_equal|assert_close|as_param|(bf|fp)16' tests)
 # Slow ones of them, in which ranks train in each type.
 GUARDED := tests/engine/test_guarded_runs.py::test_bad_gradients_change_nothing_and_many_lead_around_their_batches
 RESUMED := tests/engine/optim/test_adam.py::test_a_run_in_small_groups_is_resumed_with_the_same_bits

@@ -9,8 +9,6 @@ Without the cache the model also computes the logits of all positions, of which 
 last. The vocabulary is small, so that this is the smaller part of the work.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from itertools import product
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.provenance import git_commit, hardware, versions
+from benchmarks.measurement import argument_parser, git_commit, hardware, versions, write_json
 from magnetar.models.config import ModelConfig
 from magnetar.models.decoding.beam_search import Translation, translate
 from magnetar.models.transformer import EncoderDecoder, build_model
@@ -85,8 +83,7 @@ def compare(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("benchmarks.decoding", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="a .json file")
     parser.add_argument("--sentences", type=int, nargs="+", default=[8], metavar="N")
     parser.add_argument("--experts", type=int, nargs="+", default=[0], metavar="N", help="0: dense")
@@ -120,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
 
 
 if __name__ == "__main__":

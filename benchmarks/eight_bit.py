@@ -16,10 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chart import ACCENT, DENSE, GRAY
-from benchmarks.launching import launch
+from benchmarks import chart
+from benchmarks.measurement import (
+    Training,
+    argument_parser,
+    git_commit,
+    hardware,
+    launch,
+    setting_words,
+    versions,
+    write_json,
+)
 
-CONFIG = Path(__file__).with_name("layouts.json")
 WIDE = {
     "train_batch_size": 64,
     "magnetar.model.d_model": 512,
@@ -45,65 +53,48 @@ def work(out: Path, name: str, settings: list[str]) -> None:
     import deepspeed.comm as dist
     import torch
 
-    from benchmarks.provenance import git_commit, hardware, versions
-    from magnetar.engine.build import build_engine, start_distributed
-    from magnetar.engine.config.schema import load_config
+    from magnetar.engine.build import start_distributed
     from magnetar.engine.evaluate import evaluate, rank_and_world_size
-    from magnetar.engine.prepare_run import resolve_run
-    from magnetar.engine.train_step import loss_weights, train_step, training_batches
     from magnetar.models.cost import num_parameters
 
-    device = start_distributed()
-    ranks, is_cuda = dist.get_world_size(), device.type == "cuda"
-    config, prepared = resolve_run(load_config(CONFIG, settings, ranks), ranks)
-    data = training_batches(prepared, config.deepspeed["gradient_accumulation_steps"], device)
-    engine, clip = build_engine(config, device)
+    training = Training(settings, start_distributed())
+    config, device = training.config, training.device
     losses, norms, seconds = [], [], []
     for step in range(1, config.training.num_steps + 1):
-        batches = data.of_step(step)
         dist.barrier()
         begin = time.perf_counter()
-        result = train_step(
-            engine,
-            batches,
-            loss_weights(config.model.moe, config.training),
-            config.training.seed,
-            step,
-        )
-        loss = result.loss.clone()
-        dist.all_reduce(loss)  # waits for the update, too
-        losses.append(float(loss) / ranks)
-        norms.append(float(clip.norm))
+        losses.append(training.step(step))
+        norms.append(float(training.clip.norm))
         seconds.append(time.perf_counter() - begin)
     states = [
         value
-        for of_tensor in engine.basic_optimizer.state.values()
+        for of_tensor in training.engine.basic_optimizer.state.values()
         for value in of_tensor.values()
         if isinstance(value, torch.Tensor)
     ]
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in states}
     micro = config.deepspeed["train_micro_batch_size_per_gpu"]
-    held_out = prepared.valid_batches(micro, *rank_and_world_size())
-    valid = evaluate(engine.module, held_out, device)
+    held_out = training.prepared.valid_batches(micro, *rank_and_world_size())
+    valid = evaluate(training.engine.module, held_out, device)
     if dist.get_rank() != 0:
         return
     found = {
         "optimizer": name,
         "config": config.to_dict(),
         "parameters": num_parameters(config.model)[0],
-        "ranks": ranks,
+        "ranks": training.ranks,
         "hardware": hardware(device),
         "versions": versions(),
         "commit": git_commit(),
         "state_bytes_of_a_rank": sum(storage.nbytes() for storage in storages.values()),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if is_cuda else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "step_seconds": statistics.median(seconds[len(seconds) // 4 :]),
         "losses": losses,
         "gradient_norms": norms,
         "last_loss": statistics.fmean(losses[-LAST:]),
         "valid_loss": valid.loss,
     }
-    out.write_text(json.dumps(found) + "\n")
+    write_json(out, found)
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -134,26 +125,21 @@ def _smoothed(losses: list[float]) -> list[float]:
 
 def draw(runs: list[dict[str, Any]], picture: Path) -> None:
     """The smoothed losses of the runs, a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for run, (color, style) in zip(runs, ((DENSE, "-"), (ACCENT, "--"), (GRAY, ":")), strict=True):
-        means = _smoothed(run["losses"])
-        first = len(run["losses"]) - len(means) + 1
-        steps = range(first, first + len(means))
-        axes.plot(steps, means, style, color=color, label=run["optimizer"])
-    axes.set(xlabel="step", ylabel=f"training loss, mean of {LAST} steps (nats)")
-    axes.legend(frameon=False)
-    figure.savefig(picture, dpi=150)
+    with chart.picture(picture, 1, 1, figsize=(7, 4)) as (_, ((axes,),)):
+        for run, (color, style) in zip(
+            runs, ((chart.DENSE, "-"), (chart.ACCENT, "--"), (chart.GRAY, ":")), strict=True
+        ):
+            means = _smoothed(run["losses"])
+            first = len(run["losses"]) - len(means) + 1
+            steps = range(first, first + len(means))
+            axes.plot(steps, means, style, color=color, label=run["optimizer"])
+        axes.set(xlabel="step", ylabel=f"training loss, mean of {LAST} steps (nats)")
+        axes.legend(frameon=False)
 
 
 def main() -> None:
     """Train with each, print what was found, and draw the curves beside it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.eight_bit", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("benchmarks.eight_bit", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="a .json file; a .png beside it")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400)
@@ -167,22 +153,19 @@ def main() -> None:
 
         leave_distributed()
         return
-    given = {setting.partition("=")[0] for setting in options.set}
+    steps = {
+        "magnetar.training.num_steps": options.steps,
+        "magnetar.training.lr_schedule.total_steps": options.steps,
+    }
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for name, keys in OPTIMIZERS.items():
-            steps = {
-                "magnetar.training.num_steps": options.steps,
-                "magnetar.training.lr_schedule.total_steps": options.steps,
-            }
-            own = {k: v for k, v in (WIDE | steps).items() if k not in given} | keys
-            settings = [*options.set, *(f"{key}={json.dumps(v)}" for key, v in own.items())]
             part = Path(folder, "part.json")
             arguments = ["--out", part, "--work", name]
-            arguments += [argument for setting in settings for argument in ("--set", setting)]
+            arguments += setting_words(WIDE | steps, options.set) + setting_words(keys)
             launch("benchmarks.eight_bit", options.ranks, arguments).check_returncode()
             runs.append(json.loads(part.read_text()))
-    options.out.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+    write_json(options.out, {"runs": runs})
     draw(runs, options.out.with_suffix(".png"))
     print(table(runs))
 

@@ -24,15 +24,25 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.launching import launch
-from benchmarks.layer_profile import SYNCHRONISATIONS
-from benchmarks.provenance import git_commit, hardware, nccl_settings, versions
+from benchmarks.layer_profile import SYNCHRONISATIONS, traced, within
+from benchmarks.measurement import (
+    argument_parser,
+    fill_in,
+    git_commit,
+    hardware,
+    launch,
+    nccl_settings,
+    positive,
+    require_json,
+    versions,
+    write_json,
+)
 from magnetar.data.errors import UserError
 from magnetar.launchers.terminal.user_errors import user_errors
 
@@ -43,8 +53,18 @@ RANDOM_VOCAB_SIZE = 2000  # where the config leaves it to the data
 STEP = "one step"
 ALL_TO_ALL, ANY_COLLECTIVE = "ncclDevKernel_SendRecv", "nccl"
 SIZES: dict[bool, dict[str, Any]] = {
-    False: {"config": "ds_configs/lm_xmoe.json", "experts": 16, "batch": 1024, "micro_batch": 128},
-    True: {"config": "ds_configs/quickstart.json", "experts": 4, "batch": 4, "micro_batch": 2},
+    False: {
+        "config": Path("ds_configs/lm_xmoe.json"),
+        "experts": 16,
+        "batch": 1024,
+        "micro_batch": 128,
+    },
+    True: {
+        "config": Path("ds_configs/quickstart.json"),
+        "experts": 4,
+        "batch": 4,
+        "micro_batch": 2,
+    },
 }
 
 
@@ -65,10 +85,7 @@ def device_times(events: list[dict[str, Any]]) -> dict[str, Any]:
         kernel that computes; other_exposed_ms, in which other collectives run beside neither;
         idle_ms, in which no kernel runs; synchronisations of the host, and copies to it.
     """
-    complete = [event for event in events if event.get("ph") == "X"]
-    (outer,) = (e for e in complete if e["name"] == STEP and e["cat"] == "user_annotation")
-    begin, end = outer["ts"], outer["ts"] + outer["dur"]
-    inside = [event for event in complete if begin <= event["ts"] <= end]
+    outer, inside = within(events, STEP)
     spans: dict[str, list[tuple[float, float]]] = {"compute": [], "exchange": [], "other": []}
     for event in inside:
         if event["cat"] == "kernel":
@@ -92,30 +109,11 @@ def device_times(events: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def profiled(step: Callable[[], None], finish: Callable[[], None]) -> dict[str, Any]:
-    """`device_times` of a step."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()  # the first one in a profile pays for its setting up
-        finish()
-        with record_function(STEP):
-            step()
-            finish()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
-        return device_times(json.loads(file.read_text())["traceEvents"])
-
-
 def in_turn(_gate: Any, _given: Any, decided: Any, num_experts: int) -> Any:
     """Forward hook of a router: experts in turn in the place of those that it has chosen."""
-    from magnetar.models.moe.router import Routing
-
-    routing, *others = (decided,) if isinstance(decided, Routing) else decided
-    turns = _turns(*routing.experts.shape, num_experts, routing.experts.device)
-    routing = routing._replace(**{key: turns[key] for key in turns.keys() & set(routing._fields)})
-    return (routing, *others) if others else routing
+    turns = _turns(*decided.experts.shape, num_experts, decided.experts.device)
+    stats = decided.stats._replace(load=turns["load"].float())
+    return decided._replace(**turns, stats=stats)
 
 
 @cache
@@ -127,12 +125,13 @@ def _turns(num_tokens: int, top_k: int, num_experts: int, device: Any) -> dict[s
 
     turns = torch.arange(num_tokens, device=device).unsqueeze(1)
     experts = (turns + torch.arange(top_k, device=device) * (num_experts // top_k)) % num_experts
+    load = expert_counts(experts, num_experts)
     if device.type != "cuda":
-        return {"experts": experts}
+        return {"experts": experts, "load": load}
     from magnetar.models.moe.kernels.counting_sort import kept_block_counts
 
-    found = {"experts": experts.int(), "load": expert_counts(experts, num_experts)}
-    return found | {"block_counts": kept_block_counts(experts.int(), num_experts)}
+    blocks = kept_block_counts(experts.int(), num_experts)
+    return {"experts": experts.int(), "load": load, "block_counts": blocks}
 
 
 class NothingTravels:
@@ -286,7 +285,7 @@ class Bench:
 
         if self.device.type != "cuda":
             return []
-        own = profiled(self.step, self.finish)
+        own = device_times(traced(self.step, self.device, STEP))
         found: list[Any] = [None] * self.ranks
         torch.distributed.all_gather_object(found, own)
         return found
@@ -415,12 +414,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the defaults of a GPU or of a CPU."""
-    from benchmarks.moe_layer import positive
-
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.expert_parallel", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("benchmarks.expert_parallel", __doc__)
     parser.add_argument("--gpus", type=positive, default=2, help="ranks that share experts: 2")
     parser.add_argument("--cpu", action="store_true", help="small, on processes of the CPU")
     parser.add_argument("--config", type=Path, help="lm_xmoe.json; with --cpu quickstart.json")
@@ -446,9 +440,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's
     options = parser.parse_args(arguments)
-    for key, value in SIZES[options.cpu].items():
-        if getattr(options, key) is None:
-            setattr(options, key, Path(value) if key == "config" else value)
+    fill_in(options, SIZES[options.cpu])
     options.runs = [run for run in RUNS if not (options.quick and run == "replicated")]
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     return options
@@ -468,13 +460,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.gpus < 2:
         raise UserError(f"--gpus {options.gpus} shares nothing: use 2 or more")
-    if options.out.suffix != ".json":
-        raise UserError(f"--out {options.out} must end in .json: such as --out results.json")
+    require_json(options.out)
     for run in options.runs:  # before anything is started
         config_of(options, run, 1 if run == "one" else options.gpus)
     found = measure(options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(options.out, found)
     print(f"{table(found)}\nwrote {options.out}")
 
 

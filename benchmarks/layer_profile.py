@@ -20,25 +20,34 @@ SYNCHRONISATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEvent
 
 def profile_table(step: Callable[[], None], device: torch.device, num_rows: int = 25) -> str:
     """A Markdown list of the time of one step, which is run after a warm-up."""
-    is_cuda = device.type == "cuda"
     for _ in range(WARM_UP):
         step()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
-    if is_cuda:
-        torch.cuda.synchronize()
-    with profile(activities=activities) as profiler:
+    return report(traced(step, device, PASS), num_rows)
+
+
+def traced(step: Callable[[], Any], device: torch.device, name: str) -> list[dict[str, Any]]:
+    """The events of a Chrome trace of two steps, the second of which has a name."""
+    is_cuda = device.type == "cuda"
+    finish = torch.cuda.synchronize if is_cuda else lambda: None
+    finish()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda) as profiler:
         step()  # the first pass in a profile pays for its setting up
-        if is_cuda:
-            torch.cuda.synchronize()
-        with record_function(PASS):
+        finish()
+        with record_function(name):
             step()
-        if is_cuda:
-            torch.cuda.synchronize()
+            finish()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    return report(events, num_rows)
+        return json.loads(file.read_text())["traceEvents"]
+
+
+def within(events: list[dict[str, Any]], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The event of a name, and all events that begin within it."""
+    complete = [event for event in events if event.get("ph") == "X"]
+    (outer,) = (e for e in complete if e["name"] == name and e["cat"] == "user_annotation")
+    begin, end = outer["ts"], outer["ts"] + outer["dur"]
+    return outer, [event for event in complete if begin <= event["ts"] <= end]
 
 
 def report(events: list[dict[str, Any]], num_rows: int) -> str:
@@ -46,17 +55,14 @@ def report(events: list[dict[str, Any]], num_rows: int) -> str:
 
     It lists the kernels on a GPU, and elsewhere the operators by their own time.
     """
-    complete = [event for event in events if event.get("ph") == "X"]
-    (outer,) = (e for e in complete if e["name"] == PASS and e["cat"] == "user_annotation")
-    begin, end = outer["ts"], outer["ts"] + outer["dur"]
-    inside = [event for event in complete if begin <= event["ts"] <= end]
+    outer, inside = within(events, PASS)
     calls = [event for event in inside if event["cat"] in RUNTIME]
     # A kernel starts after the call that launched it, maybe after the pass has returned.
     launched = {event.get("args", {}).get("correlation") for event in calls} - {None}
     kernels = [
         event
-        for event in complete
-        if event["cat"] in ON_DEVICE and event.get("args", {}).get("correlation") in launched
+        for event in events
+        if event.get("cat") in ON_DEVICE and event.get("args", {}).get("correlation") in launched
     ]
     if not kernels:
         operators = own_times([event for event in inside if event["cat"] == "cpu_op"])

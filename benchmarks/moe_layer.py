@@ -19,8 +19,6 @@ tokens so that every expert gets equally many, and leaves the layers' code as it
 import argparse
 import datetime
 import gc
-import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -32,11 +30,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.chart import draw, read_results, table
+from benchmarks.chart import draw_layer, layer_table
 from benchmarks.layer_profile import profile_table
-from benchmarks.layers import Contender, Layer, NotInstalled, Shape, build_dense, build_ours
-from benchmarks.peers import PEERS, leave_process_group
-from benchmarks.provenance import git_commit, hardware, versions
+from benchmarks.layers import (
+    PEERS,
+    Contender,
+    Layer,
+    NotInstalled,
+    Shape,
+    build_dense,
+    build_ours,
+    leave_process_group,
+)
+from benchmarks.measurement import (
+    argument_parser,
+    chosen_names,
+    counts,
+    draw_beside,
+    failure,
+    fill_in,
+    git_commit,
+    hardware,
+    positive,
+    read_results,
+    require_json,
+    versions,
+    write_json,
+)
 from magnetar.data.errors import UserError
 from magnetar.launchers.terminal.user_errors import user_errors
 
@@ -75,6 +95,8 @@ CONTENDERS = {
         is_ours=True,
     ),
 }
+SIZES = ("tokens", "d_model", "d_ff", "top_k", "experts")
+ABOUT = ("label", "yardstick", "is_dense", "is_ours")  # of a contender, in the results
 ROUTINGS = ("as it falls", "balanced")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What a GPU is asked to do, and a CPU where it would take an hour.
@@ -203,18 +225,12 @@ def timed(action: Callable[[], None], num_steps: int, device: torch.device) -> f
     return 1000 * (time.perf_counter() - start) / num_steps
 
 
-def one_line(stage: str, error: BaseException) -> str:
-    """The error and its stage, for a table."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"failed: {stage}: {type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
 class Failures(dict[str, str]):
     """The reasons why contenders are not measured, by their names."""
 
     def note(self, name: str, stage: str, error: Exception) -> None:
         """Keep the first reason, and free what it held."""
-        self.setdefault(name, one_line(stage, error))
+        self.setdefault(name, failure(stage, error))
         print(f"  {name}: {self[name]}", file=sys.stderr, flush=True)
         # The frames of the traceback hold tensors.
         error.__traceback__ = None
@@ -359,44 +375,20 @@ def measure(options: argparse.Namespace, names: list[str], shapes: list[Shape]) 
         "versions": versions(),
         "device": shapes[0].device.type,
         "dtype": options.dtype,
-        "tokens": options.tokens,
-        "d_model": options.d_model,
-        "d_ff": options.d_ff,
-        "top_k": options.top_k,
-        "experts": options.experts,
+        **{key: getattr(options, key) for key in SIZES},
         "rounds": options.repeats,
         "steps_a_round": options.steps,
         "l2_flushed": False,
         "contenders": {
-            name: {
-                "label": CONTENDERS[name].label,
-                "yardstick": CONTENDERS[name].yardstick,
-                "is_dense": CONTENDERS[name].is_dense,
-                "is_ours": CONTENDERS[name].is_ours,
-            }
-            for name in names
+            name: {key: getattr(CONTENDERS[name], key) for key in ABOUT} for name in names
         },
         "results": results,
     }
 
 
-def positive(text: str) -> int:
-    """A count, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
-
-
-def counts(text: str) -> list[int]:
-    """Counts with commas between them, for argparse."""
-    return [positive(part) for part in text.split(",")]
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the defaults of this machine."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe_layer", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("benchmarks.moe_layer", __doc__)
     parser.add_argument("--tokens", type=positive, help="16384; on a CPU 512")
     parser.add_argument("--d-model", type=positive, help="1024; on a CPU 128")
     parser.add_argument("--d-ff", type=positive, help="4096; on a CPU 512")
@@ -410,27 +402,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draw", type=Path, help="draw the picture of such a file, and stop")
     parser.add_argument("--profile", metavar="NAME", help="show where one layer's time goes")
     options = parser.parse_args(arguments)
-    defaults = DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"]
-    for key, value in defaults.items():
-        if getattr(options, key) is None:
-            setattr(options, key, value)
+    fill_in(options, DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"])
     return options
-
-
-def chosen_names(options: argparse.Namespace) -> list[str]:
-    """The names of the contenders to measure.
-
-    Raises:
-        UserError: if a name is unknown.
-    """
-    asked = options.profile or options.only
-    names = [name.strip() for name in asked.split(",")] if asked else list(CONTENDERS)
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown or (options.profile and len(names) > 1):
-        option = "--profile" if options.profile else "--only"
-        rule = "takes one name" if options.profile else "takes names with commas between them"
-        raise UserError(f"{option} {asked} {rule}, of: {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if name in names]
 
 
 def chosen_shapes(options: argparse.Namespace) -> list[Shape]:
@@ -456,14 +429,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print; write the results and the picture where they are asked for."""
     options = parse(arguments)
     if options.draw is not None:
-        picture = options.draw.with_suffix(".png")
-        draw(read_results(options.draw), picture)
-        print(f"wrote {picture}")
+        draw_beside(options.draw, read_results(options.draw), draw_layer)
         return
-    out: Path | None = options.out
-    if out is not None and out.suffix != ".json":
-        raise UserError(f"--out {out} must end in .json: such as --out {out.with_suffix('.json')}")
-    names, shapes = chosen_names(options), chosen_shapes(options)
+    require_json(options.out)
+    names, shapes = chosen_names(options, CONTENDERS, list(CONTENDERS)), chosen_shapes(options)
     if options.profile:
         for shape in shapes:
             runner = Runner(CONTENDERS[names[0]].build(shape), shape)
@@ -472,16 +441,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(profile_table(runner.step, shape.device))
         return
     found = measure(options, names, shapes)
-    print(table(found))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"wrote {out}")
-        if importlib.util.find_spec("matplotlib") is None:
-            print(f"no picture, for matplotlib is not installed: --draw {out} makes it elsewhere")
-        else:
-            draw(found, out.with_suffix(".png"))
-            print(f"wrote {out.with_suffix('.png')}")
+    print(layer_table(found))
+    if options.out is not None:
+        write_json(options.out, found)
+        draw_beside(options.out, found, draw_layer)
 
 
 if __name__ == "__main__":

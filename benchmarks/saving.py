@@ -18,9 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launching import launch
+from benchmarks.measurement import Training, argument_parser, launch, setting_words, write_json
 
-CONFIG = Path(__file__).with_name("layouts.json")
 REPEATS = 5
 BIG = {
     "magnetar.model.d_model": 512,
@@ -35,30 +34,11 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
     import deepspeed.comm as dist
     import torch
 
-    from magnetar.engine.build import build_engine, start_distributed
+    from magnetar.engine.build import start_distributed
     from magnetar.engine.checkpoint.save_load import Saver
-    from magnetar.engine.config.schema import load_config
-    from magnetar.engine.prepare_run import resolve_run
-    from magnetar.engine.train_step import loss_weights, train_step, training_batches
 
-    device = start_distributed()
-    ranks = dist.get_world_size()
-    keys = BIG | {"magnetar.model.moe.ep_size": ranks, "magnetar.training.run_dir": folder}
-    given = {setting.partition("=")[0] for setting in settings}
-    own = [f"{key}={json.dumps(value)}" for key, value in keys.items() if key not in given]
-    changes = own + settings
-    config, prepared = resolve_run(load_config(CONFIG, changes, ranks), ranks)
-    batches = training_batches(prepared, config.deepspeed["gradient_accumulation_steps"], device)
-    engine, _ = build_engine(config, device)
-
-    def train_one(step: int) -> None:
-        train_step(
-            engine,
-            batches.of_step(step),
-            loss_weights(config.model.moe, config.training),
-            config.training.seed,
-            step,
-        )
+    training = Training(settings, start_distributed())
+    device = training.device
 
     def slowest(seconds: float) -> float:
         value = torch.tensor([seconds], dtype=torch.float64, device=device)
@@ -71,13 +51,13 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
         action(*arguments)
         return slowest(time.perf_counter() - begin)
 
-    train_one(1)
+    training.step(1)
     times: dict[str, list[float]] = {
         name: [] for name in ("step", "blocked", "step_while_writing", "sync")
     }
     step, state = 1, {"seconds": 0.0, "num_clipped": 0, "before": {}, "after": {}}
     waited = [0.0]
-    with Saver(engine, config, prepared) as saver:
+    with Saver(training.engine, training.config, training.prepared) as saver:
         wait_for_copy = saver.copied.wait
 
         def timed_wait() -> None:
@@ -89,10 +69,10 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
         saver.save(step, state)
         saver.wait()
         for _ in range(REPEATS):
-            times["step"].append(timed(train_one, step := step + 1))
+            times["step"].append(timed(training.step, step := step + 1))
             waited[0] = 0.0
             seconds = timed(saver.save, step, state)
-            times["step_while_writing"].append(timed(train_one, step := step + 1))
+            times["step_while_writing"].append(timed(training.step, step := step + 1))
             times["blocked"].append(seconds + slowest(waited[0]))
             saver.wait()
             times["sync"].append(timed(lambda: (saver.save(step, state), saver.wait())))
@@ -100,28 +80,24 @@ def work(out: Path, folder: str, settings: list[str]) -> None:
         checkpoint = max((Path(folder) / "checkpoints").iterdir())
         num_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
         median = {name: statistics.median(values) for name, values in times.items()}
-        out.write_text(
-            json.dumps(
-                {
-                    "ranks": ranks,
-                    "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-                    "machine": platform.processor() or platform.machine(),
-                    "torch": torch.__version__,
-                    "bytes": num_bytes,
-                    "seconds": times,
-                    "median": median,
-                    "blocked_share_of_sync": median["blocked"] / median["sync"],
-                },
-                indent=1,
-            )
-            + "\n"
+        write_json(
+            out,
+            {
+                "ranks": training.ranks,
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+                "machine": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+                "bytes": num_bytes,
+                "seconds": times,
+                "median": median,
+                "blocked_share_of_sync": median["blocked"] / median["sync"],
+            },
         )
 
 
 def main() -> None:
     """Measure, and print what was found."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.saving", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("benchmarks.saving", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="a .json file")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--folder", help="where checkpoints go; a temporary folder")
@@ -136,8 +112,9 @@ def main() -> None:
         leave_distributed()
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        own = {"magnetar.model.moe.ep_size": options.ranks, "magnetar.training.run_dir": folder}
         arguments = ["--out", options.out, "--folder", folder, "--work"]
-        arguments += [part for pair in options.set for part in ("--set", pair)]
+        arguments += setting_words(BIG | own, options.set)
         launch("benchmarks.saving", options.ranks, arguments).check_returncode()
     found = json.loads(options.out.read_text())
     print(

@@ -36,16 +36,22 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.launching import launch
-from benchmarks.scaling_configs import (
-    SIZES,
-    corpus,
-    expert_parallel_sizes,
-    paper_configs,
-    small_model,
-    weak_config,
+from benchmarks.measurement import (
+    ROOT,
+    argument_parser,
+    draw_beside,
+    fill_in,
+    git_commit,
+    hardware,
+    launch,
+    nccl_settings,
+    positive,
+    read_results,
+    require_json,
+    versions,
 )
 from magnetar.data.errors import UserError
 from magnetar.launchers.terminal.user_errors import user_errors
@@ -53,7 +59,106 @@ from magnetar.launchers.terminal.user_errors import user_errors
 PARTS = ("scaling", "paper", "numbers", "checkpoint")
 GRACE = 12  # seconds after --seconds in which what has begun may end
 KEPT, SHOWN = 20_000, 3_000  # characters of what failing ranks have said
+STATES_SHARE = 0.8  # of a GPU's memory; the rest is for activations and buffers
+MORE_SEQUENCES = 8  # times --batch, in the second measurement of `paper`
+SIZES: dict[bool, dict[str, Any]] = {  # on GPUs, on a CPU
+    False: {"config": "lm_xmoe", "experts": 16, "batch": 256, "paper": "lm_xmoe_256"}
+    | {"paper_experts": 256, "paper_set": ["magnetar.training.compile=true"]},
+    True: {"config": "quickstart", "experts": 4, "batch": 4, "paper": "quickstart"}
+    | {"paper_experts": 16, "paper_set": []},
+}
 KEYS = ("gpus", "cpu", "experts", "paper_experts", "batch", "rounds", "steps", "seconds", "set")
+
+
+def expert_parallel_sizes(gpus: int) -> list[int]:
+    """Powers of two up to the GPUs, those first that say most."""
+    between = [size for size in (2**n for n in range(1, gpus.bit_length())) if size < gpus]
+    return [1, gpus, *between]
+
+
+def ds_config(name: str) -> Path:
+    """A JSON that comes with the project."""
+    return ROOT / "ds_configs" / f"{name}.json"
+
+
+def weak_config(options: argparse.Namespace, ep_size: int) -> Any:
+    """The run of `scaling` on so many GPUs.
+
+    Raises:
+        UserError: if the config is wrong; it lists all problems.
+    """
+    from benchmarks.expert_parallel import config_of
+
+    sizes = {"config": ds_config(options.sizes["config"]), "experts": options.experts}
+    sizes |= {"batch": options.batch, "micro_batch": options.batch, "set": options.set}
+    sizes["capacity"] = None  # nothing is dropped
+    return config_of(SimpleNamespace(**sizes), "spread", ep_size)  # type: ignore[arg-type]
+
+
+def paper_configs(options: argparse.Namespace, memory: float) -> tuple[dict[str, Any], int]:
+    """The runs of `paper` by name, dense before sparse, and bytes of a GPU's states.
+
+    Args:
+        options: options of the command line.
+        memory: memory of each GPU in bytes.
+
+    Raises:
+        UserError: if not even two experts a GPU fit.
+    """
+    from benchmarks.expert_parallel import config_of
+    from benchmarks.step_contenders import dense_config
+    from magnetar.engine.memory_planner import GIB, memory_of_rank, parameters_of
+
+    def sparse(num_experts: int, batch: int, micro_batch: int) -> Any:
+        sizes = {"config": ds_config(options.sizes["paper"]), "batch": batch}
+        sizes |= {"experts": num_experts // options.gpus, "micro_batch": micro_batch}
+        sizes["capacity"] = None
+        sizes |= {"set": [*options.sizes["paper_set"], *options.set]}
+        return config_of(SimpleNamespace(**sizes), "spread", options.gpus)  # type: ignore[arg-type]
+
+    fewest = 2 * options.gpus  # a token has two
+    num_experts = max(options.paper_experts, fewest)
+    while True:
+        config = sparse(num_experts, MORE_SEQUENCES * options.batch, options.batch)
+        needed = sum(memory_of_rank(parameters_of(config.model), config, options.gpus))
+        if needed <= STATES_SHARE * memory:
+            break
+        if num_experts == fewest:
+            raise UserError(
+                f"{num_experts} experts on {options.gpus} GPUs keep {needed / GIB:.3g} GiB on each "
+                f"of its {memory / GIB:.3g}: leave out `paper`, with --only"
+            )
+        num_experts //= 2
+    # With large states half as many sequences at once: their activations take what is left.
+    halves = needed > 0.5 * memory and options.batch > 1
+    configs = {}
+    for batch in (options.batch, MORE_SEQUENCES * options.batch):
+        config = sparse(num_experts, batch, options.batch // (1 + halves))
+        configs[f"dense, {batch} sequences"] = dense_config(config, options.gpus)
+        configs[f"sparse, {batch} sequences"] = config
+    return configs, needed
+
+
+def corpus(folder: Path) -> Path:
+    """A prepared folder of this project's own pages."""
+    from magnetar.data.text.prepare import PrepareConfig, prepare
+
+    out = folder / "prepared"
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    for name, texts in (("train", pages), ("valid", [ROOT / "README.md"])):
+        (folder / f"{name}.txt").write_text("\n".join(page.read_text() for page in texts))
+    files = {name: (str(folder / f"{name}.txt"),) for name in ("train", "valid")}
+    prepare(PrepareConfig(out=out, vocab_size=500, **files))
+    return out
+
+
+def small_model(gpus: int, text: Path) -> dict[str, Any]:
+    """Changes to benchmarks/layouts.json for so many GPUs."""
+    return {
+        "magnetar.data.path": str(text),
+        "magnetar.model.moe.num_experts": max(8, gpus),
+        "train_batch_size": max(16, gpus),
+    }
 
 
 class Session:
@@ -191,7 +296,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from benchmarks.provenance import git_commit, hardware, nccl_settings, versions
     from benchmarks.scaling_chart import summary
 
     device = torch.device("cpu" if options.cpu else "cuda")
@@ -232,10 +336,7 @@ def parts(text: str) -> list[str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the defaults of a GPU or of a CPU."""
-    from benchmarks.moe_layer import positive
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("benchmarks.scaling", __doc__)
     parser.add_argument(
         "--gpus", type=positive, help="a power of two: as many as there are; with --cpu 2"
     )
@@ -270,9 +371,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draw", type=Path, help="show and draw the results of a file, and stop")
     options = parser.parse_args(arguments)
     options.sizes = SIZES[options.cpu]
-    for key in ("experts", "paper_experts", "batch"):
-        if getattr(options, key) is None:
-            setattr(options, key, options.sizes[key])
+    fill_in(options, {key: options.sizes[key] for key in ("experts", "paper_experts", "batch")})
     return options
 
 
@@ -310,7 +409,6 @@ def require_gpus(options: argparse.Namespace, there: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print tables, write results and picture."""
     options = parse(arguments)
-    from benchmarks.chart import read_results
     from benchmarks.scaling_chart import draw, table
 
     if options.draw is not None:
@@ -318,8 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         if options.out is None:
             raise UserError("--out is missing: name a file for the results, --out scaling.json say")
-        if options.out.suffix != ".json":
-            raise UserError(f"--out {options.out} must end in .json: such as --out scaling.json")
+        require_json(options.out)
         if options.cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import torch
@@ -328,12 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         found = measure(options)
     print(table(found))
-    picture = options.out.with_suffix(".png")
-    try:
-        draw(found, picture)
-        print(f"wrote {options.out} and {picture}")
-    except ModuleNotFoundError as error:  # a machine that only computes
-        print(f"wrote {options.out}; a picture needs {error.name}: --draw it where that is")
+    draw_beside(options.out, found, draw)
     if found["failed"]:
         sys.exit(1)
 

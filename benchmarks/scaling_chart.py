@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chart import ACCENT, DENSE, GIB, GRAY
-from benchmarks.step_chart import peak_flops
+from benchmarks.chart import ACCENT, DENSE, GIB, GRAY, peak_flops, picture
 
 GOALS = {"scaling": 0.92, "paper": 0.85}
 BOUND = 5e-5  # relative, of losses and gradient norms in fp32
@@ -131,44 +130,32 @@ def _row(name: str, record: dict[str, Any], one: dict[str, Any], over: str) -> s
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
-    """Four panels, one for each part.
-
-    Args:
-        found: results of the benchmark.
-        out: path of the picture; its suffix chooses the format.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Four panels, one for each part."""
     about = summary(found)
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    _draw_scaling(axes[0, 0], about["scaling"])
-    _draw_paper(axes[0, 1], about["paper"])
-    words = {
-        "numbers": ("fp32, every EP beside EP 1", "step"),
-        "checkpoint": ("a checkpoint, continued by fewer GPUs", "step after the checkpoint"),
-    }
-    for panel, (part, lines) in zip(axes[1], curves_apart(found).items(), strict=True):
-        for name, line in lines.items():
-            floor = [max(value, 1e-9) for value in line]  # no difference at all has no logarithm
-            style = "--" if name.endswith("norm") else "-"
-            panel.plot(range(1, len(line) + 1), floor, style, label=name)
-        panel.axhline(BOUND, color=GRAY, linewidth=1, label="bound")
-        title, label = words[part]
-        panel.set(title=title, yscale="log", xlabel=label, ylabel="relative difference")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        largest = max((max(line) for line in lines.values()), default=0)
-        panel.set_ylim(5e-10, max(1e-2, 100 * largest))  # room for the legend
-        panel.legend(fontsize=8, loc="upper right", ncols=2)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.title.set_fontsize(10)
-    figure.suptitle(heading(found), fontsize=11)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    with picture(out, 2, 2, figsize=(11, 7.5)) as (figure, axes):
+        _draw_scaling(axes[0, 0], about["scaling"])
+        _draw_paper(axes[0, 1], about["paper"])
+        words = {
+            "numbers": ("fp32, every EP beside EP 1", "step"),
+            "checkpoint": ("a checkpoint, continued by fewer GPUs", "step after the checkpoint"),
+        }
+        for panel, (part, lines) in zip(axes[1], curves_apart(found).items(), strict=True):
+            for name, line in lines.items():
+                floor = [
+                    max(value, 1e-9) for value in line
+                ]  # no difference at all has no logarithm
+                style = "--" if name.endswith("norm") else "-"
+                panel.plot(range(1, len(line) + 1), floor, style, label=name)
+            panel.axhline(BOUND, color=GRAY, linewidth=1, label="bound")
+            title, label = words[part]
+            panel.set(title=title, yscale="log", xlabel=label, ylabel="relative difference")
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            largest = max((max(line) for line in lines.values()), default=0)
+            panel.set_ylim(5e-10, max(1e-2, 100 * largest))  # room for the legend
+            panel.legend(fontsize=8, loc="upper right", ncols=2)
+        for panel in axes.flat:
+            panel.title.set_fontsize(10)
+        figure.suptitle(heading(found), fontsize=11)
 
 
 def _draw_scaling(panel: Any, speeds: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers import import_torchscale, integer_histograms, need
+from benchmarks.layers import import_torchscale, integer_histograms, need
 from magnetar.data.errors import UserError
 from magnetar.engine.build import build_engine
 from magnetar.engine.cluster.signals import Requests

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.layers import NotInstalled
+from benchmarks.measurement import failure
 from benchmarks.step_contenders import CONTENDERS, Trainee, checked
 from magnetar.data.loader import open_data
 from magnetar.engine.build import start_distributed
@@ -163,8 +164,7 @@ def status_of(stage: str, error: Exception) -> str:
         return "not installed"
     if isinstance(error, torch.OutOfMemoryError):
         return OUT_OF_MEMORY
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"failed: {stage}: {type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    return failure(stage, error)
 
 
 def obey(job: Job, report: Callable[[dict[str, Any]], None]) -> None:

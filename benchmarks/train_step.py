@@ -14,7 +14,6 @@ What runs out of memory is tried again with half the micro-batch.
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import subprocess
@@ -27,11 +26,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.chart import read_results
+from benchmarks.chart import draw_step, step_table, summarised
 from benchmarks.layer_profile import profile_table
-from benchmarks.moe_layer import counts, positive
-from benchmarks.provenance import git_commit, hardware, versions
-from benchmarks.step_chart import draw, summarised, table
+from benchmarks.measurement import (
+    argument_parser,
+    chosen_names,
+    counts,
+    draw_beside,
+    fill_in,
+    git_commit,
+    hardware,
+    positive,
+    read_results,
+    require_json,
+    versions,
+    write_json,
+)
 from benchmarks.step_contenders import CONTENDERS, sparse_config
 from benchmarks.step_worker import OUT_OF_MEMORY, Job, Runner
 from magnetar.data.errors import UserError
@@ -247,11 +257,7 @@ def measure(
         "steps_a_round": options.steps,
         "together": options.together,
         "contenders": {
-            name: {
-                "label": CONTENDERS[name].label,
-                "is_dense": CONTENDERS[name].is_dense,
-                "is_ours": CONTENDERS[name].is_ours,
-            }
+            name: {key: getattr(CONTENDERS[name], key) for key in ("label", "is_dense", "is_ours")}
             for name in names
         },
         "results": [],
@@ -265,16 +271,14 @@ def measure(
                 found["hardware"] |= record.pop("hardware", {})
             found["results"] = summarised(found, finished + list(contest.records.values()))
             if options.out is not None:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(found, indent=1) + "\n")
+                write_json(options.out, found)
         finished += contest.records.values()
     return found
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the defaults of this machine."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("benchmarks.train_step", __doc__)
     parser.add_argument("--config", type=Path, help="lm_xmoe.json; on a CPU quickstart.json")
     parser.add_argument("--experts", type=counts, help="a layer: 32; on a CPU 8")
     parser.add_argument("--batch", type=positive, help="sequences of a step: the config's")
@@ -298,33 +302,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draw", type=Path, help="draw the picture of such a file, and stop")
     parser.add_argument("--profile", metavar="NAME", help="show where one contender's step goes")
     options = parser.parse_args(arguments)
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    for key, value in DEFAULTS[kind].items():
-        if getattr(options, key) is None:
-            if key == "micro_batch" and options.batch is not None and value is not None:
-                value = min(value, options.batch)
-            setattr(options, key, value)
-    options.kind = kind
-    options.together |= kind == "cpu"
+    options.kind = "cuda" if torch.cuda.is_available() else "cpu"
+    defaults = dict(DEFAULTS[options.kind])
+    if options.batch is not None and defaults["micro_batch"] is not None:
+        defaults["micro_batch"] = min(defaults["micro_batch"], options.batch)
+    fill_in(options, defaults)
+    options.together |= options.kind == "cpu"
     return options
-
-
-def chosen_names(options: argparse.Namespace) -> list[str]:
-    """Whom to measure.
-
-    Raises:
-        UserError: if a name is unknown.
-    """
-    asked = options.profile or options.only
-    if not asked:
-        return [name for name, one in CONTENDERS.items() if options.kind in one.default]
-    names = [name.strip() for name in asked.split(",")]
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown or (options.profile and len(names) > 1):
-        option = "--profile" if options.profile else "--only"
-        rule = "takes one name" if options.profile else "takes names with commas between them"
-        raise UserError(f"{option} {asked} {rule}, of: {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if name in names]
 
 
 def chosen_configs(options: argparse.Namespace) -> list[RunConfig]:
@@ -361,26 +345,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print; write the results and the picture where they are asked for."""
     options = parse(arguments)
     if options.draw is not None:
-        picture = options.draw.with_suffix(".png")
-        draw(read_results(options.draw, "train_step"), picture)
-        print(f"wrote {picture}")
+        draw_beside(options.draw, read_results(options.draw, "train_step"), draw_step)
         return
-    out: Path | None = options.out
-    if out is not None and out.suffix != ".json":
-        raise UserError(f"--out {out} must end in .json: such as --out {out.with_suffix('.json')}")
-    names, configs = chosen_names(options), chosen_configs(options)
+    require_json(options.out)
+    default = [name for name, one in CONTENDERS.items() if options.kind in one.default]
+    names, configs = chosen_names(options, CONTENDERS, default), chosen_configs(options)
     if options.profile:
         show_profile(Job(names[0], configs[0].to_dict(), options.data is not None, 1, 0))
         return
     found = measure(options, names, configs)
-    print(table(found))
-    if out is not None:
-        print(f"wrote {out}")
-        if importlib.util.find_spec("matplotlib") is None:
-            print(f"no picture, for matplotlib is not installed: --draw {out} makes it elsewhere")
-        else:
-            draw(found, out.with_suffix(".png"))
-            print(f"wrote {out.with_suffix('.png')}")
+    print(step_table(found))
+    if options.out is not None:
+        draw_beside(options.out, found, draw_step)
 
 
 if __name__ == "__main__":

@@ -198,14 +198,6 @@ def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
     )
 
 
-def layout_in_words(layout: Mapping[str, int]) -> str:
-    """A checkpoint's layout for a person."""
-    ranks = layout["world_size"]
-    return (
-        f"{ranks} rank{'s' * (ranks > 1)}, ep_size {layout['ep_size']}, ZeRO {layout['zero_stage']}"
-    )
-
-
 def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
     """The shell arguments with which a run starts from a folder of weights.
 

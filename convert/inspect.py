@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from magnetar.convert.experts import place_of
-from magnetar.convert.folders import layout_in_words, not_finite, watched
+from magnetar.convert.folders import not_finite, watched
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
@@ -29,6 +29,7 @@ from magnetar.engine.checkpoint.format import (
     sha256,
 )
 from magnetar.engine.checkpoint.open_run import SavedModel, is_run, of_checkpoint, open_run
+from magnetar.engine.config.schema import Layout
 from magnetar.engine.optim.adam import MOMENTS
 from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
@@ -102,7 +103,7 @@ class Contents:
         path: path of the checkpoint or the folder of weights.
         about: facts for a person, by their label.
         step: optimizer steps done; None for weights alone.
-        layout: world_size, ep_size and zero_stage that it was written for; None for weights alone.
+        layout: ranks, ep_size and ZeRO stage that it was written for; None for weights alone.
         num_tensors: number of tensors; tied ones count once.
         num_parameters: number of parameters of the whole model.
         num_parameters_a_token: number of parameters that a token passes through, see models.cost.
@@ -155,7 +156,7 @@ def inspect(path: Path) -> Contents:
         about["holds"] = (
             f"step {checkpoint.step} of a run, in format {checkpoint.manifest['format']}"
         )
-        about["layout"] = layout_in_words(checkpoint.manifest["layout"])
+        about["layout"] = Layout.stored(checkpoint.manifest).in_words()
     contents = Contents(
         path=str(source.path),
         about=about,

@@ -22,7 +22,6 @@ from magnetar.convert.folders import (
     aligned,
     checked_numbers,
     how_to_start,
-    layout_in_words,
     require_new,
     vocabulary_file,
     warning_rows,
@@ -42,8 +41,8 @@ from magnetar.engine.checkpoint.format import (
 from magnetar.engine.checkpoint.open_run import SavedModel, open_run
 from magnetar.engine.checkpoint.save_load import part_name
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
-from magnetar.engine.config.schema import RunConfig
-from magnetar.engine.memory_planner import GIB, Layout, nearest_layout, parameters_of, problems_of
+from magnetar.engine.config.schema import Layout, RunConfig
+from magnetar.engine.memory_planner import GIB, nearest_layout, parameters_of, problems_of
 from magnetar.engine.metrics import keep_records_up_to
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.files import LazyTensors, as_type, grouped
@@ -105,7 +104,7 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
     about |= {"layout": layout._asdict(), "config": config}
     written = _write_run(out, source, checkpoint, parts, about, config)
     files = f"{len(parts)} file{'s' * (len(parts) > 1)}"
-    there, here = (layout_in_words(one.manifest["layout"]) for one in (checkpoint, written))
+    there, here = (Layout.stored(one.manifest).in_words() for one in (checkpoint, written))
     return aligned(
         [
             ("read", f"{checkpoint.path}, {there}"),
@@ -142,7 +141,7 @@ def import_weights(path: Path, out: Path) -> list[str]:
         for index, names in enumerate(grouped(sizes, IMPORTED_PART_BYTES))
     }
     about = run.model_dump(exclude_unset=True) | {
-        "layout": {"world_size": len(parts), "ep_size": 1, "zero_stage": 0},
+        "layout": Layout(len(parts), 1, 0)._asdict(),
         "optimizer": run.optimizer.model_dump() | {"step": 0},
     }
     written = _write_run(out, source, _Weights(tensors), parts, about, _config_in(run.config, out))
@@ -222,9 +221,8 @@ def _config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 def _how_to_train_on(run_dir: Path, num_ranks: int) -> str:
     """The shell command that continues a run."""
-    return (
-        f"deepspeed --num_gpus {num_ranks} --module magnetar.launchers.train --deepspeed_config "
-        f"{shlex.quote(str(run_dir / CONFIG_FILE))}"
+    return shlex.join(
+        ["magnetar", "train", str(run_dir / CONFIG_FILE), "--num_gpus", str(num_ranks)]
     )
 
 

@@ -13,13 +13,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    """For tensors of a few kilobytes: several threads only wait for each other.
-
-    MAGNETAR_TEST_THREADS: another number, to see what holds on several threads too.
-    """
-    torch.set_num_threads(int(os.environ.get("MAGNETAR_TEST_THREADS", "1")))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that no process waits at the end for one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 # First, so that no fixture is made for a test that is skipped.

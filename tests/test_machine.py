@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests import machine
 from tests.conftest import pytest_terminal_summary
@@ -41,8 +42,8 @@ def test_only_what_can_be_taken_away_is(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.slow
 def test_ranks_refuse_what_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAGNETAR_TEST_WITHOUT", "bf16")
-    with pytest.raises(AssertionError, match="Type bf16 is not supported on your device"):
-        run_on_ranks("tests.engine.programs:losses_and_norms", 1, [BF16], 1)
+    with pytest.raises(AssertionError, match="does not compute in bf16"):
+        run_on_ranks("tests.engine.programs:losses_and_norms", 1, [BF16], 1, fresh=True)
 
 
 def test_what_was_skipped_is_counted_by_its_reason() -> None:
@@ -66,20 +67,30 @@ def test_what_was_skipped_is_counted_by_its_reason() -> None:
     assert lines == []
 
 
-def test_every_file_of_the_imitations_exists() -> None:
+def test_the_imitations_run_what_compares_bits_or_types() -> None:
+    shown = "shown: ; @echo $(BITS) $(GUARDED) $(RESUMED)"
     listed = subprocess.run(
-        [
-            "make",
-            "--no-print-directory",
-            "--eval",
-            "shown: ; @echo $(BITS) $(GUARDED) $(RESUMED)",
-            "shown",
-        ],
+        ["make", "--no-print-directory", "--eval", shown, "shown"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    paths = listed.stdout.split()
-    assert len(paths) > 10
-    assert [path for path in paths if not (ROOT / path.partition("::")[0]).exists()] == []
+    paths = {path.partition("::")[0] for path in listed.stdout.split()}
+    models = ("test_transformer", "moe/test_two_ranks", "moe/test_all_to_all", "layers/test_norms")
+    assert paths > {f"tests/models/{name}.py" for name in models}
+    assert paths > {f"tests/convert/test_{name}.py" for name in ("export", "shrink", "reshard")}
+    assert paths > {"tests/engine/optim/test_adam.py", "tests/engine/checkpoint/test_save_load.py"}
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def threads_after_a_program_set_them() -> int:
+    torch.set_num_threads(1)
+    return torch.get_num_threads()
+
+
+@pytest.mark.slow
+def test_ranks_keep_the_threads_of_the_imitation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAGNETAR_TEST_THREADS", "2")
+    program = "tests.test_machine:threads_after_a_program_set_them"
+    assert run_on_ranks(program, 1) == [2]

@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from magnetar.convert.torchscale.names import NOT_WEIGHTS, XPOS
-from magnetar.data.errors import UserError
-from magnetar.models.weights.files import read_json
+from magnetar.data.errors import UserError, parse_json
 
 # Keys that only fairseq writes beside "args" and "model".
 _FAIRSEQ_KEYS = ("cfg", "extra_state", "optimizer_history")
@@ -350,7 +349,7 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
 def read_options(path: Path) -> dict[str, Any]:
     """The options that a JSON file holds."""
     try:
-        options = read_json(path)
+        options = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give the JSON with the model's options") from None
     except IsADirectoryError:

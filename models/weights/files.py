@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from magnetar.data.errors import UserError, read_json_object
+
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 
@@ -78,7 +80,7 @@ def as_type(tensors: LazyTensors, dtype: torch.dtype) -> LazyTensors:
         tensor = tensors.read(name)
         converted = tensor.to(dtype)
         if not torch.equal(converted.isfinite(), tensor.isfinite()):
-            raise ValueError(
+            raise UserError(
                 f"{name} reaches {tensor.abs().max().item():g}, and {str(dtype)[6:]} ends at "
                 f"{torch.finfo(dtype).max:g}: use float32 or bfloat16"
             )
@@ -105,25 +107,6 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)) or any(
         folder.glob(_SHARDS)
     )
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file that another program may have written.
-
-    Raises:
-        ValueError: if it cannot be understood; the message says why, and not where.
-        OSError: if it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON: {error}") from None
-    except RecursionError:
-        raise ValueError("its lists or objects nest too deeply") from None
-    except ValueError:  # of an integer
-        raise ValueError("it holds a number of thousands of digits") from None
 
 
 def write_files(
@@ -176,7 +159,7 @@ def write_files(
     written = open_files(folder)
     for name in watch("checking", list(tensors.specs)):
         if digest(written.read(name)) != digests[name]:
-            raise ValueError(f"{folder}: {name} is not what was written: use another disk")
+            raise UserError(f"{folder}: {name} is not what was written: use another disk")
     return digests
 
 
@@ -221,7 +204,7 @@ def open_files(folder: Path, digests: Mapping[str, str] | None = None) -> LazyTe
     held = {(name, file) for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118
     for name, file in sorted(set(places.items()) ^ held):
         what = "holds" if (name, file) in held else "does not hold"
-        raise ValueError(
+        raise UserError(
             f"{folder / file} {what} {name}, and {INDEX_FILE} says otherwise: copy them again, or "
             "convert it again"
         )
@@ -230,7 +213,7 @@ def open_files(folder: Path, digests: Mapping[str, str] | None = None) -> LazyTe
         entry = files[file].get_slice(name)
         code = entry.get_dtype()
         if code not in _DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{folder / file}: {name} is of type {code}, where a model has "
                 f"{', '.join(_DTYPES)}: convert it again"
             )
@@ -239,7 +222,7 @@ def open_files(folder: Path, digests: Mapping[str, str] | None = None) -> LazyTe
     def read(name: str) -> Tensor:
         tensor = files[places[name]].get_tensor(name)
         if digests and name in digests and digest(tensor) != digests[name]:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {name} is not what was written (its sha256 differs): copy the folder "
                 "again, or convert it again"
             )
@@ -254,19 +237,18 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return dict.fromkeys(_open(folder / WEIGHTS_FILE).keys(), WEIGHTS_FILE)
     index = folder / INDEX_FILE
     try:
-        held = read_json(index)
+        places = read_json_object(index).get("weight_map")
     except (OSError, ValueError) as error:
         problem = (
             "is missing, which says which shard holds which tensor"
             if isinstance(error, FileNotFoundError)
             else f"cannot be read ({error})"
         )
-        raise ValueError(f"{index} {problem}: copy it again, or convert it again") from None
-    places = held.get("weight_map") if isinstance(held, dict) else None
+        raise UserError(f"{index} {problem}: copy it again, or convert it again") from None
     if not isinstance(places, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in places.values()
     ):
-        raise ValueError(
+        raise UserError(
             f"{index} has no object weight_map of tensors' names and the files beside it: copy it "
             "again, or convert it again"
         )
@@ -278,6 +260,6 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         problem = "No such file" if isinstance(error, FileNotFoundError) else error
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read ({problem}): copy it again, or convert it again"
         ) from error

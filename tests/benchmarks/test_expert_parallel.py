@@ -27,11 +27,7 @@ from magnetar.data.errors import UserError
 from magnetar.models.layers.init import RandomSource
 from magnetar.models.moe.config import MoELayerConfig
 from magnetar.models.moe.layer import MoE
-
-SIZES = ["num_layers=2", "d_model=32", "d_ff=48", "num_heads=2", "vocab_size=64", "max_seq_len=16"]
-TINY = ["--cpu", "--rounds", "1", "--steps", "1", "--set", "magnetar.data.seq_len=16"]
-for size in SIZES:
-    TINY += ["--set", f"magnetar.model.{size}"]
+from tests.benchmarks import TINY
 
 
 def test_what_overlaps_is_counted_once() -> None:
@@ -132,30 +128,6 @@ def test_every_run_has_the_same_experts_and_sequences_for_each_gpu() -> None:
     assert config_of(options, "spread", 2).model.num_layers == 12
 
 
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        (["--gpus", "1", "--out", "a.json"], "--gpus 1 shares nothing: use 2 or more"),
-        (["--out", "a.txt"], "--out a.txt must end in .json: such as --out results.json"),
-        (
-            ["--cpu", "--batch", "3", "--out", "a.json"],
-            "this cannot be measured:\n  train_batch_size=3, train_micro_batch_size_per_gpu=2",
-        ),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_in_one_message(
-    arguments: list[str],
-    shown: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # put back afterwards, whatever --cpu does
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    assert shown in capsys.readouterr().err
-
-
 def test_a_quick_benchmark_leaves_out_one_run() -> None:
     assert parse(["--out", "a.json"]).runs == ["one", "replicated", "spread"]
     assert parse(["--quick", "--out", "a.json"]).runs == ["one", "spread"]
@@ -163,7 +135,7 @@ def test_a_quick_benchmark_leaves_out_one_run() -> None:
 
 def test_ranks_that_fail_end_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(expert_parallel, "launch", lambda *_, **__: None)
-    options = parse([*TINY, "--out", str(tmp_path / "results.json")])
+    options = parse(["--cpu", *TINY, "--out", str(tmp_path / "results.json")])
     with pytest.raises(UserError, match="the ranks of `one` failed: what they say is above"):
         expert_parallel.measure(options)
 
@@ -174,7 +146,7 @@ def test_all_runs_are_measured(
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     out = tmp_path / "new" / "results.json"
-    main([*TINY, "--out", str(out)])
+    main(["--cpu", *TINY, "--out", str(out)])
     found = json.loads(out.read_text())
     runs = [(record["run"], record["ranks"]) for record in found["results"]]
     assert runs == [("one", 1), ("replicated", 2), ("spread", 2), (NOTHING_TRAVELS, 2)]

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling
-from benchmarks.launching import launch
-from benchmarks.scaling import Session, main, parse, require_gpus
-from benchmarks.scaling_chart import apart, draw, summary, table
-from benchmarks.scaling_configs import (
+from benchmarks.measurement import launch
+from benchmarks.scaling import (
+    Session,
     corpus,
     expert_parallel_sizes,
+    main,
     paper_configs,
+    parse,
+    require_gpus,
     small_model,
     weak_config,
 )
-from benchmarks.step_contenders import cost
+from benchmarks.scaling_chart import apart, draw, summary, table
 from magnetar.data.errors import UserError
 from magnetar.data.text.token_files import open_prepared
 from magnetar.engine.checkpoint import format as checkpoint_files
@@ -75,21 +77,9 @@ def test_as_many_experts_are_taken_as_fit(
             assert config.model.moe.ep_size == gpus
 
 
-def test_the_dense_model_has_the_sparse_ones_flops() -> None:
-    configs, _ = paper_configs(options_for(8), 79 * GIB)
-    dense, sparse = (cost(configs[f"{kind}, 256 sequences"]) for kind in ("dense", "sparse"))
-    assert configs["dense, 256 sequences"].model.d_ff == 6144
-    assert dense == pytest.approx(sparse, rel=0.01)  # but for the routers
-
-
 def test_experts_that_never_fit_are_refused_with_a_way_out() -> None:
     with pytest.raises(UserError, match=r"16 experts on 8 GPUs keep .* leave out `paper`"):
         paper_configs(options_for(8), GIB)
-
-
-def test_experts_that_cannot_be_halved_are_refused() -> None:
-    with pytest.raises(UserError, match=r"--paper-experts 100: .* a power of two, such as 64"):
-        options_for(2, "--paper-experts", "100")
 
 
 def test_as_many_experts_a_gpu_as_on_eight_can_be_asked_for() -> None:
@@ -139,11 +129,14 @@ def test_a_failure_is_kept_and_the_next_launch_follows(
 def test_nothing_begins_when_the_time_is_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = session_of(tmp_path, "--seconds", "9")
-    session.begun -= 10
+    session, limits = session_of(tmp_path), list[float]()
+    session.begun -= 500
+    session.attempt("checkpoint", limits.append)
+    assert limits == [pytest.approx(20 + scaling.GRACE, abs=5)]
+    session.begun -= 21
     session.attempt("numbers", lambda _limit: pytest.fail("it began"))
     assert json.loads((tmp_path / "x.json").read_text())["skipped"] == ["numbers"]
-    assert "numbers: skipped, --seconds 9 are over" in capsys.readouterr().out
+    assert "numbers: skipped, --seconds 520 are over" in capsys.readouterr().out
 
 
 def test_what_ranks_found_before_they_failed_is_kept(
@@ -159,13 +152,6 @@ def test_what_ranks_found_before_they_failed_is_kept(
     with pytest.raises(RuntimeError, match="the ranks ended with 1:\n2 ranks, 5 rounds: killed"):
         session_of(tmp_path).launch(2, {"runs": {}}, into, 1.0)
     assert into == {"dense": 1}
-
-
-def test_the_last_launches_get_what_is_left(tmp_path: Path) -> None:
-    session, limits = session_of(tmp_path), list[float]()
-    session.begun -= 500
-    session.attempt("checkpoint", limits.append)
-    assert limits == [pytest.approx(20 + scaling.GRACE, abs=5)]
 
 
 def test_fewer_gpus_continue_from_the_middle_of_the_run(
@@ -299,46 +285,20 @@ def test_results_without_a_picture_say_how_to_get_one(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shown"),
+    ("there", "arguments", "shown"),
     [
-        (["--out", "a.txt"], "--out a.txt must end in .json: such as --out scaling.json"),
-        (["--cpu"], "--out is missing: name a file for the results"),
-        (["--cpu", "--gpus", "3", "--out", "a.json"], "--gpus 3: experts are halved and halved"),
-        (["--cpu", "--gpus", "1", "--out", "a.json"], "so use 2, 4, 8 or 16"),
-        (["--out", "a.json", "--only", "paper,speed"], "'speed' is none of scaling, paper"),
-        (["--draw", "a.json"], "a.json does not exist: name a file that --out has written"),
-        (
-            ["--cpu", "--out", "a.json", "--set", "magnetar.model.d_modl=3"],
-            "magnetar.model.d_modl",
-        ),
+        (0, [], "this machine has no GPU"),
+        (1, [], "has 1 GPU, .* two at least: use --c"),
+        (4, ["--gpus", "8"], "--gpus 8: this machine has 4; use as many at most"),
+        (8, ["--paper-experts", "100"], r"--paper-experts 100: .* a power of two, such as 64"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_message(
-    arguments: list[str],
-    shown: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # put back afterwards, whatever --cpu does
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert shown in error
-    assert "Traceback" not in error
+def test_gpus_that_are_not_there_are_refused(there: int, arguments: list[str], shown: str) -> None:
+    with pytest.raises(UserError, match=shown):
+        require_gpus(parse(["--out", "a.json", *arguments]), there)
 
 
-def test_gpus_that_are_not_there_are_refused() -> None:
-    for there, shown in (
-        (0, "this machine has no GPU"),
-        (1, "has 1 GPU, .* two at least: use --c"),
-    ):
-        with pytest.raises(UserError, match=shown):
-            require_gpus(parse(["--out", "a.json"]), there)
-    with pytest.raises(UserError, match="--gpus 8: this machine has 4; use as many at most"):
-        require_gpus(parse(["--gpus", "8", "--out", "a.json"]), there=4)
+def test_the_largest_power_of_two_of_the_gpus_is_taken() -> None:
     options = parse(["--out", "a.json"])
     require_gpus(options, there=7)
     assert options.gpus == 4

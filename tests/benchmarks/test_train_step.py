@@ -10,21 +10,18 @@ import pytest
 import torch
 
 from benchmarks import train_step
-from benchmarks.step_chart import summarised, table
+from benchmarks.chart import step_table, summarised
 from benchmarks.step_contenders import ClipTimer, cost, dense_config, sparse_config
 from benchmarks.step_worker import OUT_OF_MEMORY, Job, random_batch, status_of
 from benchmarks.train_step import Stopped, chosen_configs, main, parse
 from magnetar.engine.config.schema import RunConfig, load_config
+from tests.benchmarks import TINY as sizes
 from tests.ranks import ROOT
 
 PAPER = ROOT / "ds_configs" / "lm_xmoe.json"
 QUICK = ROOT / "ds_configs" / "quickstart.json"
-SIZES = ["num_layers=2", "d_model=32", "d_ff=48", "num_heads=2", "vocab_size=64", "max_seq_len=16"]
 STAGE = "zero_optimization.stage"
-TINY = ["--config", str(QUICK), "--batch", "4", "--micro-batch", "2", "--experts", "4"]
-for size in SIZES:
-    TINY += ["--set", f"magnetar.model.{size}"]
-TINY += ["--set", "magnetar.data.seq_len=16", "--rounds", "1", "--steps", "1"]
+TINY = ["--config", str(QUICK), "--batch", "4", "--micro-batch", "2", "--experts", "4", *sizes]
 
 
 def paper(num_experts: int = 32) -> RunConfig:
@@ -186,8 +183,8 @@ def test_what_fails_stops_nobody_and_less_memory_is_tried(
     assert records["torchscale"]["over_dense"] == 0.5
     asked = [size for name, size in FakeWorker.started if name == "torchscale"]
     assert asked == [2, 1] if together else asked == [2, 1, 1]
-    assert "| the same model with deepspeed.moe | not installed |" in table(found)
-    assert "failed: round 1: RuntimeError: no / more" in table(found)
+    assert "| the same model with deepspeed.moe | not installed |" in step_table(found)
+    assert "failed: round 1: RuntimeError: no / more" in step_table(found)
     assert "torchscale: out of memory, goes on with a micro-batch of 1" in capsys.readouterr().err
 
 
@@ -226,30 +223,3 @@ def test_the_end_of_a_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(Stopped, match=r"failed: exit status 1: json\.decoder.JSONDecodeError"):
         worker.measure()
     worker.end()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--out", "step.txt"], "--out step.txt must end in .json: such as --out step.json"),
-        (["--only", "dense,nobody"], "--only dense,nobody takes names with commas between them"),
-        (["--profile", "dense,ours"], "--profile dense,ours takes one name, of: dense_compiled"),
-        (["--draw", "nowhere.json"], "nowhere.json does not exist: name a file that --out has"),
-        ([*TINY, "--data", "nowhere"], "prepared folder nowhere does not exist: run"),
-        (["--config", str(PAPER.with_name("lm_dense.json"))], "the config's model is dense: name"),
-        (
-            ["--config", str(PAPER.with_name("mlm_xmoe.json"))],
-            f"{PAPER.with_name('mlm_xmoe.json')} describes a model of architecture 'encoder': "
-            "name a config of a decoder",
-        ),
-        ([*TINY, "--experts", "1"], "this cannot be measured:\n  magnetar.model.moe.top_k=2"),
-        ([*TINY, "--micro-batch", "3"], "this cannot be measured:\n  train_batch_size=4"),
-    ],
-)
-def test_bad_input_is_refused_in_words(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")

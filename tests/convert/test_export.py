@@ -168,6 +168,7 @@ def test_the_command_for_training_fits_the_config(
     file = tmp_path / "exported" / "config.json"
     text = json.loads(file.read_text())
     del text["run"]["config"]["train_micro_batch_size_per_gpu"]
+    del text["sha256"]["config.json"]
     file.write_text(json.dumps(text))
     convert("import", tmp_path / "exported", "--out", tmp_path / "open")
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
@@ -455,6 +456,7 @@ def test_weights_of_no_run_cannot_be_imported(
         ({"run.optimizer.skipped_steps": None}, "run.optimizer.skipped_steps=null: it should be"),
         ({"run.optimizer.loss_scaler": 3}, "run.optimizer.loss_scaler=3: it should be an object"),
         ({"run.trainer.num_clipped": "x"}, 'run.trainer.num_clipped="x": it should be'),
+        ({"run.config.magnetar.data": None}, "run.config: it has no magnetar.data.path"),
         ({"run.trainer.epoch": 1}, "run.trainer.epoch is not a key that this version knows"),
     ],
     ids=str,
@@ -465,7 +467,9 @@ def test_a_run_that_is_described_wrongly_is_refused(
     from tests.engine.programs import with_keys
 
     file = exported / "config.json"
-    file.write_text(json.dumps(with_keys(json.loads(file.read_text()), change)))
+    text = json.loads(file.read_text())
+    del text["sha256"]["config.json"]  # as before it had one
+    file.write_text(json.dumps(with_keys(text, change)))
     for command in ("import", "inspect", "generate"):
         if command == "generate":
             with pytest.raises(SystemExit) as ended:

@@ -22,8 +22,7 @@ from magnetar.engine.checkpoint.format import (
     complete_checkpoints,
     damaged_files,
 )
-from magnetar.engine.config.schema import check_config
-from magnetar.engine.memory_planner import Layout
+from magnetar.engine.config.schema import Layout, check_config
 from magnetar.engine.optim.adam import MOMENTS
 from magnetar.launchers.convert import main
 from magnetar.models.weights.load_save import save_weights

@@ -36,9 +36,9 @@ def block_of_20_mib(keeps: bool) -> tuple[int, int]:
 @pytest.mark.needs("mallinfo2")
 def test_a_freed_block_stays_with_the_process() -> None:
     target = "tests.engine.test_host_memory:block_of_20_mib"
-    ((mapped, left),) = run_on_ranks(target, 1, True)
+    ((mapped, left),) = run_on_ranks(target, 1, True, fresh=True)
     assert mapped == 0
     assert left >= SIZE
-    ((mapped, left),) = run_on_ranks(target, 1, False)
+    ((mapped, left),) = run_on_ranks(target, 1, False, fresh=True)
     assert mapped >= SIZE, "this C library keeps memory by itself"
     assert left < SIZE

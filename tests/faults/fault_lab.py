@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.launching import launch
 from tests.faults.faulty_train import VARIABLE
-from tests.faults.supervised import CONFIG, Supervised, difference, records
+from tests.faults.supervised import Supervised, difference, records, train
 
 NUM_STEPS, SAVE_EVERY, HALF = 40, 5, 20
 HANG_TIMEOUT = 12.0
@@ -19,13 +18,7 @@ RESUMED = re.compile(r"resuming after step (\d+)")
 
 
 class Outcome(NamedTuple):
-    """The end of a case.
-
-    Attributes:
-        end: the end in words: status, or how the run continued.
-        seconds: time from the fault to its consequence: the run's end, or its next new step.
-        lost: number of steps that were trained again; None if there were none.
-    """
+    """How a run ended or went on, seconds from the fault until then, and steps trained again."""
 
     end: str
     seconds: float
@@ -38,14 +31,7 @@ class SkipError(Exception):
 
 @dataclass
 class Lab:
-    """Folders for runs, and two runs to start from.
-
-    Attributes:
-        folder: folder of all runs.
-        settings: settings of every run.
-        whole: an undisturbed run.
-        half: the same run after HALF steps.
-    """
+    """A folder of runs, the settings of each, an undisturbed run, and that run after HALF steps."""
 
     folder: Path
     settings: list[str] = field(default_factory=list)
@@ -66,46 +52,31 @@ class Lab:
         }
         self.settings = [f"magnetar.{key}={value}" for key, value in keys.items()]
         self.whole, self.half = self.folder / "whole", self.folder / "half"
-        self._train(self.half, f"magnetar.training.num_steps={HALF}")
+        train(self.half, [*self.settings, f"magnetar.training.num_steps={HALF}"])
         shutil.copytree(self.half, self.whole)
-        self._train(self.whole)
+        train(self.whole, self.settings)
         # The evaluation at the end of the shorter run is none of the longer one's.
         for path in (self.half, self.whole):
             keep_steps(path)
-
-    def _train(self, run_dir: Path, *changes: str) -> None:
-        own = {text.partition("=")[0]: text for text in [*self.settings, *changes]}
-        texts = [*own.values(), f"magnetar.training.run_dir={run_dir}"]
-        arguments = ["--deepspeed_config", str(CONFIG)]
-        arguments += [part for text in texts for part in ("--set", text)]
-        done = launch("magnetar.launchers.train", 2, arguments, quietly=True)
-        if done.returncode != 0:
-            raise SystemExit(f"a run to start from ended with {done.returncode}:\n{done.stdout}")
 
     def run(
         self,
         name: str,
         *settings: str,
-        from_half: bool = False,
         fault: str = "",
         arguments: Sequence[str] = ("--num_gpus", "2"),
         prefix: Sequence[str] = (),
         run_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> Supervised:
-        """A run under supervision, anew or from the half of one, with a fault put in."""
-        run_dir = run_dir or self.folder / name
-        if from_half and not run_dir.exists():
-            shutil.copytree(self.half, run_dir)
-        given = {text.partition("=")[0] for text in settings}
-        kept = [text for text in self.settings if text.partition("=")[0] not in given]
+        """A run under supervision, with a fault put in."""
         return Supervised(
-            run_dir,
-            [*kept, *settings],
+            run_dir or self.folder / name,
+            [*self.settings, *settings],
             arguments,
             prefix,
             module="tests.faults.faulty_train" if fault else "magnetar.launchers.supervise",
-            environment={**({VARIABLE: fault} if fault else {}), **(environment or {})},
+            environment={VARIABLE: fault, **(environment or {})},
         )
 
 
@@ -114,6 +85,12 @@ def keep_steps(run_dir: Path) -> None:
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(line for line in lines if '"loss"' in line))
+
+
+def resumed_after(run: Supervised) -> int | None:
+    """The step after which a run was resumed last; None if it was not."""
+    found = RESUMED.findall(run.output)
+    return int(found[-1]) if found else None
 
 
 def steps(run_dir: Path) -> list[dict]:
@@ -157,13 +134,7 @@ def ends_with(run: Supervised, status: int, words: str, since: float) -> Outcome
 
 
 class Fault(NamedTuple):
-    """A moment of a run.
-
-    Attributes:
-        when: time by time.monotonic, in seconds.
-        step: last step in the metrics.
-        resumed: number of times that the run had been resumed.
-    """
+    """A moment of a run: time.monotonic, its last step, how often it had been resumed."""
 
     when: float
     step: int

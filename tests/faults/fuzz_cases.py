@@ -4,12 +4,14 @@ import gzip
 import json
 import lzma
 import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from tests.faults.mutations import Drawn, broken_jsons, damaged, drawn
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+TRAIN = "magnetar.launchers.train"
 NUM_VALID = 6  # pairs, which take long to translate
 _COUNTS = ("num_tokens", "num_documents", "num_bytes", "sha256")  # of a split in a manifest
 
@@ -21,13 +23,17 @@ class Case(NamedTuple):
         kind: name of the JSON or the file that was broken.
         module: name of the launcher.
         arguments: arguments of the launcher, in the case's folder.
-        files: contents of files by their path in the case's folder.
+        files: contents of files, or targets of links, by their path in the case's folder.
+        environment: variables to set, or with None to remove.
+        documents: number of documents that must be prepared, if any are; None: any number.
     """
 
     kind: str
     module: str
     arguments: list[str]
-    files: dict[str, bytes]
+    files: dict[str, bytes | str]
+    environment: Mapping[str, str | None] = {}
+    documents: int | None = None
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +137,40 @@ def preparation(name: str) -> tuple[str, list[str]]:
     ]
 
 
+def sound_config() -> bytes:
+    """The JSON of a run of two steps, which may go on to the third."""
+    config = shrunk(json.loads((CONFIGS / "quickstart.json").read_text()))
+    config["magnetar"]["training"]["lr_schedule"]["total_steps"] = 3
+    return json.dumps(config).encode()
+
+
+def make_world(world: Path, must: Callable[[str, list[str], Path], None]) -> None:
+    """Make everything that cases share: raw text, prepared folders, and a run.
+
+    Args:
+        world: a new folder.
+        must: function that runs a launcher with arguments in a folder.
+    """
+    inputs = world / "inputs"
+    (inputs / "raw").mkdir(parents=True)
+    for prefix, num_rows in (("", 120), ("valid-", NUM_VALID)):
+        for name, content in raw_files(num_rows).items():
+            (inputs / "raw" / (prefix + name)).write_bytes(content)
+    (world / "sentinel.txt").write_text("nobody may write here\n")
+    for name, made in (("text.txt", "tokens"), ("table.tsv", "pairs")):
+        must(*preparation(name), inputs)
+        (inputs / "out").rename(inputs / made)
+    other = shrunk(json.loads((CONFIGS / "quickstart.json").read_text()))
+    other["magnetar"]["model"]["d_ff"] = 24  # no other config can go on with it
+    other["magnetar"]["data"]["path"] = "inputs/tokens"
+    other["magnetar"]["training"]["run_dir"] = "runs/other"
+    (world / "other.json").write_text(json.dumps(other))
+    must(TRAIN, ["--deepspeed_config", "other.json"], world)
+    (world / "base").mkdir()  # as deep as a case: its relative paths are a case's, too
+    (world / "base/run.json").write_bytes(sound_config())
+    must(TRAIN, ["--deepspeed_config", "run.json"], world / "base")
+
+
 def config_cases(number: int, seed: int) -> list[Case]:
     """Broken JSONs of every kind of run."""
     from magnetar.engine.config.schema import ConfigFile
@@ -144,12 +184,7 @@ def config_cases(number: int, seed: int) -> list[Case]:
     }
     strategies = {name: broken_jsons(start, keys, words) for name, start in starts.items()}
     return [
-        Case(
-            name,
-            "magnetar.launchers.train",
-            ["--deepspeed_config", "run.json"],
-            {"run.json": value},
-        )
+        Case(name, TRAIN, ["--deepspeed_config", "run.json"], {"run.json": value})
         for name, value in drawn(strategies, number, seed)
     ]
 
@@ -193,4 +228,4 @@ def _file_case(case: Drawn, inputs: Path) -> Case:
     config = shrunk(json.loads((CONFIGS / start).read_text()))
     config["magnetar"]["data"]["path"] = "data"
     files["run.json"] = json.dumps(config).encode()
-    return Case(case.name, "magnetar.launchers.train", ["--deepspeed_config", "run.json"], files)
+    return Case(case.name, TRAIN, ["--deepspeed_config", "run.json"], files)

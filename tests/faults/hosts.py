@@ -75,13 +75,6 @@ class Host:
         """A command's end; options are subprocess.run's."""
         return subprocess.run(self.command(command), **{"check": False} | options)
 
-    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
-        """A running command, the first of a process group; options are subprocess.Popen's.
-
-        Signals must go to the group (os.killpg): nsenter keeps those that it gets to itself.
-        """
-        return subprocess.Popen(self.command(command), **{"start_new_session": True} | options)
-
     def unplug(self) -> None:
         """Take the cable out: what is sent stays unanswered, and no connection is closed."""
         self.run(["ip", "link", "set", INTERFACE, "down"], check=True)
@@ -98,14 +91,7 @@ class Host:
 
 @dataclass(frozen=True)
 class TwoHosts:
-    """The two hosts, as a launcher needs them.
-
-    Attributes:
-        hosts: the first host, where launchers are started, and the second.
-        hostfile: path of DeepSpeed's hostfile.
-        environment: variables of a launcher on the first host: keys for ssh, and those that
-            DeepSpeed hands on.
-    """
+    """The two hosts, their hostfile, and the variables of a launcher on the first of them."""
 
     hosts: tuple[Host, Host]
     hostfile: Path
@@ -130,7 +116,7 @@ def two_hosts(
     """Two hosts, until the end of the `with` statement or of this process, however it ends.
 
     Args:
-        folder: empty or new folder for keys, logs of sshd and the hostfile.
+        folder: folder for keys, logs of sshd and the hostfile.
         slots: number of ranks on each host.
         exports: variables that every rank gets, beside DS_ACCELERATOR=cpu and one thread each.
     """
@@ -200,17 +186,9 @@ def _start_host(folder: Path, index: int, address: str) -> tuple[subprocess.Pope
         cat <&3 > /dev/null
     """
     with (folder / f"host{index}.log").open("w") as log:
+        words = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c"]
         machine = subprocess.Popen(
-            [
-                "unshare",
-                *_NAMESPACES,
-                "--fork",
-                "--kill-child",
-                "--mount-proc",
-                "sh",
-                "-c",
-                program,
-            ],
+            [*words, program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

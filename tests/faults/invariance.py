@@ -13,15 +13,14 @@ over all ranks (`moe.balance_scope`).
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launching import launch
-from tests.ranks import ROOT
+from benchmarks.measurement import Training, argument_parser, launch
 
-CONFIG = ROOT / "benchmarks/layouts.json"
 NUM_STEPS = 50
 ROUNDING = "rounding"
 NUM_ROUNDINGS = {"fp32": 3, "bf16": 9}  # in bf16 their spread is the bound
@@ -96,29 +95,16 @@ def round_otherwise(engine: Any, seed: int) -> None:
 
 def curve(changes: dict[str, Any], num_steps: int, device: Any) -> dict[str, list[float]]:
     """The global batch's loss, the gradient norm and the clip coefficient of each step."""
-    import deepspeed.comm as dist
     import torch
 
-    from magnetar.engine.build import build_engine
-    from magnetar.engine.config.schema import load_config
-    from magnetar.engine.prepare_run import resolve_run
-    from magnetar.engine.train_step import loss_weights, train_step, training_batches
-
-    world_size = dist.get_world_size()
     rounding, linear = changes.pop(ROUNDING, None), torch.nn.functional.linear
-    settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    config, prepared = resolve_run(load_config(CONFIG, settings, world_size), world_size)
-    training = training_batches(prepared, config.deepspeed["gradient_accumulation_steps"], device)
-    engine, clip = build_engine(config, device)
+    training = Training([f"{key}={json.dumps(value)}" for key, value in changes.items()], device)
+    engine, clip = training.engine, training.clip
     if rounding is not None:
         round_otherwise(engine, rounding)
     found: dict[str, list[float]] = {"loss": [], "norm": [], "coefficient": []}
     for step in range(1, num_steps + 1):
-        weights, seed = loss_weights(config.model.moe, config.training), config.training.seed
-        result = train_step(engine, training.of_step(step), weights, seed, step)
-        loss = result.loss.double()
-        dist.all_reduce(loss)
-        found["loss"].append(float(loss) / world_size)
+        found["loss"].append(training.step(step))
         found["norm"].append(float(clip.norm))
         found["coefficient"].append(float(clip.coefficient))
     engine.destroy()
@@ -149,14 +135,12 @@ def work(out: Path, dtype: str, variants: list[str], num_steps: int) -> None:
 
 def curves_of(world_size: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Start the ranks with the launcher; what they found."""
-    out = options.results / f"{dtype}_{world_size}.json"
-    if options.reuse and out.is_file():
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "curves.json")
+        arguments = ["--out", out, "--work", "--dtypes", dtype, "--variants", *options.variants]
+        arguments += ["--steps", str(options.steps)]
+        launch("tests.faults.invariance", world_size, arguments).check_returncode()
         return json.loads(out.read_text())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    arguments = ["--out", out, "--work", "--dtypes", dtype, "--variants", *options.variants]
-    arguments += ["--steps", str(options.steps)]
-    launch("tests.faults.invariance", world_size, arguments).check_returncode()
-    return json.loads(out.read_text())
 
 
 def difference(own: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
@@ -189,11 +173,11 @@ def cell(dtype: str, name: str, curves: dict[str, Any]) -> tuple[str, bool]:
     own, reference = curves[name], next(iter(curves.values()))
     loss, norm = difference(own, reference)
     loss_bound, norm_bound = bounds(dtype, curves)
-    text = f"{loss:.0e}, {norm:.0e}"
-    within = (loss <= loss_bound and norm <= norm_bound) or "rounding" in name
+    text, is_rounding = f"{loss:.0e}, {norm:.0e}", "rounding" in name
+    within = (loss <= loss_bound and norm <= norm_bound) or is_rounding
     if not within:
         text = f"**{text}**"
-    if dtype == "fp32" and loss > loss_bound and "rounding" not in name:
+    if dtype == "fp32" and loss > loss_bound and not is_rounding:
         other = {r: difference(own, c)[0] for r, c in curves.items() if "rounding" in r}
         nearest = min(other, key=other.__getitem__)
         text += f" ({other[nearest]:.0e} from {nearest.partition(', ')[2]})"
@@ -220,15 +204,12 @@ def table(dtype: str, found: dict[str, dict[str, Any]], variants: list[str]) -> 
 
 def main() -> int:
     """Run every layout and write the page; status 1 if a difference exceeds its bound."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.invariance", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("tests.faults.invariance", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the page, a .md file")
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4], help="numbers of ranks")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
-    parser.add_argument("--results", type=Path, default=Path("runs/invariance"), help="curves")
-    parser.add_argument("--reuse", action="store_true", help="take the curves that are there")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

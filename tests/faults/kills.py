@@ -20,16 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launching import launch
-from benchmarks.provenance import git_commit, versions
-from tests.faults.supervised import (
-    CONFIG,
-    Supervised,
-    being_saved,
-    difference,
-    kill,
-    records,
-)
+from benchmarks.measurement import argument_parser, git_commit, versions, write_json
+from tests.faults.supervised import Supervised, being_saved, difference, kill, records, train
 
 # Where a start takes as long as the longest moment, ten kills in a row can all meet one.
 PATIENT = ("--num_gpus", "2", "--max-restarts", "50", "--max-backoff", "1")
@@ -95,13 +87,8 @@ def kill_all(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, 
     draw, kills, differences = random.Random(options.seed), [], []
     settings = [f"magnetar.training.num_steps={options.steps}", *options.set]
     whole = folder / "whole"
-    undisturbed = [f"magnetar.training.run_dir={whole}", *settings]
-    arguments = ["--deepspeed_config", str(CONFIG)]
-    arguments += [part for text in undisturbed for part in ("--set", text)]
     begun = time.monotonic()
-    done = launch("magnetar.launchers.train", 2, arguments, quietly=True)
-    if done.returncode != 0:
-        raise SystemExit(f"the undisturbed run ended with {done.returncode}:\n{done.stdout}")
+    train(whole, settings)
     print(f"undisturbed: {time.monotonic() - begun:.0f} s, {len(records(whole))} records")
     while len(kills) < options.kills:
         run_dir = folder / f"run_{len(differences)}"
@@ -133,8 +120,7 @@ def table(kills: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Kill; status 1 if any run differs from the undisturbed one."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.kills", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("tests.faults.kills", __doc__)
     parser.add_argument("--kills", type=int, default=50, help="how many (50)")
     parser.add_argument("--steps", type=int, default=300, help="of each run (300)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a start, at most (20)")
@@ -156,7 +142,7 @@ def main() -> int:
         "seconds": seconds,
         "all": kills,
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
     print(f"\n{table(kills)}\n")
     print(f"{len(kills)} kills in {len(differences)} runs, {seconds} s")
     print(f"{differences.count('')} of {len(differences)} runs equal the undisturbed one")

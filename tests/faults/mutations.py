@@ -19,6 +19,18 @@ NUMBERS = (
     *(2**63 - 1, 2**63, 10**18, 10**30, -(2**63), 0.0, -0.0, 0.5, 0.999, 1.0, 1.5, 2.0, 1e-300),
     *(1e-5, 0.1, 1e5, 1e30, 1e308, -0.5, float("nan"), float("inf"), float("-inf")),
 )
+NEAR: tuple[Any, ...] = (
+    *(lambda v: v + 1, lambda v: v - 1, lambda v: -v, lambda v: v * 2, lambda v: v / 2, float, str),
+    *(lambda v: [v], lambda v: v * 10**6, lambda v: v * 10**9, lambda v: {"value": v}),
+    lambda v: v + 0.25,
+)
+CHANGES = (
+    *["replace", "allowed"] * 5,
+    *["add"] * 2,
+    *("remove", "rename", "twice", "move", "swap"),
+)
+DAMAGES = ("truncate", "flip", "zero", "insert", "double", "empty", "noise", "cut")
+WRONG = (*("", ",", "{", "}", "]", '"', "//", "\\", "'", "\x00", "\ufeff", "[" * 2000, "1" * 5000),)
 SMALL: tuple[Any, ...] = (None, True, False, [], {}, [[]], [1], [0, 0], ["a"], {"a": 1}, [None])
 
 
@@ -68,16 +80,7 @@ def other_values(draw: st.DrawFn, value: Any, words: Sequence[str]) -> Any:
         kinds += ["near"] * 3
     kind = draw(st.sampled_from(kinds))
     if kind == "near":
-        change = draw(
-            st.sampled_from(
-                [
-                    *(lambda v: v + 1, lambda v: v - 1, lambda v: -v, lambda v: v * 2),
-                    *(lambda v: v / 2, float, str, lambda v: [v], lambda v: v * 10**6),
-                    *(lambda v: v * 10**9, lambda v: {"value": v}, lambda v: v + 0.25),
-                ]
-            )
-        )
-        return change(value)
+        return draw(st.sampled_from(NEAR))(value)
     if kind == "number":
         return draw(st.sampled_from(NUMBERS))
     if kind == "word":
@@ -103,29 +106,14 @@ def mutated(
             break
         members, index = draw(st.sampled_from(found))
         key, value = members[index]
-        what = draw(
-            st.sampled_from(
-                ["replace"] * 5
-                + ["allowed"] * 5
-                + ["add"] * 2
-                + ["remove", "rename", "twice", "move", "swap"]
-            )
-        )
+        what = draw(st.sampled_from(CHANGES))
         if what == "replace":
             members[index] = (key, draw(other_values(value, words)))
         elif what == "remove":
             del members[index]
         elif what == "rename":
-            near = [
-                key + "s",
-                key[:-1],
-                key.upper(),
-                key.replace("_", "-"),
-                key[::-1],
-                "",
-                "\u0435",
-            ]
-            members[index] = (draw(st.sampled_from([*near, *keys])), value)
+            near = [key + "s", key[:-1], key.upper(), key.replace("_", "-"), key[::-1], "\u0435"]
+            members[index] = (draw(st.sampled_from(["", *near, *keys])), value)
         elif what == "twice":
             members.insert(
                 draw(st.integers(0, len(members))), (key, draw(other_values(value, words)))
@@ -168,22 +156,7 @@ def broken_jsons(
     how = draw(st.sampled_from(["whole"] * 7 + ["garbled", "bytes", "encoding"]))
     if how == "garbled":
         at = draw(st.integers(0, len(text)))
-        wrong = [
-            "",
-            ",",
-            "{",
-            "}",
-            "]",
-            '"',
-            "//",
-            "\\",
-            "'",
-            "\x00",
-            "\ufeff",
-            "[" * 2000,
-            "1" * 5000,
-        ]
-        text = text[:at] + draw(st.sampled_from(wrong)) + text[at + draw(st.integers(0, 3)) :]
+        text = text[:at] + draw(st.sampled_from(WRONG)) + text[at + draw(st.integers(0, 3)) :]
         return text.encode("utf-8", "surrogatepass")
     if how == "bytes":
         return draw(damaged(content))
@@ -196,12 +169,7 @@ def broken_jsons(
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes, others: Sequence[bytes] = ()) -> bytes:
     """Bytes that were truncated, flipped, overwritten, doubled, or are those of another file."""
-    how = draw(
-        st.sampled_from(
-            ["truncate", "flip", "zero", "insert", "double", "empty", "noise", "cut"]
-            + ["other"] * bool(others)
-        )
-    )
+    how = draw(st.sampled_from(DAMAGES + ("other",) * bool(others)))
     if how == "other":
         return draw(st.sampled_from(others))
     if how == "empty":
@@ -245,13 +213,11 @@ def drawn(cases: dict[str, st.SearchStrategy[Any]], number: int, of_seed: int) -
 
 
 def _values(strategy: st.SearchStrategy[Any], number: int, of_seed: int) -> list[Any]:
-    if number == 0:
-        return []
     found: list[Any] = []
 
     @seed(of_seed)
     @settings(
-        max_examples=number,
+        max_examples=max(1, number),
         phases=[Phase.generate],
         database=None,
         deadline=None,

@@ -7,8 +7,6 @@ record of every step) trains under `magnetar supervise`; rank 1 is killed so oft
 start are those of the logbook's `going` lines.
 """
 
-import argparse
-import json
 import os
 import re
 import statistics
@@ -17,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.provenance import git_commit, versions
+from benchmarks.measurement import argument_parser, git_commit, versions, write_json
 from magnetar.engine.cluster.start_times import parsed_times
 from tests.faults.fault_lab import Fault, book, goes_on
 from tests.faults.supervised import ROOT, Supervised, kill
@@ -44,8 +42,7 @@ def restart(run: Supervised) -> dict[str, float]:
 
 def main() -> int:
     """Kill and measure; status 1 if a restart takes longer than the bound."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.restart", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("tests.faults.restart", __doc__)
     parser.add_argument("--kills", type=int, default=3, help="how many (3)")
     parser.add_argument("--out", type=Path, help="a .json file")
     options = parser.parse_args()
@@ -71,7 +68,7 @@ def main() -> int:
             "median_seconds": middle,
             "all": found,
         }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.out, result)
     worst = max(f["all"] for f in found)
     print(f"slowest {worst:.1f} s, bound {BOUND:g} s")
     return int(worst > BOUND)

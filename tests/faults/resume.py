@@ -7,7 +7,6 @@ steps, through the `deepspeed` launcher and `magnetar train`, on the text of `ma
 losses of those steps are compared with those of an uninterrupted run of one rank.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -15,10 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.launching import launch
-from tests.ranks import ROOT
+from benchmarks.measurement import LAYOUTS as LAYOUTS_JSON
+from benchmarks.measurement import argument_parser
+from tests.faults.supervised import train as train_run
 
-CONFIG = ROOT / "benchmarks/layouts.json"
 SAVED_AFTER, LAST = 20, 40
 BOUND = 5e-5  # nats
 
@@ -50,27 +49,14 @@ def train(
     settings: list[str],
     seconds: float | None = None,
 ) -> list[float]:
-    """Train a run to a step in a layout; the losses of all of its steps so far.
-
-    Args:
-        layout: layout of the ranks that train.
-        run_dir: the run's folder; its newest checkpoint is continued.
-        num_steps: number of steps of the whole run.
-        settings: further KEY=VALUE pairs.
-        seconds: time limit, see `launch`.
-    """
+    """Train a run to a step in a layout; the losses of all of its steps so far."""
     keys = {
         "zero_optimization.stage": layout.stage,
         "magnetar.model.moe.ep_size": layout.ep_size,
-        "magnetar.training.run_dir": run_dir,
         "magnetar.training.num_steps": num_steps,
     }
     pairs = [*(f"{key}={value}" for key, value in keys.items()), *settings]
-    arguments = ["--deepspeed_config", str(CONFIG)]
-    arguments += [part for pair in pairs for part in ("--set", pair)]
-    done = launch("magnetar.launchers.train", layout.world_size, arguments, True, seconds)
-    if done.returncode != 0:
-        raise SystemExit(f"{layout} ended with {done.returncode}:\n{done.stdout}")
+    train_run(run_dir, pairs, layout.world_size, LAYOUTS_JSON, seconds)
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if "loss" in record]
 
@@ -107,8 +93,7 @@ def table(found: dict[Layout, dict[Layout, float]]) -> str:
 
 def main() -> int:
     """Run the matrix; status 1 if a difference exceeds the bound."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.resume", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argument_parser("tests.faults.resume", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the page, a .md file")
     parser.add_argument("--set", action="append", default=[], help="as for magnetar train")
     options = parser.parse_args()

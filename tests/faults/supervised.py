@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from benchmarks.measurement import launch
 from magnetar.engine.checkpoint.format import newest_checkpoint
 from magnetar.engine.supervise.launched_run import RUN_ID, RunProcess, kill_processes, run_processes
 
@@ -32,28 +35,18 @@ class Supervised:
         module: str = "magnetar.launchers.supervise",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it.
-
-        Args:
-            run_dir: the run's folder.
-            settings: `--set` arguments.
-            arguments: further arguments of launchers.supervise.
-            prefix: words before the command, such as a shell that sets a limit.
-            config: path of the JSON.
-            module: module that runs instead of launchers.supervise.
-            environment: variables beside our own.
-        """
+        """Start it, with words before the command and `module` in place of the launcher."""
         self.run_dir = run_dir
         self.lines: list[str] = []
         texts = [f"magnetar.training.run_dir={run_dir}", *settings]
-        self.started = time.time()
+        own = {text.partition("=")[0]: text for text in texts}
         self.process = subprocess.Popen(
             [
                 *prefix,
                 *(sys.executable, "-m", module, "-q", "--backoff", "0.2"),
                 *arguments,
                 *("--deepspeed_config", str(config)),
-                *(part for text in texts for part in ("--set", text)),
+                *(word for text in own.values() for word in ("--set", text)),
             ],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
@@ -98,15 +91,10 @@ class Supervised:
         return int(children[0]) if children else None
 
     def _found_id(self) -> str:
-        child = self.launcher()
-        if child is None:
-            return ""
         try:
-            variables = Path(f"/proc/{child}/environ").read_text().split("\0")
-        except OSError:
+            return psutil.Process(self.launcher() or 0).environ().get(RUN_ID, "")
+        except (psutil.Error, OSError):
             return ""
-        found = [v.partition("=")[2] for v in variables if v.startswith(f"{RUN_ID}=")]
-        return found[0] if found else ""
 
     def processes(self) -> list[RunProcess]:
         """All of its processes on this machine, but the supervisor."""
@@ -141,6 +129,27 @@ class Supervised:
         status = self.process.wait(seconds)
         self._reader.join()
         return status
+
+
+def train(
+    run_dir: Path,
+    settings: Sequence[str],
+    ranks: int = 2,
+    config: Path = CONFIG,
+    seconds: float | None = None,
+) -> None:
+    """Train a run to its end, by the launcher; a later setting of a key replaces an earlier one.
+
+    Raises:
+        SystemExit: if it ends otherwise, with its output.
+    """
+    texts = [f"magnetar.training.run_dir={run_dir}", *settings]
+    own = {text.partition("=")[0]: text for text in texts}
+    words = [word for text in own.values() for word in ("--set", text)]
+    arguments = ["--deepspeed_config", config, *words]
+    done = launch("magnetar.launchers.train", ranks, arguments, True, seconds)
+    if done.returncode != 0:
+        raise SystemExit(f"{run_dir.name} ended with {done.returncode}:\n{done.stdout}")
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
