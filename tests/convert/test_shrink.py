@@ -128,6 +128,7 @@ def test_layers_keep_their_numbers_of_experts(
         ({}, ("--layers", "1,1"), ["--layers 1,1 does not rise"]),
         ({}, ("--layers", "0,x"), ["--layers 0,x is no list of layers", "such as 0,2,4"]),
         ({}, ("--layers", ""), ["is no list of layers"]),
+        ({}, ("--layers", "0," + "1" * 5000), ["is no list of layers"]),
         (
             {"moe": MOE},
             ("--layers", "0,2"),

@@ -225,6 +225,22 @@ def test_sparse_models_keep_their_logits(
     assert_same_logits(theirs, ours, architecture, batch(architecture))
 
 
+@pytest.mark.parametrize("d_ff", [47, 50])
+@pytest.mark.usefixtures("one_rank")
+def test_experts_of_a_width_that_no_grouped_product_takes_keep_their_logits(
+    d_ff: int, tmp_path: Path
+) -> None:
+    options = full_options("decoder", MOE[0]) | {
+        "decoder_ffn_embed_dim": d_ff,
+        "moe_freq": 1,
+        "moe_expert_count": 4,
+        "moe_eval_capacity_token_fraction": 1.0,
+    }
+    theirs, _ = build("decoder", options)
+    ours = imported(tmp_path, theirs, options)
+    assert_same_logits(theirs, ours, "decoder", batch("decoder"))
+
+
 @pytest.mark.parametrize("moe", MOE, ids=name_of)
 @pytest.mark.parametrize("architecture", ["encoder", "decoder"])
 @pytest.mark.usefixtures("one_rank")
