@@ -405,22 +405,6 @@ def test_hashes_may_be_missing_and_must_be_hashes(
         convert("import", folder, "--out", tmp_path / "out")
 
 
-def test_a_number_too_large_for_the_type_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from magnetar.models.weights.load_save import save_weights
-
-    model = save_random(tmp_path / "weights")
-    state = dict(model.state_dict())
-    state["final_norm.bias"] = torch.full((16,), -7e4)
-    save_weights(tmp_path / "large", model.config, state)
-    options = ("--out", tmp_path / "out", "--dtype", "float16")
-    said = refusal(capsys, "export", tmp_path / "large", *options)
-    assert "final_norm.bias reaches 70000, and float16 ends at 65504" in said
-    assert "use float32 or bfloat16" in said
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_folder_of_weights_has_no_checkpoints(
     tmp_path: Path, exported: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,23 +466,6 @@ def test_a_run_that_is_described_wrongly_is_refused(
         assert str(file) in said
         assert message in said
     assert not (tmp_path / "again").exists()
-
-
-def test_shards_without_their_index_are_named_by_it(
-    tmp_path: Path, made: Made, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "shards"
-    convert("export", made.folder, "--out", folder, "--shard-size", "20KB")
-    index = folder / "model.safetensors.index.json"
-    index.unlink()
-    said = [refusal(capsys, "inspect", folder)]
-    said.append(refusal(capsys, "import", folder, "--out", tmp_path / "again"))
-    with pytest.raises(SystemExit):
-        generate.main([str(folder), "--prompt", "the senate"])
-    said.append(capsys.readouterr().err)
-    assert all(
-        f"{index} is missing, which says which shard holds which tensor" in one for one in said
-    )
 
 
 @pytest.mark.parametrize("command", ["export", "import"])
