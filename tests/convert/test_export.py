@@ -55,7 +55,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def make_run(folder: Path, corpus: Path, **changes: Any) -> Made:
+def make_run(
+    folder: Path, corpus: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: Any
+) -> Made:
     """A run in a folder of its own, with the corpus's vocabulary and two checkpoints."""
     keys = {
         "magnetar.data.path": str(corpus),
@@ -78,7 +80,9 @@ def make_run(folder: Path, corpus: Path, **changes: Any) -> Made:
         },
     }
     write_checkpoint(folder / "run", 4, changes=keys | changes, seed=4, entries=entries)
-    last = write_checkpoint(folder / "run", 9, changes=keys | changes, seed=9, entries=entries)
+    last = write_checkpoint(
+        folder / "run", 9, changes=keys | changes, seed=9, entries=entries, tensors=tensors
+    )
     return Made(folder / "run", last, corpus)
 
 
@@ -131,6 +135,28 @@ def test_another_type_is_the_weights_rounded_once(tmp_path: Path, made: Made, dt
     convert("export", made.folder, "--out", tmp_path / "exported", "--dtype", dtype)
     for name, tensor in load_weights(tmp_path / "exported")[1].items():
         assert torch.equal(tensor, made.checkpoint.tensor(name).to(getattr(torch, dtype))), name
+
+
+def test_numbers_that_are_none_are_converted_and_named(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    widths = {"attention.out_proj.bias": 32, "ffn.w1.bias": 64, "ffn.w2.bias": 32}
+    tensors = {f"blocks.0.{name}": torch.full((n,), math.nan) for name, n in widths.items()}
+    tensors |= {
+        name: torch.full((32,), math.inf) for name in ("final_norm.weight", "final_norm.bias")
+    }
+    run, exported = make_run(tmp_path, corpus, tensors), tmp_path / "exported"
+    for command in (
+        ("export", run.folder, "--out", exported),
+        ("import", exported, "--out", tmp_path / "imported"),
+        ("densify", exported, "--mean", "--out", tmp_path / "dense"),
+    ):
+        convert(*command)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+        assert all(line.startswith("warning ") for line in lines)
+        assert len(lines) == 4, "three are named and the others counted"
+        assert lines[1].endswith(" blocks.0.ffn.w1.bias: 64 of 64 values are not finite")
+        assert lines[3].endswith(" 2 more tensors have values that are not finite")
 
 
 def test_what_is_imported_is_the_run_without_moments(tmp_path: Path, made: Made) -> None:
