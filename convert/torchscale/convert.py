@@ -225,8 +225,8 @@ def _outer_prefix(tensors: Iterable[str], path: Path) -> str:
     for name in tensors:
         if not name.startswith(first):
             raise UserError(
-                f"{path}: {name} is not under {first} as the model's layers are, so it belongs to "
-                "another module: take it out of the file"
+                f"{path}: {name} is not under {first} as the model's layers are: call it "
+                f"{first}{name} if it is the model's, and take it out of the file if it is not"
             )
     return first
 
