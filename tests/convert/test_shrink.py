@@ -9,6 +9,7 @@ from magnetar.models.layers.norms import Depths, deepnorm_alpha
 from magnetar.models.weights.load_save import load_model, load_weights, save_weights, tensor_shapes
 from tests.convert.conversions import (
     BOTH,
+    Refusal,
     assert_refused,
     contents,
     convert,
@@ -158,10 +159,6 @@ def test_layers_keep_their_numbers_of_experts(
     ],
 )
 def test_layers_that_are_not_there_or_do_not_fit_are_refused(
-    tmp_path: Path,
-    model: dict,
-    options: tuple,
-    messages: list[str],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, model: dict, options: tuple, messages: list[str], refused: Refusal
 ) -> None:
-    assert_refused(capsys, "shrink", tmp_path, model, options, messages)
+    assert_refused(refused, "shrink", tmp_path, model, options, messages)
