@@ -111,12 +111,9 @@ def device_times(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 def in_turn(_gate: Any, _given: Any, decided: Any, num_experts: int) -> Any:
     """Forward hook of a router: experts in turn in the place of those that it has chosen."""
-    from magnetar.models.moe.router import Routing
-
-    routing, *others = (decided,) if isinstance(decided, Routing) else decided
-    turns = _turns(*routing.experts.shape, num_experts, routing.experts.device)
-    routing = routing._replace(**{key: turns[key] for key in turns.keys() & set(routing._fields)})
-    return (routing, *others) if others else routing
+    turns = _turns(*decided.experts.shape, num_experts, decided.experts.device)
+    stats = decided.stats._replace(load=turns["load"].float())
+    return decided._replace(**turns, stats=stats)
 
 
 @cache
@@ -128,12 +125,13 @@ def _turns(num_tokens: int, top_k: int, num_experts: int, device: Any) -> dict[s
 
     turns = torch.arange(num_tokens, device=device).unsqueeze(1)
     experts = (turns + torch.arange(top_k, device=device) * (num_experts // top_k)) % num_experts
+    load = expert_counts(experts, num_experts)
     if device.type != "cuda":
-        return {"experts": experts}
+        return {"experts": experts, "load": load}
     from magnetar.models.moe.kernels.counting_sort import kept_block_counts
 
-    found = {"experts": experts.int(), "load": expert_counts(experts, num_experts)}
-    return found | {"block_counts": kept_block_counts(experts.int(), num_experts)}
+    blocks = kept_block_counts(experts.int(), num_experts)
+    return {"experts": experts.int(), "load": load, "block_counts": blocks}
 
 
 class NothingTravels:

@@ -120,7 +120,7 @@ def paper_configs(options: argparse.Namespace, memory: float) -> tuple[dict[str,
     num_experts = max(options.paper_experts, fewest)
     while True:
         config = sparse(num_experts, MORE_SEQUENCES * options.batch, options.batch)
-        needed = memory_of_rank(parameters_of(config.model), config, options.gpus).total
+        needed = sum(memory_of_rank(parameters_of(config.model), config, options.gpus))
         if needed <= STATES_SHARE * memory:
             break
         if num_experts == fewest:

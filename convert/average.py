@@ -6,13 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from magnetar.convert.folders import (
-    how_to_load,
-    open_whole,
-    require_new,
-    vocabulary_file,
-    write_folder,
-)
+from magnetar.convert.folders import open_whole, require_new, vocabulary_file, write_folder
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import checkpoint_folders
 from magnetar.engine.checkpoint.open_run import SavedModel, is_run
@@ -28,14 +22,10 @@ def average(
 
     Args:
         paths: runs (each stands for its newest checkpoint), checkpoints' folders, or folders of
-            weights: two or more, or one run with `last`.
-        out: new folder; it must not exist, or be empty.
+            weights: two or more, or one run with `last`. They are of one model and vocabulary.
+        out: new folder.
         last: number of newest checkpoints of the one run.
         shard_bytes: largest size of a file, see `write_files`.
-
-    Raises:
-        UserError: if sources cannot be read, are damaged, too few, named twice or of different
-            models or vocabularies, or if the folder holds something.
     """
     for path in paths:
         require_new(out, path)
@@ -48,27 +38,22 @@ def average(
         if any(other.path.samefile(source.path) for source in sources[:index]):
             raise UserError(f"{other.path} is named twice: name each checkpoint once")
         _require_same_model(sources[0], other)
-    config = sources[0].config
     tokenizer = vocabulary_file(sources[0])
-    write_folder(out, config, mean_of(sources), shard_bytes, other_files=tokenizer)
     without = "" if tokenizer else ", without a tokenizer, which is not where the run read it"
-    return [
-        *(
-            f"{'averaged' if index == 0 else '':<8}  {source.path}"
-            for index, source in enumerate(sources)
-        ),
-        f"wrote     {out}{without}",
-        "",
-        *how_to_load(out, config.architecture),
-    ]
+    rows = [("" if index else "averaged", str(one.path)) for index, one in enumerate(sources)]
+    rows.append(("wrote", f"{out}{without}"))
+    return write_folder(
+        out,
+        sources[0].config,
+        mean_of(sources),
+        rows,
+        shard_bytes=shard_bytes,
+        other_files=tokenizer,
+    )
 
 
 def _expanded(paths: Sequence[Path], last: int | None) -> list[Path]:
-    """The folders to average.
-
-    Raises:
-        UserError: if `last` does not fit the paths.
-    """
+    """The folders to average, each checkpoint of `last` by itself."""
     if last is None:
         return list(paths)
     if len(paths) > 1 or not is_run(paths[0]):
@@ -87,11 +72,7 @@ def _expanded(paths: Sequence[Path], last: int | None) -> list[Path]:
 
 
 def _require_same_model(first: SavedModel, other: SavedModel) -> None:
-    """Refuse another model or vocabulary.
-
-    Raises:
-        UserError: if a key differs; it names the first one.
-    """
+    """Refuse another model, by the first key that differs, or another vocabulary."""
     keys, others = (dict(flat_keys(one.config.model_dump(mode="json"))) for one in (first, other))
     for key, there, here in differing(keys, others):
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from magnetar.convert.folders import how_to_load, open_whole, vocabulary_file, write_folder
+from magnetar.convert.folders import open_whole, vocabulary_file, write_folder
 from magnetar.engine.checkpoint.exported_run import RUN_KEY, ExportedRun
 from magnetar.engine.checkpoint.open_run import SavedModel
 from magnetar.models.weights.files import as_type
@@ -45,15 +45,11 @@ def export(
 
     Args:
         path: a run's folder, a checkpoint's, or a folder of weights, which is written anew.
-        out: new folder; it must not exist, or be empty.
+        out: new folder.
         checkpoint: name of the checkpoint; None: the newest complete one.
         tokenizer: path of the vocabulary, if it is no longer where the run found it.
         dtype: type of the written weights, a key of DTYPES; float32 is what was saved, bit by bit.
         shard_bytes: largest size of a file, see `write_files`.
-
-    Raises:
-        UserError: if the source cannot be read, the type cannot hold the weights, the vocabulary is
-            missing, or the folder holds something.
     """
     source = open_whole(path, out, checkpoint)
     about = _about(source)
@@ -69,16 +65,23 @@ def export(
     )
     files["load.py"] = load.encode()
     tensors = as_type(source.tensors, DTYPES[dtype])
-    write_folder(out, source.config, tensors, shard_bytes, about, files)
     step = about.get(RUN_KEY, {}).get("step")
-    return [
-        f"exported  {source.path}" + (f", step {step}" if step is not None else ""),
-        f"tensors   {len(tensors.specs)}, "
-        f"{sum(spec.num_bytes for spec in tensors.specs.values()):,} bytes of {dtype}",
-        f"wrote     {out} ({', '.join(_shown_files(out))})",
-        "",
-        *how_to_load(out, source.config.architecture),
+    size = sum(spec.num_bytes for spec in tensors.specs.values())
+    rows = [
+        ("exported", str(source.path) + (f", step {step}" if step is not None else "")),
+        ("tensors", f"{len(tensors.specs)}, {size:,} bytes of {dtype}"),
     ]
+    lines = write_folder(
+        out,
+        source.config,
+        tensors,
+        rows,
+        shard_bytes=shard_bytes,
+        about=about,
+        other_files=files,
+    )
+    lines.insert(len(rows), f"wrote     {out} ({', '.join(_shown_files(out))})")
+    return lines
 
 
 def _shown_files(folder: Path) -> list[str]:

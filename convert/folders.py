@@ -1,6 +1,10 @@
-"""Reading and writing of folders of weights, with checks before and after."""
+"""The frame of every conversion: a free place, a whole source, an atomic write, a report.
 
-import copy
+A conversion is a function of a source (see `open_run`), a new folder that must not exist or be
+empty, and its own options. It returns its report in lines. What cannot be converted is a UserError:
+a source that cannot be read or is damaged, a place that is taken, options that do not fit.
+"""
+
 import json
 import os
 import re
@@ -10,18 +14,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, all_problems
 from magnetar.engine.checkpoint.format import MANIFEST, checkpoint_folders
 from magnetar.engine.checkpoint.open_run import SavedModel, open_run
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.files import LazyTensors
 from magnetar.models.weights.load_save import CONFIG_FILE, require_free, write_weights
+
+_SHOWN_WARNINGS = 3
 
 
 def require_new(out: Path, source: Path | None = None) -> None:
@@ -72,62 +77,6 @@ def _taken_by(folder: Path, source: Path | None) -> str | None:
     return None
 
 
-def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
-    """The names, with a progress bar if stderr is a terminal."""
-    console = Console(stderr=True)
-    return track(
-        names, description=doing, console=console, transient=True, disable=not console.is_terminal
-    )
-
-
-def how_to_load(out: Path, architecture: str) -> list[str]:
-    """Lines of Python that load a folder of weights."""
-    tokens = "source, target" if architecture == "encoder_decoder" else "tokens"
-    return [
-        "from magnetar.models.weights.load_save import load_model",
-        f"model = load_model({str(out)!r})",
-        f"logits = model({tokens}).logits  # tokens: (batch, length) int64",
-    ]
-
-
-def how_to_train_on(config_file: Path, num_ranks: int) -> str:
-    """The shell command that continues a run."""
-    return (
-        f"deepspeed --num_gpus {num_ranks} --module magnetar.launchers.train --deepspeed_config "
-        f"{shlex.quote(str(config_file))}"
-    )
-
-
-def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
-    """The shell arguments with which a run starts from a folder of weights.
-
-    Args:
-        weights: the folder.
-        model_keys: keys of `magnetar.model` that the run must change, by dotted path.
-    """
-    values = [f"magnetar.model.{key}={json.dumps(value)}" for key, value in model_keys.items()]
-    values.append(f"magnetar.training.init_from={weights}")
-    return " ".join(f"--set {shlex.quote(value)}" for value in values)
-
-
-def config_in(config: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """A run's config with its outputs in another folder."""
-    moved, old = copy.deepcopy(dict(config)), config["magnetar"]["training"]["run_dir"]
-    moved["magnetar"]["training"]["run_dir"] = str(run_dir)
-    for monitor in ("tensorboard", "csv_monitor"):
-        if (moved.get(monitor) or {}).get("output_path") == old:
-            moved[monitor]["output_path"] = str(run_dir)
-    return moved
-
-
-def equal_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether float32 tensors are equal to the last bit, NaN included."""
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))
-
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
 def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> SavedModel:
     """A model to convert whose files are what was saved, and a free place for the result.
 
@@ -145,19 +94,47 @@ def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> SavedMod
     return source
 
 
+def checked_model(keys: Mapping[str, Any], what: str) -> ModelConfig:
+    """The config of a model.
+
+    Args:
+        keys: keys of `magnetar.model`.
+        what: start of the message.
+
+    Raises:
+        UserError: if the keys contradict each other or the rest of the model.
+    """
+    try:
+        return ModelConfig.model_validate(keys)
+    except ValidationError as error:
+        raise UserError(f"{what}: " + "\n  ".join(all_problems(error))) from None
+
+
+def vocabulary_file(source: SavedModel) -> dict[str, bytes]:
+    """Name and content of a model's tokenizer file. Empty if it is not where it was."""
+    tokenizer = source.find_tokenizer(None, "--tokenizer")
+    return {} if tokenizer is None else {tokenizer.file_name: tokenizer.file_content}
+
+
 def write_folder(
     out: Path,
     config: ModelConfig,
     tensors: LazyTensors,
-    shard_bytes: int | None,
+    rows: Sequence[tuple[str, str]],
+    *,
+    shard_bytes: int | None = None,
     about: Mapping[str, Any] | None = None,
     other_files: Mapping[str, bytes] | None = None,
-) -> None:
-    """`write_weights`, with progress on a terminal.
+) -> list[str]:
+    """A report in lines, after `write_weights` with progress on a terminal.
+
+    The report has the rows, which are labels and texts, and the Python that loads the folder. See
+    `write_weights` for the rest.
 
     Raises:
         UserError: if the folder holds something, or the disk does not hold what was written.
     """
+    tensors, warnings = checked_numbers(tensors)
     try:
         write_weights(
             out,
@@ -170,6 +147,70 @@ def write_folder(
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+    inputs = "source, target" if config.architecture == "encoder_decoder" else "tokens"
+    return [
+        *aligned([*rows, *warning_rows(warnings)]),
+        "",
+        "from magnetar.models.weights.load_save import load_model",
+        f"model = load_model({str(out)!r})",
+        f"logits = model({inputs}).logits  # tokens: (batch, length) int64",
+    ]
+
+
+def checked_numbers(tensors: LazyTensors) -> tuple[LazyTensors, dict[str, str]]:
+    """The same tensors, and a warning about each that has been read and is not finite."""
+    warnings: dict[str, str] = {}
+
+    def read(name: str) -> Tensor:
+        tensor = tensors.read(name)
+        if text := not_finite(tensor):
+            warnings[name] = f"{name}: {text}"
+        return tensor
+
+    return LazyTensors(tensors.specs, read), warnings
+
+
+def not_finite(values: Tensor) -> str:
+    """How many numbers are NaN or infinite, in words; nothing if none is."""
+    bad = values.numel() - int(values.isfinite().sum())
+    return f"{bad:,} of {values.numel():,} values are not finite" if bad else ""
+
+
+def warning_rows(warnings: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The first warnings as rows of a report, and the number of the others."""
+    rows = [("warning", text) for text in list(warnings.values())[:_SHOWN_WARNINGS]]
+    if more := len(warnings) - len(rows):
+        rows.append(("warning", f"{more} more tensors have values that are not finite"))
+    return rows
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each label and its text."""
+    width = max(len(label) for label, _ in rows)
+    return [f"{label:<{width}}  {text}" for label, text in rows]
+
+
+def watched(doing: str, names: Sequence[str]) -> Iterable[str]:
+    """The names, with a progress bar if stderr is a terminal."""
+    console = Console(stderr=True)
+    return track(
+        names, description=doing, console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:
+    """The shell arguments with which a run starts from a folder of weights.
+
+    Args:
+        weights: the folder.
+        model_keys: keys of `magnetar.model` that the run must change, by dotted path.
+    """
+    values = [f"magnetar.model.{key}={json.dumps(value)}" for key, value in model_keys.items()]
+    values.append(f"magnetar.training.init_from={weights}")
+    return " ".join(f"--set {shlex.quote(value)}" for value in values)
+
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(text: str) -> int:
@@ -181,37 +222,9 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = found[2].upper() if found else ""
     size = float(found[1]) * _UNITS.get(unit, 1) if found else 0
-    if size < 1 or (unit and unit not in _UNITS):
+    if not 1 <= size < 2**63 or (unit and unit not in _UNITS):
         raise UserError(
             f"--shard-size {text} is no size of a file: give bytes, or a number with KB, MB, GB, "
             "KiB, MiB or GiB, such as 5GB"
         )
     return int(size)
-
-
-def checked_model(config: ModelConfig, changes: Mapping[str, Any], what: str) -> ModelConfig:
-    """A model's config with changed keys.
-
-    Args:
-        config: the config to change.
-        changes: new values of keys, in a JSON's types.
-        what: start of the message.
-
-    Raises:
-        UserError: if the keys contradict each other or the rest of the model.
-    """
-    try:
-        return ModelConfig.model_validate(config.model_dump(mode="json") | dict(changes))
-    except ValidationError as error:
-        problems = [
-            ".".join(map(str, one["loc"])) + ": " * bool(one["loc"]) + one["msg"]
-            for one in error.errors()
-        ]
-        listed = "\n  ".join(problem.replace("Value error, ", "") for problem in problems)
-        raise UserError(f"{what}: {listed}") from None
-
-
-def vocabulary_file(source: SavedModel) -> dict[str, bytes]:
-    """Name and content of a model's tokenizer file. Empty if it is not where it was."""
-    tokenizer = source.find_tokenizer(None, "--tokenizer")
-    return {} if tokenizer is None else {tokenizer.file_name: tokenizer.file_content}

@@ -3,22 +3,21 @@
 Memory holds one tensor at a time.
 """
 
-import hashlib
+import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 from rich.text import Text
 from safetensors import safe_open
 from torch import Tensor
 
-from magnetar.convert.expert_tensors import place_of
-from magnetar.convert.folders import watched
+from magnetar.convert.experts import place_of
+from magnetar.convert.folders import not_finite, watched
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
@@ -30,9 +29,11 @@ from magnetar.engine.checkpoint.format import (
     sha256,
 )
 from magnetar.engine.checkpoint.open_run import SavedModel, is_run, of_checkpoint, open_run
+from magnetar.engine.config.schema import Layout
 from magnetar.engine.optim.adam import MOMENTS
 from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
+from magnetar.models.weights.files import digest
 
 _GATE = ".deepspeed_moe.gate."
 # The first of these words in a tensor's name decides its group.
@@ -51,14 +52,7 @@ _SHOWN_FILES = 3
 
 @dataclass(frozen=True)
 class File:
-    """A file.
-
-    Attributes:
-        name: name in its folder.
-        bytes: size when it was saved.
-        sha256: hash of its content when it was saved.
-        problem: damage that it has now; None: it is whole.
-    """
+    """A file: its size and its hash when it was saved, and the damage that it has now, if any."""
 
     name: str
     bytes: int
@@ -68,15 +62,8 @@ class File:
 
 @dataclass(frozen=True)
 class TensorFound:
-    """A tensor.
-
-    Attributes:
-        name: name in the state dict of the whole model.
-        shape: shape in the whole model.
-        states: names of its states: weight, and the optimizer's moments.
-        files: names of the files that hold it.
-        sha256: hash of the values of its weights.
-        rms: sqrt(mean(weight^2)).
+    """A tensor of the whole model: its states (weight, and the optimizer's moments), the names of
+    its files, the hash of its weights, and sqrt(mean(weight^2)).
     """
 
     name: str
@@ -98,13 +85,8 @@ class Group:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """A MoE layer.
-
-    Attributes:
-        name: name of its network in the model.
-        num_experts: number of its experts.
-        temperature: temperature of the router; None if it learns none.
-        expert_norms: L2 norm over all parameters of an expert: smallest, mean and largest.
+    """A MoE layer: the router's temperature, if it learns one, and the smallest, mean and largest
+    L2 norm over all parameters of an expert.
     """
 
     name: str
@@ -121,7 +103,7 @@ class Contents:
         path: path of the checkpoint or the folder of weights.
         about: facts for a person, by their label.
         step: optimizer steps done; None for weights alone.
-        layout: world_size, ep_size and zero_stage that it was written for; None for weights alone.
+        layout: ranks, ep_size and ZeRO stage that it was written for; None for weights alone.
         num_tensors: number of tensors; tied ones count once.
         num_parameters: number of parameters of the whole model.
         num_parameters_a_token: number of parameters that a token passes through, see models.cost.
@@ -153,15 +135,7 @@ class Contents:
         found = asdict(self) | {"damaged": self.damaged}
         if not with_tensors:
             del found["tensors"]
-        return _finite(found)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.loads(json.dumps(found), parse_constant=lambda _: None)
 
 
 def inspect(path: Path) -> Contents:
@@ -177,9 +151,15 @@ def inspect(path: Path) -> Contents:
     checkpoint = source.checkpoint
     files = _files(source)
     total, active = num_parameters(source.config)
+    about = {"holds": "weights", **in_words(source.config)}
+    if checkpoint is not None:
+        about["holds"] = (
+            f"step {checkpoint.step} of a run, in format {checkpoint.manifest['format']}"
+        )
+        about["layout"] = Layout.stored(checkpoint.manifest).in_words()
     contents = Contents(
         path=str(source.path),
-        about=_about(source),
+        about=about,
         step=checkpoint.step if checkpoint else None,
         layout=checkpoint.manifest["layout"] if checkpoint else None,
         num_tensors=len(source.tensors.specs),
@@ -215,22 +195,6 @@ def _source(path: Path) -> SavedModel:
     return of_checkpoint(read_checkpoint(folders[-1]))
 
 
-def _about(source: SavedModel) -> dict[str, str]:
-    words = in_words(source.config)
-    checkpoint = source.checkpoint
-    if checkpoint is None:
-        return {"holds": "weights", **words}
-    manifest = checkpoint.manifest
-    layout = manifest["layout"]
-    ranks = layout["world_size"]
-    return {
-        "holds": f"step {checkpoint.step} of a run, in format {manifest['format']}",
-        **words,
-        "layout": f"{ranks} rank{'s' * (ranks > 1)}, ep_size {layout['ep_size']}, "
-        f"ZeRO {layout['zero_stage']}",
-    }
-
-
 def _files(source: SavedModel) -> list[File]:
     """The files with their hashes, each compared with what was saved."""
     if source.checkpoint is None:
@@ -247,44 +211,59 @@ def _files(source: SavedModel) -> list[File]:
 
 def _read_tensors(source: SavedModel, contents: Contents) -> None:
     """Fill in the statistics of the numbers."""
-    squares: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    experts: dict[str, dict[int, _Expert]] = defaultdict(lambda: defaultdict(_Expert))
+    squares: dict[str, list[float]] = defaultdict(list)
+    counts: dict[str, int] = defaultdict(int)
+    # Network -> index of the expert -> parameter -> its hash and its sum of squares.
+    experts: dict[str, dict[int, dict[str, tuple[str, float]]]]
+    experts = defaultdict(lambda: defaultdict(dict))
     temperatures: dict[str, float] = {}
     places = _places(source)
     for name in watched("reading tensors", list(source.tensors.specs)):
         weight = source.tensors.read(name)
+        states = list(source.checkpoint.states(name)) if source.checkpoint else [WEIGHT]
         square = float(weight.double().square().sum())
-        found = _found(source, name, places[name], weight, square)
-        contents.tensors.append(found)
-        contents.warnings.extend(_suspicious(source, name, weight))
-        total = squares[group_of(name)]
-        total[0] += weight.numel()
-        total[1] += square
+        hashed, rms = digest(weight), math.sqrt(square / weight.numel())
+        contents.tensors.append(
+            TensorFound(name, list(weight.shape), states, places[name], hashed, rms)
+        )
+        contents.warnings.extend(_suspicious(source.checkpoint, name, weight, states))
+        counts[group_of(name)] += weight.numel()
+        squares[group_of(name)].append(square)
         place = place_of(name)
         if place is not None and place.expert is not None:
-            experts[place.ffn][place.expert].add(place.parameter, found.sha256, square)
+            experts[place.ffn][place.expert][place.parameter] = hashed, square
         elif name.endswith(f"{_GATE}temperature"):
             temperatures[name.partition(_GATE)[0]] = float(weight)
-    for group, (count, square) in squares.items():
-        contents.groups.append(Group(group, int(count), math.sqrt(square / count)))
+    for group, count in counts.items():
+        contents.groups.append(Group(group, count, math.sqrt(sum(squares[group]) / count)))
+    owners: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
     for layer, of_layer in experts.items():
-        norms = [math.sqrt(expert.square) for expert in of_layer.values()]
+        norms = [math.sqrt(sum(one for _, one in of.values())) for of in of_layer.values()]
         spread = (min(norms), sum(norms) / len(norms), max(norms))
         contents.layers.append(MoELayer(layer, len(norms), temperatures.get(layer), spread))
-    contents.warnings.extend(_twins(experts))
+        for index, parameters in sorted(of_layer.items()):
+            hashes = tuple(sorted((name, one) for name, (one, _) in parameters.items()))
+            owners[hashes].append(f"{layer} expert {index}")
+    for names in owners.values():
+        if len(names) > 1:
+            more = len(names) - _SHOWN_EXPERTS
+            twins = ", ".join(names[:_SHOWN_EXPERTS]) + (f" and {more} more" if more > 0 else "")
+            contents.warnings.append(f"identical experts: {twins}")
 
 
-class _Expert:
-    """Sums over the tensors of one expert."""
-
-    def __init__(self) -> None:
-        self.square = 0.0
-        self.digests: dict[str, str] = {}
-
-    def add(self, parameter: str, digest: str, square: float) -> None:
-        """Add one tensor of the expert."""
-        self.digests[parameter] = digest
-        self.square += square
+def _suspicious(
+    checkpoint: Checkpoint | None, name: str, weight: Tensor, states: list[str]
+) -> Iterator[str]:
+    """Warnings about a tensor: matrices of zeros, and values that are not finite."""
+    if weight.dim() > 1 and not weight.any():
+        yield f"{name} is all zeros"
+    for state in states:
+        if checkpoint is None or state == WEIGHT:
+            values, of = weight, ""
+        else:
+            values, of = checkpoint.tensor(name, state), f" ({state})"
+        if text := not_finite(values):
+            yield f"{name}{of}: {text}"
 
 
 def group_of(name: str) -> str:
@@ -301,63 +280,6 @@ def _places(source: SavedModel) -> dict[str, list[str]]:
         for path in source.path.glob("*.safetensors")
         for name in safe_open(path, framework="pt").keys()  # noqa: SIM118
     }
-
-
-def _found(
-    source: SavedModel, name: str, files: list[str], weight: Tensor, square: float
-) -> TensorFound:
-    checkpoint = source.checkpoint
-    return TensorFound(
-        name=name,
-        shape=list(weight.shape),
-        states=list(checkpoint.states(name)) if checkpoint else [WEIGHT],
-        files=files,
-        sha256=digest(weight),
-        rms=math.sqrt(square / weight.numel()),
-    )
-
-
-def digest(tensor: Tensor) -> str:
-    """Hex sha256 of a tensor's values, in the type that it has."""
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
-
-
-def _suspicious(source: SavedModel, name: str, weight: Tensor) -> Iterator[str]:
-    """Warnings about a tensor: matrices of zeros, and values that are not finite."""
-    if weight.dim() > 1 and not weight.any():
-        yield f"{name} is all zeros"
-    for state, values in _states(source.checkpoint, name, weight):
-        bad = values.numel() - int(values.isfinite().sum())
-        if bad:
-            of = "" if state == WEIGHT else f" ({state})"
-            yield f"{name}{of}: {bad:,} of {values.numel():,} values are not finite"
-
-
-def _states(
-    checkpoint: Checkpoint | None, name: str, weight: Tensor
-) -> Iterator[tuple[str, Tensor]]:
-    """The weight and, one after the other, the moments."""
-    yield WEIGHT, weight
-    for state in checkpoint.states(name) if checkpoint else ():
-        if checkpoint is not None and state != WEIGHT:
-            yield state, checkpoint.tensor(name, state)
-
-
-def _twins(experts: Mapping[str, Mapping[int, _Expert]]) -> list[str]:
-    """Experts with the same parameters, by layer and global index."""
-    owners: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
-    for layer, of_layer in experts.items():
-        for index, expert in sorted(of_layer.items()):
-            key = tuple(sorted(expert.digests.items()))
-            owners[key].append(f"{layer} expert {index}")
-    lines = []
-    for names in owners.values():
-        if len(names) > 1:
-            more = len(names) - _SHOWN_EXPERTS
-            shown = ", ".join(names[:_SHOWN_EXPERTS]) + (f" and {more} more" if more > 0 else "")
-            lines.append(f"identical experts: {shown}")
-    return lines
 
 
 def shown(contents: Contents, with_tensors: bool) -> list[RenderableType]:

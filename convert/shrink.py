@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 from magnetar.convert.folders import (
     checked_model,
-    how_to_load,
     how_to_start,
     open_whole,
     vocabulary_file,
@@ -28,36 +27,41 @@ def shrink(
     """A report in lines, after writing the shallower model to a new folder.
 
     Args:
-        path: the deeper model, see `open_run`.
-        out: new folder; it must not exist, or be empty.
+        path: the deeper model.
+        out: new folder.
         layers: value of each option ("--layers", "--encoder-layers", "--decoder-layers").
         shard_bytes: largest size of a file, see `write_files`.
-
-    Raises:
-        UserError: if the source cannot be read, a layer does not exist or does not fit the pattern
-            of the MoE layers, or the folder holds something.
     """
     source = open_whole(path, out)
-    chosen = chosen_layers(source.config, layers)
-    config = shrunk_config(source.config, chosen)
-    tensors = shrunk_tensors(source.tensors, config, chosen)
-    write_folder(out, config, tensors, shard_bytes, other_files=vocabulary_file(source))
+    chosen = _chosen_layers(source.config, layers)
+    config = _shrunk_config(source.config, chosen)
+
+    def source_of(name: str) -> str:
+        layer = _LAYER_NAME.fullmatch(name)
+        if layer is None:
+            return name
+        prefix, place, rest = layer.groups()
+        return f"{prefix}blocks.{chosen[prefix][int(place)]}.{rest}"
+
+    deep = source.tensors
+    specs = {
+        name: Spec(deep.specs[source_of(name)].dtype, tuple(shape))
+        for name, shape in tensor_shapes(config).items()
+    }
+    tensors = LazyTensors(specs, lambda name: deep.read(source_of(name)))
     keys: dict[str, Any] = {"num_layers": config.num_layers}
     if config.num_decoder_layers is not None:
         keys["num_decoder_layers"] = config.num_decoder_layers
     if config.moe is not None and config.moe != source.config.moe:
         keys["moe.num_experts"] = config.moe.num_experts
-    return [
-        f"shrunk  {source.path}",
-        *(
-            f"layers  {prefix.rstrip('.') or config.architecture}: "
-            f"{', '.join(map(str, indices))} of {_depths(source.config)[prefix]}"
-            for prefix, indices in chosen.items()
-        ),
-        f"train   {how_to_start(out, keys)}",
-        "",
-        *how_to_load(out, config.architecture),
-    ]
+    rows = [("shrunk", str(source.path))]
+    for prefix, indices in chosen.items():
+        which = f"{', '.join(map(str, indices))} of {_depths(source.config)[prefix]}"
+        rows.append(("layers", f"{prefix.rstrip('.') or config.architecture}: {which}"))
+    rows.append(("train", how_to_start(out, keys)))
+    return write_folder(
+        out, config, tensors, rows, shard_bytes=shard_bytes, other_files=vocabulary_file(source)
+    )
 
 
 def _depths(config: ModelConfig) -> dict[str, int]:
@@ -67,16 +71,8 @@ def _depths(config: ModelConfig) -> dict[str, int]:
     return {"": config.num_layers}
 
 
-def chosen_layers(config: ModelConfig, layers: dict[str, str | None]) -> dict[str, list[int]]:
-    """The layers of each stack that remain, by the prefix of its tensors' names.
-
-    Args:
-        config: the deeper model's config.
-        layers: value of each option, see `shrink`.
-
-    Raises:
-        UserError: if an option belongs to another architecture, or a layer does not exist.
-    """
+def _chosen_layers(config: ModelConfig, layers: dict[str, str | None]) -> dict[str, list[int]]:
+    """The layers of each stack that remain, by the prefix of its tensors' names."""
     depths = _depths(config)
     options = {"--layers": ""} if "" in depths else {f"--{p[:-1]}-layers": p for p in depths}
     given = {option: text for option, text in layers.items() if text is not None}
@@ -108,77 +104,41 @@ def _indices(option: str, text: str, depth: int) -> list[int]:
     return indices
 
 
-def shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> ModelConfig:
-    """The shallower model's config.
-
-    Raises:
-        UserError: if `moe.every` wants a MoE layer in place of a dense one, or the reverse, or if
-            no MoE layer would remain.
-    """
+def _shrunk_config(config: ModelConfig, chosen: Mapping[str, Sequence[int]]) -> ModelConfig:
+    """The shallower model's config; its layers must fit the pattern of the MoE layers."""
     moe = config.moe
     changes: dict[str, Any] = {"num_layers": len(next(iter(chosen.values())))}
     if "decoder." in chosen:
         changes["num_decoder_layers"] = len(chosen["decoder."])
-    for prefix, indices in chosen.items():
-        for place, index in enumerate(indices):
-            if moe is not None and config.is_moe_layer(index) != config.is_moe_layer(place):
-                kinds = ("a dense", "a MoE")
-                student = f"the student's {prefix[:-1]}" if prefix else "the student"
-                raise UserError(
-                    f"layer {index}, {kinds[config.is_moe_layer(index)]} layer, would become layer "
-                    f"{place} of {student}, where "
-                    f"moe.every={moe.every} wants {kinds[config.is_moe_layer(place)]} layer: "
-                    "choose layers that fit, or make the model dense first with `python -m "
-                    "magnetar convert densify`"
-                )
-    if moe is not None and not any(
-        config.is_moe_layer(index) for indices in chosen.values() for index in indices
-    ):
-        there = [str(index) for index in range(config.num_layers) if config.is_moe_layer(index)]
-        raise UserError(
-            f"none of the layers that are named is a MoE layer, as {', '.join(there)} are: name "
-            "one of these too, or make the model dense first with `magnetar convert "
-            "densify`"
-        )
-    if moe is not None and isinstance(moe.num_experts, list):
+    if moe is not None:
+        kept = []  # numbers of experts
         # One number for each MoE layer, the encoder's before the decoder's.
-        counts = iter(moe.num_experts)
-        of_layer = {
-            (prefix, index): next(counts)
-            for prefix, depth in _depths(config).items()
-            for index in range(depth)
-            if config.is_moe_layer(index)
-        }
-        kept = [
-            of_layer[prefix, index]
-            for prefix, indices in chosen.items()
-            for index in indices
-            if config.is_moe_layer(index)
-        ]
-        changes["moe"] = moe.model_dump(mode="json") | {"num_experts": kept}
-    return checked_model(config, changes, "no such shallower model")
+        counts = cycle(moe.expert_counts)
+        for prefix, depth in _depths(config).items():
+            of_layer = {i: next(counts) for i in range(depth) if config.is_moe_layer(i)}
+            for place, index in enumerate(chosen[prefix]):
+                _require_the_same_kind(config, prefix, index, place)
+            kept += [of_layer[index] for index in chosen[prefix] if index in of_layer]
+        if not kept:
+            there = [str(index) for index in range(config.num_layers) if config.is_moe_layer(index)]
+            raise UserError(
+                f"none of the layers that are named is a MoE layer, as {', '.join(there)} are: "
+                "name one of these too, or make the model dense first with `magnetar convert "
+                "densify`"
+            )
+        if isinstance(moe.num_experts, list):
+            changes["moe"] = moe.model_dump(mode="json") | {"num_experts": kept}
+    return checked_model(config.model_dump(mode="json") | changes, "no such shallower model")
 
 
-def shrunk_tensors(
-    deep: LazyTensors, config: ModelConfig, chosen: Mapping[str, Sequence[int]]
-) -> LazyTensors:
-    """The shallower model's tensors.
-
-    Args:
-        deep: the deeper model's tensors.
-        config: result of `shrunk_config`.
-        chosen: result of `chosen_layers`.
-    """
-
-    def source_of(name: str) -> str:
-        layer = _LAYER_NAME.fullmatch(name)
-        if layer is None:
-            return name
-        prefix, place, rest = layer.groups()
-        return f"{prefix}blocks.{chosen[prefix][int(place)]}.{rest}"
-
-    specs = {
-        name: Spec(deep.specs[source_of(name)].dtype, tuple(shape))
-        for name, shape in tensor_shapes(config).items()
-    }
-    return LazyTensors(specs, lambda name: deep.read(source_of(name)))
+def _require_the_same_kind(config: ModelConfig, prefix: str, index: int, place: int) -> None:
+    """Refuse a MoE layer that would take a dense one's place, and the reverse."""
+    was, wanted = (("a dense", "a MoE")[config.is_moe_layer(i)] for i in (index, place))
+    if was != wanted:
+        assert config.moe is not None
+        student = f"the student's {prefix[:-1]}" if prefix else "the student"
+        raise UserError(
+            f"layer {index}, {was} layer, would become layer {place} of {student}, where "
+            f"moe.every={config.moe.every} wants {wanted} layer: choose layers that fit, or make "
+            "the model dense first with `python -m magnetar convert densify`"
+        )

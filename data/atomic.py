@@ -9,39 +9,44 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 PARTIAL_SUFFIX = ".partial"
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the content of a file, which need not exist.
-
-    Args:
-        path: The file.
-        content: The new content. Text is encoded as UTF-8.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which has the name `path` from the end of the block on.
 
     Raises:
-        OSError: if the file cannot be written. The old content stays.
+        OSError: if it cannot be written. The error names `path`. The old content stays, and nothing
+            else is left.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as file:
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        rename_durably(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        # An error of an open file has no name; another file's has its own.
+        if error.errno is None or error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the content of a file, which need not exist; see `atomic_file`. Text is UTF-8."""
+    with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    rename_durably(partial, path)
 
 
 def rename_durably(old: Path, new: Path) -> None:
-    """Rename a file or a folder whose content is on the disk.
-
-    Args:
-        old: The present path.
-        new: The path to have, in the same folder or a sibling. A file or an empty folder that is
-            there is replaced.
-    """
+    """Rename a file or a folder whose content is on the disk; a file that is there is replaced."""
     os.replace(old, new)
     sync(new.parent)
 
@@ -109,3 +114,25 @@ def lock(path: Path) -> IO[str]:
         file.close()
         raise
     return file
+
+
+def append(path: Path, content: str | bytes) -> None:
+    """Append to a file, which is made if there is none.
+
+    Raises:
+        OSError: if it cannot be written. The error names the file, whose content is as it was.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.lseek(descriptor, 0, os.SEEK_END)
+        rest = content.encode() if isinstance(content, str) else content
+        try:
+            # Several processes write a logbook, so this is one write, if the disk takes it whole.
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)

@@ -1,17 +1,28 @@
-"""The two errors that are not defects of ours, and the sentences for what pydantic refuses."""
+"""The two errors that are not defects of ours, and sentences for JSON that cannot be read."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 _SHOWN_CHARACTERS = 60  # of a wrong value
+MAX_DEPTH = 50  # levels of objects and lists in JSON; a config needs 5
+_TOO_DEEP = (
+    f"objects and lists are nested more than {MAX_DEPTH} deep: is a bracket repeated by mistake?"
+)
 
 
-class UserError(ValueError):
+class _Told(Exception):
+    def __init__(self, message: str, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
+
+
+class UserError(_Told, ValueError):
     """Bad input: a key, a value or a file that a user can change.
 
     Its message names the key or file, the value, the rule and a way out. The launchers print it
@@ -23,12 +34,8 @@ class UserError(ValueError):
             Before the ranks have joined, all of them see the same input and this does not matter.
     """
 
-    def __init__(self, message: str, on_every_rank: bool = False) -> None:
-        super().__init__(message)
-        self.on_every_rank = on_every_rank
 
-
-class MachineError(RuntimeError):
+class MachineError(_Told, RuntimeError):
     """A fault of a machine, such as weights that have changed by themselves.
 
     Its message says what was found and what to do. The launchers print it without a traceback and
@@ -37,10 +44,6 @@ class MachineError(RuntimeError):
     Attributes:
         on_every_rank: True if every rank raises it, so that one rank prints it.
     """
-
-    def __init__(self, message: str, on_every_rank: bool = False) -> None:
-        super().__init__(message)
-        self.on_every_rank = on_every_rank
 
 
 def missing_package(what: str, package: str, extra: str, otherwise: str = "") -> UserError:
@@ -58,6 +61,49 @@ def missing_package(what: str, package: str, extra: str, otherwise: str = "") ->
         f"{what} needs the package {name}, which is not installed: run pip install "
         f"'magnetar[{extra}]' or pip install {package}{way_out}"
     )
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """The value of a JSON text, from whatever program.
+
+    Args:
+        text: the text; bytes are read as UTF-8, with or without a byte order mark.
+        options: `json.loads`'s options, such as `parse_constant`.
+
+    Raises:
+        ValueError: if it holds no value, or one that Python's recursion does not walk through. The
+            message is a clause without the name of the file; a json.JSONDecodeError has the place.
+    """
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"), **options)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start})") from None
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        raise ValueError("a number in it has thousands of digits") from None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        pairs = [list(v.values()) if isinstance(v, dict) else v for v in level]
+        level = [inner for members in pairs if isinstance(members, list) for inner in members]
+        if not level:
+            return value
+    raise ValueError(_TOO_DEEP)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, from whatever program.
+
+    Raises:
+        ValueError: as from `parse_json`, or if it holds another value.
+        OSError: if the file cannot be read.
+    """
+    value = parse_json(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError("it holds no object, { ... }")
+    return value
 
 
 def all_problems(error: ValidationError, section: str = "") -> list[str]:

@@ -10,21 +10,21 @@
 | tokens of the run | the places of its windows | the targets that it has seen |
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from magnetar.data.errors import UserError
-from magnetar.data.pairs.batches import PairBatches, TooLong, ValidBins
+from magnetar.data.pairs.batches import PairBatches, PairOptions, ValidBins
 from magnetar.data.pairs.codec import Codec, parse_direction
 from magnetar.data.pairs.folder import PreparedPairs, Texts, open_pairs
+from magnetar.data.prepared_folder import read_json
 from magnetar.data.text.masked_lm import Masking, denoising, masked_lm
 from magnetar.data.text.packed_lm import (
     IGNORE_INDEX,
@@ -36,7 +36,7 @@ from magnetar.data.text.packed_lm import (
     valid_batches,
     window_batch,
 )
-from magnetar.data.text.token_files import Prepared, open_prepared
+from magnetar.data.text.token_files import Prepared, open_prepared, unigram_perplexity
 from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
 
 # More rows than any bin has: row r of bin b has the place b * MAX_BIN_ROWS + r in its step.
@@ -44,24 +44,6 @@ MAX_BIN_ROWS = 1 << 20
 STEPS_AHEAD = 4  # steps whose batches are made before they are asked for
 
 Architecture = Literal["decoder", "encoder", "encoder_decoder"]
-
-
-class MaskOptions(NamedTuple):
-    """Settings of the masks, as in data.text.masked_lm.Masking."""
-
-    probability: float
-    mean_span_length: float | None
-    replace: Literal["bert", "mask"]
-
-
-class PairOptions(NamedTuple):
-    """Settings of the sentence pairs, as in data.pairs.batches.PairBatches."""
-
-    bin_tokens: int
-    temperature: float
-    directions: Sequence[str] | None
-    too_long: TooLong
-    max_target_len: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +68,7 @@ class DataOptions:
     micro_batch_size: int
     seed: int
     eval_sequences: int | None = None
-    masking: MaskOptions | None = None
+    masking: Masking | None = None
     pairs: PairOptions | None = None
 
 
@@ -122,7 +104,7 @@ class RunData(ABC):
 
     def __init__(self, prepared: Prepared | PreparedPairs, options: DataOptions) -> None:
         self.path, self.manifest = prepared.path, prepared.manifest
-        self.vocab_size, self.fingerprint = prepared.vocab_size, prepared.fingerprint
+        self.vocab_size, self.fingerprint = self.manifest.vocab_size, prepared.fingerprint
         self.options = options
 
     @cached_property
@@ -136,23 +118,14 @@ class RunData(ABC):
 
     @abstractmethod
     def valid_batches(self, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
-        """One rank's validation batches.
+        """One rank's validation batches, of `batch_size` windows; a bin of pairs is a batch.
 
         Every rank gets the same number, since ranks that share experts step together.
-
-        Args:
-            batch_size: windows of a batch; a bin of pairs is a batch by itself.
-            rank: this rank.
-            world_size: number of ranks.
         """
 
     @abstractmethod
     def unigram_perplexity(self, num_tokens: int) -> float:
-        """Perplexity of a model that knows only the frequencies of the validation tokens.
-
-        Args:
-            num_tokens: number of tokens that validation asked about.
-        """
+        """Perplexity of a model that knows only the frequencies of the tokens asked about."""
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
@@ -164,17 +137,14 @@ class RunData(ABC):
 
     def to_translate(self, max_sentences: int) -> ToTranslate | None:
         """The first validation sentences of each direction; None for text."""
-        del max_sentences
         return None
 
     def beginnings(self, count: int, length: int) -> list[list[int]]:
         """The first `length` tokens of up to `count` validation documents, all different."""
-        del count, length
         return []
 
     def example_windows(self, count: int) -> Batch | None:
         """Up to `count` validation windows from all over the split; None for pairs."""
-        del count
         return None
 
 
@@ -187,17 +157,9 @@ class TextData(RunData):
         self.sample_words = f"{options.seq_len} tokens"
         self.asked_tokens = "masked tokens" if options.architecture == "encoder" else "tokens"
         self.tokens_per_step = options.train_batch_size * options.seq_len
-        self._objective = objective(options.architecture, options.masking, prepared.vocab_size)
-
-    @cached_property
-    def train(self) -> PackedLM:
-        """The training windows."""
-        return PackedLM(self.prepared.train, self.options.seq_len, self._objective)
-
-    @cached_property
-    def valid(self) -> PackedLM:
-        """The validation windows."""
-        return PackedLM(self.prepared.valid, self.options.seq_len, self._objective)
+        asked = objective(options.architecture, options.masking, self.vocab_size)
+        self.train = PackedLM(prepared.train, options.seq_len, asked)
+        self.valid = PackedLM(prepared.valid, options.seq_len, asked)
 
     def micro_batch(self, step: int, micro_step: int, rank: int, world_size: int) -> Batch:
         """Windows in the order of the seed."""
@@ -241,9 +203,9 @@ class TextData(RunData):
 
     def beginnings(self, count: int, length: int) -> list[list[int]]:
         """The documents' in the order of the file."""
-        found: list[list[int]] = []
-        for index in range(self.prepared.valid.num_documents):
-            beginning = self.prepared.valid.document(index)[:length].tolist()
+        valid, found = self.prepared.valid, list[list[int]]()
+        for index in range(valid.num_documents):
+            beginning = valid.document(index)[:length].tolist()
             if len(beginning) == length and beginning not in found:
                 found.append(beginning)
             if len(found) == count:
@@ -270,32 +232,8 @@ class PairData(RunData):
         self.directions = prepared.directions("valid")
         self.run_files = (prepared.manifest.tokenizer_file,)  # all that translating needs
 
-    @cached_property
-    def train(self) -> PairBatches:
-        """The training bins."""
-        return PairBatches(
-            self.prepared,
-            bin_tokens=self.pairs.bin_tokens,
-            bins=self.options.train_batch_size,
-            temperature=self.pairs.temperature,
-            directions=self.pairs.directions,
-            seed=self.options.seed,
-            max_len=self.options.seq_len,
-            max_target_len=self.pairs.max_target_len,
-            too_long=self.pairs.too_long,
-        )
-
-    @cached_property
-    def valid(self) -> ValidBins:
-        """The validation bins."""
-        return ValidBins(
-            self.prepared,
-            bin_tokens=self.pairs.bin_tokens,
-            directions=self.pairs.directions,
-            max_len=self.options.seq_len,
-            max_target_len=self.pairs.max_target_len,
-            max_pairs=self.options.eval_sequences,
-        )
+        self.train = PairBatches(prepared, self.pairs, options.train_batch_size, options.seed)
+        self.valid = ValidBins(prepared, self.pairs, options.eval_sequences)
 
     def micro_batch(self, step: int, micro_step: int, rank: int, world_size: int) -> Batch:
         """One bin."""
@@ -315,15 +253,14 @@ class PairData(RunData):
             found = np.bincount(targets[targets != IGNORE_INDEX], minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
-        frequencies = counts[counts > 0] / counts.sum()
-        return float(np.exp(-(frequencies * np.log(frequencies)).sum()))
+        return unigram_perplexity(counts)
 
     def describe(self) -> dict[str, str]:
         """The numbers of languages and directions, and of pairs that are too long."""
         done = {"drop": "dropped", "truncate": "truncated"}.get(self.pairs.too_long, "")
         counts = (
-            (sum(self.train.num_too_long.values()), "pairs", done),
-            (sum(self.valid.num_too_long.values()), "validation pairs", "truncated"),
+            (self.train.num_too_long, "pairs", done),
+            (self.valid.num_too_long, "validation pairs", "truncated"),
         )
         too_long = "; ".join(f"{count:,} {what}, {how}" for count, what, how in counts if count)
         size = f"{len(self.prepared.languages)} languages, {len(self.train.directions)} directions"
@@ -340,15 +277,13 @@ class PairData(RunData):
         return ToTranslate(self.prepared.codec, texts)
 
 
-def objective(
-    architecture: Architecture, masking: MaskOptions | None, vocab_size: int
-) -> Objective:
+def objective(architecture: Architecture, masking: Masking | None, vocab_size: int) -> Objective:
     """What a model of this architecture learns from windows of this vocabulary."""
     if architecture == "decoder":
         return causal
     assert masking is not None
-    how = Masking(*masking, vocab_size)
-    return masked_lm(how) if architecture == "encoder" else denoising(how)
+    asked = masked_lm if architecture == "encoder" else denoising
+    return partial(asked, masking=masking, vocab_size=vocab_size)
 
 
 def open_data(path: Path, options: DataOptions) -> RunData:
@@ -359,11 +294,8 @@ def open_data(path: Path, options: DataOptions) -> RunData:
     """
     prepared = open_folder(path, holds_pairs=options.pairs is not None)
     if isinstance(prepared, Prepared):
-        data: TextData | PairData = TextData(prepared, options)
-    else:
-        data = PairData(prepared, options)
-    _ = data.train, data.valid  # made now, so that a split that is too short is refused here
-    return data
+        return TextData(prepared, options)
+    return PairData(prepared, options)
 
 
 def open_folder(path: Path, holds_pairs: bool) -> Prepared | PreparedPairs:
@@ -372,7 +304,8 @@ def open_folder(path: Path, holds_pairs: bool) -> Prepared | PreparedPairs:
     Raises:
         UserError: the folder is missing, damaged or of the other kind.
     """
-    if _is_folder_of_pairs(path) != holds_pairs and (path / "manifest.json").is_file():
+    manifest = read_json(path / "manifest.json")
+    if manifest and (manifest.get("kind") == "pairs") != holds_pairs:
         if not holds_pairs:
             raise UserError(
                 f"{path} holds sentence pairs, and magnetar.data.pairs is null, which is for "
@@ -384,14 +317,6 @@ def open_folder(path: Path, holds_pairs: bool) -> Prepared | PreparedPairs:
             "magnetar.data.pairs, or name a folder that magnetar prepare-pairs has made"
         )
     return open_pairs(path) if holds_pairs else open_prepared(path)
-
-
-def _is_folder_of_pairs(path: Path) -> bool:
-    try:
-        manifest: Any = json.loads((path / "manifest.json").read_bytes())
-    except (OSError, ValueError):  # the function that opens the folder says what is wrong with it
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == "pairs"
 
 
 class TrainingBatches:
@@ -421,7 +346,7 @@ class TrainingBatches:
             to_device: conversion of each array when its step begins.
         """
         self._data, self._num_micro_steps = data, num_micro_steps
-        self._rank, self._world_size = rank, world_size
+        self._ranks = rank, world_size
         self._to_host, self._to_device = to_host, to_device
         self._thread = ThreadPoolExecutor(1, "batches")
         self._made: dict[int, Future[list[Batch]]] = {}
@@ -441,7 +366,7 @@ class TrainingBatches:
     def _make(self, step: int) -> list[Batch]:
         made = []
         for micro_step in range(self._num_micro_steps):
-            batch = self._data.micro_batch(step, micro_step, self._rank, self._world_size)
+            batch = self._data.micro_batch(step, micro_step, *self._ranks)
             inputs = tuple(map(self._to_host, batch.inputs))
             made.append(Batch(inputs, self._to_host(batch.targets)))
         return made

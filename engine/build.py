@@ -5,6 +5,7 @@ import ctypes
 import logging
 import math
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from magnetar.data.errors import UserError
 from magnetar.engine.admin.profile import needs_profile, start_omegas
 from magnetar.engine.checkpoint.open_run import DTYPES
 from magnetar.engine.checkpoint.starting_weights import load_starting_weights, starts_from_weights
-from magnetar.engine.cluster.rendezvous import launched_local_size, use_rendezvous
+from magnetar.engine.cluster.environment import launched_local_size
+from magnetar.engine.cluster.rendezvous import use_rendezvous
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import LRSchedule, RunConfig
 from magnetar.engine.deepspeed_engine import DeepSpeedEngine
@@ -34,18 +37,18 @@ from magnetar.engine.optim.adam import (
     take_client_optimizer,
 )
 from magnetar.engine.sparse_clip import SparseClip
-from magnetar.engine.zero import partition, tensors_of_optimizer
+from magnetar.engine.zero import (
+    device_of_build,
+    prepare_for_zero,
+    tensors_of_optimizer,
+    trained_moe_class,
+)
 from magnetar.models.layers.attention import expect_many_shapes
-from magnetar.models.moe.config import MoEConfig
-from magnetar.models.moe.deepspeed import moe_class
-from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import build_model, compile_blocks, set_checkpointing
 
-# mallopt's parameters (malloc.h of glibc, whose largest threshold for mmap is 32 MiB).
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20
-_TOP_PAD_BYTES = 256 * 2**20
-_NEVER = 2**31 - 1
+# mallopt's parameters in malloc.h of glibc, whose largest threshold for mmap is 32 MiB.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+_MALLOPT = {_MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 256 * 2**20}
 
 
 def keep_freed_memory() -> None:
@@ -55,24 +58,13 @@ def keep_freed_memory() -> None:
     page. A small operator then spends most of its time waiting for zeroed pages.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    mallopt(_TRIM_THRESHOLD, _NEVER)
-    mallopt(_TOP_PAD, _TOP_PAD_BYTES)
-
-
-def launched_rank() -> int:
-    """This process's rank from the environment of deepspeed, torchrun or MPI; else 0."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    if mallopt is not None:
+        for parameter, value in _MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def start_distributed() -> torch.device:
-    """Join the launcher's process group, or make one of a single rank.
-
-    Returns:
-        This rank's device.
+    """This rank's device, once the launcher's process group is joined, or one of a single rank.
 
     Raises:
         UserError: the ranks cannot meet at MASTER_ADDR and MASTER_PORT.
@@ -115,35 +107,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Only tensors of matrix shape decay. To decay a temperature or a LayerNorm gain towards zero
     changes the function and is no regularisation. The groups of experts carry DeepSpeed's marks
-    (`moe` and the name of the process group), and E for SparseClip.
-
-    Args:
-        model: the model, with parameters that still have their shapes.
-        weight_decay: weight decay of the matrices.
+    (`moe` and the name of the process group), and E for SparseClip. The parameters must still have
+    their shapes.
     """
     found: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
         group_name = getattr(parameter, "group_name", "dense")
         # Experts' tensors are stacked, so they have one dimension more than one expert's.
         is_matrix = parameter.dim() - (group_name != "dense") >= 2
         key = (group_name, getattr(parameter, "num_experts", 0), is_matrix)
         found.setdefault(key, []).append(parameter)
     param_groups = []
-    # Experts come first. ZeRO 3 lays out one parameter behind the other, and a temperature (one
-    # number) before them would misalign their weights for grouped matrix products.
-    for (group_name, num_experts, is_matrix), parameters in sorted(
-        found.items(), key=lambda item: item[0], reverse=True
-    ):
-        group = {
-            "params": parameters,
-            "name": group_name,
-            "weight_decay": weight_decay if is_matrix else 0.0,
-        }
-        if num_experts:
-            group |= {"moe": True, "num_experts": num_experts}
-        param_groups.append(group)
+    # Experts come first. Shards lie one behind the other, and a temperature (one number) before
+    # them would misalign their weights for grouped matrix products.
+    for key in sorted(found, reverse=True):
+        group_name, num_experts, is_matrix = key
+        decay = weight_decay if is_matrix else 0.0
+        marks = {"moe": True, "num_experts": num_experts} if num_experts else {}
+        group = {"params": found[key], "name": group_name, "weight_decay": decay}
+        param_groups.append(group | marks)
     return param_groups
 
 
@@ -156,10 +138,7 @@ def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[
         inverse_sqrt   lr * sqrt(warmup_steps / (step + 1))
         constant       lr
 
-    Args:
-        schedule: the schedule's section.
-        base_lr: the full learning rate.
-        num_steps: steps of the run, the default of total_steps.
+    The run's `num_steps` are the default of total_steps.
     """
     total_steps = schedule.total_steps or num_steps
     warmup_steps = max(1, schedule.warmup_steps)
@@ -178,30 +157,58 @@ def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[
     return factor
 
 
-def trained_moe_class(zero_stage: int, moe: MoEConfig | None) -> type[MoE]:
-    """The class of the MoE layers of a model that trains."""
-    return moe_class(zero_stage, moe is None or moe.frozen != "router_and_experts")
+def early_end(schedule: LRSchedule, num_steps: int) -> str:
+    """What a schedule that ends before the run does to the other steps; "" if it does not."""
+    total_steps, end_lr = schedule.total_steps or num_steps, schedule.end_lr or 0.0
+    if schedule.type != "polynomial" or total_steps >= num_steps:
+        return ""
+    rate = f"end_lr={end_lr:g}" if end_lr else "a learning rate of 0, so they change nothing"
+    return (
+        f"magnetar.training.lr_schedule.total_steps={total_steps} is less than num_steps="
+        f"{num_steps}: the steps after {total_steps} train at {rate}; use num_steps={total_steps}, "
+        f"or begin another run with total_steps={num_steps}"
+    )
+
+
+def missing_types() -> dict[str, str]:
+    """Types of weights that this rank's device does not compute in, with the reason and way out."""
+    accelerator = get_accelerator()
+    has = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    is_cpu = accelerator.device_name() == "cpu"
+    device = "CPU" if is_cpu else torch.cuda.get_device_name()
+    ways = [f"{name}.enabled=true" for name in has if has[name]] + ["neither, for float32"]
+    way_out = f"use {' or '.join(ways)}"
+    return {
+        name: f"the {device} of {socket.gethostname()} does not compute in {name}: {way_out}"
+        for name in has
+        if not has[name]
+    }
+
+
+def require_type(dtype: str) -> None:
+    """Refuse a type of weights that the device of any rank does not compute in.
+
+    Raises:
+        UserError: naming the key, the device and the way out.
+    """
+    missing: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(missing, missing_types())
+    for found in missing:
+        if dtype in found:
+            raise UserError(f"{dtype}.enabled=true: {found[dtype]}", on_every_rank=True)
 
 
 def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngine, SparseClip]:
-    """The DeepSpeed engine of a resolved config, with SparseClip in place of its clipping.
+    """The DeepSpeed engine of a resolved config, and the SparseClip in place of its clipping.
 
-    Args:
-        config: config that is resolved for this world size, with a vocab_size.
-        device: this rank's device, from `start_distributed`.
-
-    Returns:
-        The engine and its SparseClip.
+    Raises:
+        UserError: if a device does not compute in the type of the weights.
     """
-    with torch.device("cpu" if config.zero_stage == 3 else device):
-        # The weights are drawn on the device in any case. With the CPU's generator ZeRO 3 would
-        # start from other weights than the other stages.
-        model = build_model(
-            config.model,
-            config.training.seed,
-            trained_moe_class(config.zero_stage, config.model.moe),
-            drawn_on=device,
-        )
+    require_type(config.dtype)
+    with torch.device(device_of_build(config, device)):
+        # The weights are drawn on the device in any case: the CPU's generator draws others.
+        moe_class = trained_moe_class(config)
+        model = build_model(config.model, config.training.seed, moe_class, drawn_on=device)
     if config.data.pairs is not None:
         expect_many_shapes()
     if starts_from_weights(config) and config.training.init_from is not None:
@@ -219,9 +226,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
     if config.training.independent_weight_decay:
         # AdamW multiplies weight_decay by the learning rate, so only the schedule's factor is left.
         weight_decay /= optimizer_params["lr"]
-    factor = lr_factor(
-        config.training.lr_schedule, optimizer_params["lr"], config.training.num_steps
-    )
+    schedule, num_steps = config.training.lr_schedule, config.training.num_steps
+    factor = lr_factor(schedule, optimizer_params["lr"], num_steps)
     deepspeed_config = copy.deepcopy(config.deepspeed)  # DeepSpeed takes keys out of it
     # SparseClip applies the threshold. DeepSpeed calls it in every mode if its own is above 0.
     deepspeed_config["gradient_clipping"] = config.gradient_clipping or 1.0
@@ -234,14 +240,8 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
         model_parameters = groups_by_bits(model, model_parameters, min_8bit_size)
     model_parameters = small_groups(model_parameters)
     fuse_torchs_adam(deepspeed_config)
-    if config.zero_stage in (1, 2):
-        # These stages allocate such a bucket in each backward pass, however small the model is.
-        numel = sum(parameter.numel() for parameter in model.parameters())
-        section = deepspeed_config["zero_optimization"]
-        section["reduce_bucket_size"] = min(section.get("reduce_bucket_size", numel), numel)
     client_optimizer = take_client_optimizer(deepspeed_config)
-    if config.zero_stage == 3:
-        partition(model, deepspeed_config, DTYPES[config.dtype])
+    prepare_for_zero(model, deepspeed_config, DTYPES[config.dtype])
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         config=deepspeed_config,

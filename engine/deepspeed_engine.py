@@ -1,5 +1,6 @@
 """What Magnetar uses of a DeepSpeed engine, as a type; DeepSpeed itself declares none."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,14 @@ class DeepSpeedEngine(Protocol):
         micro_steps: micro-batches of these steps.
         skipped_steps: steps that fp16's loss scale left out after an overflow.
         clip_fp32_gradients: clipping before the update, with fp32 and without ZeRO.
+        backward: backward pass; the loss is divided by gradient_accumulation_steps.
+        step: end of a micro-step; at the last one of a step, clip and update.
+        get_lr: learning rate of the next update, by parameter group.
+        fp16_enabled: whether a loss scale is used.
+        train_batch_size: samples of an optimizer step over all ranks.
+        train_micro_batch_size_per_gpu: samples of a micro-batch on one rank.
+        gradient_accumulation_steps: micro-batches of an optimizer step on one rank.
+        destroy: removal of its hooks, which are cycles that no garbage collection finds.
     """
 
     module: Any
@@ -40,30 +49,14 @@ class DeepSpeedEngine(Protocol):
     skipped_steps: int
     clip_fp32_gradients: Any
     _global_grad_norm: Any  # the norm that DeepSpeed reports
+    backward: Callable[[Tensor], Any]
+    step: Callable[[], Any]
+    get_lr: Callable[[], list[float]]
+    fp16_enabled: Callable[[], bool]
+    train_batch_size: Callable[[], int]
+    train_micro_batch_size_per_gpu: Callable[[], int]
+    gradient_accumulation_steps: Callable[[], int]
+    destroy: Callable[[], None]
 
     def __call__(self, *inputs: Tensor, **keys: Any) -> ModelLosses:
         """Forward pass of one micro-batch."""
-
-    def backward(self, loss: Tensor) -> Any:
-        """Backward pass; the loss is divided by gradient_accumulation_steps."""
-
-    def step(self) -> Any:
-        """End of a micro-step; at the last one of a step, clip and update."""
-
-    def get_lr(self) -> list[float]:
-        """Learning rate of the next update, by parameter group."""
-
-    def fp16_enabled(self) -> bool:
-        """Whether a loss scale is used."""
-
-    def train_batch_size(self) -> int:
-        """Samples of an optimizer step over all ranks."""
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples of a micro-batch on one rank."""
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of an optimizer step on one rank."""
-
-    def destroy(self) -> None:
-        """Remove its hooks, which are cycles that no garbage collection finds."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -128,7 +127,6 @@ def evaluate(
     batches: Iterable[Batch],
     device: torch.device,
     num_bytes: int | None = None,
-    progress: Any = None,
 ) -> Evaluation:
     """Loss and perplexity over the batches of all ranks.
 
@@ -137,12 +135,11 @@ def evaluate(
         batches: this rank's batches. Every rank has the same number.
         device: the model's device.
         num_bytes: UTF-8 bytes of the predicted text; None if bits per byte mean nothing.
-        progress: function that wraps the batches in a progress bar; None for no bar.
     """
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
-    for inputs, targets in progress(batches) if progress else batches:
+    for inputs, targets in batches:
         asked, *given = (torch.from_numpy(array).to(device) for array in (targets, *inputs))
         sums = model(*given, targets=asked).losses
         totals += torch.stack([sums.cross_entropy.double(), sums.num_tokens.double()])

@@ -81,10 +81,9 @@ class Guards:
         sparse_clip.is_bad_step = lambda: bool(self.problem())
 
     def watch(self, loss: Tensor) -> None:
-        """Look at a step before its update; every rank calls this.
+        """Look at a step before its update, by this rank's share () of the whole batch's loss.
 
-        Args:
-            loss: (), this rank's share of the loss of the whole batch.
+        Every rank calls this.
         """
         asked = [float(bool(self.requests.stop)), float(self.requests.save)]
         self._sums = torch.cat([loss.detach().view(1), loss.new_tensor(asked)])  # (3,)
@@ -115,15 +114,12 @@ class Guards:
 
     def judge(self) -> Verdict:
         """The verdict on the step that `watch` has seen; `problem` explains it."""
-        if self.problem() and self.should_roll_back():
+        problem = self.problem()
+        if self.bad_in_a_row >= self.config.max_bad_steps:
             return Verdict.ROLL_BACK
         if self.stop:
             return Verdict.STOP
-        return Verdict.SKIP if self.problem() else Verdict.GO
-
-    def should_roll_back(self) -> bool:
-        """Whether max_bad_steps steps in a row were bad."""
-        return self.bad_in_a_row >= self.config.max_bad_steps
+        return Verdict.SKIP if problem else Verdict.GO
 
     def start_from(self, num_bad: int, batch_offset: int, recent_losses: list[float]) -> None:
         """Go on from a checkpoint's counts; the bad steps in a row are forgotten."""
@@ -133,8 +129,10 @@ class Guards:
     def _problem_of(self, loss: float, norm: float) -> str:
         if not math.isfinite(loss):
             return f"loss {loss}"
-        if not math.isfinite(norm) and not self._scale_can_fall():
-            return f"gradient norm {norm}"
+        if not math.isfinite(norm):
+            scaler = self.engine.optimizer.loss_scaler if self.engine.fp16_enabled() else None
+            if not (scaler and scaler.dynamic and scaler.cur_scale > scaler.min_scale):
+                return f"gradient norm {norm}"
         deviations, recent = self.config.spike_deviations, self.recent_losses
         if deviations is None or len(recent) < self.config.spike_window:
             return ""
@@ -146,23 +144,12 @@ class Guards:
             f"above the mean {mean:.4f} of {len(recent)} steps"
         )
 
-    def _scale_can_fall(self) -> bool:
-        if not self.engine.fp16_enabled():
-            return False
-        scaler = self.engine.optimizer.loss_scaler
-        return scaler.dynamic and scaler.cur_scale > scaler.min_scale
-
 
 @torch.no_grad()
 def require_equal_replicas(model: nn.Module, step: int, run_dir: Path) -> None:
     """Compare hashes of the weights that several ranks hold; every rank calls this.
 
-    ZeRO 3 keeps every weight once, so there is nothing to compare.
-
-    Args:
-        model: the engine's model.
-        step: optimizer steps done.
-        run_dir: the run's folder.
+    A sharded weight is held once, so there is nothing to compare.
 
     Raises:
         MachineError: two ranks differ in a tensor; every rank raises it.
@@ -170,7 +157,9 @@ def require_equal_replicas(model: nn.Module, step: int, run_dir: Path) -> None:
     about, hashes = [], []
     for parameter, tensors in named_tensors(model):
         if not is_sharded(parameter):
-            about.append((tensors.names[0], _replicas(getattr(parameter, "group_name", None))))
+            name = getattr(parameter, "group_name", None)  # of experts
+            group = None if name is None else groups._get_expert_data_parallel_group(name)
+            about.append((tensors.names[0], torch.distributed.get_process_group_ranks(group)))
             hashes.append(torch.hash_tensor(parameter.data).view(torch.int64))
     if not hashes:
         return
@@ -191,11 +180,3 @@ def require_equal_replicas(model: nn.Module, step: int, run_dir: Path) -> None:
                     "ranks (magnetar doctor), and start the same command again",
                     on_every_rank=True,
                 )
-
-
-def _replicas(group_name: str | None) -> list[int]:
-    """The ranks that hold the same weights as this one; group_name is None for dense weights."""
-    if group_name is None:
-        return list(range(dist.get_world_size()))
-    group = groups._get_expert_data_parallel_group(group_name)
-    return torch.distributed.get_process_group_ranks(group)

@@ -25,17 +25,17 @@ there as well under ZeRO 1 and 2.
 import copy
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from magnetar.data.errors import UserError
-from magnetar.engine.cluster.rendezvous import launched_local_size
+from magnetar.engine.cluster.environment import launched_local_size
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.deepspeed import EIGHT_BIT
-from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.config.schema import Layout, RunConfig, check_config
 from magnetar.engine.optim.adam import BLOCK, MIN_8BIT_SIZE, takes_8_bits
 from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.config import ON_ONE_RANK
@@ -45,22 +45,6 @@ from magnetar.models.transformer import empty_model
 GIB = 2**30
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MASTER_BYTES, _MOMENTS_BYTES = 4, 8
-_STAGES = (0, 1, 2, 3)
-
-
-class Layout(NamedTuple):
-    """Number of ranks, ranks that share one set of experts, and the ZeRO stage."""
-
-    world_size: int
-    ep_size: int
-    zero_stage: int
-
-    def __str__(self) -> str:
-        """The layout as options of a command."""
-        return (
-            f"--world-size {self.world_size} --ep-size {self.ep_size} "
-            f"--zero-stage {self.zero_stage}"
-        )
 
 
 class Parameter(NamedTuple):
@@ -82,17 +66,12 @@ class Parameter(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes that a rank keeps on its GPU."""
+    """Bytes that a rank keeps on its GPU; they are added up by `sum`."""
 
     weights: int
     gradients: int
     master: int
     moments: int
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return sum(self)
 
 
 def parameters_of(model: ModelConfig) -> list[Parameter]:
@@ -106,25 +85,21 @@ def parameters_of(model: ModelConfig) -> list[Parameter]:
         for parameter in module.deepspeed_moe.experts.parameters()
     }
     of_embeddings = {id(m.weight) for m in built.modules() if isinstance(m, nn.Embedding)}
-    found = []
-    for p in built.parameters():
-        is_experts = id(p) in of_experts
-        own_numel = p[0].numel() if is_experts else p.numel()
-        is_embedding = id(p) in of_embeddings
-        found.append(Parameter(p.numel(), is_experts, p.requires_grad, own_numel, is_embedding))
-    return found
+    return [
+        Parameter(
+            numel=p.numel(),
+            is_experts=id(p) in of_experts,
+            trains=p.requires_grad,
+            own_numel=p[0].numel() if id(p) in of_experts else p.numel(),
+            is_embedding=id(p) in of_embeddings,
+        )
+        for p in built.parameters()
+    ]
 
 
 def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_size: int) -> Memory:
-    """Bytes that each rank keeps, by the table above.
-
-    Args:
-        parameters: the parameters of config.model.
-        config: the config, with its ep_size and ZeRO stage.
-        world_size: number of ranks, a multiple of ep_size.
-    """
-    stage = config.zero_stage
-    zero = config.deepspeed["zero_optimization"]
+    """Bytes that each rank keeps by the table above; the parameters are those of config.model."""
+    stage, zero = config.zero_stage, config.deepspeed["zero_optimization"]
     ep_size = config.model.moe.ep_size if config.model.moe else 1
     width = _BYTES[config.dtype]
     given = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
@@ -132,36 +107,32 @@ def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_siz
     offloads = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     accumulates = config.deepspeed[ACCUMULATION] > 1
     section = config.deepspeed["optimizer"]
-    from_8_bit = 0
+    min_8bit_size = math.inf
     if section["type"] == EIGHT_BIT:
-        from_8_bit = section["params"].get("min_8bit_size", MIN_8BIT_SIZE)
-    sums = [0, 0, 0, 0]
+        min_8bit_size = section["params"].get("min_8bit_size", MIN_8BIT_SIZE)
+    weights = gradients = master = moments = 0
     for numel, is_experts, trains, own_numel, is_embedding in parameters:
         ranks = world_size // ep_size if is_experts else world_size
         held = numel // ep_size if is_experts else numel
         share = -(-held // ranks) if stage else held
-        weights = width * held
-        if stage == 3:
-            stays_whole = held <= zero["stage3_param_persistence_threshold"] and ranks > 1
-            weights = width * share + (width * held if stays_whole else 0)
-        sums[0] += weights
+        weights += width * (share if stage == 3 else held)
+        if stage == 3 and ranks > 1 and held <= zero["stage3_param_persistence_threshold"]:
+            weights += width * held
         if not trains:
             continue
-        if stage == 0:
-            sums[1] += width * held
-        elif stage == 1 and config.dtype == "bf16" and sum_width > width:
-            sums[1] += (width + sum_width) * held
-        elif stage == 1 and accumulates:
-            sums[1] += width * held
+        if stage == 1 and config.dtype == "bf16" and sum_width > width:
+            gradients += (width + sum_width) * held
+        elif stage == 0 or (stage == 1 and accumulates):
+            gradients += width * held
         elif stage == 3 or not offloads:
-            sums[1] += sum_width * share
+            gradients += sum_width * share
         if not offloads:
-            sums[2] += _MASTER_BYTES * share if stage else 0
-            if from_8_bit and takes_8_bits(own_numel, is_embedding, from_8_bit):
-                sums[3] += 2 * share + _MOMENTS_BYTES * -(-share // BLOCK)  # two scales a block
+            master += _MASTER_BYTES * share if stage else 0
+            if takes_8_bits(own_numel, is_embedding, min_8bit_size):
+                moments += 2 * share + _MOMENTS_BYTES * -(-share // BLOCK)  # two scales a block
             else:
-                sums[3] += _MOMENTS_BYTES * share
-    return Memory(*sums)
+                moments += _MOMENTS_BYTES * share
+    return Memory(weights, gradients, master, moments)
 
 
 def require_host_memory(config: RunConfig, world_size: int) -> None:
@@ -169,23 +140,16 @@ def require_host_memory(config: RunConfig, world_size: int) -> None:
 
     Linux would promise the ranks all the memory they ask for, and then kill one of them. A GPU
     refuses by itself.
-
-    Args:
-        config: config that is resolved for its ranks, with a vocab_size.
-        world_size: number of ranks.
-
-    Raises:
-        UserError: the ranks of this machine need more memory than it has.
     """
     if torch.cuda.is_available():
         return
     local_size = launched_local_size() if "WORLD_SIZE" in os.environ else 1
     needed = memory_of_rank(parameters_of(config.model), config, world_size)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed.total * local_size > there:
+    there, total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), sum(needed)
+    if total * local_size > there:
         raise UserError(
             f"this machine has {there / GIB:.3g} GiB of memory, and its "
-            f"rank{'s' * (local_size > 1)} would keep {needed.total * local_size / GIB:.3g} "
+            f"rank{'s' * (local_size > 1)} would keep {total * local_size / GIB:.3g} "
             f"({_in_words(needed)} each) without activations: use a smaller model, a higher "
             "zero_optimization.stage, or more machines"
         )
@@ -252,9 +216,9 @@ def problems_of(
         return None, lines
     if gpu_memory is not None:
         needed = memory_of_rank(parameters, config, layout.world_size)
-        if needed.total > gpu_memory:
+        if sum(needed) > gpu_memory:
             return None, [
-                f"a rank needs {needed.total / GIB:.3g} GiB ({_in_words(needed)}) without "
+                f"a rank needs {sum(needed) / GIB:.3g} GiB ({_in_words(needed)}) without "
                 f"activations, more than the {gpu_memory / GIB:.3g} GiB of its GPU"
             ]
     return config, []
@@ -272,20 +236,26 @@ def nearest_layout(
     it fit. The distance of two sizes is their ratio, that of two stages their difference. Of two
     that are equally near the larger is taken. Only world sizes that divide the batch count.
     """
-    for candidate in sorted(_candidates(saved), key=lambda other: _distance(layout, other)):
+    moe = saved["magnetar"]["model"]["moe"]
+    num_experts = math.gcd(*_expert_counts(moe)) if moe else 1
+    candidates = (
+        Layout(world_size, ep_size, stage)
+        for world_size in _divisors(saved[TRAIN] // saved[ACCUMULATION])
+        for ep_size in _divisors(num_experts)
+        if world_size % ep_size == 0
+        for stage in range(4)
+    )
+
+    def distance(other: Layout) -> tuple[float, ...]:
+        found: list[float] = []
+        for asked, size in zip(layout[:2], other[:2], strict=True):
+            found += [max(asked, size) / min(asked, size), -size]
+        return *found, abs(layout.zero_stage - other.zero_stage), -other.zero_stage
+
+    for candidate in sorted(candidates, key=distance):
         if problems_of(saved, candidate, parameters, gpu_memory)[0] is not None:
             return candidate
     return None
-
-
-def _candidates(saved: Mapping[str, Any]) -> Iterator[Layout]:
-    largest = saved[TRAIN] // saved[ACCUMULATION]
-    moe = saved["magnetar"]["model"]["moe"]
-    num_experts = math.gcd(*_expert_counts(moe)) if moe else 1
-    for world_size in _divisors(largest):
-        for ep_size in _divisors(num_experts):
-            if world_size % ep_size == 0:
-                yield from (Layout(world_size, ep_size, stage) for stage in _STAGES)
 
 
 def _expert_counts(moe: Mapping[str, Any]) -> list[int]:
@@ -296,17 +266,3 @@ def _expert_counts(moe: Mapping[str, Any]) -> list[int]:
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _distance(asked: Layout, other: Layout) -> tuple[float, ...]:
-    def ratio(a: int, b: int) -> float:
-        return max(a, b) / min(a, b)
-
-    return (
-        ratio(asked.world_size, other.world_size),
-        -other.world_size,
-        ratio(asked.ep_size, other.ep_size),
-        -other.ep_size,
-        abs(asked.zero_stage - other.zero_stage),
-        -other.zero_stage,
-    )

@@ -5,66 +5,28 @@ They go to metrics.jsonl and to DeepSpeed's monitor.
 
 import json
 import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from pydantic import Field, TypeAdapter, ValidationError
+from torch import nn
 
-from magnetar.data.atomic import write_atomically
-from magnetar.engine.deepspeed_engine import DeepSpeedEngine
-from magnetar.engine.sparse_clip import SparseClip
-from magnetar.engine.train_step import LossWeights, StepResult
+from magnetar.data.atomic import append, write_atomically
 from magnetar.models.config import ModelConfig
 from magnetar.models.cost import flops_per_token
 from magnetar.models.moe.all_to_all import Traffic
 from magnetar.models.moe.layer import RoutingStats, SparseFeedForward
 
-LINKS = ("local", "intra_node", "inter_node")  # fields of Traffic, all in bytes
-
-
-class TrafficMeter:
-    """Counts the all_to_all bytes of each MoE layer over all ranks, forward and backward.
-
-    Evaluations are not counted. Layers that are computed again for the backward pass are.
-    """
-
-    def __init__(self, model: nn.Module, names: Sequence[str], device: torch.device) -> None:
-        """Find the layers; `names` are theirs, as `moe_layers` gives them."""
-        layers = [module for module in model.modules() if isinstance(module, SparseFeedForward)]
-        self.layers = dict(zip(names, layers, strict=True))
-        self.counts = any(layer.ep_size > 1 for layer in layers)
-        self.device = device
-        self.last = [Traffic() for _ in layers]
-
-    def count_step(self) -> None:
-        """Close the count of a step."""
-        self.last = [layer.traffic for layer in self.layers.values()]
-        for layer in self.layers.values():
-            layer.traffic = Traffic()
-
-    def record(self) -> dict[str, float]:
-        """GiB of the last step, for each layer and in all; empty with ep_size 1.
-
-        Every rank calls this.
-        """
-        if not self.counts:
-            return {}
-        sums = [[getattr(traffic, link) for link in LINKS] for traffic in self.last]
-        found = torch.tensor(sums, dtype=torch.float64, device=self.device)
-        dist.all_reduce(found)
-        gib = (found / 2**30).cpu()  # (layers, links)
-        totals = zip(LINKS, gib.sum(0).tolist(), strict=True)
-        record = {f"all_to_all_{link}_gib": value for link, value in totals}
-        for name, of_layer in zip(self.layers, gib.tolist(), strict=True):
-            for link, value in zip(LINKS, of_layer, strict=True):
-                record[f"{name}/all_to_all_{link}_gib"] = value
-        return record
-
+if TYPE_CHECKING:  # a picture is drawn without deepspeed
+    from magnetar.engine.deepspeed_engine import DeepSpeedEngine
+    from magnetar.engine.sparse_clip import SparseClip
+    from magnetar.engine.train_step import LossWeights, StepResult
 
 LOSSES = ("loss", "aux_loss", "z_loss", "router_z_loss")  # fields of a StepResult
 
@@ -86,12 +48,18 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def reduce_over_ranks(result: StepResult) -> tuple[dict[str, float], list[RoutingStats]]:
-    """Losses and routing of the whole batch, in one all_reduce and one read of the device.
+def peak_memory(device: torch.device) -> int:
+    """Largest number of bytes that this rank has held: of the card, or on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
-    Returns:
-        The losses by their names in a StepResult, and one RoutingStats of the whole batch for
-        each MoE layer.
+
+def reduce_over_ranks(result: "StepResult") -> tuple[dict[str, float], list[RoutingStats]]:
+    """The whole batch's losses by their names in a StepResult, and the routing of each MoE layer.
+
+    It takes one all_reduce and one read of the device.
     """
     losses = torch.stack([getattr(result, name) for name in LOSSES])
     values = [losses, *(value for stats in result.routing for value in stats)]
@@ -104,19 +72,6 @@ def reduce_over_ranks(result: StepResult) -> tuple[dict[str, float], list[Routin
         whole = RoutingStats(*(next(parts).view(value.shape) for value in stats))
         routing.append(whole._replace(temperature=whole.temperature / dist.get_world_size()))
     return dict(zip(LOSSES, means, strict=True)), routing
-
-
-def moe_layers(model: ModelConfig) -> list[str]:
-    """Names of the MoE layers in the metrics, such as layer_2, in the order of the routing."""
-    stacks = {"layer": model.num_layers}
-    if model.architecture == "encoder_decoder":
-        stacks = {"encoder_layer": model.encoder_depth, "decoder_layer": model.decoder_depth}
-    return [
-        f"{name}_{index + 1}"
-        for name, depth in stacks.items()
-        for index in range(depth)
-        if model.is_moe_layer(index)
-    ]
 
 
 def routing_record(layer: str, stats: RoutingStats) -> dict[str, float]:
@@ -137,6 +92,46 @@ def routing_record(layer: str, stats: RoutingStats) -> dict[str, float]:
     }
 
 
+def take_traffic(layers: Mapping[str, SparseFeedForward]) -> dict[str, Traffic]:
+    """What each MoE layer has dispatched and combined in a step; the next count begins at 0."""
+    found = {name: layer.traffic for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.traffic = Traffic()
+    return found
+
+
+def traffic_record(traffic: Mapping[str, Traffic], device: torch.device) -> dict[str, float]:
+    """GiB of all_to_all on each link over all ranks, in all and for each layer of `traffic`.
+
+    Every rank calls this. Layers that are computed again for the backward pass count again.
+    """
+    sums = [list(vars(of_layer).values()) for of_layer in traffic.values()]
+    found = torch.tensor(sums, dtype=torch.float64, device=device)
+    dist.all_reduce(found)
+    gib = (found / 2**30).cpu()  # (layers, links)
+    names = ["", *(f"{name}/" for name in traffic)]
+    return {
+        f"{name}all_to_all_{link}_gib": value
+        for name, values in zip(names, [gib.sum(0).tolist(), *gib.tolist()], strict=True)
+        for link, value in zip(vars(Traffic()), values, strict=True)
+    }
+
+
+def sparse_layers(module: nn.Module, model: ModelConfig) -> dict[str, SparseFeedForward]:
+    """The MoE layers by their names in metrics, such as layer_2, in the order of the routing."""
+    stacks = {"layer": model.num_layers}
+    if model.architecture == "encoder_decoder":
+        stacks = {"encoder_layer": model.encoder_depth, "decoder_layer": model.decoder_depth}
+    names = [
+        f"{name}_{index + 1}"
+        for name, depth in stacks.items()
+        for index in range(depth)
+        if model.is_moe_layer(index)
+    ]
+    layers = (layer for layer in module.modules() if isinstance(layer, SparseFeedForward))
+    return dict(zip(names, layers, strict=True))
+
+
 class Metrics:
     """Builds and writes the records of one run.
 
@@ -146,32 +141,27 @@ class Metrics:
 
     def __init__(
         self,
-        engine: DeepSpeedEngine,
-        sparse_clip: SparseClip,
+        engine: "DeepSpeedEngine",
+        sparse_clip: "SparseClip",
         path: Path,
         model: ModelConfig,
         seq_len: int,
         tokens_per_step: int | None,
-        weights: LossWeights,
+        weights: "LossWeights",
     ) -> None:
         """Prepare for the first step.
 
-        Args:
-            engine: the engine.
-            sparse_clip: its clipping.
-            path: the file; only rank 0 writes it.
-            model: the model's section.
-            seq_len: tokens of a sequence, for the FLOPs of a token.
-            tokens_per_step: tokens of a step, or None to count targets.
-            weights: the weights of the losses; a loss without weight is not recorded.
+        Rank 0 alone writes the file. The FLOPs of a token depend on `seq_len`. If `tokens_per_step`
+        is None, targets are counted as tokens. A loss without weight is not recorded.
         """
         self.engine, self.sparse_clip, self.path = engine, sparse_clip, path
         self.tokens_per_step, self.weights = tokens_per_step, weights
         self.peak_flops = peak_flops(engine.device)
         self.flops_per_token = flops_per_token(model, seq_len)
-        self.moe_layers = moe_layers(model)
-        self.traffic = TrafficMeter(engine.module, self.moe_layers, engine.device)
+        self.layers = sparse_layers(engine.module, model)
+        self.traffic: dict[str, Traffic] = {}
         self.start_from(0, 0.0)
+        threading.excepthook = _without_tensorboards_errors
 
     def start_from(self, num_targets: int, seconds: float) -> None:
         """Go on from a checkpoint's targets and training time."""
@@ -193,10 +183,10 @@ class Metrics:
         self.last_time += paused
         self.lap_begin += paused
 
-    def count(self, result: StepResult) -> None:
+    def count(self, result: "StepResult") -> None:
         """Count a step's targets and its traffic, without waiting for the device."""
         self.num_targets += result.num_targets
-        self.traffic.count_step()
+        self.traffic = take_traffic(self.layers)
 
     def num_tokens(self, step: int) -> int:
         """Tokens of the run so far: the places of its windows, or the targets of its pairs."""
@@ -210,13 +200,10 @@ class Metrics:
         self.seconds += now - self.lap_begin
         self.lap_begin = now
 
-    def training_record(self, step: int, result: StepResult, num_bad: int) -> dict[str, float]:
+    def training_record(self, step: int, result: "StepResult", num_bad: int) -> dict[str, float]:
         """The record of a step; every rank calls this. Times cover the steps since the last.
 
-        Args:
-            step: optimizer steps done.
-            result: result of the step on this rank.
-            num_bad: steps so far that the guards left out.
+        `num_bad` steps were left out by the guards so far.
         """
         losses, routing = reduce_over_ranks(result)
         now = time.perf_counter()
@@ -224,30 +211,25 @@ class Metrics:
         tokens_per_second = (num_tokens - self.last_tokens) / (now - self.last_time)
         self.last_time, self.last_tokens = now, num_tokens
         clip = self.sparse_clip
-        norms: list[Tensor] = [clip.norm, clip.dense_norm, clip.expert_norm, clip.coefficient]
-        norm, dense_norm, expert_norm, coefficient = torch.stack(norms).tolist()
+        norms = torch.stack([clip.norm, clip.dense_norm, clip.expert_norm, clip.coefficient])
         if getattr(self.engine.optimizer, "overflow", False):
             # DeepSpeed skipped the update without computing a norm.
-            norm = dense_norm = expert_norm = math.inf
-            coefficient = 0.0
+            norms = torch.tensor([math.inf, math.inf, math.inf, 0.0])
+        names = ("grad_norm", "dense_grad_norm", "expert_grad_norm", "clip_coefficient")
         record: dict[str, float] = {
             "step": step,
             "tokens": num_tokens,
             "loss": losses["loss"],
             "perplexity": math.exp(min(losses["loss"], 700.0)),
             "lr": result.lr,
-            "grad_norm": norm,
-            "dense_grad_norm": dense_norm,
-            "expert_grad_norm": expert_norm,
-            "clip_coefficient": coefficient,
+            **dict(zip(names, norms.tolist(), strict=True)),
             "clipped_steps": int(clip.num_clipped),
             "skipped_steps": self.engine.skipped_steps + num_bad,
             "tokens_per_second": tokens_per_second,
         }
-        if self.moe_layers:
+        if routing:
             record["balance_loss"] = losses["aux_loss"]
-            entropies = [float(stats.mean_entropy) for stats in routing]
-            record["routing_entropy"] = sum(entropies) / len(entropies)
+            record["routing_entropy"] = sum(float(s.mean_entropy) for s in routing) / len(routing)
         if self.weights.z > 0:
             record["z_loss"] = losses["z_loss"]
         if self.weights.router_z > 0:
@@ -257,18 +239,12 @@ class Metrics:
         if self.peak_flops is not None:
             flops = tokens_per_second * self.flops_per_token / dist.get_world_size()
             record["mfu"] = flops / self.peak_flops
-        record["memory_gib"] = self._memory_gib()
-        for layer, stats in zip(self.moe_layers, routing, strict=True):
+        record["memory_gib"] = peak_memory(self.engine.device) / 2**30
+        for layer, stats in zip(self.layers, routing, strict=True):
             record |= routing_record(layer, stats)
-        return record | self.traffic.record()
-
-    def _memory_gib(self) -> float:
-        """Peak memory of this rank in GiB: the card's if there is one, else the process's."""
-        if self.engine.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**30
-        status = Path("/proc/self/status").read_text()
-        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 2**20
+        if any(layer.ep_size > 1 for layer in self.layers.values()):
+            record |= traffic_record(self.traffic, self.engine.device)
+        return record
 
     def write_validation(self, step: int, values: dict[str, float]) -> None:
         """Write the record of an evaluation after a step; step 0 has the initial weights."""
@@ -280,12 +256,32 @@ class Metrics:
             return
         # JSON has no infinity and no NaN, so null stands for both.
         finite = {name: v if math.isfinite(v) else None for name, v in record.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        append(self.path, json.dumps(finite) + "\n")
         step = int(record["step"])
-        self.engine.monitor.write_events(
-            [(monitor_tag(name), value, step) for name, value in record.items() if name != "step"]
-        )
+        events = [(monitor_tag(name), v, step) for name, v in record.items() if name != "step"]
+        try:
+            self.engine.monitor.write_events(events)
+        except OSError as error:  # of an open file, or of a thread, that has no name
+            name = error.filename or f"what a monitor writes for {self.path.parent}"
+            raise OSError(error.errno, error.strerror, name) from error
+
+    def forget_after(self, step: int) -> str:
+        """Remove what was recorded after a step, on rank 0, as `keep_records_up_to` does."""
+        if dist.get_rank() != 0:
+            return ""
+        writer = getattr(self.engine.monitor.tb_monitor, "summary_writer", None)
+        if writer is not None:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            writer.file_writer.add_event(start, step + 1)
+        return keep_records_up_to(self.path, step)
+
+
+def _without_tensorboards_errors(args: threading.ExceptHookArgs) -> None:
+    """Print a thread's error, unless TensorBoard raises it again at the next record."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def monitor_tag(name: str) -> str:
@@ -295,25 +291,58 @@ def monitor_tag(name: str) -> str:
     return name if "/" in name else f"train/{name}"
 
 
-def keep_records_up_to(path: Path, step: int) -> None:
-    """Remove the records after a step from metrics.jsonl, since they will be written again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # a killed run can leave half a line
-            continue
-    write_atomically(path, "".join(kept))
+Record = dict[str, float]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_RECORD = TypeAdapter(dict[str, _Number | None])
 
 
-def purge_tensorboard(monitor: Any, step: int) -> None:
-    """Make TensorBoard forget what was logged after a step, since it will be logged again."""
-    writer = getattr(monitor.tb_monitor, "summary_writer", None)
-    if writer is not None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+def read_records(file: Path) -> tuple[list[tuple[bytes, Record]], list[bytes], str]:
+    """The records of a metrics.jsonl, whatever else stands in it.
 
-        start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        writer.file_writer.add_event(start, step + 1)
+    Half a line at the end is left out without a word, since a run may be writing it, or was killed.
+
+    Returns:
+        Every record with its line, with NaN for null; the lines that are no records; a sentence
+        about those, "" if there are none.
+    """
+    lines = file.read_bytes().split(b"\n")
+    records = [(line, record) for line in lines if (record := _record(line)) is not None]
+    left_out = {
+        n: line for n, line in enumerate(lines[:-1], 1) if line.strip() and not _record(line)
+    }
+    words = ""
+    for number, line in list(left_out.items())[:1]:
+        what = f"line {number} is no record and is"
+        if len(left_out) > 1:
+            what = f"{len(left_out)} lines, line {number} first, are no records and are"
+        words = f"{file}: {what} left out ({line[:40]!r})"
+    return records, list(left_out.values()), words
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        values = _RECORD.validate_json(line)
+    except ValidationError:
+        return None
+    record = {name: math.nan if value is None else value for name, value in values.items()}
+    step = record.get("step", -1.0)
+    is_record = step >= 0 and step.is_integer() and not {"loss", "valid_loss"}.isdisjoint(record)
+    return record if is_record else None
+
+
+def keep_records_up_to(file: Path, step: int) -> str:
+    """Remove the records after a step from metrics.jsonl, since they will be written again.
+
+    Returns:
+        A sentence about lines that are no records, "" if there are none. They go into another file.
+    """
+    if not file.exists():
+        return ""
+    lines, left_out, words = read_records(file)
+    if left_out:
+        other = file.with_suffix(".left_out")
+        append(other, b"".join(line + b"\n" for line in left_out))
+        words += f" and kept in {other.name}"
+    kept = [line + b"\n" for line, record in lines if record["step"] <= step]
+    write_atomically(file, b"".join(kept))
+    return words

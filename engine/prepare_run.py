@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from magnetar.data.errors import UserError
-from magnetar.data.loader import DataOptions, MaskOptions, PairOptions, RunData, open_data
+from magnetar.data.loader import DataOptions, Masking, PairOptions, RunData, open_data
 from magnetar.engine.admin.profile import require_profile
 from magnetar.engine.checkpoint.format import complete_checkpoints
 from magnetar.engine.checkpoint.run_folder import check_run_folder
@@ -63,7 +63,7 @@ def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]
         # Written down, so that a longer run cannot bend the schedule of the steps already done.
         schedule["total_steps"] = config.training.num_steps
     require_monitor_packages(resolved)
-    require_optimizer_package(resolved)
+    require_optimizer_package(resolved["optimizer"]["type"])
     if config.data.pairs is not None:
         require_sacrebleu()
     for monitor, name in (("tensorboard", "tensorboard"), ("csv_monitor", "csv")):
@@ -79,16 +79,18 @@ def data_options(config: RunConfig) -> DataOptions:
     """What the data loader needs of a config that is resolved for its ranks."""
     data, sizes, training = config.data, config.deepspeed, config.training
     masking, pairs = None, None
-    if data.masking is not None:
-        length = data.masking.mean_span_length if data.masking.unit == "span" else None
-        masking = MaskOptions(data.masking.probability, length, data.masking.replace)
-    if data.pairs is not None:
+    if (masks := data.masking) is not None:
+        length = masks.mean_span_length if masks.unit == "span" else None
+        masking = Masking(masks.probability, length, masks.replace)
+    if (asked := data.pairs) is not None:
+        max_target_len = config.model.max_target_len or config.model.max_seq_len
         pairs = PairOptions(
-            data.pairs.bin_tokens,
-            data.pairs.temperature,
-            data.pairs.directions,
-            data.pairs.too_long,
-            config.model.max_target_len or config.model.max_seq_len,
+            asked.bin_tokens,
+            asked.temperature,
+            asked.directions,
+            asked.too_long,
+            data.seq_len,
+            max_target_len,
         )
     return DataOptions(
         architecture=config.model.architecture,
@@ -106,13 +108,10 @@ def fitting_vocab_size(given: int | None, of_data: int, is_masked: bool, path: P
     """Rows of the embedding: one for each entry of the vocabulary, and one for a mask token.
 
     Args:
-        given: vocab_size of the config; None for what is needed.
+        given: vocab_size of the config; None for what is needed. Fewer are refused.
         of_data: entries of the vocabulary.
         is_masked: whether the model needs a mask token.
         path: the prepared folder.
-
-    Raises:
-        UserError: the config asks for fewer.
     """
     needed = of_data + is_masked
     if given is not None and given < needed:
@@ -125,11 +124,7 @@ def fitting_vocab_size(given: int | None, of_data: int, is_masked: bool, path: P
 
 
 def require_monitor_packages(config: dict[str, Any]) -> None:
-    """Refuse a monitor whose package is missing; DeepSpeed would notice only when all ranks run.
-
-    Raises:
-        UserError: a package is missing.
-    """
+    """Refuse a monitor whose package is missing; DeepSpeed would notice only when all ranks run."""
     for monitor, package in (("tensorboard",) * 2, ("wandb",) * 2, ("comet", "comet_ml")):
         if config.get(monitor, {}).get("enabled") and find_spec(package) is None:
             raise UserError(

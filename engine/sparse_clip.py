@@ -16,6 +16,7 @@ the norm and the arithmetic are the same in every mode.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import deepspeed.comm as dist
@@ -240,9 +241,8 @@ class SparseClip:
                 for index, group in optimizer.sub_group_to_group_id.items()
             ]
             self.measure(gradient_groups, partitioned=True, scale=float(optimizer.loss_scale))
-            return [
-                self._reported_norm(optimizer) * optimizer.loss_scale
-            ]  # DeepSpeed's step combines them
+            # DeepSpeed's step combines the norms of the groups.
+            return [self._reported_norm(optimizer) * optimizer.loss_scale]
 
         def unscale_and_clip_grads(index: int, total_norm: Tensor) -> None:
             gradient = optimizer.fp32_partitioned_groups_flat[index].grad
@@ -258,7 +258,7 @@ class SparseClip:
 
         def step(closure: None = None) -> None:
             gradient_groups = [
-                _gradient_group(param_group, _present(gradients, has_gradient))
+                _gradient_group(param_group, list(compress(gradients, has_gradient)))
                 for param_group, gradients, has_gradient in zip(
                     optimizer.optimizer.param_groups,
                     optimizer.fp32_groups_gradients,
@@ -296,10 +296,6 @@ def _gradient_group(param_group: dict, gradients: Sequence[Tensor]) -> GradientG
     if not param_group.get("moe", False):
         return GradientGroup(gradients)
     return GradientGroup(gradients, param_group["num_experts"], param_group["name"])
-
-
-def _present(gradients: Sequence[Tensor], has_gradient: Sequence[bool]) -> list[Tensor]:
-    return [gradient for gradient, present in zip(gradients, has_gradient, strict=True) if present]
 
 
 def _scale(gradient_groups: Sequence[GradientGroup], coefficient: Tensor) -> None:

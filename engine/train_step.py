@@ -48,13 +48,12 @@ class LossWeights(NamedTuple):
 
 def loss_weights(moe: MoEConfig | None, training: TrainingConfig) -> LossWeights:
     """The weights that a config asks for."""
-    weights = LossWeights(z=training.z_loss_weight, label_smoothing=training.label_smoothing)
-    if moe is None:
-        return weights
-    return weights._replace(
-        aux=moe.aux_loss_weight,
-        router_z=moe.router_z_loss_weight,
-        balances_batch=moe.balance_scope == "batch",
+    return LossWeights(
+        aux=moe.aux_loss_weight if moe else 0.0,
+        z=training.z_loss_weight,
+        router_z=moe.router_z_loss_weight if moe else 0.0,
+        balances_batch=moe is not None and moe.balance_scope == "batch",
+        label_smoothing=training.label_smoothing,
     )
 
 
@@ -83,27 +82,18 @@ class StepResult(NamedTuple):
 
 
 def training_batches(data: RunData, num_micro_steps: int, device: torch.device) -> TrainingBatches:
-    """This rank's micro-batches of any step, on its device.
-
-    Args:
-        data: the run's data.
-        num_micro_steps: gradient_accumulation_steps.
-        device: this rank's device.
-    """
+    """This rank's micro-batches of any step, on its device; a step has `num_micro_steps`."""
 
     def to_host(array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         # Only a copy from pinned memory runs beside the computation.
         return tensor.pin_memory() if device.type == "cuda" else tensor
 
-    return TrainingBatches(
-        data,
-        num_micro_steps,
-        dist.get_rank(),
-        dist.get_world_size(),
-        to_host,
-        lambda tensor: tensor.to(device, non_blocking=True),
-    )
+    def to_device(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return TrainingBatches(data, num_micro_steps, rank, world_size, to_host, to_device)
 
 
 def train_step(
@@ -144,12 +134,15 @@ def train_step(
 
     def output_of(micro_step: int) -> ModelLosses:
         inputs, targets = batch[micro_step]  # (B, T) each
-        seed_dropout(seed, step, micro_step, rank)
+        # A resumed run draws the dropout and the skipped sublayers that an uninterrupted one would
+        # have drawn, so no generator's state needs saving. Another layout draws other numbers.
+        torch.manual_seed(_hashed(seed, step, micro_step, rank))
         first = (micro_step * num_ranks + rank) * (max_rows or len(targets))
-        keys = sample_keys(seed, step, first, targets)  # (B,)
+        # Keys of the routers' noise are functions of (seed, step, place in the whole batch).
+        keys = torch.arange(len(targets), device=targets.device) + (_hashed(seed, step) + first)
         return engine(
             *inputs,
-            sample_keys=keys,
+            sample_keys=keys,  # (B,) int64
             targets=targets,
             z_weight=weights.z,
             label_smoothing=weights.label_smoothing,
@@ -192,27 +185,6 @@ def whole_batch(of_micro_batches: Sequence[RoutingStats]) -> RoutingStats:
     """Statistics of one MoE layer over all micro-batches of a step."""
     whole = RoutingStats(*(sum(values) for values in zip(*of_micro_batches, strict=True)))
     return whole._replace(temperature=of_micro_batches[-1].temperature)
-
-
-def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
-    """Seed torch's generators, which draw dropout and skipped sublayers.
-
-    A resumed run draws what an uninterrupted one would have drawn, so no generator's state needs
-    saving. Another layout draws other numbers.
-    """
-    torch.manual_seed(_hashed(seed, step, micro_step, rank))
-
-
-def sample_keys(seed: int, step: int, first: int, targets: Tensor) -> Tensor:
-    """(B,) int64: keys of the routers' noise, functions of (seed, step, place in the batch).
-
-    Args:
-        seed: seed of the noise.
-        step: number of the batch.
-        first: place of the first of these samples in the whole batch.
-        targets: (B, ...), targets of the samples.
-    """
-    return torch.arange(len(targets), device=targets.device) + (_hashed(seed, step) + first)
 
 
 def _hashed(*numbers: int) -> int:

@@ -10,12 +10,11 @@ Parameters that do not train have no states but their weights.
 
 Under ZeRO 3 the weights themselves are sharded, too. DeepSpeed collects those of a module when the
 module is called, and frees them afterwards. All that reads a shard's attributes is in this file.
-What else in the code depends on stage 3:
-    engine/build.py             builds the model on the CPU, and calls `partition`
-    engine/sparse_clip.py       replaces the norm and the clipping of the stage-3 optimizer
-    models/moe/deepspeed.py     chooses the MoE layer that DeepSpeed accepts there
-    models/moe/router.py        looks whether the projection's weight is collected
-    engine/memory_planner.py    reckons bytes a rank, and engine/config refuses what stage 3 lacks
+What else in the code depends on the stage:
+    engine/sparse_clip.py       replaces the norm and the clipping of each stage's optimizer
+    models/moe/deepspeed.py     has the MoE layer that DeepSpeed accepts under each stage
+    engine/memory_planner.py    reckons bytes a rank
+    engine/config/schema.py     reads the stage; engine/config refuses what a stage lacks
 """
 
 import copy
@@ -30,22 +29,49 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from magnetar.engine.checkpoint.format import WEIGHT, evenly_cut
-from magnetar.engine.optim.adam import MOMENTS, Moment, moments, round_to_8_bits, start_8_bit
-from magnetar.models.moe.deepspeed import join_expert_groups
+from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.optim.adam import MOMENTS, Moment, moments, round_to_8_bits
+from magnetar.models.moe.deepspeed import join_expert_groups, moe_class
 from magnetar.models.moe.experts import Experts
+from magnetar.models.moe.layer import MoE
 
 
-def partition(model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> None:
+def trained_moe_class(config: RunConfig) -> type[MoE]:
+    """The class of the MoE layers of a model that trains."""
+    moe = config.model.moe
+    return moe_class(config.zero_stage, moe is None or moe.frozen != "router_and_experts")
+
+
+def device_of_build(config: RunConfig, device: torch.device) -> torch.device:
+    """The device on which to build the model: the rank's own, or the CPU to shard it there."""
+    return torch.device("cpu") if config.zero_stage == 3 else device
+
+
+def prepare_for_zero(
+    model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Prepare a model and DeepSpeed's JSON for the ZeRO stage, before DeepSpeed's engine.
+
+    Args:
+        model: Model with the initial weights, on the device of `device_of_build`.
+        deepspeed_config: DeepSpeed's JSON, changed in place.
+        dtype: Type of the weights in training.
+    """
+    section = deepspeed_config["zero_optimization"]
+    if section["stage"] == 3:
+        _partition(model, deepspeed_config, dtype)
+    elif section["stage"] > 0:
+        # These stages allocate such a bucket in each backward pass, however small the model is.
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        section["reduce_bucket_size"] = min(section.get("reduce_bucket_size", numel), numel)
+
+
+def _partition(model: nn.Module, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> None:
     """Shard a model for ZeRO 3 that every rank has built on the CPU.
 
     DeepSpeed's engine would move the whole model to the device first. Here one tensor at a time is
     there, so a process needs host memory for the model in float32 (with the experts of its rank
-    alone), and device memory for its shards.
-
-    Args:
-        model: Model with the initial weights, on the CPU.
-        deepspeed_config: DeepSpeed's JSON.
-        dtype: Type of the weights in training.
+    alone), and device memory for its shards, whose weights have the dtype.
     """
     join_expert_groups(model)
     for parameter in model.parameters():
@@ -151,39 +177,46 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[Any, Tensors]]:
 
 def shares(engine: Any) -> Iterator[Share]:
     """This rank's shard of every parameter that it keeps anything of."""
+    optimizer = engine.optimizer
     for parameter, tensors in named_tensors(engine.module):
-        if not parameter.requires_grad:
-            yield _frozen_share(parameter, tensors)
+        if not parameter.requires_grad or optimizer is engine.basic_optimizer:
+            start, weights = _kept_weights(parameter)
+            values: dict[str, Moment] = {WEIGHT: weights}
+            values |= moments(engine.basic_optimizer.state.get(parameter, {}))
+            saved = (start, start + len(weights))
+            if not is_sharded(parameter):
+                saved = _own_part(parameter)
+            yield Share(tensors, start, values, saved)
         elif is_sharded(parameter):
-            yield from _zero3_share(engine.optimizer, parameter, tensors)
-        elif engine.optimizer is engine.basic_optimizer:
-            values = {WEIGHT: parameter.data.view(-1)} | _adam_states(engine, parameter)
-            yield Share(tensors, 0, values, _own_part(parameter, 0, parameter.numel()))
+            start, numel = _zero3_stretch(parameter)
+            if numel > 0:
+                group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                flat = optimizer.fp32_partitioned_groups_flat[group]
+                values = _states(engine, flat, offset, numel)
+                yield Share(tensors, start, values, (start, start + numel))
         elif (mapping := parameter._hp_mapping) is not None:
-            flat = _flat_groups(engine.optimizer)[mapping.param_group_index]
+            flat = _flat_groups(optimizer)[mapping.param_group_index]
             place, kept = mapping.hp_fragment_address, mapping.lp_fragment_address
-            values = _narrowed(engine, flat, place.start, place.numel)
+            values = _states(engine, flat, place.start, place.numel)
             yield Share(tensors, kept.start, values, (kept.start, kept.start + kept.numel))
 
 
-def _frozen_share(parameter: Any, tensors: Tensors) -> Share:
-    partition = getattr(parameter, "ds_tensor", None)
-    if partition is None:
-        saved = _own_part(parameter, 0, parameter.numel())
-        return Share(tensors, 0, {WEIGHT: parameter.data.view(-1)}, saved)
-    start, numel = _zero3_stretch(parameter)
-    return Share(tensors, start, {WEIGHT: partition.data[:numel]}, (start, start + numel))
+def whole_weights(engine: Any) -> Iterator[tuple[Tensors, int, Tensor]]:
+    """The weights in the model's dtype, which the forward pass reads.
+
+    Yields:
+        Tensors of a parameter, index of the first element kept, (n,) view of the values.
+    """
+    for parameter, tensors in named_tensors(engine.module):
+        yield tensors, *_kept_weights(parameter)
 
 
-def _zero3_share(optimizer: Any, parameter: Any, tensors: Tensors) -> Iterator[Share]:
+def _kept_weights(parameter: Any) -> tuple[int, Tensor]:
+    """Index of the first element of a parameter that this rank keeps, (n,) view of the values."""
+    if not is_sharded(parameter):
+        return 0, parameter.data.view(-1)
     start, numel = _zero3_stretch(parameter)
-    if numel > 0:
-        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        flat = optimizer.fp32_partitioned_groups_flat[group]
-        values: dict[str, Moment] = {WEIGHT: flat.data.narrow(0, offset, numel)}
-        states = moments(optimizer.optimizer.state[flat])
-        values |= {state: value.narrow(0, offset, numel) for state, value in states.items()}
-        yield Share(tensors, start, values, (start, start + numel))
+    return start, parameter.ds_tensor.data[:numel]
 
 
 def _zero3_stretch(parameter: Any) -> tuple[int, int]:
@@ -193,14 +226,12 @@ def _zero3_stretch(parameter: Any) -> tuple[int, int]:
     return start, max(0, min(size, parameter.ds_numel - start))
 
 
-def _own_part(parameter: Any, start: int, stop: int) -> tuple[int, int]:
-    """The part that this rank saves of what several ranks keep alike."""
-    group_name = getattr(parameter, "group_name", None)
-    if group_name is None:
-        return evenly_cut(stop - start, dist.get_rank(), dist.get_world_size())
-    group = groups._get_expert_data_parallel_group(group_name)
+def _own_part(parameter: Any) -> tuple[int, int]:
+    """The part that this rank saves of a parameter that several ranks keep alike."""
+    name = getattr(parameter, "group_name", None)
+    group = None if name is None else groups._get_expert_data_parallel_group(name)
     rank, size = dist.get_rank(group=group), dist.get_world_size(group=group)
-    return evenly_cut(stop - start, rank, size)
+    return evenly_cut(parameter.numel(), rank, size)
 
 
 def _flat_groups(optimizer: Any) -> list[Tensor]:
@@ -210,14 +241,10 @@ def _flat_groups(optimizer: Any) -> list[Tensor]:
     return optimizer.fp32_groups_flat_partition  # BF16_Optimizer
 
 
-def _narrowed(engine: Any, flat: Tensor, start: int, numel: int) -> dict[str, Moment]:
-    values: dict[str, Moment] = {WEIGHT: flat.data.narrow(0, start, numel)}
-    states = _adam_states(engine, flat)
-    return values | {state: value.narrow(0, start, numel) for state, value in states.items()}
-
-
-def _adam_states(engine: Any, key: Tensor) -> dict[str, Moment]:
-    return moments(engine.basic_optimizer.state.get(key, {}))
+def _states(engine: Any, flat: Tensor, start: int, numel: int) -> dict[str, Moment]:
+    """Views of the master weights and the moments of a stretch of a flat buffer."""
+    states = {WEIGHT: flat.data} | moments(engine.basic_optimizer.state.get(flat, {}))
+    return {name: value.narrow(0, start, numel) for name, value in states.items()}
 
 
 def adam_step(engine: Any) -> int:
@@ -234,7 +261,7 @@ def start_adam(engine: Any, step: int) -> None:
     is_torchs = isinstance(adam, torch.optim.Adam)
     for group, flat in tensors_of_optimizer(engine):
         if "optim_bits" in group:
-            start_8_bit(adam, group, flat, step)
+            adam.make_states(group, flat, step)
             continue
         adam.state[flat] = {
             # DeepSpeed's own Adams count in Python; PyTorch's fused one, beside the states.
@@ -258,17 +285,3 @@ def tensors_of_optimizer(engine: Any) -> list[tuple[dict[str, Any], Tensor]]:
         flats = optimizer.fp32_partitioned_groups_flat
         return [(groups[optimizer.sub_group_to_group_id[i]], flat) for i, flat in enumerate(flats)]
     return list(zip(groups, _flat_groups(optimizer), strict=True))
-
-
-def whole_weights(engine: Any) -> Iterator[tuple[Tensors, int, Tensor]]:
-    """The weights in the model's dtype, which the forward pass reads.
-
-    Yields:
-        Tensors of a parameter, index of the first element kept, (n,) view of the values.
-    """
-    for parameter, tensors in named_tensors(engine.module):
-        if is_sharded(parameter):
-            start, numel = _zero3_stretch(parameter)
-            yield tensors, start, parameter.ds_tensor.data[:numel]
-        else:
-            yield tensors, 0, parameter.data.view(-1)

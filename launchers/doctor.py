@@ -11,34 +11,39 @@ Status 0: a run can start; 1: something must be mended first; 2: bad input.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import fields
 
-from magnetar.launchers.terminal.command_line import CommandParser, add_set_option, find_config
+from magnetar.launchers.launch import (
+    add_launcher_options,
+    handed_on,
+    refuse_contradictions,
+    underscored,
+)
+from magnetar.launchers.terminal.command_line import (
+    CommandParser,
+    add_option,
+    add_set_option,
+    find_config,
+)
 from magnetar.launchers.terminal.user_errors import user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """The command line, with the fields of LaunchOptions."""
     parser = CommandParser(prog="magnetar doctor", description=__doc__)
-    add = parser.add_argument
-    add("-H", "--hostfile", type=Path, help="the machines, as the deepspeed launcher reads them")
-    add("--deepspeed_config", metavar="JSON", help="the run's JSON, or a shipped config's name")
+    add_option(parser, "--deepspeed_config JSON", "the run's JSON, or a shipped config's name")
     add_set_option(parser)
-    add("--num_gpus", "--num_accelerators", type=int, help="ranks of this machine, no hostfile")
-    add("--master_addr", help="address of the first machine (default: found as the launcher does)")
-    add("--master_port", type=int, default=29500, help="port of the rendezvous (%(default)s)")
-    add("--force_multi", action="store_true", help="reach a hostfile's only machine over ssh")
-    add("--measure", help=argparse.SUPPRESS)  # what the ranks do
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.hostfile is not None and given.num_gpus is not None:
-        parser.error("--num_gpus is for this machine alone: slots are in the hostfile")
-    if given.num_gpus is not None and given.num_gpus < 1:
-        parser.error(f"--num_gpus={given.num_gpus} must be at least 1")
-    if not 0 < given.master_port < 2**16:
+    add_launcher_options(parser, "magnetar.launchers.train")
+    add_option(parser, "--measure SIZES", argparse.SUPPRESS)  # what the ranks do
+    add_option(parser, "--local_rank N", argparse.SUPPRESS, int)
+    given = parser.parse_args(underscored(arguments))
+    refuse_contradictions(parser, given)
+    if given.master_port is not None and given.master_port >= 2**16:
         parser.error(f"--master_port={given.master_port} must be from 1 to 65535")
     if given.set and given.deepspeed_config is None:
         parser.error("--set overrides keys of a JSON: give --deepspeed_config, too")
+    given.config = None if given.deepspeed_config is None else find_config(given.deepspeed_config)
+    given.settings, given.passed = tuple(given.set), tuple(handed_on(given))
     return given
 
 
@@ -61,18 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from rich.console import Console
 
+    from magnetar.engine.cluster.hosts import LaunchOptions
     from magnetar.engine.doctor import tables
-    from magnetar.engine.doctor.run import Options, examine
+    from magnetar.engine.doctor.run import examine
 
-    options = Options(
-        hostfile=given.hostfile,
-        config=None if given.deepspeed_config is None else find_config(given.deepspeed_config),
-        settings=tuple(given.set),
-        num_gpus=given.num_gpus,
-        master_addr=given.master_addr,
-        master_port=given.master_port,
-        force_multi=given.force_multi,
-    )
+    options = LaunchOptions(**{f.name: getattr(given, f.name) for f in fields(LaunchOptions)})
     with Console(stderr=True).status("asking the machines, then measuring: up to 3 minutes"):
         examination = examine(options)
     console = Console(highlight=False)
@@ -85,9 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables.print_environment(console, examination)
     console.print()
     tables.print_findings(console, examination)
-    num_problems = sum(finding.severity == "problem" for finding in examination.findings)
-    if num_problems:
-        console.print(f"\n{num_problems} to mend before a run starts")
+    if examination.num_problems:
+        console.print(f"\n{examination.num_problems} to mend before a run starts")
         return 1
     console.print("A run can start." if examination.findings else "All well: a run can start.")
     return 0

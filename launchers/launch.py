@@ -10,16 +10,29 @@ Options may also be written with hyphens: --num-gpus.
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from magnetar.engine.config.schema import RunConfig, load_config
-from magnetar.engine.supervise.supervisor import free_port
+from magnetar.data.errors import UserError
+from magnetar.engine.cluster.arguments import require_plain_surroundings, sealed
+from magnetar.engine.cluster.environment import refuse_other_launchers
+from magnetar.engine.cluster.hosts import (
+    MOST_SLOTS,
+    LaunchOptions,
+    free_port,
+    path_of_programs,
+    read_hostfile,
+    require_known,
+)
+from magnetar.engine.config.schema import load_config
 from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,
+    add_option,
     positive,
     take_config,
     whole_number,
@@ -43,27 +56,24 @@ _HOSTFILE = Path("/job/hostfile")  # the one that DeepSpeed reads if none is giv
 
 def add_launcher_options(parser: argparse.ArgumentParser, module: str) -> None:
     """The options of DeepSpeed's launcher that `train` and `supervise` both take."""
-    add = parser.add_argument_group("options of DeepSpeed's launcher").add_argument
-    add("-H", "--hostfile", type=Path, help="the machines, a line `NAME slots=N` each")
-    add("-i", "--include", default="", help="hosts and slots to use, such as node-1@node-2:0,2")
-    add("-e", "--exclude", default="", help="hosts and slots to leave out, in the same syntax")
-    add("--num_nodes", type=positive, metavar="N", help="only the first N hosts")
-    add("--num_gpus", "--num_accelerators", type=positive, metavar="N", help="ranks on each host")
-    add("--master_addr", metavar="ADDRESS", help="address of rank 0's machine (default: found)")
-    add(
-        "--master_port",
-        type=positive,
-        metavar="PORT",
-        help="port of rank 0's machine (default: a free one)",
-    )
-    add("--ssh_port", type=positive, metavar="PORT", help="port that ssh connects to")
-    add("--force_multi", action="store_true", help="use ssh even for a single host")
-    add("-q", "--quiet", action="store_true", help="print only the launcher's errors")
+    add = partial(add_option, parser.add_argument_group("options of DeepSpeed's launcher"))
+    add("-H --hostfile HOSTFILE", "the machines, a line `NAME slots=N` each", Path)
+    add("-i --include INCLUDE", "hosts and slots to use, such as node-1@node-2:0,2", str, "")
+    add("-e --exclude EXCLUDE", "hosts and slots to leave out, in the same syntax", str, "")
+    add("--num_nodes N", "only the first N hosts", positive)
+    ranks = partial(whole_number, least=1, most=MOST_SLOTS)
+    add("--num_gpus --num_accelerators N", "ranks on each host", ranks)
+    port = partial(whole_number, least=1, most=2**16 - 1)
+    add("--master_addr ADDRESS", "address of rank 0's machine (default: found)")
+    add("--master_port PORT", "port of rank 0's machine (default: a free one)", port)
+    add("--ssh_port PORT", "port that ssh connects to", port)
+    add("--force_multi", "use ssh even for a single host")
+    add("-q --quiet", "print only the launcher's errors")
     for name in FLAGS:
-        add(name, action="store_true", help=argparse.SUPPRESS)
+        add(name, argparse.SUPPRESS)
     for name in VALUES:
-        add(name, help=argparse.SUPPRESS)
-    add("--module", choices=[module], help=argparse.SUPPRESS)
+        add(f"{name} VALUE", argparse.SUPPRESS)
+    add("--module MODULE", argparse.SUPPRESS, choices=[module])
 
 
 def underscored(arguments: Sequence[str] | None) -> list[str]:
@@ -85,11 +95,29 @@ def handed_on(options: argparse.Namespace) -> list[str]:
 
 
 def refuse_contradictions(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End the program with status 2 if options choose the ranks in two ways."""
+    """Refuse what the launcher would read in another way, or not at all.
+
+    Options that choose the ranks in two ways end the program with status 2.
+
+    Raises:
+        UserError: --include, --exclude or --num_nodes do not fit the hostfile or the GPUs.
+    """
     if options.include and options.exclude:
         parser.error("--include and --exclude contradict each other: use one of them")
     if (options.include or options.exclude) and (options.num_nodes or options.num_gpus):
         parser.error("--include and --exclude do not go with --num_nodes and --num_gpus")
+    if options.hostfile is None and _HOSTFILE.is_file():
+        options.hostfile = _HOSTFILE
+    if options.hostfile is not None:
+        hosts = read_hostfile(options.hostfile)
+        require_known(hosts, options.include, options.exclude)
+        if options.num_nodes and options.num_nodes > len(hosts):
+            raise UserError(
+                f"--num_nodes {options.num_nodes}: {options.hostfile} names {len(hosts)}: add "
+                "lines to it, or ask for no more"
+            )
+    elif options.num_nodes and options.num_nodes > 1:
+        raise UserError(f"--num_nodes {options.num_nodes} needs --hostfile, which names them")
 
 
 def parse_arguments(arguments: Sequence[str] | None, command: str) -> argparse.Namespace:
@@ -97,10 +125,8 @@ def parse_arguments(arguments: Sequence[str] | None, command: str) -> argparse.N
     parser = CommandParser(prog=f"magnetar {command}", description=__doc__, allow_abbrev=False)
     add_config_options(parser)
     add_launcher_options(parser, _module_of(command))
-    parser.add_argument("--no_ssh", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--node_rank", type=lambda text: whole_number(text, 0), help=argparse.SUPPRESS
-    )
+    add_option(parser, "--no_ssh", argparse.SUPPRESS)
+    add_option(parser, "--node_rank N", argparse.SUPPRESS, partial(whole_number, least=0))
     options = parser.parse_args(underscored(arguments))
     options.config = take_config(parser, options)
     refuse_contradictions(parser, options)
@@ -120,30 +146,53 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _num_ranks_on_cpu(config: RunConfig) -> int:
-    """The fewest ranks that the model can be spread over as its JSON says."""
-    return config.model.moe.ep_size if config.model.moe is not None else 1
+def _require_gpus(options: argparse.Namespace, num_gpus: int) -> None:
+    """Refuse GPUs of this machine that are not there, or named as DeepSpeed cannot read them."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if options.include or options.exclude:
+        if num_gpus == 0:
+            raise UserError(
+                "--include and --exclude choose GPUs, and this machine has none: use --num_gpus "
+                "for a number of processes, or --hostfile"
+            )
+        require_known({"localhost": num_gpus}, options.include, options.exclude)
+    elif num_gpus and options.num_gpus is None and not re.fullmatch(r"[\d,]*", devices):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={devices}: DeepSpeed's launcher reads numbers alone: use those "
+            "of nvidia-smi, such as 0,1"
+        )
 
 
 def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[str], dict[str, str]]:
     """The command line that starts DeepSpeed's launcher, and the variables that it adds.
 
     Raises:
-        UserError: the JSON is wrong, as far as that is known before the ranks start.
+        UserError: the JSON, the machines or the GPUs are wrong, as far as that is known before the
+            ranks start.
     """
     words = [sys.executable, "-m", "deepspeed.launcher.runner"]
     config = load_config(options.config, options.set)
+    if not options.no_ssh:
+        refuse_other_launchers(f"magnetar {command}")
     variables: dict[str, str] = {}
     num_ranks, port = options.num_gpus, options.master_port
-    is_here = options.hostfile is None and not _HOSTFILE.is_file()
-    if is_here and not options.include and not options.exclude:
+    if options.hostfile is None:
         num_gpus = _num_gpus()
+        _require_gpus(options, num_gpus)
         if num_gpus == 0:
             variables["DS_ACCELERATOR"] = "cpu"
-            num_ranks = num_ranks or _num_ranks_on_cpu(config)
-        load_config(options.config, options.set, num_ranks or num_gpus)
-    if is_here:
+            # The fewest that the model can be spread over as its JSON says.
+            num_ranks = num_ranks or (config.model.moe.ep_size if config.model.moe else 1)
+        if not options.include and not options.exclude:
+            load_config(options.config, options.set, num_ranks or num_gpus)
         port = port or free_port()
+    else:
+        names = ("hostfile", "include", "exclude", "num_nodes", "num_gpus", "force_multi")
+        run = LaunchOptions(**{name: getattr(options, name) for name in names})
+        slots = run.slots()
+        load_config(options.config, options.set, sum(map(len, slots.values())))
+        if run.is_remote(slots) and not options.no_ssh:
+            require_plain_surroundings()
     if options.log_level is None and not options.quiet:
         options.log_level = "error"  # DeepSpeed tells its whole command line otherwise
     given = {**vars(options), "num_gpus": num_ranks, "master_port": port}
@@ -153,25 +202,26 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
     words += ["--force_multi"] if options.force_multi else []
     words += ["--no_ssh"] if options.no_ssh else []
     words += handed_on(options)
-    words += ["--module", _module_of(command), "--deepspeed_config", str(options.config)]
-    return words + [part for text in options.set for part in ("--set", text)], variables
+    settings = [part for text in options.set for part in ("--set", text)]
+    own = sealed(["--deepspeed_config", str(options.config), *settings])
+    return [*words, "--module", _module_of(command), *own], variables
 
 
-def _start(words: list[str], variables: Mapping[str, str]) -> NoReturn:
+def _start(command: str, arguments: Sequence[str] | None) -> NoReturn:
     """Become the launcher. Programs beside this Python, such as ninja, are found first."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    words, variables = launcher_command(parse_arguments(arguments, command), command)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(words[0], words, {**os.environ, **variables, "PATH": path})
+    os.execvpe(words[0], words, {**os.environ, **variables, "PATH": path_of_programs()})
 
 
 @user_errors()
 def train(arguments: Sequence[str] | None = None) -> NoReturn:
     """`magnetar train`."""
-    _start(*launcher_command(parse_arguments(arguments, "train"), "train"))
+    _start("train", arguments)
 
 
 @user_errors()
 def profile_admin(arguments: Sequence[str] | None = None) -> NoReturn:
     """`magnetar profile-admin`."""
-    _start(*launcher_command(parse_arguments(arguments, "profile-admin"), "profile-admin"))
+    _start("profile-admin", arguments)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from magnetar.data.errors import UserError
-from magnetar.engine.report.plot import plot_run, plot_runs
-from magnetar.launchers.terminal.command_line import CommandParser
+from magnetar.engine.report.plot import plot
+from magnetar.launchers.terminal.command_line import CommandParser, add_option
 from magnetar.launchers.terminal.user_errors import user_errors
 
 
@@ -18,21 +18,16 @@ from magnetar.launchers.terminal.user_errors import user_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw, and say where."""
     parser = CommandParser(prog="magnetar plot", description=__doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="run", help="a run's folder, such as runs/quickstart"
+    add_option(
+        parser, "runs", "a run's folder, such as runs/quickstart", Path, nargs="+", metavar="run"
     )
-    parser.add_argument(
-        "--out", type=Path, help="the picture (default: curves.png in the folder of a single run)"
-    )
+    what = "the picture (default: curves.png in the folder of a single run)"
+    add_option(parser, "--out OUT", what, Path)
     options = parser.parse_args(arguments)
-    if len(options.runs) == 1:
-        out = options.out or options.runs[0] / "curves.png"
-        plot_run(options.runs[0], out)
-    elif options.out is None:
+    if len(options.runs) > 1 and options.out is None:
         raise UserError("several runs need --out: name the picture, such as --out compared.png")
-    else:
-        out = options.out
-        plot_runs(options.runs, out)
+    out = options.out or options.runs[0] / "curves.png"
+    plot(options.runs, out)
     print(f"wrote {out}")
 
 

@@ -13,12 +13,7 @@ from magnetar.data.text.corpus import Documents
 from magnetar.data.text.prepare import DEFAULT_VALID_FRACTION, PrepareConfig, prepare
 from magnetar.data.text.token_files import Manifest
 from magnetar.launchers.terminal.command_line import CommandParser
-from magnetar.launchers.terminal.preparing import (
-    add_options,
-    print_summary,
-    summary_table,
-    terminal_reporter,
-)
+from magnetar.launchers.terminal.preparing import add_options, prepare_and_print, summary_table
 from magnetar.launchers.terminal.user_errors import user_errors
 
 
@@ -53,25 +48,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PrepareConfig:
     return PrepareConfig(**{**values, "train": (*values["train"],), "valid": (*values["valid"],)})
 
 
-def summary(manifest: Manifest) -> rich.table.Table:
-    """What each split holds."""
+def summary(manifest: Manifest) -> tuple[rich.table.Table, list[str]]:
+    """What each split holds, and no lines below."""
     columns = ("split", "documents", "tokens", "bytes", "bytes per token")
     table = summary_table(columns, texts=("split",))
     for name, split in manifest.splits.items():
         counts = (split.num_documents, split.num_tokens, split.num_bytes)
         ratio = split.num_bytes / split.num_tokens
         table.add_row(name, *(f"{count:,}" for count in counts), f"{ratio:.3f}")
-    return table
+    return table, []
 
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare text, and print what the folder holds."""
-    config = parse_arguments(arguments)
-    was_there = config.out.exists()  # it is left as it is then
-    with terminal_reporter() as reporter:
-        manifest = prepare(config, reporter)
-    print_summary(summary(manifest), [], manifest, config.out, was_there)
+    prepare_and_print(parse_arguments(arguments), prepare, summary)
 
 
 if __name__ == "__main__":

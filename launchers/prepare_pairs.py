@@ -8,6 +8,9 @@ docs/translation.md shows both. Stopped runs resume: give the same command again
 """
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from itertools import product
+from typing import Any
 
 import rich.table
 
@@ -17,12 +20,7 @@ from magnetar.data.pairs.folder import PairsManifest, TableRecord
 from magnetar.data.pairs.prepare import PreparePairsConfig, TableConfig, prepare_pairs
 from magnetar.data.text.token_files import SPLITS
 from magnetar.launchers.terminal.command_line import CommandParser
-from magnetar.launchers.terminal.preparing import (
-    add_options,
-    print_summary,
-    summary_table,
-    terminal_reporter,
-)
+from magnetar.launchers.terminal.preparing import add_options, prepare_and_print, summary_table
 from magnetar.launchers.terminal.user_errors import user_errors
 
 
@@ -73,103 +71,82 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
     add("--dedupe", action="store_true", help="drop pairs seen before, or in a validation split")
     add("--max-length-ratio", type=float, metavar="R", help="drop pairs of more unequal lengths")
     add("--max-length", type=int, metavar="N", help="drop pairs with more tokens on a side")
-    values = parser.parse_args(arguments)
+    values = vars(parser.parse_args(arguments))
+    directions = values.pop("directions")
     return PreparePairsConfig(
-        out=values.out,
-        tables=_tables(values.table, values.columns, values.weight),
-        vocab_size=values.vocab_size,
-        vocab_temperature=values.vocab_temperature,
-        tokenizer=values.tokenizer,
-        directions=None if values.directions == "all" else _list(values.directions),
-        filter=PairFilter(values.dedupe, values.max_length_ratio, values.max_length),
-        workers=values.workers,
+        tables=_tables(values.pop("table"), values.pop("columns"), values.pop("weight")),
+        directions=None if directions == "all" else _list(directions),
+        filter=PairFilter(**{field.name: values.pop(field.name) for field in fields(PairFilter)}),
+        **values,
     )
 
 
 def _tables(
     tables: list[str], all_columns: list[str], all_weights: list[str]
 ) -> tuple[TableConfig, ...]:
-    names = [table.partition("=")[0] for table in tables]
-    columns: dict[str, tuple[str, ...]] = {}
-    for value in all_columns:
-        name, is_named, languages = value.rpartition("=")
-        for table in [_known(name, names, "--columns")] if is_named else names:
-            columns[table] = _list(languages)
-    weights: dict[str, float] = {}
-    for value in all_weights:
-        name, _, weight = value.partition("=")
-        try:
-            weights[_known(name, names, "--weight")] = float(weight)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"--weight {value} is not NAME=NUMBER: use bible=2, say") from error
-    found = []
+    found: list[TableConfig] = []
     for table in tables:
         name, is_named, files = table.partition("=")
-        train, *valid = files.split(",")
-        if not is_named or len(valid) > 1:
+        splits = files.split(",")
+        if not is_named or len(splits) > 2:
             raise UserError(
                 f"--table {table} is not NAME=TRAIN,VALID: use bible=train.tsv,valid.tsv, say"
             )
-        found.append(
-            TableConfig(
-                name, train, "".join(valid), columns.get(name), weight=weights.get(name, 1.0)
-            )
-        )
+        found.append(TableConfig(name, *splits))
+    for value in all_columns:
+        name, is_named, languages = value.rpartition("=")
+        _change(found, name if is_named else None, "--columns", columns=_list(languages))
+    for value in all_weights:
+        name, _, weight = value.partition("=")
+        try:
+            number = float(weight)
+        except ValueError as error:
+            raise UserError(f"--weight {value} is not NAME=NUMBER: use bible=2, say") from error
+        _change(found, name, "--weight", weight=number)
     return tuple(found)
 
 
-def _known(name: str, names: list[str], option: str) -> str:
-    if name not in names:
+def _change(tables: list[TableConfig], name: str | None, option: str, **changes: Any) -> None:
+    """Change the table of a name; all tables without one."""
+    names = [table.name for table in tables]
+    if name is not None and name not in names:
         raise UserError(f"{option} {name}: no --table has this name, only {', '.join(names)}")
-    return name
+    for i, table in enumerate(tables):
+        if name in (None, table.name):
+            tables[i] = replace(table, **changes)
 
 
 def _list(values: str) -> tuple[str, ...]:
     return tuple(value for value in values.split(",") if value)
 
 
-def summary(manifest: PairsManifest) -> rich.table.Table:
-    """What each split of each table holds, and what was dropped."""
+def summary(manifest: PairsManifest) -> tuple[rich.table.Table, list[str]]:
+    """What each split of each table holds and what was dropped, and the languages."""
     columns = ("table", "split", "rows", "tokens", "directions", "pairs", "dropped")
     shown = summary_table(columns, texts=("table", "split", "dropped"))
-    names = [*dict.fromkeys(table.name.partition(".")[0] for table in manifest.tables)]
-    for name in names:
-        for split in SPLITS:
-            # A long table is stored as one for each direction, called NAME.DIRECTION.
-            found = [
-                table
-                for table in manifest.tables
-                if table.name.partition(".")[0] == name and split in table.splits
-            ]
-            if found:
-                counts = [*map(sum, zip(*(_counts(one, split) for one in found), strict=True))]
-                reasons = in_words(dropped(found, split))
-                shown.add_row(name, split, *(f"{count:,}" for count in counts), reasons)
-    return shown
+    # A long table is stored as one for each direction, called NAME.DIRECTION.
+    names = dict.fromkeys(table.name.partition(".")[0] for table in manifest.tables)
+    for name, split in product(names, SPLITS):
+        of_name = [one for one in manifest.tables if one.name.partition(".")[0] == name]
+        if found := [table for table in of_name if split in table.splits]:
+            counts = map(sum, zip(*(_counts(table, split) for table in found), strict=True))
+            reasons = in_words(dropped(found, split))
+            shown.add_row(name, split, *(f"{count:,}" for count in counts), reasons)
+    return shown, [f"languages: {', '.join(manifest.languages)}"]
 
 
 def _counts(table: TableRecord, split: str) -> tuple[int, int, int, int]:
     """Rows, tokens, directions and pairs."""
     record = table.splits[split]
-    return (
-        record.num_rows,
-        sum(column.num_tokens for column in record.columns.values()),
-        len(table.directions),
-        sum(pairs.num_pairs for pairs in table.pairs(split)),
-    )
+    num_tokens = sum(column.num_tokens for column in record.columns.values())
+    num_pairs = sum(pairs.num_pairs for pairs in record.pairs)
+    return record.num_rows, num_tokens, len(table.directions), num_pairs
 
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare pairs, and print what the folder holds."""
-    config = parse_arguments(arguments)
-    was_there = config.out.exists()  # it is left as it is then
-    with terminal_reporter() as reporter:
-        manifest = prepare_pairs(config, reporter)
-    languages = f"languages: {', '.join(manifest.languages)}"
-    print_summary(summary(manifest), [languages], manifest, config.out, was_there)
+    prepare_and_print(parse_arguments(arguments), prepare_pairs, summary)
 
 
 if __name__ == "__main__":

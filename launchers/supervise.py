@@ -10,6 +10,8 @@ are in logbook.md of the run's folder.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 
 from magnetar.engine.supervise.supervisor import Options, Supervisor
@@ -22,69 +24,52 @@ from magnetar.launchers.launch import (
 from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,
+    add_option,
     take_config,
     whole_number,
 )
+from magnetar.launchers.terminal.output import let_no_print_fail
 from magnetar.launchers.terminal.user_errors import user_errors
-
-_SAME_NAME = (
-    *("max_restarts", "backoff", "max_backoff", "hostfile", "num_nodes", "num_gpus", "include"),
-    *("exclude", "master_addr", "master_port", "ssh_port", "force_multi"),
-)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> Options:
     """The command line; what is no option of ours or of the launcher's ends the program."""
     parser = CommandParser(prog="magnetar supervise", description=__doc__, allow_abbrev=False)
     add_config_options(parser)
-    add = parser.add_argument
+    add = partial(add_option, parser)
     add(
-        *("--max-restarts", "--max_restarts"),
-        type=partial(whole_number, least=0),
-        default=10,
-        metavar="N",
-        help="give up after N restarts with no new checkpoint between them (%(default)s)",
+        "--max-restarts --max_restarts N",
+        "give up after N restarts with no new checkpoint between them (%(default)s)",
+        *(partial(whole_number, least=0), 10),
     )
     add(
-        "--backoff",
-        type=_seconds,
-        default=5.0,
-        metavar="S",
-        help="seconds before a restart, doubled after each restart without progress (%(default)g)",
+        "--backoff S",
+        "seconds before a restart, doubled after each restart without progress (%(default)g)",
+        *(_seconds, 5.0),
     )
-    add(
-        *("--max-backoff", "--max_backoff"),
-        type=_seconds,
-        default=300.0,
-        metavar="S",
-        help="longest pause before a restart, in seconds (%(default)g)",
-    )
+    about = "longest pause before a restart, in seconds (%(default)g)"
+    add("--max-backoff --max_backoff S", about, _seconds, 300.0)
     add_launcher_options(parser, "magnetar.launchers.train")
     given = parser.parse_args(underscored(arguments))
     refuse_contradictions(parser, given)
     if given.hostfile is None and (given.include or given.exclude or given.num_nodes):
         parser.error("--include, --exclude and --num_nodes need --hostfile")
-    return Options(
-        config=take_config(parser, given),
-        settings=tuple(given.set),
-        passed=tuple(handed_on(given)),
-        **{name: getattr(given, name) for name in _SAME_NAME},
-    )
+    given.config, given.settings = take_config(parser, given), tuple(given.set)
+    given.passed = tuple(handed_on(given))
+    return Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return value
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
 
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Supervise; the status of the last start that was not restarted."""
+    let_no_print_fail()
     return Supervisor(parse_arguments(arguments)).run()
 
 

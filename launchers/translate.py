@@ -10,25 +10,26 @@ pauses for a moment. Ctrl-C keeps what has come out, and says how many lines tha
 
 import argparse
 import math
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from magnetar.data.errors import UserError
 from magnetar.data.text.lines import sentences_of, windows_of_input
 from magnetar.launchers.terminal.command_line import (
+    AT_LEAST_1,
+    COUNT,
+    LENGTH_PENALTY,
+    SEED,
+    TOP_P,
     CommandParser,
+    add_option,
     add_run_options,
     given_values,
     option_of,
-    require_at_least_1,
+    terminal_bar,
 )
 from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from magnetar.engine.checkpoint.open_run import SavedModel
     from magnetar.engine.translation.translator import Translator
 
-MAX_LENGTH_PENALTY = 10  # what n tokens are raised to must stay a number
 WINDOW = 512  # lines that are sorted by length together, and come out together
 
 
@@ -48,95 +48,56 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "the run's folder, such as runs/bible, or a folder of weights",
         "folder of the vocabulary (default: the run's, or the one that it was trained on)",
     )
-    add = parser.add_argument
-    add(
-        "files",
-        type=Path,
-        nargs="*",
-        metavar="FILE",
-        help="UTF-8 text, a sentence a line (default: standard input)",
-    )
-    add("--from", dest="source", required=True, metavar="LANG", help="language of the sentences")
-    add("--to", dest="target", required=True, metavar="LANG", help="language to translate into")
-    add("--text", help="a sentence, in place of files")
-    add("--out", type=Path, metavar="FILE", help="where to write (default: standard output)")
-    add("--beam", type=int, metavar="N", help="hypotheses; 1: greedy (4)")
-    add(
-        "--length-penalty",
-        type=float,
-        default=1.0,
-        metavar="A",
-        help="compare log p / tokens^A; more favours long translations (%(default)s)",
-    )
-    add("--sample", action="store_true", help="draw each token, in place of the search")
-    add(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="with --sample: below 1 likelier tokens, above 1 others (1.0)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="with --sample: the likeliest tokens that make up this probability (1.0)",
-    )
-    add("--seed", type=int, metavar="N", help="with --sample: of the draw (0)")
-    add("--batch-size", type=int, default=32, metavar="N", help="sentences at once (%(default)s)")
-    add(
-        "--max-len",
-        type=int,
-        metavar="N",
-        help="tokens of a translation (default: twice its source's and 20)",
-    )
-    add(
-        "--too-long",
-        choices=("split", "truncate", "refuse"),
-        help="what happens to a sentence longer than the model's positions (default: what the "
-        "run's data.pairs.too_long_inference says, or split)",
-    )
+    add = partial(add_option, parser)
+    what = "UTF-8 text, a sentence a line (default: standard input)"
+    add("files", what, Path, nargs="*", metavar="FILE")
+    add("--from LANG", "language of the sentences", dest="source", required=True)
+    add("--to LANG", "language to translate into", dest="target", required=True)
+    add("--text TEXT", "a sentence, in place of files")
+    add("--out FILE", "where to write (default: standard output)", Path)
+    add("--beam N", "hypotheses; 1: greedy (4)", int, rule=COUNT)
+    what = "compare log p / tokens^A; more favours long translations (%(default)s)"
+    add("--length-penalty A", what, float, 1.0, rule=LENGTH_PENALTY)
+    add("--sample", "draw each token, in place of the search")
+    what = "with --sample: below 1 likelier tokens, above 1 others (1.0)"
+    must = "more than 0: 1 follows the model's own probabilities; --beam 1 without --sample takes "
+    must += "the most probable token"
+    add("--temperature T", what, float, rule=(lambda value: 0 < value < math.inf, must))
+    what = "with --sample: the likeliest tokens that make up this probability (1.0)"
+    add("--top-p P", what, float, rule=TOP_P)
+    add("--seed N", "with --sample: of the draw (0)", int, rule=SEED)
+    add("--batch-size N", "sentences at once (%(default)s)", int, 32, rule=COUNT)
+    what = "tokens of a translation (default: twice its source's and 20)"
+    add("--max-len N", what, int, rule=AT_LEAST_1)
+    what = "what happens to a sentence longer than the model's positions (default: what the run's "
+    what += "data.pairs.too_long_inference says, or split)"
+    add("--too-long", what, str, choices=("split", "truncate", "refuse"))
     options = parser.parse_intermixed_args(arguments)  # a FILE may follow options
     _check(options)
     return options
 
 
 def _check(options: argparse.Namespace) -> None:
-    require_at_least_1(options, ("beam", "batch_size", "max_len"))
-    if not 0 <= options.length_penalty <= MAX_LENGTH_PENALTY:
-        raise UserError(
-            f"--length-penalty {options.length_penalty:g} must be 0 to {MAX_LENGTH_PENALTY}: 0 "
-            "compares plain probabilities, 1 those of a token"
-        )
     for name in ("temperature", "top_p", "seed"):
         value, option = getattr(options, name), option_of(name)
         if value is not None and not options.sample:
             raise UserError(f"{option} {value:g} belongs to --sample: add it, or leave it out")
-    if options.temperature is not None and not 0 < options.temperature < math.inf:
-        raise UserError(
-            f"--temperature {options.temperature:g} must be more than 0: 1 follows the model's own "
-            "probabilities; --beam 1 without --sample takes the most probable token"
-        )
     if options.sample and options.beam is not None and options.beam > 1:
         raise UserError(
             f"--sample and --beam {options.beam} exclude each other: a draw follows one "
             "hypothesis: leave one of them out"
         )
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise UserError(
-            f"--top-p {options.top_p:g} must be more than 0 and at most 1: 1 allows every token"
-        )
-    if options.seed is not None and not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed {options.seed} must be 0 or more and less than 2^63")
     if options.text is not None and options.files:
         raise UserError(f"--text and {options.files[0]}: give one of the two")
     if options.source == options.target:
         raise UserError(f"--from and --to are both {options.source}: name two languages")
-    if options.out is not None and options.out.is_dir():
-        raise UserError(f"--out {options.out} is a folder: name a file")
-    if options.out is not None and options.out.is_file():
-        raise UserError(f"--out {options.out} exists: name a file that does not, or remove it")
-    if options.out is not None and not options.out.parent.is_dir():
-        raise UserError(f"--out {options.out}: {options.out.parent} is no folder: make it first")
+    if (out := options.out) is not None:
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder: name a file")
+        if out.is_file():
+            raise UserError(f"--out {out} exists: name a file that does not, or remove it")
+        if not out.parent.is_dir():
+            raise UserError(f"--out {out}: {out.parent} is no folder: make it first")
     for file in options.files:
         if not file.is_file():
             raise UserError(f"{file} is not a file: name a text file, a sentence a line")
@@ -202,9 +163,10 @@ def _translate_all(options: argparse.Namespace, translator: "Translator") -> Non
     num_written = 0
     try:
         # Lines of translations would run into a bar on the same terminal.
-        with translation_bar(options.out is not None or not sys.stdout.isatty()) as progress:
+        with terminal_bar("translating", options.out is not None or not sys.stdout.isatty()) as bar:
+            task = bar.add_task("", total=total)
             for window in windows:
-                found = translator.lines(window, lambda more, _: progress(more, total))
+                found = translator.lines(window, lambda more, _: bar.advance(task, more))
                 _write(found, options.out, "ab" if num_written else "wb")
                 num_written = translator.num_done
     except KeyboardInterrupt:
@@ -225,18 +187,6 @@ def _written(num_lines: int, out: Path | None) -> str:
     return f"{num_lines:,} lines are translated and written{where}"
 
 
-@contextmanager
-def translation_bar(shown: bool = True) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on a terminal: what is yielded is told how many more are done, and how many of all."""
-    console = Console(stderr=True)
-    columns = (TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
-    ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda more, total: bar.update(task, advance=more, total=total)
-
-
 def _write(lines: Iterable[str], out: Path | None, mode: str) -> None:
     content = "".join(f"{line}\n" for line in lines).encode()
     if out is not None:
@@ -246,13 +196,9 @@ def _write(lines: Iterable[str], out: Path | None, mode: str) -> None:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(out)) from None  # writing names no file
         return
-    try:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

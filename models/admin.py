@@ -14,6 +14,7 @@ i and its inverse into the matrices that read that LayerNorm: Post-LN with the s
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -92,11 +93,7 @@ def variances(moments: Tensor) -> list[float]:
 
 def omegas(profile: list[float]) -> list[float]:
     """The omega of every sublayer of a stack, from the variances of embedding and sublayers."""
-    total, values = profile[0], [1.0]
-    for variance in profile[1:-1]:
-        total += variance
-        values.append(math.sqrt(total))
-    return values
+    return [1.0, *map(math.sqrt, list(accumulate(profile[:-1]))[1:])]
 
 
 def set_omegas(model: nn.Module, profile: dict[str, list[float]]) -> None:

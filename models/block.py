@@ -91,33 +91,24 @@ class Block(nn.Module):
                 norm_eps=config.norm_eps,
             )
         self.ffn_residual = residual("ffn")
-        shape = (config.d_model, config.d_ff)
-        has_inner_norm = "ffn" in style.inner
+        shape, has_inner_norm = (config.d_model, config.d_ff), "ffn" in style.inner
+        options = (gain, config.norm_eps, config.activation_dropout)
         self.ffn: nn.Module
         if config.moe is not None and config.is_moe_layer(index):
             # MoE layers are numbered through the encoder first, then through the decoder.
-            earlier = 0 if depths.in_encoder else depths.encoder // config.moe.every
-            number = earlier + index // config.moe.every
+            earlier, every = 0 if depths.in_encoder else depths.encoder, config.moe.every
+            moe = config.moe.of_layer(earlier // every + index // every)
             self.ffn = moe_class(
                 *shape,
-                config.moe.of_layer(number),
+                moe,
                 config.activation,
                 has_inner_norm,
-                gain,
-                norm_eps=config.norm_eps,
-                activation_dropout=config.activation_dropout,
+                *options,
                 time_major=config.moe.time_major and depths.in_encoder,
-                layer=index if depths.in_encoder else depths.encoder + index,
+                layer=earlier + index,
             )
         else:
-            ffn = FeedForward(
-                *shape,
-                config.activation,
-                has_inner_norm,
-                gain,
-                norm_eps=config.norm_eps,
-                activation_dropout=config.activation_dropout,
-            )
+            ffn = FeedForward(*shape, config.activation, has_inner_norm, *options)
             self.ffn = Multiway(ffn) if config.multiway else ffn
 
     def forward(

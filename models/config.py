@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from magnetar.models.moe.config import MAX_WIDTH, ON_ONE_RANK, MoEConfig
-from magnetar.models.section import Count, Positive, Share, StrictModel, key
+from magnetar.models.section import Count, Positive, Share, StrictModel, strays
 
 # Larger than anybody trains: a slip of the keyboard must not ask for terabytes.
 MAX_LAYERS = 10_000
@@ -20,118 +20,91 @@ Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 class ModelKeys(StrictModel):
     """The keys that most models need."""
 
-    architecture: Literal["decoder", "encoder", "encoder_decoder"] = key(
-        "decoder",
-        "Kind of Transformer. `decoder`: a causal language model. `encoder`: bidirectional, a "
-        "masked language model. `encoder_decoder`: both, joined by cross-attention.",
-    )
-    vocab_size: int | None = key(
-        None,
-        "Rows of the embedding. null: the size of the data's vocabulary, plus a mask token if "
-        "masking needs one. A larger number pads it (a multiple of 64 is faster on a GPU).",
-        ge=2,
-        le=1 << 24,
-    )
-    num_layers: Layers = key(
-        ..., "Transformer layers; the encoder's layers in an `encoder_decoder`."
-    )
-    num_decoder_layers: Layers | None = key(
-        None, "Layers of the decoder in an `encoder_decoder`. null: num_layers."
-    )
-    d_model: int = key(..., "Width of the residual stream.", ge=2, le=MAX_WIDTH)
-    d_ff: int = key(
-        ..., "Width of a feed-forward network, and of each expert.", ge=1, le=4 * MAX_WIDTH
-    )
-    num_heads: Count = key(..., "Attention heads; must divide d_model.")
-    max_seq_len: Length = key(
-        ..., "Positions, in tokens; the encoder's positions in an `encoder_decoder`."
-    )
-    max_target_len: Length | None = key(
-        None, "Positions of the decoder in an `encoder_decoder`, in tokens. null: max_seq_len."
-    )
-    norm: NormName = key(
-        "subln",
-        "Places of the LayerNorms, scale of the residuals and initial weights: `subln` (Magneto, "
-        "arXiv 2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv 2110.09456), `pre` "
-        "(Pre-LN), `post` (Post-LN) or `admin` (arXiv 2004.08249). `admin` starts from a profile "
-        "that magnetar profile-admin makes; give it embedding_norm or stable_embedding.",
-    )
-    norm_eps: Positive = key(1e-5, "Epsilon of the LayerNorms.")
-    activation: Literal["gelu", "relu", "swish", "swiglu"] = key(
-        "gelu",
-        "Activation of the feed-forward networks. `swiglu`: swish(w1 x) * (w3 x), with a third "
-        "matrix (arXiv 2002.05202).",
-    )
-    positions: Literal["learned", "sinusoidal", "sinusoidal_fairseq", "none"] | None = key(
-        None,
-        "Positions added to the embedding. null: `none` if attention_positions is set, else "
-        "`learned`. `sinusoidal`: the Transformer paper's. `sinusoidal_fairseq`: fairseq's, for "
-        "imported weights.",
-    )
-    attention_positions: Literal["none", "relative", "rotary", "xpos", "xpos_relative"] = key(
-        "none",
-        "Positions inside attention. `relative`: a learned bias by bucket of distance, one table "
-        "for all layers (T5). `rotary` (arXiv 2104.09864). `xpos`: rotary with decay (arXiv "
-        "2212.10554). `xpos_relative`: both.",
-    )
-    relative_buckets: int = key(32, "Buckets of `relative` positions.", ge=4, le=MAX_WIDTH)
-    relative_max_distance: int = key(
-        128, "Distance, in tokens, from which `relative` positions share the last bucket.", ge=2
-    )
-    xpos_scale_base: Positive = key(512.0, "Distance, in tokens, over which `xpos` decays.")
-    dropout: Share = key(0.0, "Dropout of embeddings and sublayer outputs.")
-    attention_dropout: Share = key(0.0, "Dropout of attention probabilities.")
-    activation_dropout: Share = key(0.0, "Dropout after the feed-forward activation.")
-    drop_path: Share = key(
-        0.0,
-        "Probability that a sample skips a sublayer of the last layer (stochastic depth). It rises "
-        "linearly from 0 in the first layer.",
-    )
-    qk_norm: bool = key(
-        False, "Whether a LayerNorm acts on each head's queries and keys (arXiv 2309.14322)."
-    )
-    scale_embedding: bool = key(False, "Whether token embeddings are multiplied by sqrt(d_model).")
-    embedding_norm: bool = key(
-        False, "Whether a LayerNorm follows the sum of token and position embeddings."
-    )
-    stable_embedding: bool = key(
-        False,
-        "Whether token embeddings start Xavier-uniform and have a LayerNorm before positions are "
-        "added (arXiv 2110.02861).",
-    )
-    tie_embeddings: bool = key(
-        True, "Whether the output projection is the (decoder's) embedding matrix."
-    )
-    share_embeddings: bool = key(
-        False, "Whether encoder and decoder of an `encoder_decoder` have one embedding matrix."
-    )
-    moe: MoEConfig | None = key(None, "MoE layers. null: a dense model.")
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """Kind of Transformer. `decoder`: a causal language model. `encoder`: bidirectional, a masked
+    language model. `encoder_decoder`: both, joined by cross-attention."""
+    vocab_size: int | None = Field(default=None, ge=2, le=1 << 24)
+    """Rows of the embedding. null: the size of the data's vocabulary, plus a mask token if masking
+    needs one. A larger number pads it (a multiple of 64 is faster on a GPU)."""
+    num_layers: Layers
+    """Transformer layers; the encoder's layers in an `encoder_decoder`."""
+    num_decoder_layers: Layers | None = None
+    """Layers of the decoder in an `encoder_decoder`. null: num_layers."""
+    d_model: int = Field(ge=2, le=MAX_WIDTH)
+    """Width of the residual stream."""
+    d_ff: int = Field(ge=1, le=4 * MAX_WIDTH)
+    """Width of a feed-forward network, and of each expert."""
+    num_heads: Count
+    """Attention heads; must divide d_model."""
+    max_seq_len: Length
+    """Positions, in tokens; the encoder's positions in an `encoder_decoder`."""
+    max_target_len: Length | None = None
+    """Positions of the decoder in an `encoder_decoder`, in tokens. null: max_seq_len."""
+    norm: NormName = "subln"
+    """Places of the LayerNorms, scale of the residuals and initial weights: `subln` (Magneto, arXiv
+    2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv 2110.09456), `pre` (Pre-LN),
+    `post` (Post-LN) or `admin` (arXiv 2004.08249). `admin` starts from a profile that magnetar
+    profile-admin makes; give it embedding_norm or stable_embedding."""
+    norm_eps: Positive = 1e-5
+    """Epsilon of the LayerNorms."""
+    activation: Literal["gelu", "relu", "swish", "swiglu"] = "gelu"
+    """Activation of the feed-forward networks. `swiglu`: swish(w1 x) * (w3 x), with a third matrix
+    (arXiv 2002.05202)."""
+    positions: Literal["learned", "sinusoidal", "sinusoidal_fairseq", "none"] | None = None
+    """Positions added to the embedding. null: `none` if attention_positions is set, else `learned`.
+    `sinusoidal`: the Transformer paper's. `sinusoidal_fairseq`: fairseq's, for imported weights."""
+    attention_positions: Literal["none", "relative", "rotary", "xpos", "xpos_relative"] = "none"
+    """Positions inside attention. `relative`: a learned bias by bucket of distance, one table for
+    all layers (T5). `rotary` (arXiv 2104.09864). `xpos`: rotary with decay (arXiv 2212.10554).
+    `xpos_relative`: both."""
+    relative_buckets: int = Field(default=32, ge=4, le=MAX_WIDTH)
+    """Buckets of `relative` positions."""
+    relative_max_distance: int = Field(default=128, ge=2)
+    """Distance, in tokens, from which `relative` positions share the last bucket."""
+    xpos_scale_base: Positive = 512.0
+    """Distance, in tokens, over which `xpos` decays."""
+    dropout: Share = 0.0
+    """Dropout of embeddings and sublayer outputs."""
+    attention_dropout: Share = 0.0
+    """Dropout of attention probabilities."""
+    activation_dropout: Share = 0.0
+    """Dropout after the feed-forward activation."""
+    drop_path: Share = 0.0
+    """Probability that a sample skips a sublayer of the last layer (stochastic depth). It rises
+    linearly from 0 in the first layer."""
+    qk_norm: bool = False
+    """Whether a LayerNorm acts on each head's queries and keys (arXiv 2309.14322)."""
+    scale_embedding: bool = False
+    """Whether token embeddings are multiplied by sqrt(d_model)."""
+    embedding_norm: bool = False
+    """Whether a LayerNorm follows the sum of token and position embeddings."""
+    stable_embedding: bool = False
+    """Whether token embeddings start Xavier-uniform and have a LayerNorm before positions are added
+    (arXiv 2110.02861)."""
+    tie_embeddings: bool = True
+    """Whether the output projection is the (decoder's) embedding matrix."""
+    share_embeddings: bool = False
+    """Whether encoder and decoder of an `encoder_decoder` have one embedding matrix."""
+    moe: MoEConfig | None = None
+    """MoE layers. null: a dense model."""
 
 
 class TorchScaleModelKeys(StrictModel):
     """The keys of imported models, which keep what TorchScale 0.3.0 and its examples do."""
 
-    cross_attention_inner_norm: bool = key(
-        True,
-        "Whether Sub-LN's inner LayerNorm is in cross-attention too, as in its paper. TorchScale "
-        "0.3.0: false. Only with norm `subln` in an `encoder_decoder`.",
-    )
-    relative_bidirectional: bool = key(
-        False,
-        "Whether a causal decoder gives half of its `relative` buckets to the future, which it "
-        "never sees. TorchScale 0.3.0: true. Encoders and cross-attention always do.",
-    )
-    output_projection: bool = key(
-        True,
-        "Whether the model returns logits. false: it returns the last LayerNorm's output, as "
-        "imported feature extractors do, and cannot be trained.",
-    )
-    multiway: bool = key(
-        False,
-        "Whether norms, attention and dense feed-forward networks of an `encoder` have two pools "
-        "of parameters, one for each modality (BEiT-3, arXiv 2208.10442). Positions before the "
-        "split use the first pool, the others the second.",
-    )
+    cross_attention_inner_norm: bool = True
+    """Whether Sub-LN's inner LayerNorm is in cross-attention too, as in its paper. TorchScale
+    0.3.0: false. Only with norm `subln` in an `encoder_decoder`."""
+    relative_bidirectional: bool = False
+    """Whether a causal decoder gives half of its `relative` buckets to the future, which it never
+    sees. TorchScale 0.3.0: true. Encoders and cross-attention always do."""
+    output_projection: bool = True
+    """Whether the model returns logits. false: it returns the last LayerNorm's output, as imported
+    feature extractors do, and cannot be trained."""
+    multiway: bool = False
+    """Whether norms, attention and dense feed-forward networks of an `encoder` have two pools of
+    parameters, one for each modality (BEiT-3, arXiv 2208.10442). Positions before the split use the
+    first pool, the others the second."""
 
 
 class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in the JSON
@@ -170,25 +143,16 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
 
     def _contradictions(self) -> list[str]:
         """The problems of keys that belong to another value of another key."""
-        wrong = []
         two_stacks = self.architecture == "encoder_decoder"
         is_xpos = self.is_rotary and self.attention_positions != "rotary"
-        for name, fits, other, value in (
-            ("num_decoder_layers", two_stacks, "architecture", "encoder_decoder"),
-            ("max_target_len", two_stacks, "architecture", "encoder_decoder"),
-            ("share_embeddings", two_stacks, "architecture", "encoder_decoder"),
-            ("multiway", self.architecture == "encoder", "architecture", "encoder"),
-            ("relative_buckets", self.is_relative, "attention_positions", "relative"),
-            ("relative_max_distance", self.is_relative, "attention_positions", "relative"),
-            ("relative_bidirectional", self.is_relative, "attention_positions", "relative"),
-            ("xpos_scale_base", is_xpos, "attention_positions", "xpos"),
-        ):
-            own = getattr(self, name)
-            if not fits and own != type(self).model_fields[name].default:
-                wrong.append(
-                    f"{name}={str(own).lower()} belongs to {other} {value!r}, but {other} is "
-                    f"{getattr(self, other)!r}: leave it out"
-                )
+        of_two_stacks = ("num_decoder_layers", "max_target_len", "share_embeddings")
+        of_relative = ("relative_buckets", "relative_max_distance", "relative_bidirectional")
+        wrong = [
+            *strays(self, "architecture", "encoder_decoder", of_two_stacks),
+            *strays(self, "architecture", "encoder", ["multiway"]),
+            *strays(self, "attention_positions", "relative", of_relative, self.is_relative),
+            *strays(self, "attention_positions", "xpos", ["xpos_scale_base"], is_xpos),
+        ]
         if not self.cross_attention_inner_norm and not (two_stacks and self.norm == "subln"):
             wrong.append(
                 "cross_attention_inner_norm=false belongs to norm 'subln' in architecture "

@@ -23,12 +23,8 @@ def num_parameters(config: ModelConfig) -> tuple[int, int]:
             moe = module.deepspeed_moe.moe
             experts = sum(p.numel() for p in module.deepspeed_moe.experts.parameters())
             active -= experts * (moe.num_experts - moe.top_k) // moe.num_experts
-    tables = {
-        id(module.weight): module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-    }
-    active -= sum(table.numel() for table in tables.values())
+        elif isinstance(module, nn.Embedding):
+            active -= module.weight.numel()
     if config.output_projection and config.tie_embeddings:
         assert config.vocab_size is not None
         active += config.vocab_size * config.d_model

@@ -50,7 +50,7 @@ class TokenLosses(NamedTuple):
 class Output(Linear):
     """The output projection: the logits, or their losses.
 
-    It computes the losses itself because ZeRO 3 collects a module's weights when it is called.
+    It computes the losses itself because sharded weights are collected when their module is called.
     """
 
     def forward(  # type: ignore[override]

@@ -40,8 +40,8 @@ def compile_blocks(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, Block):
             if isinstance(block.ffn, MoE):
-                _set_forward(block.ffn, torch.compiler.disable(block.ffn.forward))
-            _set_forward(block, _compiled_in_training(block))
+                vars(block.ffn)["forward"] = torch.compiler.disable(block.ffn.forward)
+            vars(block)["forward"] = _compiled_in_training(block)
 
 
 def _compiled_in_training(block: Block) -> Callable[..., Any]:
@@ -51,10 +51,6 @@ def _compiled_in_training(block: Block) -> Callable[..., Any]:
         return (compiled if block.training else plain)(*args, **kwargs)
 
     return forward
-
-
-def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    module.forward = forward
 
 
 # GPT-2's value. The papers leave it open. With TorchScale's 1/sqrt(D) the loss of a small model
@@ -118,10 +114,9 @@ class Transformer(nn.Module):
         self.config = config
         self.is_causal = not depths.in_encoder
         is_second = self.is_causal and not depths.is_alone
-        self.max_len = (is_second and config.max_target_len) or config.max_seq_len
-        self._max_len_key = (
-            "max_target_len" if is_second and config.max_target_len else "max_seq_len"
-        )
+        has_own_len = is_second and config.max_target_len
+        self._max_len_key = "max_target_len" if has_own_len else "max_seq_len"
+        self.max_len: int = getattr(config, self._max_len_key)
         self.checkpoint: Callable[..., Any] | None = None
         d_model, norm_eps = config.d_model, config.norm_eps
         self.embedding = embedding or Embedding(config.vocab_size, d_model)
@@ -218,12 +213,30 @@ class Transformer(nn.Module):
         x = self.embed(tokens, token_embeddings, first, split_position)  # (B, T, D)
         if padding is not None and not self.is_causal:
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
+        num_queries, last = x.size(1), first + x.size(1)
+        is_causal = self.is_causal and num_queries > 1
+        shape = (num_queries, last)
+        mask = attention_mask(self.relative_bias, padding, is_causal, first, shape, x)
+        memory_mask = None
         source_len = cache.source_len if cache is not None else None
         if memory is not None:
             source_len = memory.size(1)
-        context = self._context(
-            x, first, padding, split_position, memory, memory_padding, source_len
-        )._replace(sample_keys=sample_keys)
+        if source_len is not None:
+            shape = (num_queries, source_len)
+            memory_mask = attention_mask(
+                self.cross_relative_bias, memory_padding, False, first, shape, x
+            )
+        context = Context(
+            mask=mask,
+            is_causal=is_causal and mask is None,
+            rotary=self.rotary,
+            first_position=first,
+            split_position=split_position,
+            padding=None if padding is None else padding[:, first:],
+            memory=memory,
+            memory_mask=memory_mask,
+            sample_keys=sample_keys,
+        )
         recomputes = self.training and torch.is_grad_enabled() and cache is None
         routing = []
         for index, block in enumerate(self.blocks):
@@ -234,7 +247,7 @@ class Transformer(nn.Module):
             if stats is not None:
                 routing.append(stats)
         if cache is not None:
-            cache.length += x.size(1)
+            cache.length = last
         if self.final_norm is not None:
             x = per_modality(self.final_norm, x, split_position)
         if targets is not None:
@@ -266,53 +279,13 @@ class Transformer(nn.Module):
         if self.config.scale_embedding:
             x = x * math.sqrt(x.size(-1))
         if self.positions is not None:
-            # Called, not indexed: ZeRO 3 collects a module's weights when the module is called.
+            # Called, not indexed: sharded weights are collected when their module is called.
             x = x + self.positions(torch.arange(first_position, last, device=x.device))
         elif self.sinusoids is not None:
             x = x + self.sinusoids[first_position:last].to(x.dtype)
         if self.embedding_norm is not None:
             x = per_modality(self.embedding_norm, x, split_position)
         return self.dropout(x)
-
-    def _context(
-        self,
-        x: Tensor,
-        first: int,
-        padding: Tensor | None,
-        split_position: int | None,
-        memory: Tensor | None,
-        memory_padding: Tensor | None,
-        source_len: int | None,
-    ) -> Context:
-        num_queries, last = x.size(1), first + x.size(1)
-        bias = self.relative_bias
-        is_causal = self.is_causal and num_queries > 1
-        mask = attention_mask(
-            None if bias is None else bias(first, num_queries, last),
-            padding,
-            causal_from=first if is_causal else None,
-            shape=(num_queries, last),
-            like=x,
-        )
-        bias, memory_mask = self.cross_relative_bias, None
-        if source_len is not None and (memory_padding is not None or bias is not None):
-            memory_mask = attention_mask(
-                None if bias is None else bias(first, num_queries, source_len),
-                memory_padding,
-                causal_from=None,
-                shape=(num_queries, source_len),
-                like=x,
-            )
-        return Context(
-            mask=mask,
-            is_causal=is_causal and mask is None,
-            rotary=self.rotary,
-            first_position=first,
-            split_position=split_position,
-            padding=None if padding is None else padding[:, first:],
-            memory=memory,
-            memory_mask=memory_mask,
-        )
 
 
 def _checkpointed(
@@ -362,21 +335,13 @@ class EncoderDecoder(nn.Module):
         target_padding: Tensor | None = None,
         *,
         sample_keys: Tensor | None = None,
-        targets: Tensor | None = None,
-        z_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        **losses: Any,
     ) -> ModelOutput | ModelLosses:
         """Logits of the token after each target position, or with targets their losses.
 
-        Args:
-            source: (B, S) int64.
-            target: (B, T) int64, the tokens so far.
-            source_padding: (B, S) bool, True at padding.
-            target_padding: (B, T) bool, True at padding.
-            sample_keys: (B,) int64, see Transformer, which has the other arguments too.
-            targets: (B, T) int64.
-            z_weight: weight of the z-loss in the total.
-            label_smoothing: eps, from 0 to below 1.
+        Source (B, S) and target (B, T), the tokens so far, are int64; paddings are bool of their
+        shapes, True at padding. Transformer.forward has sample_keys, and the losses' targets,
+        z_weight and label_smoothing.
         """
         memory, routing = self.encoder(source, source_padding, sample_keys=sample_keys)
         output = self.decoder(
@@ -385,9 +350,7 @@ class EncoderDecoder(nn.Module):
             memory=memory,
             memory_padding=source_padding,
             sample_keys=sample_keys,
-            targets=targets,
-            z_weight=z_weight,
-            label_smoothing=label_smoothing,
+            **losses,
         )
         return output._replace(routing=routing + output.routing)
 

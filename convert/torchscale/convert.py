@@ -5,16 +5,27 @@ every position that is not padding. The tensors decide what the files leave open
 embeddings and the tensors differ, the embeddings are not tied.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pydantic import ValidationError
+import torch
 from torch import Tensor
 
-from magnetar.convert.folders import how_to_load, require_new
-from magnetar.convert.torchscale.names import FIRST_POSITION, NOT_WEIGHTS, Recipe, Stack, recipe
+from magnetar.convert.experts import experts_of_layers
+from magnetar.convert.folders import checked_model, require_new, write_folder
+from magnetar.convert.torchscale.names import (
+    FIRST_POSITION,
+    NOT_WEIGHTS,
+    XPOS,
+    Recipe,
+    Stack,
+    recipe,
+)
 from magnetar.convert.torchscale.options import (
     CLASSES,
     Architecture,
@@ -27,7 +38,8 @@ from magnetar.convert.torchscale.options import (
 from magnetar.convert.torchscale.reader import Checkpoint, are_equal, read_checkpoint, read_options
 from magnetar.data.errors import UserError
 from magnetar.models.config import ModelConfig
-from magnetar.models.weights.load_save import check_tensors, load_model, save_weights, tensor_shapes
+from magnetar.models.weights.files import in_memory
+from magnetar.models.weights.load_save import check_tensors, tensor_shapes
 
 # Parts of tensors' names that belong to modules that Magnetar does not have.
 _FOREIGN = (
@@ -45,6 +57,14 @@ _FOREIGN = (
 )
 # fairseq builds positions for this many tokens by default.
 _FAIRSEQ_POSITIONS = 1024
+_LAYER = re.compile(r"((?:.*?\.)??)(?:(?:encoder|decoder)\.)?layers\.\d+\.")
+# Relative errors of xPos's table: in bfloat16, and in float32 on another machine.
+_LARGEST_ROUNDING, _SMALLEST_ROUNDING = 2**-8, 2**-20
+_TIES = (
+    "share_all_embeddings",
+    "share_decoder_input_output_embed",
+    "share_encoder_input_output_embed",
+)
 
 
 @dataclass(frozen=True)
@@ -63,38 +83,52 @@ class Imported:
     tensors: dict[str, Tensor]
     notes: list[str]
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the whole model."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+
+@dataclass(frozen=True)
+class _Model:
+    """A TorchScale model: its tensors, what its options mean, and the notes about them."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    stacks: list[Stack]
+    options: Mapping[str, Any]
+    notes: list[str]
 
 
 def import_torchscale(
-    paths: Sequence[Path], out: Path, options_path: Path | None = None, trust: bool = False
-) -> Imported:
-    """Read a TorchScale model, write it to a new folder, and load it from there once.
+    paths: Sequence[Path], out: Path, config: Path | None = None, trust: bool = False
+) -> list[str]:
+    """A report in lines, after writing a TorchScale model to a new folder.
 
     Args:
         paths: files of the model, see `read_checkpoint`.
         out: new folder, see `require_new`.
-        options_path: a JSON of TorchScale's options; they replace those of the file one by one.
+        config: a JSON of TorchScale's options; they replace those of the file one by one.
         trust: whether the files may run code.
     """
     require_new(out)
-    given = None if options_path is None else read_options(options_path)
+    given = None if config is None else read_options(config)
     num_experts = (given or {}).get("moe_expert_count")
     checkpoint = read_checkpoint(
         paths, num_experts if isinstance(num_experts, int) else None, trust
     )
     if given is not None:
-        check_names(given, str(options_path))
-    imported = translate(checkpoint, given, options_path)
-    try:
-        save_weights(out, imported.config, imported.tensors)
-        load_model(out)
-    except ValueError as error:
-        raise UserError(f"{out}: {error}") from None
-    return imported
+        check_names(given, str(config))
+    imported = translate(checkpoint, given, config)
+    ours = imported.config
+    tensors = in_memory(imported.tensors)
+    num_parameters = sum(prod(shape) for shape in tensors.shapes.values())
+    rows = [
+        ("was", imported.source),
+        ("is", f"{ours.architecture}, norm {ours.norm}"),
+        ("parameters", f"{num_parameters:,}"),
+    ]
+    if ours.moe is not None:
+        num_layers = len(experts_of_layers(tensors.specs))
+        rows.append(("experts", f"{ours.moe.num_experts} in each of {num_layers} MoE layers"))
+    rows += [("note", note) for note in imported.notes]
+    rows.append(("wrote", str(out)))
+    return write_folder(out, ours, tensors, rows)
 
 
 def translate(
@@ -116,7 +150,8 @@ def translate(
     _refuse_the_foreign(tensors, path)
     options = _all_options(checkpoint, given)
     source = str(given_path or path)
-    architecture = _architecture(tensors, options, path)
+    outer = _outer_prefix(tensors, path)
+    architecture = _architecture(tensors, outer, options, path)
     is_fairseqs = checkpoint.kind == "fairseq"
     if is_fairseqs and architecture != "encoder":
         # Its language models take the length of their samples for the number of positions.
@@ -126,42 +161,43 @@ def translate(
         # Among a program's other arguments an option of another class means nothing.
         if some is not None and (some is given or checkpoint.kind == "options"):
             check_belonging(some, architecture, place)
-    stacks = _stacks(tensors, architecture)
     resolved = resolve(architecture, options, source, final=is_fairseqs)
     keys, notes = model_keys(architecture, resolved, source)
-    _check_tables(stacks, tensors, resolved["vocab_size"], path)
-    embeddings = _embedding_keys(stacks, tensors, resolved, path)
-    positions = _position_keys(stacks, checkpoint, options, resolved)
-    config = _model_config({**keys, **embeddings.keys, **positions.keys}, source)
-    made = _make_tensors(config, stacks, tensors, embeddings.copies, path)
+    model = _Model(path, tensors, _stacks(tensors, outer, architecture), resolved, [])
+    _check_tables(model)
+    _check_xpos(model, checkpoint)
+    embeddings, copies = _embedding_keys(model)
+    # fairseq adds sines where neither a table nor an option says otherwise.
+    has_sines = is_fairseqs and not options.get("no_token_positional_embeddings")
+    positions = _position_keys(model, checkpoint, options if has_sines else None)
+    config = checked_model(
+        {**keys, **embeddings, **positions}, f"{source}: its options make no model of Magnetar's"
+    )
+    made = _make_tensors(config, model, copies)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"})
     if dtypes:
         notes.append(f"{', '.join(dtypes)} in the file, float32 in the folder")
+    kind = f"TorchScale {CLASSES[architecture].removesuffix('Config')}"
     return Imported(
-        source=f"TorchScale {CLASSES[architecture].removesuffix('Config')}"
-        + (" in a checkpoint of fairseq" if is_fairseqs else ""),
+        source=kind + " in a checkpoint of fairseq" * is_fairseqs,
         config=config,
         tensors=made,
-        notes=embeddings.notes + positions.notes + notes,
+        notes=model.notes + notes,
     )
 
 
 def _all_options(checkpoint: Checkpoint, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options of the file, replaced by those of the other file."""
     if checkpoint.options is None and given is None:
+        *classes, last = CLASSES.values()
         raise UserError(
             f"{checkpoint.path}: holds tensors alone, and they do not say how many heads there "
-            f"are: give the arguments of TorchScale's {_classes()} with --config FILE.json, such "
-            'as {"decoder_layers": 6, "decoder_attention_heads": 8}'
+            f"are: give the arguments of TorchScale's {', '.join(classes)} or {last} with --config "
+            'FILE.json, such as {"decoder_layers": 6, "decoder_attention_heads": 8}'
         )
     if checkpoint.kind == "options":
         check_names(checkpoint.options or (), str(checkpoint.path))
     return dict(checkpoint.options or {}) | dict(given or {})
-
-
-def _classes() -> str:
-    *others, last = CLASSES.values()
-    return f"{', '.join(others)} or {last}"
 
 
 def _refuse_the_foreign(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -177,14 +213,32 @@ def _refuse_the_foreign(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
+def _outer_prefix(tensors: Iterable[str], path: Path) -> str:
+    """What comes before all names of the model, such as "model.", or nothing."""
+    layers = (match for name in tensors if (match := _LAYER.match(name)))
+    first, *others = dict.fromkeys(match[1] for match in layers)
+    if others:
+        raise UserError(
+            f"{path}: holds several models, with layers under {first or 'no prefix'} and under "
+            f"{others[0] or 'no prefix'}: give the state dict of one of them"
+        )
+    for name in tensors:
+        if not name.startswith(first):
+            raise UserError(
+                f"{path}: {name} is not under {first} as the model's layers are, so it belongs to "
+                "another module: take it out of the file"
+            )
+    return first
+
+
 def _architecture(
-    tensors: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
+    tensors: Mapping[str, Tensor], outer: str, options: Mapping[str, Any], path: Path
 ) -> Architecture:
     """The architecture by the names of the tensors or, if these leave it open, of the options."""
     sides = [
         side
         for side in ("encoder", "decoder")
-        if any(name.startswith(f"{side}.layers.") for name in tensors)
+        if any(name.startswith(f"{outer}{side}.layers.") for name in tensors)
     ]
     if len(sides) == 2:
         return "encoder_decoder"
@@ -206,97 +260,121 @@ def _architecture(
     return "encoder" if found == "encoder" else "decoder"
 
 
-def _stacks(tensors: Mapping[str, Tensor], architecture: Architecture) -> list[Stack]:
+def _stacks(tensors: Iterable[str], outer: str, architecture: Architecture) -> list[Stack]:
     if architecture == "encoder_decoder":
-        return [Stack(side, f"{side}.", f"{side}.") for side in ("encoder", "decoder")]
-    prefix = f"{architecture}."
+        return [Stack(side, f"{outer}{side}.", f"{side}.") for side in ("encoder", "decoder")]
+    prefix = f"{outer}{architecture}."
     has_prefix = any(name.startswith(prefix) for name in tensors)
-    return [Stack(architecture, prefix if has_prefix else "", "")]
+    return [Stack(architecture, prefix if has_prefix else outer, "")]
 
 
-def _check_tables(
-    stacks: list[Stack], tensors: Mapping[str, Tensor], vocab_size: int, path: Path
-) -> None:
+def _check_tables(model: _Model) -> None:
     """Refuse tables without rows, and tables by token of another size than the options'."""
-    for stack in stacks:
+    vocab_size = model.options["vocab_size"]
+    for stack in model.stacks:
         for table in ("embed_tokens", "output_projection", "embed_positions"):
             name = f"{stack.theirs}{table}.weight"
-            if name not in tensors:
+            if name not in model.tensors:
                 continue
-            shape = tuple(tensors[name].shape)
+            shape = tuple(model.tensors[name].shape)
             if len(shape) != 2:
                 raise UserError(
-                    f"{path}: {name} is of shape {shape}, and a table has two dimensions, its rows "
-                    "and their width: give the state dict as the model has it"
+                    f"{model.path}: {name} is of shape {shape}, and a table has two dimensions, "
+                    "its rows and their width: give the state dict as the model has it"
                 )
             if table != "embed_positions" and vocab_size > 0 and vocab_size != shape[0]:
                 raise UserError(
-                    f"{path}: {name} has {shape[0]} rows, and by the options vocab_size is "
+                    f"{model.path}: {name} has {shape[0]} rows, and by the options vocab_size is "
                     f"{vocab_size}: give vocab_size={shape[0]} with --config, or this model's "
                     "own options"
                 )
 
 
-class _Embeddings(NamedTuple):
-    """The keys about embeddings, notes, and the tensors that are copies of another one."""
+def _check_xpos(model: _Model, checkpoint: Checkpoint) -> None:
+    """Compare the table of xPos, which TorchScale reads from the file and Magnetar computes."""
+    rounded: dict[str, float] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if not name.endswith(XPOS):
+            continue
+        if not model.options["xpos_rel_pos"]:
+            raise UserError(
+                f"{model.path}: {name} belongs to xPos, and by the options xpos_rel_pos is false: "
+                "give xpos_rel_pos=true with --config, or this model's own options"
+            )
+        side = model.stacks[-1].side
+        width = model.options[f"{side}_embed_dim"] // model.options[f"{side}_attention_heads"]
+        # zeta of arXiv 2212.10554, as TorchScale computes it.
+        expected = (torch.arange(0, width, 2) + 0.4 * width) / (1.4 * width)
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"{model.path}: {name} is of shape {tuple(tensor.shape)}, and of heads of width "
+                f"{width}, as the options have them, it is {tuple(expected.shape)}: give the "
+                f"{side}_attention_heads that the model was built with"
+            )
+        error = ((tensor.float() - expected) / expected).abs().max().item()
+        if not error < _LARGEST_ROUNDING:
+            raise UserError(
+                f"{model.path}: {name} is not the table that TorchScale computes for heads of "
+                f"width {width}: give the options that the model was built with, or take it out "
+                "for positions by TorchScale's formula"
+            )
+        if error > _SMALLEST_ROUNDING:
+            rounded[name] = error
+    if rounded:
+        model.notes.append(
+            f"{next(iter(rounded))} is rounded in the file, by up to {max(rounded.values()):.1e}, "
+            "and Magnetar computes it in float32: logits differ from those of a TorchScale that "
+            "uses the rounded ones, and equal those of one that computes them"
+        )
 
-    keys: dict[str, Any]
-    notes: list[str]
-    copies: set[str]
 
+def _embedding_keys(model: _Model) -> tuple[dict[str, Any], set[str]]:
+    """The keys about embeddings, and the tensors that are copies of another one.
 
-def _embedding_keys(
-    stacks: list[Stack], tensors: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
-) -> _Embeddings:
-    """The sharing of embeddings, decided by the tensors: equal tensors are one."""
-    tables = {stack.side: f"{stack.theirs}embed_tokens.weight" for stack in stacks}
-    for name in tables.values():
+    The tensors decide what is shared: equal ones are one.
+    """
+    tensors, options = model.tensors, model.options
+    tables = [f"{stack.theirs}embed_tokens.weight" for stack in model.stacks]
+    for name in tables:
         if name not in tensors:
             raise UserError(
-                f"{path}: {name} is missing, so the model was fed with embeddings from outside, "
-                "and Magnetar's read tokens: add the embedding's weight under this name"
+                f"{model.path}: {name} is missing, and Magnetar's models read tokens: add the "
+                "embedding's weight under this name, also if the model was fed with embeddings "
+                "from outside"
             )
-    last = stacks[-1]
-    table, output = tables[last.side], f"{last.theirs}output_projection.weight"
-    notes, copies = [], set()
-    claims_tie = any(
-        options.get(name, False)
-        for name in (
-            "share_all_embeddings",
-            "share_decoder_input_output_embed",
-            "share_encoder_input_output_embed",
-        )
-    )
+    table, output = tables[-1], f"{model.stacks[-1].theirs}output_projection.weight"
+    claims_tie = any(options.get(name, False) for name in _TIES)
     has_output = output in tensors
     is_tied = has_output and are_equal(tensors[table], tensors[output])
-    if is_tied:
-        copies.add(output)
+    copies = {output} if is_tied else set()
     if not has_output and options["vocab_size"] > 0 and not options["no_output_layer"]:
         has_output = True  # the tensor is missing, unless it is tied to the embedding
         is_tied = claims_tie
     if has_output and claims_tie != is_tied:
-        notes.append(_contradiction(is_tied, table, output))
+        model.notes.append(_contradiction(is_tied, table, output))
     if not has_output:
-        notes.append("output_projection=false: the model has no output matrix and gives features")
+        model.notes.append(
+            "output_projection=false: the model has no output matrix and gives features"
+        )
     keys: dict[str, Any] = {
         "vocab_size": tensors[table].size(0),
         "output_projection": has_output,
         "tie_embeddings": is_tied,
     }
-    if len(stacks) == 2:
-        ours = tables["encoder"]
-        sizes = tensors[ours].size(0), tensors[table].size(0)
+    if len(tables) == 2:
+        sizes = [tensors[name].size(0) for name in tables]
         if sizes[0] != sizes[1]:
             raise UserError(
-                f"{path}: {ours} has {sizes[0]} rows and {table} {sizes[1]}: Magnetar's encoder "
-                "and decoder have one vocabulary, so this model cannot be imported"
+                f"{model.path}: {tables[0]} has {sizes[0]} rows and {table} {sizes[1]}: Magnetar's "
+                "encoder and decoder have one vocabulary, so this model cannot be imported"
             )
-        keys["share_embeddings"] = are_equal(tensors[ours], tensors[table])
-        if keys["share_embeddings"]:
-            copies.add(ours)
-        if options["share_all_embeddings"] != keys["share_embeddings"]:
-            notes.append(_contradiction(keys["share_embeddings"], ours, table))
-    return _Embeddings(keys, notes, copies)
+        is_shared = are_equal(tensors[tables[0]], tensors[table])
+        keys["share_embeddings"] = is_shared
+        if is_shared:
+            copies.add(tables[0])
+        if options["share_all_embeddings"] != is_shared:
+            model.notes.append(_contradiction(is_shared, tables[0], table))
+    return keys, copies
 
 
 def _contradiction(are_equal: bool, first: str, second: str) -> str:
@@ -305,138 +383,81 @@ def _contradiction(are_equal: bool, first: str, second: str) -> str:
     return f"{first} and {second} differ, so they stay two, though the options share them"
 
 
-class _Positions(NamedTuple):
-    """The keys about positions, and notes."""
-
-    keys: dict[str, Any]
-    notes: list[str]
-
-
 def _position_keys(
-    stacks: list[Stack],
-    checkpoint: Checkpoint,
-    options: Mapping[str, Any],
-    resolved: Mapping[str, Any],
-) -> _Positions:
-    """The positions that are added to the embedding: their kind and their number."""
-    kinds, lengths, notes = {}, {}, []
-    for stack in stacks:
-        name = f"{stack.theirs}embed_positions"
-        table = checkpoint.tensors.get(f"{name}.weight")
-        source = "source" if stack.side == "encoder" else "target"
-        lengths[stack.side] = resolved[f"max_{source}_positions"]
-        has_fairseqs = checkpoint.kind == "fairseq" and not (
-            options.get("no_token_positional_embeddings")
-        )
+    model: _Model, checkpoint: Checkpoint, fairseqs: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The keys about the positions that are added to the embedding: their kind and their number.
+
+    Args:
+        model: the model.
+        checkpoint: its file, which may mark positions by what is no weight.
+        fairseqs: fairseq's options, if it adds sines where there is no table.
+    """
+    kinds, lengths = [], []
+    for side, theirs, _ in model.stacks:
+        name = f"{theirs}embed_positions"
+        table = model.tensors.get(f"{name}.weight")
+        length = model.options[f"max_{'source' if side == 'encoder' else 'target'}_positions"]
         if table is not None:
-            kinds[stack.side] = "learned"
-            lengths[stack.side] = table.size(0) - FIRST_POSITION
-            notes.append(
-                f"{name}.weight: positions start at its row {FIRST_POSITION}, so max "
-                f"{table.size(0) - FIRST_POSITION} tokens"
+            kind, length = "learned", table.size(0) - FIRST_POSITION
+            model.notes.append(
+                f"{name}.weight: positions start at its row {FIRST_POSITION}, so max {length} "
+                "tokens"
             )
-            if table.size(0) <= FIRST_POSITION:
+            if length <= 0:
                 raise UserError(
-                    f"{checkpoint.path}: {name}.weight has {table.size(0)} rows, and positions "
-                    f"start at row {FIRST_POSITION}: a table needs 3 rows or more"
+                    f"{model.path}: {name}.weight has {table.size(0)} rows, and positions start at "
+                    f"row {FIRST_POSITION}: a table needs 3 rows or more"
                 )
-        elif has_fairseqs and options.get(f"{stack.side}_learned_pos"):
+        elif fairseqs is not None and fairseqs.get(f"{side}_learned_pos"):
             raise UserError(
-                f"{checkpoint.path}: {name}.weight is missing, and {stack.side}_learned_pos=true: "
-                "give a file with all of the model's tensors"
+                f"{model.path}: {name}.weight is missing, and {side}_learned_pos=true: give a file "
+                "with all of the model's tensors"
             )
-        elif has_fairseqs or f"{name}._float_tensor" in checkpoint.tensors:
-            kinds[stack.side] = "sinusoidal_fairseq"
+        elif fairseqs is not None or f"{name}._float_tensor" in checkpoint.tensors:
+            kind = "sinusoidal_fairseq"
         else:
-            kinds[stack.side] = "none"
-    if len(set(kinds.values())) == 2:
+            kind = "none"
+        kinds.append(kind)
+        lengths.append(length)
+    if kinds[0] != kinds[-1]:
         raise UserError(
-            f"{checkpoint.path}: the encoder's positions are {kinds['encoder']} and the decoder's "
-            f"{kinds['decoder']}: Magnetar's are of one kind, so this model cannot be imported"
+            f"{model.path}: the encoder's positions are {kinds[0]} and the decoder's {kinds[1]}: "
+            "Magnetar's are of one kind, so this model cannot be imported"
         )
-    keys = {"positions": kinds[stacks[0].side], "max_seq_len": lengths[stacks[0].side]}
-    if len(stacks) == 2 and lengths["decoder"] != lengths["encoder"]:
-        keys["max_target_len"] = lengths["decoder"]
-    return _Positions(keys, notes)
+    keys = {"positions": kinds[0], "max_seq_len": lengths[0]}
+    return keys | ({"max_target_len": lengths[1]} if lengths[0] != lengths[-1] else {})
 
 
-def _model_config(keys: dict[str, Any], source: str) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(keys)
-    except ValidationError as error:
-        lines = [
-            ".".join(str(part) for part in problem["loc"])
-            + (": " if problem["loc"] else "")
-            + problem["msg"].removeprefix("Value error, ")
-            for problem in error.errors()
-        ]
-        raise UserError(
-            f"{source}: its options make no model of Magnetar's: " + "; ".join(lines)
-        ) from None
-
-
-def _make_tensors(
-    config: ModelConfig,
-    stacks: list[Stack],
-    tensors: Mapping[str, Tensor],
-    copies: set[str],
-    path: Path,
-) -> dict[str, Tensor]:
+def _make_tensors(config: ModelConfig, model: _Model, copies: set[str]) -> dict[str, Tensor]:
     """All tensors of the model; each of TorchScale's is used once, and copies are left out."""
     recipes: dict[str, Recipe] = {}
     for name, shape in tensor_shapes(config).items():
-        stack = next(stack for stack in stacks if name.startswith(stack.ours))
+        stack = next(stack for stack in model.stacks if name.startswith(stack.ours))
         recipes[name] = recipe(name, tuple(shape), stack)
     expected = {name: shape for made in recipes.values() for name, shape in made.sources.items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items() if name not in copies}
-    _check_experts(config, found, path)
+    found = {name: tuple(t.shape) for name, t in model.tensors.items() if name not in copies}
+    _check_experts(config, found, model.path)
     try:
         check_tensors(expected, found)
     except ValueError as error:
         raise UserError(
-            f"{path}: {error}; give the options that the model was built with"
+            f"{model.path}: {error}; give the options that the model was built with"
         ) from None
-    return {name: made.make(tensors) for name, made in recipes.items()}
+    return {name: made.make(model.tensors) for name, made in recipes.items()}
 
 
-def _check_experts(config: ModelConfig, found: Mapping[str, Any], path: Path) -> None:
+def _check_experts(config: ModelConfig, found: Iterable[str], path: Path) -> None:
     """Refuse a file with another number of experts, as the file of a single rank has."""
-    if config.moe is None:
-        return
-    name = next((name for name in found if ".experts." in name), None)
-    if name is None:
-        return
-    layer = name.split(".experts.")[0]
-    indices = {
-        other.removeprefix(f"{layer}.experts.").split(".")[0]
-        for other in found
-        if other.startswith(f"{layer}.experts.")
-    }
-    if len(indices) != config.moe.num_experts:
-        raise UserError(
-            f"{path}: {layer} has {len(indices)} experts, and moe_expert_count="
-            f"{config.moe.num_experts}: of a model that was trained on several ranks, give the "
-            "shared file and the file of every rank"
-        )
-
-
-def report(imported: Imported, out: Path) -> list[str]:
-    """A report in lines: the imported model, and how to load it."""
-    config = imported.config
-    rows = [("was", imported.source), ("is", f"{config.architecture}, norm {config.norm}")]
-    rows.append(("parameters", f"{imported.num_parameters:,}"))
-    if config.moe is not None:
-        num_layers = sum(
-            config.is_moe_layer(index)
-            for depth in (config.encoder_depth, config.decoder_depth)
-            for index in range(depth)
-        )
-        rows.append(("experts", f"{config.moe.num_experts} in each of {num_layers} MoE layers"))
-    rows += [("note", note) for note in imported.notes]
-    rows.append(("wrote", str(out)))
-    width = max(len(name) for name, _ in rows)
-    return [
-        *(f"{name:<{width}}  {text}" for name, text in rows),
-        "",
-        *how_to_load(out, config.architecture),
-    ]
+    experts: dict[str, set[str]] = defaultdict(set)
+    for name in found:
+        layer, _, rest = name.partition(".experts.")
+        if rest:
+            experts[layer].add(rest.partition(".")[0])
+    for layer, indices in experts.items():
+        if config.moe is not None and len(indices) != config.moe.num_experts:
+            raise UserError(
+                f"{path}: {layer} has {len(indices)} experts, and moe_expert_count="
+                f"{config.moe.num_experts}: of a model that was trained on several ranks, give the "
+                "shared file and the file of every rank"
+            )

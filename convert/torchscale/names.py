@@ -14,9 +14,10 @@ from torch import Tensor
 
 # Learned positions start at this row in TorchScale, as in fairseq with its padding index of 1.
 FIRST_POSITION = 2
-# What a state dict may hold beside weights: fairseq's version numbers and its device marker, and
-# the table that XPOS computes from its width.
-NOT_WEIGHTS = re.compile(r"(.*\.)?(version|_float_tensor|xpos\.scale)")
+# What a state dict may hold beside weights: fairseq's version numbers and its device marker, the
+# table that XPOS computes from its width, and the count of torch.optim.swa_utils.
+XPOS = "xpos.scale"
+NOT_WEIGHTS = re.compile(r"(.*\.)?(version|_float_tensor|xpos\.scale|n_averaged)")
 
 _RENAMED_IN_BOTH = (
     (r"\bpools\.0\b", "A"),

@@ -77,6 +77,7 @@ CLASSES: dict[Architecture, str] = {
     "decoder": "DecoderConfig",
     "encoder_decoder": "EncoderDecoderConfig",
 }
+_KINDS = {int: "a whole number", bool: "true or false", str: "a name", float: "a number"}
 _SECOND_EXPERT = {"all": "all", "sampling": "sampled", "random": "random"}
 
 
@@ -161,19 +162,16 @@ def resolve(
 
 
 def _check_type(name: str, value: Any, default: Any, source: str) -> None:
-    fits, kind = isinstance(value, type(default)), type(default).__name__
-    if isinstance(default, float) or name == "xpos_scale_base":
-        fits, kind = isinstance(value, int | float), "number"
-    if kind == "number" and fits and not abs(value) <= sys.float_info.max:
+    kind = float if name == "xpos_scale_base" else type(default)
+    fits = isinstance(value, int | float if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise UserError(
+            f"{source}: {name}={value!r} must be {_KINDS[kind]}, as in {name}={default!r}"
+        )
+    if kind is float and not abs(value) <= sys.float_info.max:
         shown = str(value)[:20]
         raise UserError(
             f"{source}: {name}={shown} must be a finite number, as in {name}={default!r}"
-        )
-    if not fits or (isinstance(value, bool) and not isinstance(default, bool)):
-        kinds = {"int": "a whole number", "bool": "true or false", "str": "a name"}
-        raise UserError(
-            f"{source}: {name}={value!r} must be {kinds.get(kind, 'a number')}, as in "
-            f"{name}={default!r}"
         )
 
 

@@ -7,27 +7,41 @@ each rank file with the experts of one rank, counted from 0 in each of them.
 """
 
 import argparse
-import json
 import pickle
 import re
 import zipfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from magnetar.convert.torchscale.names import NOT_WEIGHTS
-from magnetar.data.errors import UserError
+from magnetar.convert.torchscale.names import NOT_WEIGHTS, XPOS
+from magnetar.data.errors import UserError, parse_json
 
 # Keys that only fairseq writes beside "args" and "model".
 _FAIRSEQ_KEYS = ("cfg", "extra_state", "optimizer_history")
 _PART = re.compile(r"(?P<stem>.+)-(?P<part>shared|rank-(?P<rank>\d+))(?P<shard>-shard\d+)?\.pt")
 _EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<index>\d+)\.(?P<rest>.+)")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+# Parts that wrappers add to names: DistributedDataParallel and torch.optim.swa_utils.AveragedModel,
+# torch.compile, FSDP of torch and of fairscale, activation checkpointing now and in torch 1.12,
+# Lightning Fabric. No module of TorchScale's has such a name.
+_WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_checkpoint_wrapped_module",
+    "mod",
+    "_forward_module",
+}
+# Keys under which programs store the tensors: fairseq and others, Lightning, DeepSpeed.
+_STATES = ("model", "state_dict", "module", "model_state_dict")
 
 
 @dataclass(frozen=True)
@@ -48,21 +62,8 @@ class Checkpoint:
     kind: Literal["tensors", "options", "namespace", "fairseq"] = "tensors"
 
 
-@dataclass
-class _Parts:
-    """A checkpoint's files by role."""
-
-    shared: list[Path] = field(default_factory=list)
-    ranks: dict[int, Path] = field(default_factory=dict)
-    whole: list[Path] = field(default_factory=list)
-
-
-class _Expert(NamedTuple):
-    """The origin of one expert's tensors."""
-
-    rank: int
-    path: Path
-    tensors: dict[str, Tensor]
+# An expert's tensors by (layer, name in the expert), as "decoder.layers.0.moe_layer.experts".
+_Expert = dict[tuple[str, str], Tensor]
 
 
 def read_checkpoint(
@@ -79,58 +80,52 @@ def read_checkpoint(
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: no such file: give the checkpoint's path")
-    parts = _parts(paths)
-    if parts.whole:
-        return _read_file(parts.whole[0], trust)
-    return _read_parts(parts.shared[0], parts.ranks, num_experts, trust)
+    path, ranks = _parts(paths)
+    if ranks is None:
+        return _read_file(path, trust)
+    return _read_parts(path, ranks, num_experts, trust)
 
 
-def _parts(paths: Sequence[Path]) -> _Parts:
-    parts = _Parts()
+def _parts(paths: Sequence[Path]) -> tuple[Path, dict[int, Path] | None]:
+    """The shared file and the file of each rank, or the one file and None."""
+    ranks: dict[int, Path] = {}
+    others = []
     for path in paths:
         match = _PART.fullmatch(path.name)
-        if match is None:
-            parts.whole.append(path)
-            continue
-        if match["shard"]:
+        if match is not None and match["shard"]:
             raise UserError(
                 f"{path}: one of the shards that fairseq's FSDP writes, and these are not read: "
                 "consolidate them with fairseq first"
             )
-        if match["rank"] is None:
-            parts.shared.append(path)
-        elif int(match["rank"]) in parts.ranks:
+        if match is None or match["part"] == "shared":
+            others.append(path)
+        elif int(match["rank"]) in ranks:
             raise UserError(f"{path}: rank {match['rank']} is given twice: give each file once")
         else:
-            parts.ranks[int(match["rank"])] = path
-    if (parts.whole and len(paths) > 1) or len(parts.shared) > 1:
-        extra = parts.whole[0] if parts.whole else parts.shared[1]
+            ranks[int(match["rank"])] = path
+    wholes = [path for path in others if not _PART.fullmatch(path.name)]
+    if len(others) > 1 or (wholes and ranks):
         raise UserError(
-            f"{extra}: {len(paths)} files are given that are not the parts of one model: give one "
-            "file, or NAME-shared.pt and every NAME-rank-N.pt"
+            f"{(wholes or others)[-1]}: {len(paths)} files are given that are not the parts of one "
+            "model: give one file, or NAME-shared.pt and every NAME-rank-N.pt"
         )
-    if parts.ranks and not parts.shared:
-        first = parts.ranks[min(parts.ranks)]
+    if wholes:
+        return wholes[0], None
+    if not others:
+        first = ranks[min(ranks)]
         shared = first.with_name(re.sub(r"-rank-\d+\.pt$", "-shared.pt", first.name))
         if not shared.is_file():
             raise UserError(
                 f"{shared}: no such file: {first.name} holds one rank's experts only, and the rest "
                 "of the model lies in this file"
             )
-        parts.shared.append(shared)
-    if parts.shared:
-        parts.ranks = _ranks_beside(parts.shared[0]) | parts.ranks
-    return parts
-
-
-def _ranks_beside(shared: Path) -> dict[int, Path]:
-    stem = shared.name.removesuffix("-shared.pt")
-    found = {}
-    for path in shared.parent.iterdir():
+        others.append(shared)
+    stem = others[0].name.removesuffix("-shared.pt")
+    for path in others[0].parent.iterdir():
         match = _PART.fullmatch(path.name)
         if match and match["stem"] == stem and match["rank"] and not match["shard"]:
-            found[int(match["rank"])] = path
-    return found
+            ranks.setdefault(int(match["rank"]), path)
+    return others[0], ranks
 
 
 def _read_parts(
@@ -147,24 +142,22 @@ def _read_parts(
     tensors = dict(shared.tensors)
     local: dict[int, dict[int, _Expert]] = {}
     for rank, path in sorted(ranks.items()):
-        local[rank] = {}
+        local[rank] = defaultdict(dict)
         for name, tensor in _read_file(path, trust).tensors.items():
-            match = _EXPERT.fullmatch(name)
-            if match is None:
-                if name in tensors and not are_equal(tensors[name], tensor):
-                    raise UserError(
-                        f"{path}: {name} differs from the one in {shared_path.name}: these files "
-                        "are not parts of the same checkpoint"
-                    )
-                tensors[name] = tensor
+            if match := _EXPERT.fullmatch(name):
+                local[rank][int(match["index"])][match["layer"], match["rest"]] = tensor
+            elif NOT_WEIGHTS.fullmatch(name):
                 continue
-            expert = local[rank].setdefault(int(match["index"]), _Expert(rank, path, {}))
-            expert.tensors[f"{match['layer']}\n{match['rest']}"] = tensor
+            elif name in tensors and not are_equal(tensors[name], tensor):
+                raise UserError(
+                    f"{path}: {name} differs from the one in {shared_path.name}: these files "
+                    "are not parts of the same checkpoint"
+                )
+            else:
+                tensors[name] = tensor
     told = num_experts or (shared.options or {}).get("moe_expert_count")
     for index, expert in _numbered(local, ranks, told if isinstance(told, int) else None).items():
-        for place, tensor in expert.tensors.items():
-            layer, rest = place.split("\n")
-            tensors[f"{layer}.{index}.{rest}"] = tensor
+        tensors |= {f"{layer}.{index}.{rest}": expert[layer, rest] for layer, rest in expert}
     return replace(shared, tensors=tensors)
 
 
@@ -177,20 +170,27 @@ def _numbered(
     holds expert r modulo their number, which is a copy of another rank's.
     """
     num_local = max(len(experts) for experts in local.values())
+    total = num_experts or num_local * (max(ranks) + 1)
+    numbered: dict[int, _Expert] = {}
+    holder: dict[int, Path] = {}
     for rank, experts in local.items():
         if set(experts) != set(range(num_local)):
             raise UserError(
                 f"{ranks[rank]}: holds the experts {sorted(experts)} of its rank, and other files "
                 f"{num_local}: these files are not parts of the same checkpoint"
             )
-    total = num_experts or num_local * (max(ranks) + 1)
-    numbered: dict[int, _Expert] = {}
-    for experts in local.values():
         for index, expert in experts.items():
-            number = (expert.rank * num_local + index) % total
+            number = (rank * num_local + index) % total
             first = numbered.setdefault(number, expert)
-            if first is not expert:
-                _check_copies(first, expert, number)
+            holder.setdefault(number, ranks[rank])
+            if first.keys() != expert.keys() or not all(
+                are_equal(tensor, expert[place]) for place, tensor in first.items()
+            ):
+                raise UserError(
+                    f"{ranks[rank]}: its copy of expert {number} differs from the one in "
+                    f"{holder[number].name}: copies must be equal, so these files are not of one "
+                    "checkpoint, or of a run whose copies were not kept equal"
+                )
     for number in range(total):
         if number not in numbered:
             some = ranks[min(ranks)]
@@ -202,18 +202,6 @@ def _numbered(
     return numbered
 
 
-def _check_copies(first: _Expert, second: _Expert, number: int) -> None:
-    same = first.tensors.keys() == second.tensors.keys() and all(
-        are_equal(tensor, second.tensors[place]) for place, tensor in first.tensors.items()
-    )
-    if not same:
-        raise UserError(
-            f"{second.path}: its copy of expert {number} differs from the one in "
-            f"{first.path.name}: copies must be equal, so these files are not of one checkpoint, "
-            "or of a run whose copies were not kept equal"
-        )
-
-
 def _read_file(path: Path, trust: bool) -> Checkpoint:
     if path.suffix == ".safetensors":
         return Checkpoint(path, _named_tensors(path, _read_safetensors(path)))
@@ -223,7 +211,7 @@ def _read_file(path: Path, trust: bool) -> Checkpoint:
             f"{path}: holds a {type(held).__name__}, not tensors by name: save the model's "
             "state_dict()"
         )
-    states = [key for key in ("model", "state_dict") if isinstance(held.get(key), Mapping)]
+    states = [key for key in _STATES if isinstance(held.get(key), Mapping)]
     if not states:
         return Checkpoint(path, _named_tensors(path, held))
     tensors = _named_tensors(path, held[states[0]])
@@ -276,7 +264,7 @@ def _read_torch(path: Path, trust: bool) -> Any:
 
 
 def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors, without the prefix that DistributedDataParallel adds."""
+    """The tensors, without the parts that wrappers add to their names, in any order and depth."""
     for name, value in held.items():
         if not isinstance(value, Tensor):
             raise UserError(
@@ -285,16 +273,21 @@ def _named_tensors(path: Path, held: Mapping[Any, Any]) -> dict[str, Tensor]:
             )
     if not held:
         raise UserError(f"{path}: holds no tensors: give the file with the model's state dict")
-    tensors = {str(name): tensor for name, tensor in held.items()}
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
+    tensors: dict[str, Tensor] = {}
+    for whole_name, tensor in held.items():
+        name = ".".join(part for part in str(whole_name).split(".") if part not in _WRAPPERS)
         kind = _strange_kind(tensor)
-        if kind is not None and not NOT_WEIGHTS.fullmatch(name):
+        if kind is not None and (name.endswith(XPOS) or not NOT_WEIGHTS.fullmatch(name)):
             raise UserError(
                 f"{path}: {name} is {kind}, and every tensor of a model must be a dense one of a "
                 "floating type of 16 bits or more: convert it, or take it out if it is no weight"
             )
+        if name in tensors and kind is None and not are_equal(tensors[name], tensor):
+            raise UserError(
+                f"{path}: {whole_name} and another tensor are both {name} without the names of "
+                "wrappers such as module and _orig_mod, and they differ: take one of them out"
+            )
+        tensors[name] = tensor
     return tensors
 
 
@@ -347,29 +340,22 @@ def _as_dict(value: Any) -> dict[str, Any] | None:
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are of one type and shape and hold the same numbers."""
-    return first.dtype == second.dtype and torch.equal(first, second)
+    """Whether two tensors are of one type and shape and hold the same numbers, NaN included."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def read_options(path: Path) -> dict[str, Any]:
     """The options that a JSON file holds."""
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+        options = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give the JSON with the model's options") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder: give the JSON with the model's options") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is no JSON: {error}") from None
-    except RecursionError:
-        raise UserError(
-            f"{path}: nests its lists and objects too deeply, and options are names with values: "
-            'write them as {"decoder_layers": 6}'
-        ) from None
-    except ValueError:  # of an integer
-        raise UserError(
-            f"{path}: holds a number of thousands of digits, which is no option's: correct it"
-        ) from None
+    except ValueError as error:
+        raise UserError(f'{path}: {error}: write the options as {{"decoder_layers": 6}}') from None
     if not isinstance(options, dict):
         raise UserError(
             f"{path}: holds a {type(options).__name__}, not options by name, such as "

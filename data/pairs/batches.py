@@ -17,15 +17,14 @@ the rounds before it (milliseconds each) and planning only its own round.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from magnetar.data.errors import UserError
-from magnetar.data.pairs.codec import Codec, parse_direction
+from magnetar.data.pairs.codec import parse_direction
 from magnetar.data.pairs.folder import PreparedPairs, TablePairs
 from magnetar.data.text.packed_lm import (
     IGNORE_INDEX,
@@ -48,16 +47,28 @@ def padded(lengths: npt.ArrayLike, longest: int) -> IntArray:
     return np.minimum(rounded, longest)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The largest lengths in tokens: a source with tag and end, and a target with its end."""
+class PairOptions(NamedTuple):
+    """Settings of the bins.
 
+    Attributes:
+        bin_tokens: largest value of rows * (source + target length) in a bin.
+        temperature: T, 1 or more.
+        directions: directions to learn, such as "en-de"; None: all.
+        too_long: treatment of longer training pairs. A truncated side keeps its end.
+        max_len: largest number of tokens of a source, tag and end included.
+        max_target_len: largest number of tokens of a target, the end included.
+    """
+
+    bin_tokens: int
+    temperature: float
+    directions: Sequence[str] | None
+    too_long: TooLong
     max_len: int
     max_target_len: int
 
 
 class Stream:
-    """The pairs of one direction of one table that training draws from.
+    """The pairs of one direction of one table that bins are made of.
 
     Attributes:
         pairs: the pairs of the table.
@@ -65,19 +76,50 @@ class Stream:
         cells: (n,) int64, a number for each padded shape: equal for pairs that are padded alike.
     """
 
-    def __init__(self, pairs: TablePairs, limits: Limits, too_long: TooLong):
-        is_long = (pairs.source_lengths > limits.max_len) | (
-            pairs.target_lengths > limits.max_target_len
-        )
+    def __init__(self, pairs: TablePairs, options: PairOptions):
+        lengths = pairs.source.lengths[pairs.rows] + 1, pairs.target.lengths[pairs.rows]
+        longest = options.max_len, options.max_target_len
+        is_long = (lengths[0] > longest[0]) | (lengths[1] > longest[1])
         self.pairs = pairs
         self.num_too_long = int(is_long.sum())
-        self.index = np.flatnonzero(~is_long) if too_long == "drop" else np.arange(len(pairs))
-        source = padded(pairs.source_lengths[self.index], limits.max_len)
-        target = padded(pairs.target_lengths[self.index], limits.max_target_len)
+        drops = options.too_long == "drop"
+        self.index = np.flatnonzero(~is_long) if drops else np.arange(len(pairs))
+        source, target = map(padded, (side[self.index] for side in lengths), longest)
         self.cells = snake(source, target)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def lay_out(self, cells: IntArray) -> None:
+        """Lay out the passes among the cells of all streams, ascending.
+
+        Passes differ only in the order within a cell.
+        """
+        self._cell_of = np.searchsorted(cells, self.cells).astype(np.int32)  # (n,)
+        self._sizes = np.bincount(self._cell_of, minlength=len(cells))
+        cell, rank = spread_pattern(self._sizes)
+        first = np.cumsum(self._sizes) - self._sizes
+        self._pattern = cell.astype(np.int32)  # (n,) by place in the pass
+        self._slot = (first[cell] + rank).astype(np.int32)  # (n,) place if cells came in turn
+
+    def counts_before(self, place: int) -> IntArray:
+        """Pairs of each cell before a place of the stream: (cells,) int64."""
+        passes, rest = divmod(place, len(self))  # every pass has the same pattern
+        part = np.bincount(self._pattern[:rest], minlength=len(self._sizes))
+        return passes * self._sizes + part
+
+    def drawn(self, start: int, stop: int, key: WordArray) -> tuple[IntArray, IntArray]:
+        """The pairs at places start to stop - 1 of the stream and their cells, as int64."""
+        blocks = [np.empty(0, dtype=np.int64)]
+        size = len(self)
+        for number in range(start // size, -(-stop // size)):
+            word = mixed(key + np.uint64(number % 2**64))
+            words = mixed(np.arange(size, dtype=np.uint64) + word)
+            by_cell = np.lexsort((words, self._cell_of))  # another order within each cell
+            first = max(start - number * size, 0)
+            blocks.append(by_cell[self._slot[first : stop - number * size]])
+        pairs = np.concatenate(blocks)
+        return pairs, self._cell_of[pairs]
 
 
 def snake(source: IntArray, target: IntArray) -> IntArray:
@@ -174,8 +216,7 @@ def cut_bins(cells: IntArray, counts: IntArray, bin_tokens: int) -> IntArray:
     return np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class _Round:
+class _Round(NamedTuple):
     """A planned round: its pairs in the order of the bins, and the start of each bin."""
 
     streams: npt.NDArray[np.int32]
@@ -183,85 +224,117 @@ class _Round:
     starts: IntArray
 
 
-class PairBatches:
-    """The training bins of prepared pairs.
-
-    Bin `index` of step `step` is a function of (seed, step, index) and of the arguments below
-    alone. So the data depend neither on the number of ranks nor on accumulation, and resuming needs
-    only the step.
+class _Bins:
+    """What training and validation have in common.
 
     Attributes:
-        directions: source and target language of every direction that is learnt.
-        num_too_long: number of pairs longer than the model reads, by direction such as "en-de";
-            directions without any are left out.
-        shares: share of each direction among the drawn pairs.
+        directions: source and target language of every direction.
+        num_too_long: number of pairs longer than the model reads.
 
     Raises:
         UserError: if a direction is unknown, there is no pair, a pair is too long and `too_long` is
             "refuse", or a bin does not hold the longest pair.
     """
 
-    def __init__(
-        self,
-        prepared: PreparedPairs,
-        *,
-        bin_tokens: int,
-        bins: int,
-        temperature: float,
-        directions: Sequence[str] | None,
-        seed: int,
-        max_len: int,
-        max_target_len: int,
-        too_long: TooLong = "drop",
-    ):
-        """Bins of the training split.
+    def __init__(self, prepared: PreparedPairs, split: str, options: PairOptions):
+        self._codec, self._options = prepared.codec, options
+        parts = prepared.tables[split]
+        if options.directions is not None:
+            known = prepared.languages
+            asked = [parse_direction(direction, known) for direction in options.directions]
+            for direction in asked:
+                prepared.pairs(split, *direction)  # says what there is instead
+            parts = [part for part in parts if part.direction in asked]
+        streams = [Stream(part, options) for part in parts]
+        self.directions = [*dict.fromkeys(part.direction for part in parts)]
+        self.num_too_long = sum(stream.num_too_long for stream in streams)
+        self._streams = [stream for stream in streams if len(stream)]
+        are_longer = (
+            f"{self.num_too_long} pairs of the {split} split of {prepared.path} are longer than "
+            f"seq_len={options.max_len} or max_target_len={options.max_target_len} tokens"
+        )
+        if self.num_too_long and options.too_long == "refuse":
+            raise UserError(f"{are_longer}: raise these, or let long pairs be dropped or truncated")
+        if not self._streams:
+            remedy = f"{are_longer}: raise these"
+            if not self.num_too_long:
+                remedy = (
+                    "give `magnetar prepare-pairs` a file for it, --table NAME=TRAIN,VALID, and a "
+                    "new --out"
+                )
+            raise UserError(f"{prepared.path} has no pair for the {split} split: {remedy}")
+        cells = np.concatenate([stream.cells for stream in self._streams])
+        widest = int(np.add(*unsnaked(cells)).max())
+        if widest > options.bin_tokens:
+            raise UserError(
+                f"bin_tokens={options.bin_tokens} does not hold the longest pair of "
+                f"{prepared.path}, which takes {widest} with its padding: use {widest} or more, or "
+                "a smaller seq_len"
+            )
 
-        Args:
-            prepared: the pairs.
-            bin_tokens: largest value of rows * (source + target length) in a bin.
-            bins: number of bins of a step, over all ranks.
-            temperature: T, 1 or more.
-            directions: directions to learn, such as "en-de"; None: all.
-            seed: seed of the order.
-            max_len: largest number of tokens of a source, tag and end included.
-            max_target_len: largest number of tokens of a target, the end included.
-            too_long: treatment of longer pairs. A truncated side keeps its end.
-        """
-        self.bins, self.bin_tokens, self.seed = bins, bin_tokens, seed
-        self._limits = Limits(max_len, max_target_len)
-        self._codec = prepared.codec
-        self._streams = _streams(prepared, "train", directions, self._limits, too_long, bin_tokens)
-        self.directions = [*dict.fromkeys(stream.pairs.direction for stream in self._streams)]
-        self.num_too_long = _num_too_long(self._streams)
-        self._streams = [stream for stream in self._streams if len(stream)]
-        weights = [stream.pairs.weight for stream in self._streams]
-        of_streams = [stream.pairs.direction for stream in self._streams]
-        sizes = [*map(len, self._streams)]
-        self._rates = round_rates(weights, sizes, of_streams, temperature)
-        self._cells = np.unique(np.concatenate([stream.cells for stream in self._streams]))
-        self._layouts = [_Layout(stream, self._cells) for stream in self._streams]
-        self._first_bins = [0]  # of each round
-        self._plan = lru_cache(maxsize=2)(self._planned)
-
-    @property
-    def shares(self) -> dict[tuple[str, str], float]:
-        """Share of each direction among the drawn pairs."""
-        shares = dict.fromkeys(self.directions, 0.0)
-        for stream, rate in zip(self._streams, self._rates, strict=True):
-            shares[stream.pairs.direction] += float(rate / self._rates.sum())
-        return shares
-
-    def bin(self, step: int, index: int) -> Batch:
-        """Bin `index`, from 0 to bins - 1, of an optimizer step.
+    def _batch(self, streams: npt.NDArray[Any], pairs: npt.NDArray[Any]) -> Batch:
+        """A batch of some pairs of some streams; a side that is cut keeps its end.
 
         Returns:
             Inputs and targets. Inputs are the arguments of EncoderDecoder.forward: source (R, S)
             and decoder input (R, T') int64, and the padding of both, bool. Targets: (R, T') int64.
         """
+        codec = self._codec
+        max_len, max_target_len = self._options.max_len, self._options.max_target_len
+        rows = []
+        for s, i in zip(streams.tolist(), pairs.tolist(), strict=True):
+            stream = self._streams[s]
+            rows.append((stream.pairs, int(stream.pairs.rows[stream.index[i]])))
+        sources = [_cut(part.source.unchecked(row), max_len - 1) for part, row in rows]
+        targets = [_cut(part.target.unchecked(row), max_target_len) for part, row in rows]
+        source = _side_by_side(sources, max_len, codec.eos_id, first=1)
+        source[:, 0] = [codec.tag_id(part.direction[1]) for part, _ in rows]
+        asked = _side_by_side(targets, max_target_len, IGNORE_INDEX)
+        if max(source.max(), asked.max()) >= codec.vocab_size:
+            for part, row in rows:  # one of these says where
+                part.source.document(row)
+                part.target.document(row)
+        decoder_input = np.full_like(asked, codec.eos_id)
+        decoder_input[:, 1:] = np.where(asked[:, :-1] == IGNORE_INDEX, codec.eos_id, asked[:, :-1])
+        lengths = np.array([[len(s) + 1, len(t)] for s, t in zip(sources, targets, strict=True)])
+        source_padding = np.arange(source.shape[1]) >= lengths[:, :1]
+        target_padding = np.arange(asked.shape[1]) >= lengths[:, 1:]
+        return Batch((source, decoder_input, source_padding, target_padding), asked)
+
+
+class PairBatches(_Bins):
+    """The training bins of prepared pairs.
+
+    Bin `index` of step `step` is a function of (seed, step, index), the pairs and the options
+    alone. So the data depend neither on the number of ranks nor on accumulation, and resuming needs
+    only the step.
+    """
+
+    def __init__(self, prepared: PreparedPairs, options: PairOptions, bins: int, seed: int):
+        """Bins of the training split.
+
+        Args:
+            prepared: the pairs.
+            options: settings of the bins.
+            bins: number of bins of a step, over all ranks.
+            seed: seed of the order.
+        """
+        super().__init__(prepared, "train", options)
+        self.bins, self.seed = bins, seed
+        weights = [stream.pairs.weight for stream in self._streams]
+        of_streams = [stream.pairs.direction for stream in self._streams]
+        sizes = [*map(len, self._streams)]
+        self._rates = round_rates(weights, sizes, of_streams, options.temperature)
+        self._cells = np.unique(np.concatenate([stream.cells for stream in self._streams]))
+        for stream in self._streams:
+            stream.lay_out(self._cells)
+        self._first_bins = [0]  # of each round
+        self._plan = lru_cache(maxsize=2)(self._planned)
+
+    def bin(self, step: int, index: int) -> Batch:
+        """Bin `index`, from 0 to bins - 1, of an optimizer step; see `_Bins._batch`."""
         assert 0 <= index < self.bins
-        streams, pairs = self.pair_indices(step * self.bins + index)
-        rows = [(self._streams[s], int(i)) for s, i in zip(streams.tolist(), pairs, strict=True)]
-        return _batch(rows, self._codec, self._limits)
+        return self._batch(*self.pair_indices(step * self.bins + index))
 
     def pair_indices(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Stream and pair of each row of a bin, (R,) each. Bins are numbered from 0."""
@@ -279,9 +352,9 @@ class PairBatches:
     def _starts(self, which: int) -> IntArray:
         """The start of each bin of a round among its pairs."""
         counts = np.zeros(len(self._cells), dtype=np.int64)
-        for layout, start, stop in zip(self._layouts, *self._places(which), strict=True):
-            counts += layout.cell_counts(start, stop)
-        return cut_bins(self._cells, counts, self.bin_tokens)
+        for stream, start, stop in zip(self._streams, *self._places(which), strict=True):
+            counts += stream.counts_before(stop) - stream.counts_before(start)
+        return cut_bins(self._cells, counts, self._options.bin_tokens)
 
     def _places(self, which: int) -> tuple[list[int], list[int]]:
         """The start and the end of a round in each stream."""
@@ -292,10 +365,9 @@ class PairBatches:
     def _planned(self, which: int) -> _Round:
         cells, streams, pairs = [], [], []
         for s, (start, stop) in enumerate(zip(*self._places(which), strict=True)):
-            layout = self._layouts[s]
-            found = layout.drawn(start, stop, self._key(s))
+            found, of_cells = self._streams[s].drawn(start, stop, self._key(s))
             pairs.append(found.astype(np.int32))
-            cells.append(layout.cell_of[found])
+            cells.append(of_cells)
             streams.append(np.full(len(found), s, dtype=np.int32))
         of_cell, of_stream, of_pair = map(np.concatenate, (cells, streams, pairs))
         # Pairs of a cell in an order of their own, so that directions mix in a bin.
@@ -308,170 +380,38 @@ class PairBatches:
         return mixed(seed + np.array([stream % 2**64], dtype=np.uint64))
 
 
-class _Layout:
-    """The layout of a stream's passes; passes differ only in the order within a cell."""
-
-    def __init__(self, stream: Stream, cells: IntArray):
-        """The layout of a stream among the cells of all streams, ascending."""
-        self.size = len(stream)
-        self.cell_of = np.searchsorted(cells, stream.cells).astype(np.int32)  # (n,)
-        self._num_cells = len(cells)
-        self._sizes = np.bincount(self.cell_of, minlength=self._num_cells)
-        cell, rank = spread_pattern(self._sizes)
-        first = np.cumsum(self._sizes) - self._sizes
-        self._pattern = cell.astype(np.int32)  # (n,) by place in the pass
-        self._slot = (first[cell] + rank).astype(np.int32)  # (n,) place if cells came in turn
-
-    def cell_counts(self, start: int, stop: int) -> IntArray:
-        """Pairs of each cell at places start to stop - 1 of the stream: (cells,) int64."""
-        return self._counts_before(stop) - self._counts_before(start)
-
-    def _counts_before(self, place: int) -> IntArray:
-        passes, rest = divmod(place, self.size)  # every pass has the same pattern
-        part = np.bincount(self._pattern[:rest], minlength=self._num_cells)
-        return passes * self._sizes + part
-
-    def drawn(self, start: int, stop: int, key: WordArray) -> IntArray:
-        """The pairs at places start to stop - 1 of the stream: (stop - start,) int64."""
-        blocks = [np.empty(0, dtype=np.int64)]
-        for number in range(start // self.size, -(-stop // self.size)):
-            word = mixed(key + np.uint64(number % 2**64))
-            words = mixed(np.arange(self.size, dtype=np.uint64) + word)
-            by_cell = np.lexsort((words, self.cell_of))  # another order within each cell
-            first = max(start - number * self.size, 0)
-            blocks.append(by_cell[self._slot[first : stop - number * self.size]])
-        return np.concatenate(blocks)
-
-
-class ValidBins:
-    """The validation pairs of some directions in bins, each pair once.
-
-    Longer pairs than the model reads are truncated, so that every pair counts.
-
-    Raises:
-        UserError: if a direction is unknown, there is no pair, or a bin does not hold the longest.
-    """
+class ValidBins(_Bins):
+    """The validation pairs in bins, each pair once."""
 
     def __init__(
-        self,
-        prepared: PreparedPairs,
-        *,
-        bin_tokens: int,
-        directions: Sequence[str] | None,
-        max_len: int,
-        max_target_len: int,
-        max_pairs: int | None = None,
-    ):
-        """Bins of the validation split.
+        self, prepared: PreparedPairs, options: PairOptions, max_pairs: int | None = None
+    ) -> None:
+        """Bins of the validation split; longer pairs are truncated, so that every pair counts.
 
         Args:
             prepared: the pairs.
-            bin_tokens: largest value of rows * (source + target length) in a bin.
-            directions: directions to validate, such as "en-de"; None: all.
-            max_len: largest number of tokens of a source, tag and end included.
-            max_target_len: largest number of tokens of a target, the end included.
+            options: settings of the bins.
             max_pairs: number of pairs of each direction of each table, from the start; None: all.
         """
-        self._codec, self._limits = prepared.codec, Limits(max_len, max_target_len)
-        self._streams = _streams(
-            prepared, "valid", directions, self._limits, "truncate", bin_tokens
-        )
-        self.num_too_long = _num_too_long(self._streams)
+        super().__init__(prepared, "valid", options._replace(too_long="truncate"))
         cells = [stream.cells[:max_pairs] for stream in self._streams]
         of_stream = np.repeat(np.arange(len(cells)), [*map(len, cells)])
         of_pair = np.concatenate([np.arange(len(found)) for found in cells])
         of_cell = np.concatenate(cells)
         order = np.argsort(of_cell, kind="stable")
         self._rows = of_stream[order], of_pair[order]
-        self._starts = cut_bins(*np.unique(of_cell, return_counts=True), bin_tokens)
+        self._starts = cut_bins(*np.unique(of_cell, return_counts=True), options.bin_tokens)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def bin(self, index: int) -> Batch:
         """Bin `index`, as `PairBatches.bin` returns it; a bin beyond the last has no targets."""
-        streams, pairs = (
-            rows[self._starts[index % len(self)] : self._starts[index % len(self) + 1]].tolist()
-            for rows in self._rows
-        )
-        rows = [(self._streams[s], i) for s, i in zip(streams, pairs, strict=True)]
+        start, stop = self._starts[index % len(self) :][:2]
         if index < len(self):
-            return _batch(rows, self._codec, self._limits)
-        filling = _batch(rows[:1], self._codec, self._limits)
+            return self._batch(*(rows[start:stop] for rows in self._rows))
+        filling = self._batch(*(rows[start : start + 1] for rows in self._rows))
         return Batch(filling.inputs, np.full_like(filling.targets, IGNORE_INDEX))
-
-
-def _streams(
-    prepared: PreparedPairs,
-    split: str,
-    directions: Sequence[str] | None,
-    limits: Limits,
-    too_long: TooLong,
-    bin_tokens: int,
-) -> list[Stream]:
-    """The streams of the directions that are asked for."""
-    parts = prepared.table_pairs(split)
-    if directions is not None:
-        asked = [parse_direction(direction, prepared.languages) for direction in directions]
-        for source, target in asked:
-            prepared.pairs(split, source, target)  # says what there is instead
-        parts = [part for part in parts if part.direction in asked]
-    streams = [Stream(part, limits, too_long) for part in parts]
-    longer = sum(stream.num_too_long for stream in streams)
-    are_longer = (
-        f"{longer} pairs of the {split} split of {prepared.path} are longer than "
-        f"seq_len={limits.max_len} or max_target_len={limits.max_target_len} tokens"
-    )
-    if longer and too_long == "refuse":
-        raise UserError(f"{are_longer}: raise these, or let long pairs be dropped or truncated")
-    if not any(map(len, streams)):
-        remedy = (
-            f"{are_longer}: raise these"
-            if longer
-            else "give `magnetar prepare-pairs` a file for it, --table "
-            "NAME=TRAIN,VALID, and a new --out"
-        )
-        raise UserError(f"{prepared.path} has no pair for the {split} split: {remedy}")
-    cells = np.concatenate([stream.cells for stream in streams])
-    widest = int(np.add(*unsnaked(cells)).max())
-    if widest > bin_tokens:
-        raise UserError(
-            f"bin_tokens={bin_tokens} does not hold the longest pair of {prepared.path}, which "
-            f"takes {widest} with its padding: use {widest} or more, or a smaller seq_len"
-        )
-    return streams
-
-
-def _num_too_long(streams: Sequence[Stream]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for stream in streams:
-        if stream.num_too_long:
-            direction = "-".join(stream.pairs.direction)
-            counts[direction] = counts.get(direction, 0) + stream.num_too_long
-    return counts
-
-
-def _batch(rows: Sequence[tuple[Stream, int]], codec: Codec, limits: Limits) -> Batch:
-    """A batch of some pairs; a side that is cut to the limits keeps its end."""
-    sources, targets = [], []
-    for stream, i in rows:
-        pairs = stream.pairs
-        row = int(pairs.rows[stream.index[i]])
-        sources.append(_cut(pairs.source_row(row), limits.max_len - 1))
-        targets.append(_cut(pairs.target_row(row), limits.max_target_len))
-    source = _side_by_side(sources, limits.max_len, codec.eos_id, first=1)
-    source[:, 0] = [codec.tag_id(stream.pairs.direction[1]) for stream, _ in rows]
-    asked = _side_by_side(targets, limits.max_target_len, IGNORE_INDEX)
-    if max(source.max(), asked.max()) >= codec.vocab_size:
-        for stream, i in rows:  # one of these says where
-            stream.pairs.source.document(int(stream.pairs.rows[stream.index[i]]))
-            stream.pairs.target.document(int(stream.pairs.rows[stream.index[i]]))
-    decoder_input = np.full_like(asked, codec.eos_id)
-    decoder_input[:, 1:] = np.where(asked[:, :-1] == IGNORE_INDEX, codec.eos_id, asked[:, :-1])
-    lengths = np.array([[len(s) + 1, len(t)] for s, t in zip(sources, targets, strict=True)])
-    source_padding = np.arange(source.shape[1]) >= lengths[:, :1]
-    target_padding = np.arange(asked.shape[1]) >= lengths[:, 1:]
-    return Batch((source, decoder_input, source_padding, target_padding), asked)
 
 
 def _cut(tokens: npt.NDArray[Any], longest: int) -> npt.NDArray[Any]:

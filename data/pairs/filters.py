@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
-from magnetar.data.pairs.folder import PairsRecord, TableRecord, rows_file
-from magnetar.data.text.packed_lm import BoolArray, IntArray, WordArray, mixed
+from magnetar.data.pairs.folder import PairsRecord, TableRecord, rows_file, token_columns
+from magnetar.data.text.packed_lm import BoolArray, WordArray, mixed
 from magnetar.data.text.token_files import SPLITS, TokenSplit, token_dtype
 
 HASHED_AT_ONCE = 1 << 22  # tokens
@@ -67,9 +68,9 @@ class _Candidates:
 
 
 def choose_pairs(
-    folder: Path, tables: list[TableRecord], asked: PairFilter, vocab_size: int
-) -> list[TableRecord]:
-    """The records with their pairs; writes the row files into `folder`.
+    folder: Path, tables: Sequence[TableRecord], asked: PairFilter, vocab_size: int
+) -> None:
+    """Add the pairs to the records, and write the row files.
 
     Args:
         folder: folder of the token files.
@@ -79,7 +80,7 @@ def choose_pairs(
     """
     candidates = [one for table in tables for one in _candidates(folder, table, vocab_size)]
     for one in candidates:
-        first, second = (_content_lengths(column) for column in one.columns)
+        first, second = (column.lengths - 1 for column in one.columns)  # without the ends
         one.drop("empty side", (first == 0) | (second == 0))
         if one.split != "train":
             continue
@@ -96,8 +97,9 @@ def choose_pairs(
         )
         one.table.splits[one.split].pairs.append(record)
         rows = np.flatnonzero(one.is_pair).astype("<u4")
-        rows.tofile(rows_file(folder, one.table.name, one.split, one.languages))
-    return tables
+        write_atomically(
+            rows_file(folder, one.table.name, one.split, one.languages), rows.tobytes()
+        )
 
 
 def dropped(tables: Sequence[TableRecord], split: str) -> dict[str, int]:
@@ -129,24 +131,11 @@ def refuse_no_pair(tables: Sequence[TableRecord]) -> None:
 
 def _candidates(folder: Path, table: TableRecord, vocab_size: int) -> Iterator[_Candidates]:
     for split, record in table.splits.items():
-        for languages in table.directions:
-            first, second = (
-                TokenSplit(
-                    folder / f"{table.name}.{split}.{language}.bin",
-                    record.columns[language],
-                    token_dtype(vocab_size),
-                    vocab_size,
-                )
-                for language in languages
-            )
+        columns = token_columns(folder, table, split, token_dtype(vocab_size), vocab_size)
+        for source, target in table.directions:
             everything = np.ones(record.num_rows, dtype=np.bool_)
-            yield _Candidates(table, split, languages, (first, second), everything, {})
-
-
-def _content_lengths(column: TokenSplit) -> IntArray:
-    """Tokens of each row, without its end: (rows,) int64."""
-    starts = np.asarray(column.document_starts).astype(np.int64)
-    return starts[1:] - starts[:-1] - 1
+            sides = (columns[source], columns[target])
+            yield _Candidates(table, split, (source, target), sides, everything, {})
 
 
 def _drop_duplicates(candidates: list[_Candidates]) -> None:
@@ -158,8 +147,8 @@ def _drop_duplicates(candidates: list[_Candidates]) -> None:
         for column in one.columns:
             if column.path not in column_hashes:
                 column_hashes[column.path] = row_hashes(column)
-        sides = zip(one.languages, one.columns, strict=True)
-        first, second = (column_hashes[column.path] for _, column in sorted(sides, key=_language))
+        sides = dict(zip(one.languages, one.columns, strict=True))
+        first, second = (column_hashes[sides[language].path] for language in sorted(sides))
         return mixed(first + mixed(second))
 
     for languages in {frozenset(one.languages) for one in candidates}:
@@ -178,10 +167,6 @@ def _drop_duplicates(candidates: list[_Candidates]) -> None:
                 before = earlier.get(one.languages, np.empty(0, dtype=np.uint64))
                 one.drop("duplicate", ~is_first | np.isin(hashes, before))
                 earlier[one.languages] = np.union1d(before, distinct)
-
-
-def _language(side: tuple[str, TokenSplit]) -> str:
-    return side[0]
 
 
 def row_hashes(column: TokenSplit) -> WordArray:

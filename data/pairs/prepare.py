@@ -9,6 +9,7 @@ proportional to n^(1/T) (Arivazhagan et al., 2019). The text of a small language
 more than once.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,35 +37,32 @@ from magnetar.data.pairs.stored_tables import (
 from magnetar.data.pairs.tables import TABLE_FORMATS
 from magnetar.data.prepared_folder import (
     SILENT,
+    Config,
     Reporter,
+    check_config,
     files_digest,
-    refuse_other,
-    remove_scaffolding,
-    resumable_folder,
+    prepare_folder,
 )
-from magnetar.data.text.corpus import Piece, matching_files
+from magnetar.data.source_files import matching_files, same_file
+from magnetar.data.text.corpus import Piece
 from magnetar.data.text.shards import join, tokenise
 from magnetar.data.text.token_files import SPLITS, token_dtype
-from magnetar.data.text.tokenizer import load_tokenizer, train_sentencepiece
-
-MIN_VOCAB_SIZE = 300
-MAX_SAMPLE_CHARS = 64 << 20
-MIN_SAMPLE_CHARS = 8 << 20
-SAMPLE_CHARS_PER_ENTRY = 2048
+from magnetar.data.text.tokenizer import (
+    load_tokenizer,
+    sample_chars,
+    train_sentencepiece,
+    trained_before,
+)
 
 
 @dataclass(frozen=True)
-class PreparePairsConfig:
-    """What to prepare. Give `vocab_size` or `tokenizer`."""
+class PreparePairsConfig(Config):
+    """What to prepare; `tokenizer` is a folder of pairs whose vocabulary is used."""
 
-    out: Path  # the folder to make
     tables: tuple[TableConfig, ...]
-    vocab_size: int | None = None  # train a vocabulary of so many entries
     vocab_temperature: float = 5.0  # at least 1; 1: as much text as there is
-    tokenizer: Path | None = None  # a folder of pairs whose vocabulary is used
     directions: tuple[str, ...] | None = None  # None: n-way all, long those that it lists
     filter: PairFilter = field(default_factory=PairFilter)  # of the training pairs
-    workers: int = 1  # processes that tokenise
 
 
 def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> PairsManifest:
@@ -77,46 +75,30 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
     _check(config)
     files = _files(config)
     settings = _settings(config, files)
-    if config.out.exists():
-        if not (config.out / "manifest.json").is_file():
-            raise UserError(f"{config.out} exists and holds no pairs: choose another --out")
-        manifest = open_pairs(config.out).manifest
-        refuse_other(config.out, manifest.settings, settings)
-        remove_scaffolding(config.out)
-        reporter.message(f"{config.out} is up to date")
-        return manifest
-    tables = counted_tables(config.tables, files, reporter)
-    languages = [*dict.fromkeys(language for table in tables for language in table.languages)]
-    asked = None
-    if config.directions is not None:
-        given = [parse_direction(direction, languages) for direction in config.directions]
-        asked = [*dict.fromkeys(given)]
-        _refuse_absent(asked, tables)
-    if not any(table.valid for table in config.tables):
-        reporter.message(
-            "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
-        )
-    reader = Reader(config.tables, files, {table.name: table for table in tables}, reporter)
-    with resumable_folder(config.out, settings, config.workers, reporter) as partial:
+
+    def fill(partial: Path) -> PairsManifest:
+        reader = counted_tables(config.tables, files, reporter)
+        tables = [*reader.tables.values()]
+        languages = [*dict.fromkeys(language for table in tables for language in table.languages)]
+        asked = _directions(config, tables, languages)
+        if not any(table.valid for table in config.tables):
+            reporter.message(
+                "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
+            )
         codec = _vocabulary(config, languages, reader, partial, reporter)
-        columns = [
-            _column(table.name, split, language) for table, split, language in _columns(tables)
-        ]
-        stems, num_kept = tokenise(
+        stems = tokenise(
             _pieces(reader.rows("tokenising"), codec),
             partial / codec.tokenizer.file_name,
             partial / "shards",
             config.workers,
-            columns,
+            reporter,
+            [_column(table.name, *place) for table in tables for place in _places(table)],
         )
-        if num_kept:
-            reporter.message(f"kept {num_kept} finished shards")
         reporter.message("choosing pairs")
-        records = choose_pairs(
-            partial, _join(tables, asked, stems, partial), config.filter, codec.vocab_size
-        )
+        records = [_join(table, asked, stems, partial) for table in tables]
+        choose_pairs(partial, records, config.filter, codec.vocab_size)
         refuse_no_pair(records)
-        manifest = PairsManifest(
+        return PairsManifest(
             tokenizer_fingerprint=codec.tokenizer.fingerprint,
             vocab_size=codec.vocab_size,
             eos_id=codec.eos_id,
@@ -125,8 +107,8 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
             tables=records,
             settings=settings,
         )
-        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
-    return manifest
+
+    return prepare_folder(config, settings, reporter, lambda path: open_pairs(path).manifest, fill)
 
 
 def _check(config: PreparePairsConfig) -> None:
@@ -144,16 +126,11 @@ def _check(config: PreparePairsConfig) -> None:
             raise UserError(f"--weight {table.name}={table.weight} must be above 0")
         if table.columns is not None and len({*table.columns}) < 2:
             raise UserError(f"--columns {','.join(table.columns)}: name two languages at least")
-    if (config.vocab_size is None) == (config.tokenizer is None):
-        raise UserError(
-            "give either --vocab-size N, to train a vocabulary, or --tokenizer DIR, to use that of "
-            "other prepared pairs"
-        )
-    if config.vocab_size is not None and config.vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"vocab_size={config.vocab_size} is too small: 256 byte pieces, the tags and "
-            f"the text's own characters must fit; use {MIN_VOCAB_SIZE} at least"
-        )
+    check_config(
+        config,
+        tokenizer="--tokenizer DIR, to use that of other prepared pairs",
+        must_fit=", the tags and the text's own characters must fit",
+    )
     if config.vocab_size is not None and not any(table.train for table in config.tables):
         raise UserError(
             "no table has a training file, and a vocabulary learns from those: use "
@@ -163,8 +140,6 @@ def _check(config: PreparePairsConfig) -> None:
         raise UserError(f"vocab_temperature={config.vocab_temperature} must be at least 1")
     if config.directions is not None and not config.directions:
         raise UserError("--directions names none: use all, or en-de,de-en")
-    if config.workers < 1:
-        raise UserError(f"workers={config.workers} must be at least 1")
     config.filter.check()
 
 
@@ -174,14 +149,13 @@ def _files(config: PreparePairsConfig) -> Files:
         for split, pattern in zip(SPLITS, (table.train, table.valid), strict=True):
             if pattern:
                 files[table.name, split] = matching_files([pattern], TABLE_FORMATS)
-    by_split = {
-        split: {path.resolve() for (_, of), paths in files.items() if of == split for path in paths}
-        for split in SPLITS
+    trained = {
+        same_file(path) for (_, of), paths in files.items() if of == "train" for path in paths
     }
-    both = by_split["train"] & by_split["valid"]
-    if both:
+    validated = [path for (_, of), paths in files.items() if of == "valid" for path in paths]
+    if both := [path for path in validated if same_file(path) in trained]:
         raise UserError(
-            f"{min(both)} is named for training and for validation: what is validated must not be "
+            f"{both[0]} is named for training and for validation: what is validated must not be "
             "trained on"
         )
     return files
@@ -209,13 +183,20 @@ def _settings(config: PreparePairsConfig, files: Files) -> dict[str, Any]:
     return settings
 
 
-def _refuse_absent(asked: list[tuple[str, str]], tables: list[StoredTable]) -> None:
+def _directions(
+    config: PreparePairsConfig, tables: list[StoredTable], languages: list[str]
+) -> list[tuple[str, str]] | None:
+    """The directions that are asked for; None for all."""
+    if config.directions is None:
+        return None
+    asked = [*dict.fromkeys(parse_direction(given, languages) for given in config.directions)]
     for direction in asked:
         if not any({*direction} <= {*table.languages} for table in tables):
             raise UserError(
                 f"--directions {'-'.join(direction)}: no table holds both languages; give a table "
                 "that does, or leave the direction out"
             )
+    return asked
 
 
 def _vocabulary(
@@ -236,37 +217,25 @@ def _vocabulary(
                 f"{', '.join(other.languages)}: name these with --columns, or train another "
                 "vocabulary with --vocab-size"
             )
-        file.write_bytes(other.codec.tokenizer.file_content)
+        write_atomically(file, other.codec.tokenizer.file_content)
         return other.codec
     assert config.vocab_size is not None
-    if not file.exists():
-        limit = min(
-            max(SAMPLE_CHARS_PER_ENTRY * config.vocab_size, MIN_SAMPLE_CHARS), MAX_SAMPLE_CHARS
-        )
-        num_chars = _num_chars(reader)
-        if not any(num_chars.values()):
+    if trained_before(file) is None:
+        num_chars: Counter[str] = Counter()
+        for table in reader.tables.values():
+            num_chars.update(table.num_chars)
+        if not num_chars.total():
             raise UserError(
                 f"no training text in {', '.join(languages)}: name other columns with --columns"
             )
-        texts = sampled_texts(_training_texts(reader), num_chars, config.vocab_temperature, limit)
+        rows = reader.rows("reading for the vocabulary", ("train",))
+        texts = (side for _, _, row in rows for side in row.texts.items())
+        limit = sample_chars(config.vocab_size)
+        drawn = sampled_texts(texts, num_chars, config.vocab_temperature, limit)
         reporter.message(f"training a vocabulary of {config.vocab_size} entries")
         symbols = [tag(language) for language in languages]
-        train_sentencepiece(texts, config.vocab_size, file, 2 * limit, symbols)
+        train_sentencepiece(drawn, config.vocab_size, file, 2 * limit, symbols)
     return Codec(load_tokenizer(file), languages)
-
-
-def _num_chars(reader: Reader) -> dict[str, int]:
-    """Characters of training text by language."""
-    totals: dict[str, int] = {}
-    for table in reader.tables.values():
-        for language, count in table.num_chars.items():
-            totals[language] = totals.get(language, 0) + count
-    return totals
-
-
-def _training_texts(reader: Reader) -> Iterator[tuple[str, str]]:
-    for _, _, row in reader.rows("reading for the vocabulary", ("train",)):
-        yield from row.texts.items()
 
 
 def sampled_texts(
@@ -305,13 +274,14 @@ def _column(table: str, split: str, language: str) -> str:
     return f"{table}.{split}.{language}".replace(".", "+")
 
 
-def _columns(tables: list[StoredTable]) -> Iterator[tuple[StoredTable, str, str]]:
-    """Every column of every split that has rows."""
-    for table in tables:
-        for split in SPLITS:
-            if table.num_rows[split]:
-                for language in table.languages:
-                    yield table, split, language
+def _places(table: StoredTable) -> Iterator[tuple[str, str]]:
+    """Split and language of every column of every split that has rows."""
+    return (
+        (split, language)
+        for split in SPLITS
+        if table.num_rows[split]
+        for language in table.languages
+    )
 
 
 def _pieces(rows: Rows, codec: Codec) -> Iterator[tuple[str, Piece]]:
@@ -326,33 +296,27 @@ def _pieces(rows: Rows, codec: Codec) -> Iterator[tuple[str, Piece]]:
 
 
 def _join(
-    tables: list[StoredTable],
+    table: StoredTable,
     asked: list[tuple[str, str]] | None,
     stems: dict[str, list[Path]],
     partial: Path,
-) -> list[TableRecord]:
-    """The records, still without pairs, after writing the token files."""
-    records: dict[str, TableRecord] = {}
-    for table, split, language in _columns(tables):
-        record = records.setdefault(
-            table.name,
-            TableRecord(
-                name=table.name,
-                weight=table.config.weight,
-                directions=table.directions(asked),
-                splits={},
-            ),
-        )
-        joined = join(
-            stems[_column(table.name, split, language)],
-            partial / f"{table.name}.{split}.{language}.bin",
-        )
+) -> TableRecord:
+    """The record of a table, still without pairs, after writing its token files."""
+    splits: dict[str, TableSplitRecord] = {}
+    for split, language in _places(table):
+        bin_file = partial / f"{table.name}.{split}.{language}.bin"
+        joined = join(stems[_column(table.name, split, language)], bin_file)
         num_rows = table.num_rows[split]
         assert joined.num_documents == num_rows
-        of_split = record.splits.setdefault(
-            split, TableSplitRecord(num_rows=num_rows, columns={}, pairs=[])
-        )
+        record = TableSplitRecord(num_rows=num_rows, columns={}, pairs=[])
         # The shards counted the space in front of each text too.
         num_bytes = table.num_bytes[split, language]
-        of_split.columns[language] = joined.model_copy(update={"num_bytes": num_bytes})
-    return [*records.values()]
+        splits.setdefault(split, record).columns[language] = joined.model_copy(
+            update={"num_bytes": num_bytes}
+        )
+    return TableRecord(
+        name=table.name,
+        weight=table.config.weight,
+        directions=table.directions(asked),
+        splits=splits,
+    )

@@ -32,10 +32,14 @@ class StoredTable:
     name: str
     config: TableConfig
     direction: tuple[str, str] | None
-    languages: list[str] = field(default_factory=list)
-    num_rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    num_chars: dict[str, int] = field(default_factory=dict)  # of training text, by language
+    num_rows: Counter[str] = field(default_factory=Counter)  # by split
+    num_chars: Counter[str] = field(default_factory=Counter)  # of training text, by language
     num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by split and language
+
+    @property
+    def languages(self) -> list[str]:
+        """Every language in the order of the columns."""
+        return [*self.num_chars]
 
     def directions(self, asked: list[tuple[str, str]] | None) -> list[tuple[str, str]]:
         """The directions to prepare."""
@@ -50,28 +54,20 @@ Files = dict[tuple[str, str], list[Path]]  # by name of the table and split
 Rows = Iterator[tuple[StoredTable, str, Row]]  # each with its split
 
 
-def counted_tables(
-    configs: tuple[TableConfig, ...], files: Files, reporter: Reporter
-) -> list[StoredTable]:
-    """Every table as it will be stored, counted.
+def counted_tables(configs: tuple[TableConfig, ...], files: Files, reporter: Reporter) -> "Reader":
+    """A reader of tables that are counted.
 
     Raises:
         UserError: if a row is malformed, a column is missing, or a table has nothing to learn from.
     """
-    tables: dict[str, StoredTable] = {}
-    reader = Reader(configs, files, tables, reporter)
+    reader = Reader(configs, files, reporter)
     for table, split, row in reader.rows("counting"):
         table.num_rows[split] += 1
         for language, text in row.texts.items():
-            if language not in table.num_chars:
-                table.languages.append(language)
-                table.num_chars[language] = 0
-            if split == "train":
-                table.num_chars[language] += len(text)
-            if text.strip():
-                table.num_bytes[split, language] += len(text.encode())
+            table.num_chars[language] += len(text) if split == "train" else 0
+            table.num_bytes[split, language] += len(text.encode()) if text.strip() else 0
     for one in configs:
-        stored = [table for table in tables.values() if table.config is one]
+        stored = [table for table in reader.tables.values() if table.config is one]
         _check_columns(one, reader)
         hint = _row_id_hint(one, reader)
         for table in stored:
@@ -94,7 +90,7 @@ def counted_tables(
                 f"table {one.name}: left out {num_others:,} rows that are not in two languages of "
                 "--columns"
             )
-    return [*tables.values()]
+    return reader
 
 
 def _check_columns(one: TableConfig, reader: "Reader") -> None:
@@ -137,6 +133,7 @@ class Reader:
     """Reads every row of every table, each time it is called.
 
     Attributes:
+        tables: the tables that rows have been read of, by name.
         columns: columns of n-way rows, by table and file.
         languages: languages of long rows, by table.
         num_others: number of long rows of directions that are not read, by table.
@@ -144,27 +141,16 @@ class Reader:
 
     configs: tuple[TableConfig, ...]
     files: Files
-    tables: dict[str, StoredTable]  # by name; those that are not there yet are added
     reporter: Reporter
+    tables: dict[str, StoredTable] = field(default_factory=dict)
     columns: dict[tuple[str, Path], dict[str, None]] = field(default_factory=dict)
     languages: dict[str, dict[str, None]] = field(default_factory=dict)
     num_others: Counter[str] = field(default_factory=Counter)
 
     def rows(self, stage: str, splits: tuple[str, ...] = SPLITS) -> Rows:
         """The rows, table after table and split after split."""
-        done_bytes = 0
-        all_bytes = sum(
-            path.stat().st_size
-            for (_, split), paths in self.files.items()
-            if split in splits
-            for path in paths
-        )
-
-        def on_bytes(num_bytes: int) -> None:
-            nonlocal done_bytes
-            done_bytes += num_bytes
-            self.reporter.progress(stage, done_bytes, all_bytes)
-
+        of_splits = [paths for (_, split), paths in self.files.items() if split in splits]
+        on_bytes = self.reporter.count_bytes(stage, [path for paths in of_splits for path in paths])
         for one in self.configs:
             for split in splits:
                 for path in self.files.get((one.name, split), []):

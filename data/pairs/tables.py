@@ -8,7 +8,6 @@ Blank lines are skipped. In an n-way table `id` is the name of a row, and the la
 only if it is named explicitly. Memory holds one row at a time.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,17 @@ from typing import IO, Any, NamedTuple
 
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import LANGUAGE
-from magnetar.data.text.corpus import decompressed, file_format, not_utf8, readable
+from magnetar.data.source_files import (
+    OnBytes,
+    file_format,
+    json_objects,
+    read_source,
+    require_text,
+)
 
-TABLE_FORMATS = (".tsv", ".jsonl")
 LONG_COLUMNS = ("source_language", "target_language", "source", "target")
 ID_COLUMN = "id"
+Fields = tuple[str, dict[str, Any]]  # the place of a row, and its values by column
 
 
 class Row(NamedTuple):
@@ -41,31 +46,22 @@ class Row(NamedTuple):
 def read_rows(
     path: Path,
     columns: Collection[str] | None = None,
-    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    on_bytes: OnBytes = lambda num_bytes: None,
 ) -> Iterator[Row]:
     """The rows of a file, in order.
 
     Args:
-        path: `.tsv` or `.jsonl`, plain or compressed as in data.text.corpus.
+        path: `.tsv` or `.jsonl`, plain or compressed as in data.source_files.
         columns: the languages to read; None: all.
-        on_bytes: function that is called with the bytes of the file (as stored) read since its last
-            call.
+        on_bytes: function that is called with the bytes read since its last call.
 
     Raises:
         UserError: if the file is not UTF-8 or damaged, or a row is malformed, wholly empty, or has
             only some of a long table's columns.
     """
-    read_fields = _json_fields if file_format(path, TABLE_FORMATS) == ".jsonl" else _tsv_fields
-    try:
-        with readable(path), path.open("rb") as raw:
-            position = 0
-            for where, fields in read_fields(path, decompressed(path, raw)):
-                yield _row(where, fields, columns)
-                position, before = max(position, raw.tell()), position
-                on_bytes(position - before)
-            on_bytes(path.stat().st_size - position)
-    except UnicodeDecodeError as error:
-        raise not_utf8(path) from error
+    parse = TABLE_FORMATS[file_format(path, TABLE_FORMATS)]
+    for where, fields in read_source(path, partial(parse, path), on_bytes):
+        yield _row(where, fields, columns)
 
 
 def _row(where: str, fields: dict[str, Any], columns: Collection[str] | None) -> Row:
@@ -117,8 +113,7 @@ def _check_name(language: str, where: str) -> None:
         )
 
 
-def _tsv_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The fields of each row by column, and its place in the file."""
+def _tsv_fields(path: Path, stream: IO[bytes]) -> Iterator[Fields]:
     header = stream.readline().decode("utf-8-sig").rstrip("\r\n").split("\t")
     if len(header) < 2 or len({*header}) < len(header):
         raise UserError(
@@ -138,53 +133,18 @@ def _tsv_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, 
         yield where, dict(zip(header, values, strict=True))
 
 
-def _json_fields(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The values of each row by key, and its place in the file."""
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        try:
-            row = json.loads(text, object_pairs_hook=partial(_object, where))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}, column {error.colno} is not JSON: {error.msg}. Each line must be one "
-                "object; mend it or delete it"
-            ) from error
-        except UserError:
-            raise
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 9,000 brackets
-            raise UserError(
-                f"{where} is no JSON that can be read: {error}. Mend it or delete it"
-            ) from error
-        if not isinstance(row, dict):
-            raise UserError(f'{where} must be an object like {{"en": "...", "de": "..."}}')
-        yield where, row
+def _json_fields(path: Path, stream: IO[bytes]) -> Iterator[Fields]:
+    return json_objects(path, stream, '{"en": "...", "de": "..."}')
 
 
-def _object(where: str, items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        keys = [key for key, _ in items]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{where} has the key {twice!r} twice: keep one of them")
-    return found
+# By suffix, the place and the values by column of each row of an open file.
+TABLE_FORMATS: dict[str, Callable[[Path, IO[bytes]], Iterator[Fields]]] = {
+    ".tsv": _tsv_fields,
+    ".jsonl": _json_fields,
+}
 
 
 def _text(value: Any, key: str, where: str) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: {key!r} holds {type(value).__name__}, but must hold text: mend it, or "
-            "name the keys that are languages with --columns"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: {key!r} holds half a surrogate pair ({value[error.start]!a}), which is not "
-            "text: mend it"
-        ) from error
-    return value
+    return require_text(value, key, where, "name the keys that are languages with --columns")

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
+from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
 
 # The translations in the database: King James (1769), Elberfelder (1905), Reina-Valera (1909),
@@ -53,7 +54,7 @@ def write_verses(out: Path, languages: Sequence[str], max_chars: int) -> tuple[i
         splits[split].append("\t".join(column[place] for column in columns))
     for split, rows in splits.items():
         text = "\n".join(["\t".join(languages), *rows, ""])
-        (out / f"{split}.tsv").write_text(text, encoding="utf-8")
+        write_atomically(out / f"{split}.tsv", text)
     return len(splits["train"]), len(splits["valid"])
 
 

@@ -19,7 +19,7 @@ def sentences_of(text: str | None, files: Sequence[Path]) -> list[str] | None:
     """
     if text is not None:
         require_utf8(text, "--text", "give it in UTF-8")
-        return text.split("\n")
+        return text.removeprefix(BYTE_ORDER_MARK).split("\n")
     if not files:
         return None
     found: list[str] = []
@@ -59,6 +59,11 @@ def decoded(name: str, number: int, line: bytes) -> str:
         raise UserError(
             f"{name}, line {number}, is not UTF-8 at byte {error.start + 1}: save it as UTF-8"
         ) from None
+    if line.count(0) > len(line) / 4:
+        raise UserError(
+            f"{name}, line {number}, has NUL bytes beside its letters, as UTF-16 has: save it as "
+            "UTF-8"
+        )
     if number == 1:
         text = text.removeprefix(BYTE_ORDER_MARK)
     return text.rstrip("\r\n")

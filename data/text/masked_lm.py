@@ -9,9 +9,7 @@ epoch masks anew. In validation it is the window, so every pass is the same.
 """
 
 import math
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -20,7 +18,6 @@ from magnetar.data.text.packed_lm import (
     Batch,
     BoolArray,
     IntArray,
-    Objective,
     Rows,
     WordArray,
     mixed,
@@ -30,8 +27,7 @@ from magnetar.data.text.packed_lm import (
 _SPANS, _STARTS, _REPLACEMENTS, _RANDOM_TOKENS = np.arange(1, 5, dtype=np.uint64) << np.uint64(48)
 
 
-@dataclass(frozen=True)
-class Masking:
+class Masking(NamedTuple):
     """How windows are masked.
 
     Attributes:
@@ -40,45 +36,39 @@ class Masking:
             1907.10529, which also cuts spans at 10); None: single tokens.
         replace: "bert" or "mask". With "bert" each masked token becomes the mask token (80 %), a
             random token (10 %) or stays (10 %). With "mask" all become the mask token.
-        vocab_size: size of the data's vocabulary; the mask token is the next id.
     """
 
     probability: float
     mean_span_length: float | None
     replace: Literal["bert", "mask"]
-    vocab_size: int
-
-    @property
-    def mask_id(self) -> int:
-        """The mask token."""
-        return self.vocab_size
 
 
-def masked_lm(masking: Masking) -> Objective:
-    """The objective of an encoder: predict the masked tokens of a window, and only those."""
-    return partial(_masked_lm, masking=masking)
+def masked_lm(rows: Rows, seed: int, masking: Masking, vocab_size: int) -> Batch:
+    """The objective of an encoder: predict the masked tokens of a window, and only those.
 
-
-def denoising(masking: Masking) -> Objective:
-    """The objective of an encoder-decoder: predict the whole window from the masked one."""
-    return partial(_denoising, masking=masking)
-
-
-def _masked_lm(rows: Rows, seed: int, masking: Masking) -> Batch:
-    tokens, is_masked = _masked_windows(rows, seed, masking)
+    Args:
+        rows: the windows.
+        seed: seed of the masks.
+        masking: settings of the masks.
+        vocab_size: size of the data's vocabulary; the mask token is the next id.
+    """
+    tokens, is_masked = _masked_windows(rows, seed, masking, vocab_size)
     targets = np.where(is_masked, rows.tokens[:, 1:], IGNORE_INDEX)
     return Batch((tokens, rows.padding) if rows.padding.any() else (tokens,), targets)
 
 
-def _denoising(rows: Rows, seed: int, masking: Masking) -> Batch:
-    source, _ = _masked_windows(rows, seed, masking)
+def denoising(rows: Rows, seed: int, masking: Masking, vocab_size: int) -> Batch:
+    """The objective of an encoder-decoder: predict the whole window from the masked one."""
+    source, _ = _masked_windows(rows, seed, masking, vocab_size)
     padding = rows.padding
     targets = np.where(padding, IGNORE_INDEX, rows.tokens[:, 1:])
     inputs = (source, np.where(padding, 0, rows.tokens[:, :-1]))
     return Batch((*inputs, padding, padding) if padding.any() else inputs, targets)
 
 
-def _masked_windows(rows: Rows, seed: int, masking: Masking) -> tuple[IntArray, BoolArray]:
+def _masked_windows(
+    rows: Rows, seed: int, masking: Masking, vocab_size: int
+) -> tuple[IntArray, BoolArray]:
     """Windows without their first token, masked, and the mask: (B, T) int64 and bool."""
     tokens = rows.tokens[:, 1:].copy()
     is_masked = np.zeros(tokens.shape, dtype=np.bool_)
@@ -87,7 +77,8 @@ def _masked_windows(rows: Rows, seed: int, masking: Masking) -> tuple[IntArray, 
         if length:
             positions = masked_positions(int(length), masking, key)
             is_masked[row, positions] = True
-            tokens[row, positions] = _replacements(tokens[row, positions], masking, key)
+            masked = tokens[row, positions]
+            tokens[row, positions] = _replacements(masked, masking.replace, vocab_size, key)
     return tokens, is_masked
 
 
@@ -130,13 +121,15 @@ def _geometric(words: WordArray, mean: float) -> IntArray:
     return 1 + np.minimum(exponents, 2.0**40).astype(np.int64)  # no window is that long
 
 
-def _replacements(tokens: IntArray, masking: Masking, key: np.uint64) -> IntArray:
+def _replacements(
+    tokens: IntArray, replace: Literal["bert", "mask"], vocab_size: int, key: np.uint64
+) -> IntArray:
     """The tokens that replace the masked ones: (M,) int64."""
-    masks = np.full_like(tokens, masking.mask_id)
-    if masking.replace == "mask":
+    masks = np.full_like(tokens, vocab_size)
+    if replace == "mask":
         return masks
     choice = _words(key, _REPLACEMENTS, len(tokens)) % np.uint64(10)
-    random = _words(key, _RANDOM_TOKENS, len(tokens)) % np.uint64(masking.vocab_size)
+    random = _words(key, _RANDOM_TOKENS, len(tokens)) % np.uint64(vocab_size)
     return np.select([choice < 8, choice < 9], [masks, random.astype(np.int64)], tokens)
 
 

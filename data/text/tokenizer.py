@@ -2,58 +2,87 @@
 
 import hashlib
 import io
+import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import sentencepiece
 import tokenizers
 
 from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
+from magnetar.data.text.lines import lines_of
 
 TokenizerFile = Literal["tokenizer.model", "tokenizer.json"]
 EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 GPT2_FILES = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]
 SENTENCEPIECE_SPACE = "\u2581"
+# A vocabulary that gives it back can spell everything, in bytes.
+PROBE = "  A\u0301b \ufb01\tc\u00e9\r\n\n\u6f22\U0001f642 \x00 .\n"
 
 # The trainer sums its expected counts per thread, so the number of threads is part of the result.
 TRAINER_THREADS = 4
 MAX_LINE_CHARS = 1000
 
 
-class Tokenizer(Protocol):
-    """One vocabulary. Decoding what was encoded gives the text back."""
+class Tokenizer(ABC):
+    """One vocabulary. Decoding what was encoded gives the text back, but for `unspelt` letters.
 
-    vocab_size: int  # ids run from 0 to vocab_size - 1
-    eos_id: int  # ends a document; encode never returns it
-    file_name: TokenizerFile  # what the vocabulary is called in a prepared folder
-    file_content: bytes  # the vocabulary as it is stored there
-    fingerprint: str  # sha256 of file_content, in hexadecimal
+    Attributes:
+        file_name: name of the vocabulary in a prepared folder.
+        path: the file or folder that it was read from.
+        file_content: the vocabulary as it is stored.
+        fingerprint: sha256 of file_content, in hexadecimal.
+        vocab_size: number of ids, which run from 0 to vocab_size - 1.
+        eos_id: id that ends a document; encode never returns it.
+    """
 
+    file_name: TokenizerFile
+    vocab_size: int
+    eos_id: int
+
+    def __init__(self, content: bytes, path: Path):
+        self.path = path
+        self.file_content = content
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without the end of document."""
-        ...
+        """Ids of a text, without the end of document.
 
+        Raises:
+            UserError: if the vocabulary cannot encode the text.
+        """
+
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids; the end of a document reads as nothing."""
-        ...
+
+    @abstractmethod
+    def unspelt(self, text: str, ids: Sequence[int]) -> str:
+        """The letters of a text that `encode`, which gave `ids`, left out or made unknown."""
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`."""
 
     file_name: TokenizerFile = "tokenizer.model"
 
-    def __init__(self, content: bytes):
-        self.file_content = content
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+    def __init__(self, content: bytes, path: Path):
+        super().__init__(content, path)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.vocab_size = self._processor.get_piece_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise ValueError("it has no end-of-sentence piece")
+        self._unknown = self._processor.unk_id()
+        self._is_unknown = cache(lambda letter: self._unknown in self._processor.encode(letter))
         # SentencePiece writes a space as U+2581 and so reads a true U+2581 as a space. With byte
         # pieces that character can be spelt in bytes instead, unless the model prefixes each
         # part with a space: one try tells.
@@ -66,7 +95,7 @@ class SentencePieceTokenizer:
                 self._mark_ids = mark_ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without the end of document."""
+        """U+2581 is spelt in bytes, if possible."""
         if not self._mark_ids or SENTENCEPIECE_SPACE not in text:
             return self._processor.encode(text)
         first, *others = text.split(SENTENCEPIECE_SPACE)
@@ -76,37 +105,122 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids; the end of a document reads as nothing."""
+        """SentencePiece reads control pieces as nothing."""
         return self._processor.decode([int(i) for i in ids])
 
+    def unspelt(self, text: str, ids: Sequence[int]) -> str:
+        """The letters that are unknown by themselves, if anything was."""
+        return "".join(filter(self._is_unknown, text)) if self._unknown in ids else ""
 
-class HuggingFaceTokenizer:
+
+class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of Hugging Face's `tokenizers`; GPT-2's pair of files becomes one."""
 
     file_name: TokenizerFile = "tokenizer.json"
 
-    def __init__(self, content: bytes):
-        self.file_content = content
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # Text that merely spells "<|endoftext|>" must not end a document.
-        self._tokenizer.encode_special_tokens = True
+    def __init__(self, content: bytes, path: Path):
+        super().__init__(content, path)
+        self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
         eos_tokens = [token for token in EOS_TOKENS if token in vocabulary]
         if not eos_tokens:
             raise ValueError(f"it has no end-of-document token; one of {', '.join(EOS_TOKENS)}")
         self.eos_id = vocabulary[eos_tokens[0]]
+        exact = _exact_settings(json.loads(self._tokenizer.to_str()), eos_tokens[0])
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(exact))
+        # Text that merely spells "<|endoftext|>" must not end a document.
+        self._tokenizer.encode_special_tokens = True
+        model = exact["model"]
+        unknown = model.get("unk_token")
+        self._unknown = model.get("unk_id") if unknown is None else vocabulary.get(unknown)
+        self._is_left_out = cache(lambda letter: not self._encoded(letter).ids)
+        self._is_exact = self._eats_blank = False
+        with suppress(UserError):
+            self._eats_blank = self.decode(self._encoded(" a").ids) == "a"
+            self._is_exact = self.decode(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without the end of document."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """A piece of the model that spells the end of document is cut in two."""
+        if self._eats_blank and text.startswith(" "):
+            text = " " + text
+        found = self._encoded(text)
+        if self.eos_id not in found.ids:
+            return found.ids
+        cuts = [start + 1 for i, (start, _) in _spans(found) if i == self.eos_id]
+        parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
+        ids = [i for part in parts for i in self._encoded(part).ids]
+        if self.eos_id in ids:
+            raise UserError(
+                f"{self.path} makes the end of a document of text that only spells it, near "
+                f"{text[max(0, cuts[0] - 20) : cuts[0] + 20]!r}: give another --tokenizer, or "
+                "train one with --vocab-size"
+            )
+        return ids
+
+    def _encoded(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(
+                f"{self.path} cannot encode the text: {error}. Give another --tokenizer, or train "
+                "one with --vocab-size"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of some ids; the end of a document reads as nothing."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Other special tokens are read: text may have spelt them."""
+        kept = [int(i) for i in ids if i != self.eos_id]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def unspelt(self, text: str, ids: Sequence[int]) -> str:
+        """The letters in no token or in an unknown one, if the text does not come back."""
+        if self._is_exact or self.decode(ids) == text:
+            return ""
+        if self._unknown is None:  # letters are left out, and the places of tokens are wrong then
+            return "".join(filter(self._is_left_out, text))
+        spelt = set[int]()
+        for i, place in _spans(self._encoded(text)):
+            if i != self._unknown:
+                spelt.update(range(*place))
+        return "".join(letter for at, letter in enumerate(text) if at not in spelt)
+
+
+def _spans(encoding: tokenizers.Encoding) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Each id and its first and last place in the text."""
+    return zip(encoding.ids, encoding.offsets, strict=True)
+
+
+def _exact_settings(settings: dict[str, Any], eos: str) -> dict[str, Any]:
+    """The settings of a tokenizer.json without what is random or loses text.
+
+    The end of document is a special token, which text cannot spell; a unigram model chooses its
+    piece last.
+    """
+    model, decoder, normalizer = (settings[key] or {} for key in ("model", "decoder", "normalizer"))
+    for key in ("dropout", "alpha", "nbest_size"):  # of sampling
+        model.pop(key, None)
+    if model["type"] == "Unigram":
+        model["vocab"] = [[piece, -1e6 if piece == eos else p] for piece, p in model["vocab"]]
+    for token in settings["added_tokens"]:
+        token |= {"lstrip": False, "rstrip": False}
+        token["special"] |= token["content"] == eos
+    if "cleanup" in decoder:
+        decoder["cleanup"] = False
+    pre_tokenizer = settings["pre_tokenizer"] or {}
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+        if step.get("add_prefix_space"):
+            step["add_prefix_space"] = False
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    kept = [step for step in steps if _is_exact_step(step)]
+    settings["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    return settings | {"truncation": None, "padding": None}
+
+
+def _is_exact_step(step: dict[str, Any]) -> bool:
+    """Whether a normalizer only writes blanks in another way, as decoders undo it."""
+    if step["type"] == "Replace":
+        return step["pattern"] == {"String": " "} and step["content"] == SENTENCEPIECE_SPACE
+    return step["type"] in ("Prepend", "ByteLevel")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -123,16 +237,25 @@ def load_tokenizer(path: Path) -> Tokenizer:
     file = _vocabulary_file(path)
     try:
         if file.suffix == ".model":
-            return SentencePieceTokenizer(file.read_bytes())
-        for vocabulary, merges in GPT2_FILES:
-            if file.name == vocabulary:
-                return HuggingFaceTokenizer(_gpt2_json(file, file.with_name(merges)))
-        return HuggingFaceTokenizer(file.read_bytes())
+            return SentencePieceTokenizer(file.read_bytes(), file)
+        if merges := dict(GPT2_FILES).get(file.name):
+            return HuggingFaceTokenizer(_gpt2_json(file, file.with_name(merges)), file)
+        return HuggingFaceTokenizer(file.read_bytes(), file)
+    except UserError:
+        raise
     except Exception as error:  # both libraries raise bare RuntimeError and Exception
         raise UserError(
             f"{file} is not a vocabulary that can be used here: {error}. Give another --tokenizer, "
             "or train one with --vocab-size"
         ) from error
+
+
+def trained_before(file: Path) -> Tokenizer | None:
+    """The tokenizer that an interrupted run has trained; None if it is missing or damaged."""
+    try:
+        return load_tokenizer(file)
+    except UserError:
+        return None
 
 
 def _vocabulary_file(path: Path) -> Path:
@@ -159,7 +282,8 @@ def _gpt2_json(vocabulary: Path, merges: Path) -> bytes:
     """GPT-2's two files as the content of one tokenizer.json."""
     if not merges.exists():
         raise FileNotFoundError(f"{merges.name} must lie beside it")
-    model = tokenizers.models.BPE.from_file(str(vocabulary), str(merges))
+    ids = json.loads(vocabulary.read_text(encoding="utf-8-sig"))
+    model = tokenizers.models.BPE(ids, [*_merged_pairs(merges, ids)])
     tokenizer = tokenizers.Tokenizer(model)
     eos = EOS_TOKENS[0]
     if tokenizer.token_to_id(eos) is None:
@@ -170,11 +294,33 @@ def _gpt2_json(vocabulary: Path, merges: Path) -> bytes:
     return tokenizer.to_str().encode()
 
 
+def _merged_pairs(merges: Path, ids: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """The pairs of a merges file; its first line may say a version, and blank lines are nothing."""
+    with merges.open("rb") as lines:
+        for number, line in enumerate(lines_of(str(merges), lines), start=1):
+            if not line.strip() or (number == 1 and line.startswith("#version")):
+                continue
+            pair = line.split(" ")
+            absent = [piece for piece in (*pair, "".join(pair)) if piece and piece not in ids]
+            if len(pair) != 2 or "" in pair or absent:
+                problem = f"the vocabulary beside it lacks {absent[0]!r}" if absent else ""
+                raise UserError(
+                    f"{merges}, line {number}, {line!r} must be two pieces with a blank between "
+                    f"them{problem and f', but {problem}'}: copy both files again, from one place"
+                )
+            yield pair[0], pair[1]
+
+
+def sample_chars(vocab_size: int) -> int:
+    """The largest number of characters that a vocabulary of this size learns from."""
+    return min(max(2048 * vocab_size, 8 << 20), 64 << 20)
+
+
 def train_sentencepiece(
     texts: Iterable[str],
     vocab_size: int,
     out_model: Path,
-    sample_chars: int | None = None,
+    max_chars: int | None = None,
     symbols: Sequence[str] = (),
 ) -> None:
     """Train a SentencePiece vocabulary (unigram, byte fallback) and write it to `out_model`.
@@ -186,14 +332,13 @@ def train_sentencepiece(
         vocab_size: number of entries, among them 256 bytes, the newline, the unknown and the end of
             document.
         out_model: the file to write; it appears only when complete.
-        sample_chars: largest number of characters to learn from. None: 2048 for each entry, within
-            8 Mi and 64 Mi.
+        max_chars: largest number of characters to learn from. None: that of `sample_chars`.
         symbols: strings that are always a piece of their own.
 
     Raises:
         UserError: if the text is empty, or too little or too varied for this vocabulary.
     """
-    limit = sample_chars or min(max(2048 * vocab_size, 8 << 20), 64 << 20)
+    limit = max_chars or sample_chars(vocab_size)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

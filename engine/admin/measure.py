@@ -6,11 +6,12 @@ import torch
 from magnetar.data.errors import UserError
 from magnetar.data.loader import RunData
 from magnetar.engine.admin.profile import profile_path, write_profile
-from magnetar.engine.build import start_distributed, trained_moe_class
-from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.build import start_distributed
+from magnetar.engine.checkpoint.format import checkpoint_folders
 from magnetar.engine.config.batch_sizes import ACCUMULATION
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.train_step import training_batches
+from magnetar.engine.zero import trained_moe_class
 from magnetar.models.admin import omegas, recorded_moments, variances
 from magnetar.models.moe.deepspeed import join_expert_groups
 from magnetar.models.transformer import build_model
@@ -20,27 +21,20 @@ def profile(config: RunConfig, data: RunData) -> dict[str, list[float]]:
     """Run the first training batch through the initial model, and write the run's profile.
 
     Every rank calls this. The batch is the whole first batch of the training, so the profile does
-    not depend on the layout.
-
-    Args:
-        config: config that is resolved for this world size, with a vocab_size.
-        data: the run's data.
+    not depend on the layout. The config is one of `resolve_run`.
 
     Returns:
         The omegas of the sublayers, by stack.
-
-    Raises:
-        UserError: a run has begun in the folder.
     """
     run_dir = profile_path(config).parent
-    if complete_checkpoints(run_dir):
+    if checkpoint_folders(run_dir):
         raise UserError(
             f"training.run_dir={run_dir} already holds a run, which goes on from its "
             "checkpoints without a profile: name another folder for a new one"
         )
     device = start_distributed()
     with torch.device(device):
-        moe_class = trained_moe_class(config.zero_stage, config.model.moe)
+        moe_class = trained_moe_class(config)
         model = build_model(config.model, config.training.seed, moe_class).eval()
     join_expert_groups(model)
     batches = training_batches(data, config.deepspeed[ACCUMULATION], device)

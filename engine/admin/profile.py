@@ -8,7 +8,7 @@ from torch import nn
 
 from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError, first_problem
-from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.checkpoint.format import checkpoint_folders
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.admin import set_omegas
 from magnetar.models.moe.config import ON_ONE_RANK
@@ -49,11 +49,7 @@ def new_profile(config: RunConfig, variances: dict[str, list[float]]) -> Profile
 
 
 def require_admin(config: RunConfig) -> None:
-    """Refuse to profile a model of another norm.
-
-    Raises:
-        UserError: the model has another norm.
-    """
+    """Refuse to profile a model of another norm."""
     if config.model.norm != "admin":
         raise UserError(
             f"magnetar.model.norm={config.model.norm!r} needs no profile: start magnetar train, "
@@ -63,16 +59,12 @@ def require_admin(config: RunConfig) -> None:
 
 def needs_profile(config: RunConfig) -> bool:
     """Whether omegas start from the profile, since neither checkpoint nor weights hold them."""
-    begun = complete_checkpoints(Path(config.training.run_dir))
+    begun = checkpoint_folders(Path(config.training.run_dir))
     return config.model.norm == "admin" and config.training.init_from is None and not begun
 
 
 def require_profile(config: RunConfig) -> None:
-    """Refuse an Admin model that starts anew without a profile of its own.
-
-    Raises:
-        UserError: the run's folder has no profile, or one of another model.
-    """
+    """Refuse an Admin model that starts anew without a profile of its own."""
     if needs_profile(config):
         _read_profile(config)
 
@@ -99,24 +91,15 @@ def _read_profile(config: RunConfig) -> Profile:
     except ValidationError as error:
         raise UserError(f"{path} is no profile ({first_problem(error)}): {again}") from error
     expected = new_profile(config, profile.variances)
-    different = [
-        name
-        for name in ("seed", "model", "data")
-        if getattr(profile, name) != getattr(expected, name)
-    ]
+    different = [name for name, value in expected if getattr(profile, name) != value]
     if different:
         raise UserError(
             f"{path} was made with another {' and another '.join(different)}: {again}, or name "
             "another training.run_dir"
         )
-    sizes = {
-        name: 1 + depth * (3 if name == "decoder" and len(profile.variances) == 2 else 2)
-        for name, depth in (
-            ("encoder", config.model.encoder_depth),
-            ("decoder", config.model.decoder_depth),
-        )
-        if depth
-    }
+    depths = {"encoder": config.model.encoder_depth, "decoder": config.model.decoder_depth}
+    per_layer = {"encoder": 2, "decoder": 3 if depths["encoder"] else 2}  # sublayers
+    sizes = {name: 1 + depth * per_layer[name] for name, depth in depths.items() if depth}
     if {name: len(values) for name, values in profile.variances.items()} != sizes:
         raise UserError(
             f"{path} is no profile (variances: must be {sizes} numbers for this model): {again}"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from magnetar.data.errors import UserError
 from magnetar.models.section import StrictModel
@@ -16,7 +16,22 @@ _Number = int | Annotated[float, Field(allow_inf_nan=True)]
 
 
 class TrainerEntry(StrictModel):
-    """State of the trainer, with which a run goes on."""
+    """The part of a checkpoint beside DeepSpeed's own state: the states of a run's components.
+
+    The position in the data, the learning rate and the noise are functions of the step and of
+    `batch_offset`, so they have no entry here.
+
+    Attributes:
+        seconds: training time over all starts, without evaluations and saves.
+        num_clipped: steps that SparseClip clipped.
+        num_targets: tokens that were asked about.
+        num_bad: steps that the guards left out.
+        batch_offset: batches that rollbacks left out.
+        recent_losses: losses with which the guards compare the next one.
+        before: validation of the initial weights.
+        after: the last validation.
+        examples: a few translations by the initial weights.
+    """
 
     seconds: float = 0.0
     num_clipped: int = 0
@@ -46,6 +61,14 @@ class ExportedRun(StrictModel):
     data_fingerprint: str
     trainer: TrainerEntry
     optimizer: OptimizerEntry
+
+    @field_validator("config")
+    @classmethod
+    def _names_its_data(cls, config: dict[str, Any]) -> dict[str, Any]:
+        match config:
+            case {"magnetar": {"data": {"path": str()}}}:
+                return config
+        raise ValueError("it has no magnetar.data.path with a text")
 
 
 def read_entry(folder: Path, entry: Any) -> ExportedRun:

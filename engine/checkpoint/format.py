@@ -36,14 +36,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magnetar.data.atomic import rename_durably, sync, write_atomically
-from magnetar.data.errors import UserError
-from magnetar.models.weights.files import read_json
+from magnetar.data.errors import UserError, read_json_object
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 WEIGHT = "weight"
 PARTIAL = "partial_"  # prefix of a folder that is being written or removed
-_CHECKPOINTS = "checkpoints"  # in a run's folder
+CHECKPOINTS = "checkpoints"  # in a run's folder
 _STEP = re.compile(r"step_\d+")
 
 
@@ -102,7 +101,9 @@ class Checkpoint:
         while position < stop:
             first, last, file = pieces[index]
             end = min(last, stop)
-            stored = self._open(file).get_slice(f"{state}/{name}/{first}")
+            if file not in self._files:
+                self._files[file] = safe_open(self.path / file, framework="pt")
+            stored = self._files[file].get_slice(f"{state}/{name}/{first}")
             values[position - start : end - start] = stored[position - first : end - first]
             position, index = end, index + 1
         return values
@@ -115,11 +116,6 @@ class Checkpoint:
     def files_of(self, name: str) -> list[str]:
         """Names of the files that hold a tensor."""
         return sorted({file for _, _, file in self.manifest["tensors"][name]["pieces"]})
-
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            self._files[file] = safe_open(self.path / file, framework="pt")
-        return self._files[file]
 
 
 def sha256(path: Path) -> str:
@@ -134,29 +130,17 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint of a folder; only its manifest is read.
-
-    Raises:
-        UserError: if the manifest is missing, altered, of another version or of another step.
-    """
-    manifest, problem = _read_manifest(path)
-    if manifest is None:
-        raise UserError(f"{problem}: {instead_of(path)}")
-    return Checkpoint(path, manifest)
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """A folder's manifest, or what is wrong with it."""
+def _open(path: Path) -> tuple[Checkpoint | None, str]:
+    """The checkpoint of a folder, or what is wrong with its manifest."""
     file = path / MANIFEST
     try:
-        manifest = read_json(file)
+        manifest = read_json_object(file)
     except FileNotFoundError:
+        if path.is_symlink() and not path.exists():
+            return None, f"{path} is a link to {os.readlink(path)}, which is not there"
         return None, f"{file} is missing"
     except (OSError, ValueError) as error:
-        return None, f"{file} cannot be read ({error})"
-    if not isinstance(manifest, dict):
-        return None, f"{file} cannot be read (no JSON object)"
+        return None, f"{file} cannot be read ({getattr(error, 'strerror', None) or error})"
     is_ours = "sha256" in manifest or manifest.get("format") == FORMAT  # format 1 had no hash
     if is_ours and manifest.get("sha256") != manifest_digest(manifest):
         return None, f"{file} is not what was saved (its own sha256 differs)"
@@ -167,18 +151,36 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any] | None, str]:
         )
     if _STEP.fullmatch(path.name) and step_of(path) != manifest["step"]:
         return None, f"{file} is of step {manifest['step']}, not of the folder's {step_of(path)}"
-    return manifest, ""
+    return Checkpoint(path, manifest), ""
 
 
-def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(path.name.removeprefix("step_"))
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint of a folder; only its manifest is read.
+
+    Raises:
+        UserError: if the manifest is missing, altered, of another version or of another step.
+    """
+    checkpoint, problem = _open(path)
+    if checkpoint is None:
+        raise UserError(f"{problem}: {instead_of(path)}")
+    return checkpoint
+
+
+def looked_at(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint of a folder, or a line for each file that is missing or of another size.
+
+    Raises:
+        UserError: if it is of another version.
+    """
+    checkpoint, problem = _open(path)
+    problems = damaged_files(checkpoint, content=False) if checkpoint else [problem]
+    return (None if problems else checkpoint), problems
 
 
 def damaged_files(
     checkpoint: Checkpoint, part: int = 0, num_parts: int = 1, content: bool = True
 ) -> list[str]:
-    """A line for each file that is missing, of another size, or altered.
+    """A line for each file that is missing, unreadable, of another size, or altered.
 
     Args:
         checkpoint: The checkpoint.
@@ -188,25 +190,34 @@ def damaged_files(
     """
     lines = []
     for name, saved in list(checkpoint.manifest["files"].items())[part::num_parts]:
-        path = checkpoint.path / name
-        if not path.is_file():
-            problem = "is missing"
-        elif (size := path.stat().st_size) != saved["bytes"]:
-            problem = f"has {size:,} bytes where {saved['bytes']:,} were saved"
-        elif content and sha256(path) != saved["sha256"]:
-            problem = "is not what was saved (its sha256 differs)"
-        else:
-            continue
-        lines.append(f"{path} {problem}; it holds {_held(checkpoint, name)}")
+        if problem := file_problem(checkpoint.path / name, saved, content):
+            held = [tensor for tensor in checkpoint.shapes if name in checkpoint.files_of(tensor)]
+            more = f" and {len(held) - 1} more tensors" if len(held) > 1 else ""
+            what = f"{held[0]}{more}" if held else "nothing"
+            lines.append(f"{checkpoint.path / name} {problem}; it holds {what}")
     return lines
 
 
-def _held(checkpoint: Checkpoint, file: str) -> str:
-    """The tensors in a file, in words: `embedding.weight and 17 more tensors`."""
-    held = [name for name in checkpoint.shapes if file in checkpoint.files_of(name)]
-    if not held:
-        return "nothing"
-    return held[0] + (f" and {len(held) - 1} more tensors" if len(held) > 1 else "")
+def file_problem(path: Path, saved: Mapping[str, Any], content: bool = True) -> str:
+    """What is wrong with a file, "" if nothing is.
+
+    Args:
+        path: The file.
+        saved: Its entry in the manifest: bytes and sha256.
+        content: True to compare the hash too.
+    """
+    try:
+        with path.open("rb") as file:  # it must be readable even if nobody reads it now
+            size = os.fstat(file.fileno()).st_size
+            if size != saved["bytes"]:
+                return f"has {size:,} bytes where {saved['bytes']:,} were saved"
+            if content and hashlib.file_digest(file, "sha256").hexdigest() != saved["sha256"]:
+                return "is not what was saved (its sha256 differs)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return ""
 
 
 def require_whole(checkpoint: Checkpoint) -> None:
@@ -215,46 +226,50 @@ def require_whole(checkpoint: Checkpoint) -> None:
     Raises:
         UserError: if a file is damaged; the message names each.
     """
-    damaged = damaged_files(checkpoint)
-    if damaged:
+    if damaged := damaged_files(checkpoint):
         raise UserError("\n  ".join([*damaged, instead_of(checkpoint.path)]))
 
 
 def instead_of(damaged: Path) -> str:
     """Way out of a damaged checkpoint: the newest other one of the run that is complete."""
     others: list[Path] = []
-    if damaged.parent.name == _CHECKPOINTS:
+    if damaged.parent.name == CHECKPOINTS:
         complete = complete_checkpoints(damaged.parent.parent)
         others = [checkpoint.path for checkpoint in complete if checkpoint.path != damaged]
     newest = f": the newest complete one is {others[-1]}" if others else ""
     return f"use another checkpoint{newest}"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Folders of a run's checkpoints, oldest first, damaged ones included."""
-    folders = (run_dir / _CHECKPOINTS).glob("step_*")
-    return sorted((p for p in folders if _STEP.fullmatch(p.name) and p.is_dir()), key=step_of)
-
-
-def looked_at(path: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint of a folder, or a line for each file that is missing or of another size.
+    """Everything under the name of a checkpoint of a run, oldest first, unreadable or not.
 
     Raises:
-        UserError: if it is of another version.
+        UserError: if the folder of the checkpoints cannot be read. None of them may be taken to
+            be missing then.
     """
-    manifest, problem = _read_manifest(path)
-    if manifest is None:
-        return None, [problem]
-    checkpoint = Checkpoint(path, manifest)
-    damaged = damaged_files(checkpoint, content=False)
-    return (None, damaged) if damaged else (checkpoint, [])
+    folder = run_dir / CHECKPOINTS
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            return []
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}), so that nobody can say which checkpoints "
+            "the run has: make it readable, mount its disk, or name another run folder"
+        ) from None
+    return sorted((folder / name for name in names if _STEP.fullmatch(name)), key=step_of)
 
 
 def complete_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """The run's checkpoints whose files are all there in their sizes, oldest first.
 
     Raises:
-        UserError: if a checkpoint is of another version.
+        UserError: if a checkpoint is of another version, or see `checkpoint_folders`.
     """
     found = (looked_at(path)[0] for path in checkpoint_folders(run_dir))
     return [checkpoint for checkpoint in found if checkpoint is not None]
@@ -269,8 +284,8 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
     folders = checkpoint_folders(run_dir)
     if not folders:
         raise UserError(
-            f"{run_dir}: holds no complete checkpoint (looked for checkpoints/step_*): name a run "
-            "folder that training has saved to"
+            f"{run_dir}: holds no complete checkpoint (looked for {CHECKPOINTS}/step_*): name a "
+            "run folder that training has saved to"
         )
     checkpoint, problems = looked_at(folders[-1])
     if checkpoint is None:
@@ -280,8 +295,16 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
     return checkpoint
 
 
+def remove(path: Path) -> None:
+    """Remove a folder, or the link or the file that has its name. What a link names stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> None:
-    """Remove old checkpoints.
+    """Remove old checkpoints. What cannot be reached, such as a link to another disk, stays.
 
     Args:
         run_dir: Folder of the run.
@@ -290,7 +313,7 @@ def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> N
         whole: Steps of checkpoints that are known to be whole. Others, whose files may be altered,
             remain only if there are fewer than `keep` of these.
     """
-    folders = [path for path in checkpoint_folders(run_dir) if step_of(path) <= step]
+    folders = [p for p in checkpoint_folders(run_dir) if step_of(p) <= step and os.path.isdir(p)]
     kept = [path for path in folders if step_of(path) in whole][-keep:]
     if len(kept) < keep:
         others = [c.path for c in complete_checkpoints(run_dir) if c.path in folders]
@@ -298,7 +321,7 @@ def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> N
     for path in folders:
         if path not in kept:
             # Renamed first: a kill in here must not leave half a checkpoint under its name.
-            shutil.rmtree(path.rename(path.with_name(f"{PARTIAL}{path.name}")))
+            remove(path.rename(path.with_name(f"{PARTIAL}{path.name}")))
 
 
 class CheckpointWriter:
@@ -315,10 +338,6 @@ class CheckpointWriter:
     def write_part(self, name: str, pieces: Sequence[Piece]) -> None:
         """Write one .safetensors file and, when it is on the disk, a note about it.
 
-        Args:
-            name: Name of the file.
-            pieces: Content of the file.
-
         Raises:
             OSError: if the file cannot be written.
         """
@@ -333,8 +352,8 @@ class CheckpointWriter:
             save_file(tensors, path)
         except SafetensorError as error:
             raise _system_error(error, path) from error
-        # safetensors lets only the owner read; the umask says who else may.
-        path.chmod(0o666 & ~_umask())
+        # safetensors lets only the owner read. The folder has what the umask leaves.
+        path.chmod(self.partial.stat().st_mode & 0o666)
         sync(path)
         note = {
             "file": {"bytes": path.stat().st_size, "sha256": sha256(path)},
@@ -428,13 +447,6 @@ def _system_error(error: SafetensorError, path: Path) -> OSError:
     if found is None:
         return OSError(f"{path}: {error}")
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
-
-
-def _umask() -> int:
-    """The umask of the process. os.umask would change it for other threads for a moment."""
-    status = Path("/proc/self/status").read_text()
-    (umask,) = re.findall(r"^Umask:\s*(\d+)", status, re.MULTILINE)
-    return int(umask, 8)
 
 
 def evenly_cut(numel: int, part: int, num_parts: int) -> tuple[int, int]:

@@ -5,6 +5,8 @@ is asked for: first the config, then names and shapes of tensors, then the tenso
 """
 
 import json
+import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,28 +16,27 @@ from typing import Any, get_args
 import torch
 from pydantic import ValidationError
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, all_problems
 from magnetar.data.pairs.codec import Codec, tagged_languages
 from magnetar.data.pairs.folder import PreparedPairs, open_pairs
 from magnetar.data.text.token_files import Prepared, open_prepared
-from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile
+from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 from magnetar.engine.checkpoint.exported_run import RUN_KEY, read_entry
 from magnetar.engine.checkpoint.format import (
+    CHECKPOINTS,
     MANIFEST,
     Checkpoint,
+    checkpoint_folders,
     complete_checkpoints,
+    looked_at,
     newest_checkpoint,
     read_checkpoint,
     require_whole,
     sha256,
 )
-from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
+from magnetar.engine.checkpoint.run_folder import differing_models
 from magnetar.engine.checkpoint.save_load import require_same_tensors
-from magnetar.engine.checkpoint.vocabulary import (
-    fitting_tokenizer,
-    require_vocabulary,
-    vocabulary_in,
-)
+from magnetar.engine.checkpoint.vocabulary import require_vocabulary, vocabulary_in
 from magnetar.engine.config.schema import RunConfig, check_config
 from magnetar.models.config import ModelConfig
 from magnetar.models.layers.attention import expect_many_shapes
@@ -123,9 +124,10 @@ class SavedModel:
             UserError: if the model has learnt pairs, or the weights come from no run.
         """
         if self.has_learnt_pairs:
+            named = shlex.quote(str(self.named))
             raise UserError(
-                f"{self.named} has learnt sentence pairs: use `magnetar translate {self.named} "
-                f"--from A --to B`, or `magnetar evaluate {self.named}`"
+                f"{self.named} has learnt sentence pairs: use `magnetar translate {named} "
+                f"--from A --to B`, or `magnetar evaluate {named}`"
             )
         if self.run_config is None:
             raise UserError(
@@ -147,18 +149,7 @@ class SavedModel:
             shapes = self.checkpoint.shapes
             specs = {name: Spec(torch.float32, shape) for name, shape in shapes.items()}
             return LazyTensors(specs, self.checkpoint.tensor)
-        try:
-            tensors = open_weights(self.path)[1]
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-        def read(name: str) -> torch.Tensor:
-            try:
-                return tensors.read(name)
-            except ValueError as error:
-                raise UserError(str(error)) from None
-
-        return LazyTensors(tensors.specs, read)
+        return open_weights(self.path)[1]
 
     def require_whole(self) -> None:
         """Refuse damaged files of a checkpoint, which reads them all, or a contradictory export.
@@ -228,10 +219,7 @@ class SavedModel:
         return prepared
 
     def pairs(self, data: Path | None) -> PreparedPairs:
-        """Prepared pairs.
-
-        Args:
-            data: Prepared folder. None for the one the run was trained on.
+        """Prepared pairs: those of a folder, or with None those the run was trained on.
 
         Raises:
             UserError: if it is missing or damaged, or made with another vocabulary.
@@ -288,17 +276,26 @@ class SavedModel:
 
         Args:
             place: File or folder of the vocabulary. None for those of the run.
-            option: Option of the command that names another place, for messages.
+            option: Option of the command that names another place.
 
         Raises:
             UserError: if it cannot be read, or is not the one that the model was trained with.
         """
-        files = [file for file in self._vocabulary_files(place) if file.exists()]
-        if not files:
+        file = next((file for file in self._vocabulary_files(place) if file.exists()), None)
+        if file is None:
             return None
-        return fitting_tokenizer(
-            files[0], self.named, self.fingerprint, self.config.vocab_size or 0, option
-        )
+        tokenizer, room = load_tokenizer(file), self.config.vocab_size or 0
+        way_out = f"give the one that it was trained with, with {option}"
+        if self.fingerprint is not None:
+            trained = f"{self.named} was trained with"
+            found = tokenizer.fingerprint
+            require_vocabulary(f"{file} is", found, trained, self.fingerprint, way_out)
+        elif tokenizer.vocab_size > room:
+            raise UserError(
+                f"the vocabulary of {file} has {tokenizer.vocab_size} entries, and the model of "
+                f"{self.named} {room}: {way_out}"
+            )
+        return tokenizer
 
     def _vocabulary_files(self, place: Path | None) -> list[Path]:
         """Where the vocabulary may be, the likeliest first."""
@@ -352,10 +349,7 @@ def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None
             f"--checkpoint {checkpoint}: {path} is a folder of weights, which holds one model: "
             "leave it out, or name a run"
         )
-    try:
-        config, entries = read_config(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    config, entries = read_config(path)
     about = entries.get(RUN_KEY, {})
     if RUN_KEY in entries:
         read_entry(path, about)
@@ -365,12 +359,7 @@ def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None
 def of_checkpoint(
     checkpoint: Checkpoint, named: Path | None = None, data: Path | None = None
 ) -> SavedModel:
-    """The model of a checkpoint.
-
-    Args:
-        checkpoint: The checkpoint.
-        named: Path that the user has given. None for the checkpoint's own.
-        data: Folder or file of the data or the vocabulary. None for the run's own.
+    """The model of a checkpoint; see `SavedModel` for `named` and `data`.
 
     Raises:
         UserError: if this version cannot read the model's config.
@@ -379,10 +368,7 @@ def of_checkpoint(
     try:  # keys that were added since have their defaults
         config = ModelConfig.model_validate_json(json.dumps(section))
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, ('magnetar', 'model', *one['loc'])))}: {one['msg']}"
-            for one in error.errors()
-        ]
+        problems = all_problems(error, "magnetar.model")
         raise _of_another_version(f"{checkpoint.path}: its model", problems) from None
     path = checkpoint.path
     return SavedModel(
@@ -397,15 +383,11 @@ def load_model(checkpoint: Checkpoint) -> Transformer | EncoderDecoder:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run that has saved checkpoints."""
-    return (path / "checkpoints").is_dir()
+    return os.path.lexists(path / CHECKPOINTS)
 
 
 def choose_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
-    """A checkpoint of a run, or the one of a folder step_...
-
-    Args:
-        path: Folder of the run or of the checkpoint.
-        name: Name of the run's checkpoint. None for the newest one.
+    """A checkpoint of a run, the newest one without a name, or the one of a folder step_...
 
     Raises:
         UserError: if the folder is neither, or the checkpoint is missing or has lost a file.
@@ -415,9 +397,12 @@ def choose_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
     if name is not None:
         found = {checkpoint.path.name: checkpoint for checkpoint in complete_checkpoints(path)}
         if name not in found:
+            folders = [folder for folder in checkpoint_folders(path) if folder.name == name]
+            problems = [f"\n  {line}" for folder in folders for line in looked_at(folder)[1]]
             raise UserError(
                 f"--checkpoint {name}: {path} has no such complete checkpoint: "
                 + (f"use {' or '.join(found)}" if found else "it has none")
+                + "".join(problems)
             )
         return found[name]
     if is_run(path):
@@ -442,11 +427,8 @@ def _siblings(path: Path) -> str:
 
 
 def _of_another_version(what: str, problems: Iterable[str]) -> UserError:
-    listed = "\n  ".join(problems)
-    return UserError(
-        f"{what} is not one that this version can read:\n  {listed}\n"
-        "use the version of Magnetar that wrote it"
-    )
+    listed = "\n  ".join([f"{what} is not one that this version can read:", *problems])
+    return UserError(f"{listed}\nuse the version of Magnetar that wrote it")
 
 
 def _require_consistent_export(
@@ -454,14 +436,10 @@ def _require_consistent_export(
 ) -> None:
     """Refuse an export whose files contradict each other.
 
-    Args:
-        folder: Folder of weights.
-        model: Model in the key `model` of its config.json.
-        in_run: Model in the key `run.config`.
-        fingerprint: sha256 of the run's vocabulary, in hexadecimal.
+    The keys `model` and `run.config` of its config.json have one model, and its vocabulary is the
+    run's, whose sha256 is `fingerprint`.
     """
-    there, here = (dict(flat_keys(one.model_dump(mode="json"))) for one in (in_run, model))
-    for key, run_value, value in differing(there, here, LAYOUT_KEYS):
+    for key, run_value, value in differing_models(in_run, model):
         raise UserError(
             f"{folder / CONFIG_FILE} contradicts itself: model.{key} is {value}, and {run_value} "
             "in run.config: export it again"

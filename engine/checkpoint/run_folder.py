@@ -10,13 +10,12 @@ runs/NAME/
     evaluation.json  the last result of magnetar evaluate
 """
 
-import json
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from magnetar.data.atomic import lock
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, read_json_object
 from magnetar.engine.config.schema import GuardsConfig, RunConfig, check_config
 from magnetar.models.config import ModelConfig
 from magnetar.models.moe.config import ON_ONE_RANK
@@ -24,7 +23,7 @@ from magnetar.models.moe.config import ON_ONE_RANK
 # Keys of a model that belong to the layout: where experts lie, and how tokens reach them.
 LAYOUT_KEYS = {f"moe.{key}" for key in ON_ONE_RANK}
 # Keys that may change when a run resumes: its length, how often it reports, where it runs.
-_FREE_KEYS = {
+_MAY_CHANGE_ON_RESUME = {
     "magnetar.data.pairs.too_long_inference",
     "magnetar.training.num_steps",
     "magnetar.training.run_dir",
@@ -66,12 +65,24 @@ def flat_keys(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def differing(
     there: Mapping[str, Any], here: Mapping[str, Any], free: Container[str] = ()
 ) -> list[tuple[str, Any, Any]]:
-    """Keys whose values differ and that are not free, with both values ("absent" for none)."""
+    """Leaves of two JSON objects that differ and are not free, with both values.
+
+    A key is a dotted path, and "absent" the value of a missing one.
+    """
+    one, other = dict(flat_keys(there)), dict(flat_keys(here))
     return [
-        (key, there.get(key, "absent"), here.get(key, "absent"))
-        for key in sorted(there.keys() | here.keys())
-        if key not in free and there.get(key) != here.get(key)
+        (key, one.get(key, "absent"), other.get(key, "absent"))
+        for key in sorted(one.keys() | other.keys())
+        if key not in free and one.get(key) != other.get(key)
     ]
+
+
+def differing_models(
+    there: ModelConfig, here: ModelConfig, free: Container[str] = ()
+) -> list[tuple[str, Any, Any]]:
+    """`differing` keys of two models; those of the layout are free."""
+    keys = differing(there.model_dump(mode="json"), here.model_dump(mode="json"), free)
+    return [each for each in keys if each[0] not in LAYOUT_KEYS]
 
 
 def accumulation_counts(model: ModelConfig) -> bool:
@@ -106,18 +117,19 @@ def check_run_folder(config: RunConfig) -> None:
             "name another folder, delete this one, or use resume 'auto' to go on with it"
         )
     try:
-        begun = dict(flat_keys(_trained_part(_with_defaults(json.loads(file.read_text())))))
-    except (json.JSONDecodeError, AttributeError) as error:
+        saved = read_json_object(file)
+        if not isinstance(saved.get("magnetar"), dict):
+            raise ValueError("it has no key magnetar with an object")
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{file} cannot be read as JSON ({error}): copy the config of a checkpoint's "
+            f"{file} cannot be read ({error}): copy the config of a checkpoint's "
             f"manifest.json there, delete the file if {run_dir} holds nothing you need, or name "
             "another training.run_dir"
         ) from error
-    now = dict(flat_keys(_trained_part(config.to_dict())))
-    free = _FREE_KEYS
+    begun, free = _trained_part(with_defaults(saved)), _MAY_CHANGE_ON_RESUME
     if not accumulation_counts(config.model):
         free = free | {"gradient_accumulation_steps"}
-    different = differing(begun, now, free)
+    different = differing(begun, _trained_part(config.to_dict()), free)
     if different:
         listed = "\n  ".join(f"{key}: {there} there, {here} here" for key, there, here in different)
         accumulates = any(key == "gradient_accumulation_steps" for key, _, _ in different)
@@ -139,13 +151,13 @@ def check_run_folder(config: RunConfig) -> None:
         )
 
 
-def _with_defaults(begun: dict) -> dict:
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """A saved config with defaults for keys added since, if this version can read it."""
-    config, _ = check_config(begun)
-    return begun if config is None else config.to_dict()
+    config, _ = check_config(saved)
+    return saved if config is None else config.to_dict()
 
 
-def _trained_part(config: dict) -> dict:
+def _trained_part(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in _TRAINED_SECTIONS if key in config}
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import deepspeed.comm as dist
 import torch
-from pydantic import ValidationError
 
 from magnetar.data.errors import UserError
 from magnetar.data.loader import RunData
 from magnetar.engine.checkpoint.format import (
+    CHECKPOINTS,
     PARTIAL,
     WEIGHT,
     Checkpoint,
@@ -27,10 +27,12 @@ from magnetar.engine.checkpoint.format import (
     checkpoint_folders,
     damaged_files,
     looked_at,
+    remove,
     remove_old,
 )
-from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
+from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, with_defaults
 from magnetar.engine.config.schema import RunConfig
+from magnetar.engine.deepspeed_engine import DeepSpeedEngine
 from magnetar.engine.optim.adam import EightBitMoment, Moment
 from magnetar.engine.zero import (
     Share,
@@ -62,10 +64,10 @@ class Saver:
     that every rank raises.
     """
 
-    def __init__(self, engine: Any, config: RunConfig, prepared: RunData) -> None:
+    def __init__(self, engine: DeepSpeedEngine, config: RunConfig, prepared: RunData) -> None:
         """Make the optimizer wait for copies, and remove partial folders of a killed run."""
         self.engine, self.config, self.prepared = engine, config, prepared
-        self.folder = Path(config.training.run_dir) / "checkpoints"
+        self.folder = Path(config.training.run_dir) / CHECKPOINTS
         self.is_first_rank = dist.get_rank() == 0
         # Steps of checkpoints that this process has read or written.
         self.whole = {engine.global_steps}
@@ -79,7 +81,7 @@ class Saver:
         engine.basic_optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
         if self.is_first_rank:
             for leftover in self.folder.glob(f"{PARTIAL}*"):
-                shutil.rmtree(leftover)
+                remove(leftover)
         dist.barrier()
 
     def __enter__(self) -> "Saver":
@@ -159,7 +161,7 @@ class Saver:
         scaler = vars(engine.optimizer.loss_scaler) if self.config.dtype == "fp16" else {}
         return {
             "step": step,
-            "layout": layout(self.config, dist.get_world_size()),
+            "layout": self.config.layout(dist.get_world_size())._asdict(),
             "config": self.config.to_dict(),
             "tokenizer_fingerprint": self.prepared.manifest.tokenizer_fingerprint,
             "data_fingerprint": self.prepared.fingerprint,
@@ -258,44 +260,32 @@ def newest_whole_checkpoint(run_dir: Path) -> Checkpoint | None:
     # One rank looks for all: two could see different folders while one is being renamed.
     found: list[Any] = [None]
     if dist.get_rank() == 0:
-        found = [[looked_at(path) for path in reversed(checkpoint_folders(run_dir))]]
+        try:
+            found = [[looked_at(path) for path in reversed(checkpoint_folders(run_dir))]]
+        except UserError as error:
+            found = [str(error)]
     torch.distributed.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise UserError(found[0], on_every_rank=True)
     problems: list[str] = []
     for checkpoint, damaged in found[0]:
         if checkpoint is not None:
             mine = damaged_files(checkpoint, dist.get_rank(), dist.get_world_size())
             damaged = [line for lines in _of_all_ranks(mine) for line in lines]
             if not damaged:
-                _warn(problems)
+                for problem in problems if dist.get_rank() == 0 else ():
+                    words = f"warning: {problem}: going on from an older one"
+                    print(words, file=sys.stderr, flush=True)
                 return checkpoint
         problems += damaged
     if problems:
-        raise UserError(
-            "\n  ".join(
-                [
-                    f"{run_dir / 'checkpoints'}: no checkpoint is whole:",
-                    *problems,
-                    "bring the files back, or train anew in another training.run_dir",
-                ]
-            ),
-            on_every_rank=True,
-        )
+        lines = [
+            f"{run_dir / CHECKPOINTS}: no checkpoint is whole:",
+            *problems,
+            "bring the files back, or train anew in another training.run_dir",
+        ]
+        raise UserError("\n  ".join(lines), on_every_rank=True)
     return None
-
-
-def _warn(problems: list[str]) -> None:
-    if dist.get_rank() == 0:
-        for problem in problems:
-            print(f"warning: {problem}: going on from an older one", file=sys.stderr, flush=True)
-
-
-def layout(config: RunConfig, world_size: int) -> dict[str, int]:
-    """World size, ep_size and ZeRO stage that wrote a checkpoint. No reader depends on it."""
-    return {
-        "world_size": world_size,
-        "ep_size": config.model.moe.ep_size if config.model.moe else 1,
-        "zero_stage": config.zero_stage,
-    }
 
 
 def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> None:
@@ -305,11 +295,10 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> 
         UserError: if a key differs; the message names each.
     """
     manifest = checkpoint.manifest
-    saved_model = dict(flat_keys(with_defaults(manifest["config"]["magnetar"]["model"])))
-    model = dict(flat_keys(config.model.model_dump(mode="json")))
+    saved_model = with_defaults(manifest["config"])["magnetar"]["model"]
     data = {"fingerprint": prepared.fingerprint[:12]}
     for kind, saved, now in (
-        ("model", saved_model, model),
+        ("model", saved_model, config.model.model_dump(mode="json")),
         ("data set", {"fingerprint": manifest["data_fingerprint"][:12]}, data),
     ):
         different = [
@@ -323,16 +312,8 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, prepared: RunData) -> 
             )
 
 
-def with_defaults(model: dict[str, Any]) -> dict[str, Any]:
-    """A saved model section with defaults for keys added since, if this version can read it."""
-    try:
-        return ModelConfig.model_validate(model).model_dump(mode="json")
-    except ValidationError:
-        return model
-
-
 @torch.no_grad()
-def load_checkpoint(engine: Any, config: RunConfig, checkpoint: Checkpoint) -> dict:
+def load_checkpoint(engine: DeepSpeedEngine, config: RunConfig, checkpoint: Checkpoint) -> dict:
     """Read this rank's shards and the counters; return the trainer's state.
 
     Raises:
@@ -364,7 +345,7 @@ def _fill(checkpoint: Checkpoint, share: Share) -> None:
                 values[at : at + length].copy_(saved)
 
 
-def _set_counters(engine: Any, step: int, about: dict[str, Any]) -> None:
+def _set_counters(engine: DeepSpeedEngine, step: int, about: dict[str, Any]) -> None:
     """Set the counters of the engine, the schedule and the loss scale to those of a step."""
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()

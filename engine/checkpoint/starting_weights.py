@@ -5,21 +5,20 @@ from pathlib import Path
 from torch import nn
 
 from magnetar.data.errors import UserError
-from magnetar.engine.checkpoint.format import complete_checkpoints
+from magnetar.engine.checkpoint.format import checkpoint_folders
 from magnetar.engine.checkpoint.open_run import open_run
-from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, flat_keys
+from magnetar.engine.checkpoint.run_folder import differing_models
 from magnetar.engine.checkpoint.vocabulary import require_vocabulary
 from magnetar.engine.config.schema import RunConfig
 from magnetar.models.weights.load_save import load_tensors
 
 # These keys may differ from the model that the weights come from: noise, losses and dropping in
-# training, and where experts lie. All others change the function that was learnt.
-_FREE_KEYS = {
+# training. All others change the function that was learnt.
+_MAY_DIFFER_FROM_SOURCE = {
     "dropout",
     "attention_dropout",
     "activation_dropout",
     "drop_path",
-    *LAYOUT_KEYS,
     "moe.frozen",
     "moe.jitter",
     "moe.second_expert",
@@ -35,7 +34,7 @@ _FREE_KEYS = {
 
 def starts_from_weights(config: RunConfig) -> bool:
     """Whether the run will read other weights. It does not once it has a checkpoint of its own."""
-    begun = complete_checkpoints(Path(config.training.run_dir))
+    begun = checkpoint_folders(Path(config.training.run_dir))
     return config.training.init_from is not None and not begun
 
 
@@ -55,12 +54,9 @@ def require_starting_weights(config: RunConfig, fingerprint: str | None = None) 
     assert config.training.init_from is not None
     source = Path(config.training.init_from)
     saved = open_run(source)
-    there, here = (
-        dict(flat_keys(model.model_dump(mode="json"))) for model in (saved.config, config.model)
-    )
     different = [
         f"magnetar.model.{key}: {value} there, {own} here"
-        for key, value, own in differing(there, here, _FREE_KEYS)
+        for key, value, own in differing_models(saved.config, config.model, _MAY_DIFFER_FROM_SOURCE)
     ]
     if different:
         listed = "\n  ".join(different)
@@ -80,11 +76,7 @@ def require_starting_weights(config: RunConfig, fingerprint: str | None = None) 
 
 
 def load_starting_weights(model: nn.Module, source: Path) -> None:
-    """Copy starting weights into a model.
-
-    Args:
-        model: Model of this rank, with the rank's own experts.
-        source: Value of training.init_from.
+    """Copy starting weights, those of training.init_from, into the model of this rank.
 
     Raises:
         UserError: See `open_run`; or a file is damaged.

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from magnetar.data.errors import UserError
 from magnetar.data.text.token_files import read_manifest
-from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def require_vocabulary(what: str, found: str, whose: str, expected: str, way_out: str) -> None:
@@ -25,34 +24,6 @@ def require_vocabulary(what: str, found: str, whose: str, expected: str, way_out
             f"{what} another vocabulary (sha256 {found[:12]}) than {whose} ({expected[:12]}): "
             f"{way_out}"
         )
-
-
-def fitting_tokenizer(
-    file: Path, model: Path, fingerprint: str | None, vocab_size: int, option: str
-) -> Tokenizer:
-    """The tokenizer of a file or a folder, which must be the model's.
-
-    Args:
-        file: File or folder of the vocabulary.
-        model: Path of the model, for messages.
-        fingerprint: sha256 of the model's vocabulary, in hexadecimal. None if it is not known.
-        vocab_size: Number of entries that the model has room for.
-        option: Option of the command that names another vocabulary, for messages.
-
-    Raises:
-        UserError: if it cannot be read, or is not the one that the model was trained with.
-    """
-    tokenizer = load_tokenizer(file)
-    way_out = f"give the one that it was trained with, with {option}"
-    if fingerprint is not None:
-        trained = f"{model} was trained with"
-        require_vocabulary(f"{file} is", tokenizer.fingerprint, trained, fingerprint, way_out)
-    elif tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the vocabulary of {file} has {tokenizer.vocab_size} entries, and the model of "
-            f"{model} {vocab_size}: {way_out}"
-        )
-    return tokenizer
 
 
 def vocabulary_in(folder: Path, fingerprint: str) -> str:

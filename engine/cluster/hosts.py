@@ -4,18 +4,114 @@ import ipaddress
 import os
 import re
 import shlex
+import socket
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from magnetar.data.errors import UserError
+from magnetar.engine.cluster.arguments import require_plain_surroundings, sealed
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")  # as DeepSpeed reads it
+# As DeepSpeed reads it, whose slots have any number of digits, and anything after them.
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})(?!\S)")
+MOST_SLOTS = 9999  # of a machine
 # What ssh and pdsh take for a host, and for nothing else: -oProxyCommand=... would be a command to
 # run here, exec:HOST another one, and node[1-4] four hosts where DeepSpeed counts one.
 _NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*", re.ASCII)
+_SLOTS = re.compile(r"[0-9]{1,4}(,[0-9]{1,4})*")
 _SECONDS_TO_ANSWER = 5
+_FOR_OTHER_MACHINES = ("--venv_script", "--enable_each_rank_log")  # paths that the launcher sends
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """A run, and the machines that DeepSpeed's launcher starts it on.
+
+    Attributes:
+        config: the run's JSON; None: unknown.
+        settings: `--set` arguments of the JSON.
+        hostfile: path of the hostfile; None: only this machine.
+        include: hosts and slots to use, in DeepSpeed's syntax.
+        exclude: hosts to leave out, in DeepSpeed's syntax.
+        num_nodes: number of machines, from the start of the hostfile; None: all.
+        num_gpus: number of ranks on each machine; None: its slots, or this machine's GPUs.
+        master_addr: address of the first machine; None: found.
+        master_port: port of the rendezvous; None: a free one, another at each start.
+        ssh_port: port of sshd; None: ssh's default.
+        force_multi: whether a single machine of the hostfile is also reached over ssh.
+        passed: further arguments for the launcher.
+    """
+
+    config: Path | None = None
+    settings: tuple[str, ...] = ()
+    hostfile: Path | None = None
+    include: str = ""
+    exclude: str = ""
+    num_nodes: int | None = None
+    num_gpus: int | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+    ssh_port: int | None = None
+    force_multi: bool = False
+    passed: tuple[str, ...] = ()
+
+    def slots(self) -> dict[str, list[int]]:
+        """Host -> its slots that take part; none without a hostfile.
+
+        Raises:
+            UserError: if the hostfile is wrong, no slot is left, or shells of other machines would
+                change what they get.
+        """
+        if self.hostfile is None:
+            return {}
+        hosts = read_hostfile(self.hostfile)
+        slots = chosen_slots(hosts, self.include, self.exclude)
+        if not slots and (self.include or self.exclude):
+            raise UserError(
+                f"--include {self.include!r} and --exclude {self.exclude!r} leave no slot of "
+                f"{self.hostfile}: name some of {', '.join(hosts)}"
+            )
+        if not slots:
+            raise UserError(f"--hostfile {self.hostfile} has no slots: write slots=8, say")
+        count = self.num_gpus
+        chosen = list(slots.items())[: self.num_nodes]
+        if self.is_remote(chosen):
+            named = [word.partition("=") for word in self.passed]
+            handed_on = {name: value for name, _, value in named if name in _FOR_OTHER_MACHINES}
+            require_plain_surroundings({"--master_addr": self.master_addr, **handed_on})
+        return {host: list(range(count)) if count else numbers for host, numbers in chosen}
+
+    def is_remote(self, slots: Sized) -> bool:
+        """Whether hosts are reached over ssh."""
+        return self.hostfile is not None and (len(slots) > 1 or self.force_multi)
+
+    def words(self, address: str, slots: Mapping[str, list[int]], is_remote: bool) -> list[str]:
+        """The launcher's arguments up to the module.
+
+        Args:
+            address: rank 0's address.
+            slots: host -> its slots that take part; none: those of the hostfile.
+            is_remote: whether hosts are reached over ssh.
+        """
+        words = [*self.passed, "--master_port", str(self.master_port or free_port())]
+        words += ["--ssh_port", str(self.ssh_port)] if self.ssh_port else []
+        if self.hostfile is None:
+            return words + (["--num_gpus", str(self.num_gpus)] if self.num_gpus else [])
+        words += ["--hostfile", str(self.hostfile)]
+        named = "@".join(f"{host}:{','.join(map(str, there))}" for host, there in slots.items())
+        words += ["--include", named] if slots else []
+        # The hosts have just been asked; the launcher would ask the first one again.
+        words += ["--no_ssh_check", "--master_addr", address]
+        return words + (["--force_multi"] if is_remote else [])
+
+    def training(self, settings: Sequence[str]) -> list[str]:
+        """The launcher's arguments that name the program and its JSON."""
+        words = ["--deepspeed_config", str(self.config or "JSON")]
+        words += [part for text in settings for part in ("--set", text)]
+        return ["--module", "magnetar.launchers.train", *sealed(words)]
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -37,7 +133,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = _LINE.match(line)
         if match is None or match[1] in hosts:
             what = "is named twice" if match else "is not `host slots=N`"
-            raise UserError(f"--hostfile {path}, line {number}: {line!r} {what}: mend the line")
+            shown = line if len(line) < 80 else f"{line[:80]}..."
+            raise UserError(
+                f"--hostfile {path}, line {number}: {shown!r} {what}: mend the line; N is a "
+                f"whole number up to {MOST_SLOTS}"
+            )
         if _NAME.fullmatch(match[1]) is None:
             raise UserError(
                 f"--hostfile {path}, line {number}: {match[1]!r} is not the name of one host: use "
@@ -55,21 +155,69 @@ def chosen_slots(
 ) -> dict[str, list[int]]:
     """Host -> its slots that take part, as DeepSpeed reads --include and --exclude.
 
-    Unknown hosts in the two texts are ignored: they may have been removed from the hostfile since.
+    Hosts and slots that the hostfile has not are ignored: they may have been taken out of it since.
+    `require_known` refuses them at the beginning.
+
+    Raises:
+        UserError: a part of the text is not `HOST` or `HOST:SLOT,SLOT`.
     """
-    slots = {host: list(range(count)) for host, count in hosts.items()}
-    named: dict[str, list[int]] = {}
-    for part in (include or exclude).split("@") if include or exclude else []:
-        host, _, numbers = part.partition(":")
-        given = [int(number) for number in numbers.split(",")] if numbers else slots.get(host, [])
-        named.setdefault(host, []).extend(given)
-    if include:
-        slots = {
-            host: [s for s in slots[host] if s in named[host]] for host in slots if host in named
-        }
-    else:
-        slots = {host: [s for s in slots[host] if s not in named.get(host, [])] for host in slots}
+    named = _named_slots(include, exclude)
+    slots: dict[str, list[int]] = {}
+    for host, count in hosts.items():
+        chosen = named.get(host, ()) or range(count if host in named else 0)
+        slots[host] = [slot for slot in range(count) if (slot in chosen) == bool(include)]
     return {host: left for host, left in slots.items() if left}
+
+
+def require_known(hosts: Mapping[str, int], include: str, exclude: str) -> None:
+    """Refuse --include or --exclude of hosts or slots that are not there.
+
+    Raises:
+        UserError: naming the option, the part and the hosts that there are.
+    """
+    option = "--include" if include else "--exclude"
+    for host, slots in _named_slots(include, exclude).items():
+        if host not in hosts:
+            raise UserError(f"{option}: no host {host!r} is there: name some of {', '.join(hosts)}")
+        for slot in slots:
+            if slot >= hosts[host]:
+                raise UserError(
+                    f"{option} {host}:{slot}: {host} has slots={hosts[host]}, numbered from 0: "
+                    "name one below that, or leave the slots out for all of them"
+                )
+
+
+def _named_slots(include: str, exclude: str) -> dict[str, list[int]]:
+    """Host -> its slots in the text of --include or --exclude; none for all of its slots."""
+    named: dict[str, list[int]] = {}
+    option = "--include" if include else "--exclude"
+    for part in (include or exclude).split("@") if include or exclude else ():
+        host, colon, numbers = part.partition(":")
+        if not _SLOTS.fullmatch(numbers if colon else "0") or not host:
+            raise UserError(
+                f"{option} {include or exclude!r}: {part!r} is not HOST or HOST:SLOT,SLOT, where a "
+                "slot is a whole number: write node-1@node-2:0,2, say"
+            )
+        slots = [int(number) for number in numbers.split(",")] if colon else []
+        if host in named and not (slots and named[host]):
+            raise UserError(
+                f"{option} {include or exclude!r} names {host!r} twice, once for all of its slots: "
+                "name it once"
+            )
+        named[host] = [*named.get(host, ()), *slots]
+    return named
+
+
+def free_port() -> int:
+    """A TCP port of this machine that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def path_of_programs() -> str:
+    """PATH for the launcher: programs beside this Python, such as ninja, are found first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def ssh_command(host: str, words: Sequence[str], port: int | None = None) -> list[str]:

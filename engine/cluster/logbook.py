@@ -3,9 +3,10 @@
 - 2026-11-22 19:20:05 **resume** after step 120, ...
 """
 
-import os
 from datetime import datetime
 from pathlib import Path
+
+from magnetar.data.atomic import append
 
 NAME = "logbook.md"
 
@@ -13,10 +14,7 @@ NAME = "logbook.md"
 def write(run_dir: Path, event: str, text: str) -> None:
     """Append a line; the folder and the logbook are made where there are none.
 
-    Args:
-        run_dir: the run's folder.
-        event: one word, such as "resume".
-        text: what happened. Lines after its first become a list below it.
+    Lines of `text` after its first become a list below it.
 
     Raises:
         OSError: if it cannot be written.
@@ -25,11 +23,6 @@ def write(run_dir: Path, event: str, text: str) -> None:
     path = run_dir / NAME
     when = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     entry = f"- {when} **{event}** " + text.replace("\n", "\n  - ") + "\n"
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         entry = f"# Logbook of {run_dir.name}\n\n{entry}"
-    # Several processes write, so each entry is one write at the end of the file.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, entry.encode())
-    finally:
-        os.close(descriptor)
+    append(path, entry)

@@ -7,69 +7,46 @@ interfaces.
 """
 
 import errno
+import functools
 import os
 import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, NamedTuple
+from ipaddress import ip_address
+from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 from magnetar.data.errors import MachineError, UserError
+from magnetar.engine.cluster.environment import launched_local_size, own_error
 
-INIT_METHOD = "magnetar://"
+_SCHEME = "magnetar"
 # A rank that was just killed may still hold the port for this long.
 _SECONDS_FOR_THE_PORT = 10.0
 # Ranks start together, but a machine may have to read every package from a slow disk first.
 _TIME_TO_MEET = timedelta(minutes=10)
 _BACKLOG = 4096
+_WORLD_SIZE = "magnetar/world_size"  # key of the store
 
 
-class Meeting(NamedTuple):
-    """The rendezvous of this rank with the others.
-
-    Attributes:
-        host: address or name of the machine that serves the store.
-        port: port of the store.
-        store: this rank's connection to the store; on rank 0 also the server.
-    """
-
-    host: str
-    port: int
-    store: dist.Store
+_store: dist.TCPStore | None = None  # this rank's connection; on rank 0 also the server
 
 
-_meeting: Meeting | None = None
-_is_registered = False
-
-
+@functools.cache
 def use_rendezvous() -> str:
     """The init_method with which torch.distributed uses this module.
 
     It reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which a launcher, or DeepSpeed for MPI,
     has set in the environment. Port 0 means any free port, for a single rank.
     """
-    global _is_registered
-    if not _is_registered:
-        dist.register_rendezvous_handler(INIT_METHOD.removesuffix("://"), _meet)
-        _is_registered = True
-    return INIT_METHOD
-
-
-def rendezvous_store() -> dist.Store:
-    """The store of the rendezvous.
-
-    A wait on it blocks every other thread of this process that uses it: use `another_connection` in
-    threads.
-    """
-    assert _meeting is not None, "the ranks have not met"
-    return _meeting.store
+    dist.register_rendezvous_handler(_SCHEME, _meet)
+    return f"{_SCHEME}://"
 
 
 def another_connection(timeout: timedelta) -> dist.TCPStore:
-    """A connection to the same store for a thread of its own.
+    """A connection of its own to the ranks' store, since a wait on one blocks all its users.
 
     Args:
         timeout: limit for making the connection, and for every wait on it.
@@ -77,75 +54,82 @@ def another_connection(timeout: timedelta) -> dist.TCPStore:
     Raises:
         torch.distributed.DistNetworkError: if rank 0, which serves the store, is gone.
     """
-    assert _meeting is not None, "the ranks have not met"
-    host, port, _ = _meeting
-    return dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+    assert _store is not None, "the ranks have not met"
+    return dist.TCPStore(_store.host, _store.port, None, False, timeout, wait_for_workers=False)
 
 
 def leave_rendezvous() -> None:
     """Release the store, which then ends with the process groups that use it."""
-    global _meeting
-    _meeting = None
-
-
-def launched_local_size() -> int:
-    """Number of ranks on this machine by the environment; all ranks if it does not say.
-
-    deepspeed, torchrun, Open MPI and MPICH set it.
-    """
-    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-    found = next((os.environ[name] for name in names if name in os.environ), None)
-    return int(found or os.environ["WORLD_SIZE"])
+    global _store
+    _store = None
 
 
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
     """The handler for torch.distributed: yields store, rank and world size."""
-    global _meeting
+    global _store
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        host, port, store = _serve(host, port, world_size)
+    is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if rank == 0 and is_ours:
+        _store = _serve(host, port, world_size)
     else:
         try:
-            store = dist.TCPStore(host, port, world_size, False, min(timeout, _TIME_TO_MEET))
+            _store = dist.TCPStore(host, port, None, False, min(timeout, _TIME_TO_MEET))
         except dist.DistError as error:
-            raise MachineError(_not_reached(rank, host, port, error)) from None
-    store.set_timeout(timeout)
-    _choose_network(host, port)
-    _meeting = Meeting(host, port, store)
-    yield store, rank, world_size
+            raise MachineError(
+                f"rank {rank} on {socket.gethostname()} did not meet rank 0 at {host}:{port}: it "
+                "has not started, or it cannot be reached (a firewall, another network): "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+        if is_ours:
+            _require_own_place(_store, rank, world_size)
+    _store.set_timeout(timeout)
+    _choose_network(_store.host, _store.port)
+    yield _store, rank, world_size
     raise RuntimeError("the ranks of this run cannot meet again")
 
 
-def _not_reached(rank: int, host: str, port: int, error: Exception) -> str:
-    reason = str(error).splitlines()[0]
-    return (
-        f"rank {rank} on {socket.gethostname()} did not meet rank 0 at {host}:{port}: it has not "
-        f"started, or it cannot be reached (a firewall, another network): {reason}"
-    )
-
-
-def _serve(host: str, port: int, world_size: int) -> tuple[str, int, dist.TCPStore]:
-    """Address, port and store; waits until all ranks are there."""
+def _serve(host: str, port: int, world_size: int) -> dist.TCPStore:
+    """The store, when all ranks are there."""
     listener = _listening_socket(host, port, world_size)
     address, port = listener.getsockname()[:2]
+    descriptor = listener.detach()  # it is the store's, which closes it
     try:
         store = dist.TCPStore(
-            address,
-            port,
-            world_size,
-            True,
-            _TIME_TO_MEET,
-            master_listen_fd=listener.fileno(),
+            *(address, port, None, True, _TIME_TO_MEET), False, master_listen_fd=descriptor
         )
+        store.set(_WORLD_SIZE, str(world_size))
+        if world_size > 1:
+            store.wait([_place(rank) for rank in range(1, world_size)], _TIME_TO_MEET)
+        return store
     except dist.DistError as error:
-        listener.detach()
         raise MachineError(
             f"not all {world_size} ranks reached {address}:{port} within "
             f"{_TIME_TO_MEET}: {str(error).splitlines()[0]}"
         ) from None
-    listener.detach()  # it is the store's, which closes it
-    return address, port, store
+
+
+def _place(rank: int) -> str:
+    return f"magnetar/rank_{rank}"
+
+
+def _require_own_place(store: dist.TCPStore, rank: int, world_size: int) -> None:
+    """Refuse a rank that another process has, or another number of ranks than rank 0's.
+
+    Raises:
+        UserError: naming the variable. Otherwise all ranks would wait for one that is not there.
+    """
+    theirs = int(store.get(_WORLD_SIZE))
+    if theirs != world_size:
+        raise own_error(
+            f"WORLD_SIZE={world_size} on rank {rank} and {theirs} on rank 0: start all ranks with "
+            "one launcher, or set one number"
+        )
+    if store.add(_place(rank), 1) > 1:
+        raise own_error(
+            f"RANK={rank} is that of another process, too: start all ranks with one launcher, or "
+            f"give each its own from 0 to {world_size - 1}"
+        )
 
 
 def _listening_socket(host: str, port: int, world_size: int) -> socket.socket:
@@ -167,7 +151,7 @@ def _listening_socket(host: str, port: int, world_size: int) -> socket.socket:
     while True:
         problems: set[int | None] = set()
         for family, kind, protocol, _, place in found:
-            if not is_alone and _is_loopback(str(place[0])):
+            if not is_alone and ip_address(place[0]).is_loopback:
                 problems.add(errno.ENETUNREACH)
                 continue
             listener = socket.socket(family, kind, protocol)
@@ -206,10 +190,6 @@ def _refused(host: str, port: int, problems: set[int | None]) -> str:
     return f"nothing can listen at MASTER_ADDR={host}, MASTER_PORT={port} ({words}): use others"
 
 
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
 def _interfaces() -> dict[str, str]:
     """Address of this machine -> its network interface."""
     return {
@@ -231,8 +211,7 @@ def _choose_network(host: str, port: int) -> None:
         probe.connect(place)  # a UDP socket: sends nothing, but the kernel chooses the route
         own = str(probe.getsockname()[0])
     interface = _interfaces().get(own)
-    if interface is None:
-        return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if _is_loopback(own):
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if interface is not None and ip_address(own).is_loopback:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)

@@ -17,11 +17,9 @@ import signal
 import sys
 import threading
 from itertools import takewhile
-from types import TracebackType
+from pathlib import Path
 
 import psutil
-
-from magnetar.engine.cluster.start_times import is_launcher
 
 _ENDED_BY_CTRL_C = 130
 _LOOK_EVERY = 1.0  # seconds between two checks of the launchers
@@ -29,14 +27,20 @@ _LOOK_EVERY = 1.0  # seconds between two checks of the launchers
 
 def launchers_above(pid: int) -> list[psutil.Process]:
     """DeepSpeed's launchers among the ancestors of a process, from its parent on."""
+
+    def is_launcher(process: psutil.Process) -> bool:
+        words = process.cmdline()
+        return any(
+            w.startswith("deepspeed.launcher.") or Path(w).name == "deepspeed" for w in words
+        )
+
     try:
-        parents = psutil.Process(pid).parents()
-        return list(takewhile(lambda parent: is_launcher(parent.pid), parents))
-    except (OSError, psutil.Error):  # one is just ending
+        return list(takewhile(is_launcher, psutil.Process(pid).parents()))
+    except psutil.Error:  # one is just ending
         return []
 
 
-def is_alive(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     """Whether a process lives; one that ended and was not waited for does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -69,12 +73,7 @@ class Requests:
         threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._before)
@@ -87,7 +86,7 @@ class Requests:
                 if not received:
                     break
                 self.take(received[0])
-            elif not self.stop and not all(map(is_alive, self._launchers)):
+            elif not self.stop and not all(map(_is_alive, self._launchers)):
                 self.stop = "the end of its launcher"
         os.close(reading)
 

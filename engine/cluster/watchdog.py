@@ -11,11 +11,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -29,24 +30,8 @@ _SECONDS_FOR_THE_LOGBOOK = 5.0
 _STORE_TIMEOUT = timedelta(seconds=30)
 
 
-class Finding(NamedTuple):
-    """The cause of a hang.
-
-    Attributes:
-        text: the ranks that do not answer, and the places of the others.
-        teller: the rank that reports it; None: every rank for itself.
-    """
-
-    text: str
-    teller: int | None = None
-
-
 def innermost_call(frame: FrameType | None) -> str:
-    """The place of a thread of ours, such as `all_reduce, called by engine/sparse_clip.py:95`.
-
-    Args:
-        frame: innermost frame of the thread.
-    """
+    """The place of a thread of ours, such as `all_reduce, called by engine/sparse_clip.py:95`."""
     collective = called = ""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -67,12 +52,7 @@ class Watchdog:
     """
 
     def __init__(self, run_dir: Path, limit: float | None) -> None:
-        """Prepare.
-
-        Args:
-            run_dir: the run's folder; its logbook reports a hang.
-            limit: seconds without progress after which a rank hangs; None: no limit.
-        """
+        """Prepare to report into the run's logbook after `limit` seconds without progress."""
         self.run_dir, self.limit = run_dir, limit
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.doing, self.since = "starting", time.monotonic()
@@ -86,12 +66,7 @@ class Watchdog:
                 threading.Thread(target=work, daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
 
     def beat(self, doing: str) -> None:
@@ -115,23 +90,21 @@ class Watchdog:
             since = self.since
             if time.monotonic() - since <= self.limit:
                 continue
-            found: list[Finding] = []
-            # In a thread of its own, because a question to a dead rank 0 may never return.
-            asking = threading.Thread(target=self._ask, args=(found,), daemon=True)
-            asking.start()
-            asking.join(8 * self._period)
-            if not found:
-                found = [Finding("rank 0 does not answer, nor does the store that it serves")]
-            if found[0].teller not in (None, self.rank):
+            # If rank 0 does not answer, every rank finds it out for itself.
+            found = [("rank 0 does not answer, nor does the store that it serves", self.rank)]
+            # A question to a dead rank 0 may never return.
+            _run_aside(self._ask, found, seconds=8 * self._period)
+            text, reporter = found[-1]
+            if reporter != self.rank:
                 # It ends this rank, too; if it does not, it has found nothing wrong itself.
                 self._ended.wait(4 * self._period)
             if self._ended.is_set() or self.since != since:
                 continue  # the rank was slow, but does not hang
-            self._report(found[0].text)
+            self._report(text)
             os._exit(STATUS)  # sys.exit would wait for the main thread, which hangs
 
-    def _ask(self, found: list[Finding]) -> None:
-        """Append the silent ranks, and the places where the others wait, to `found`."""
+    def _ask(self, found: list[tuple[str, int]]) -> None:
+        """Append the silent ranks and the places of the others, and the rank that reports it."""
         store = another_connection(_STORE_TIMEOUT)
         before = self._told(store)
         time.sleep(3 * self._period)
@@ -144,7 +117,7 @@ class Watchdog:
                 waiting.append(f"rank {rank} is {place}")
                 answering.append(rank)
         # All waiting ranks find it out at the same time; one of them reports.
-        found.append(Finding("; ".join([*silent, *waiting]), min(answering, default=self.rank)))
+        found.append(("; ".join([*silent, *waiting]), min(answering, default=self.rank)))
 
     def _told(self, store: dist.TCPStore) -> list[dict[str, Any]]:
         keys = [f"{_KEY}/{rank}" for rank in range(self.num_ranks)]
@@ -159,10 +132,15 @@ class Watchdog:
             flush=True,
         )
         # The disk may be the cause of the hang.
-        writing = threading.Thread(target=self._log, args=(message,), daemon=True)
-        writing.start()
-        writing.join(_SECONDS_FOR_THE_LOGBOOK)
+        _run_aside(self._log, message, seconds=_SECONDS_FOR_THE_LOGBOOK)
 
     def _log(self, message: str) -> None:
         with suppress(OSError):
             logbook.write(self.run_dir, "hang", message)
+
+
+def _run_aside(call: Callable[..., None], *arguments: Any, seconds: float) -> None:
+    """Call a function in a thread, and wait for it no longer than some seconds."""
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)

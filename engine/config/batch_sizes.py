@@ -1,5 +1,6 @@
 """train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * ranks."""
 
+from math import prod
 from typing import NamedTuple
 
 from magnetar.engine.config.errors import Problem
@@ -23,16 +24,16 @@ def filled(sizes: BatchSizes, world_size: int) -> BatchSizes:
     if train is None:
         assert micro is not None
         accumulation = accumulation or 1
-        return BatchSizes(micro * accumulation * world_size, micro, accumulation)
-    if micro is None:
+        train = micro * accumulation * world_size
+    elif micro is None:
         accumulation = accumulation or 1
-        return BatchSizes(train, train // world_size // accumulation, accumulation)
-    if accumulation is None:
+        micro = train // world_size // accumulation
+    elif accumulation is None:
         accumulation = train // micro // world_size
     return BatchSizes(train, micro, accumulation)
 
 
-def _multiples_near(value: int, unit: int) -> str:
+def multiples_near(value: int, unit: int) -> str:
     """The multiples of `unit` on both sides of the value."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else f"{unit}"
@@ -46,27 +47,17 @@ def batch_problems(sizes: BatchSizes, world_size: int | None) -> list[Problem]:
     if train is None or (world_size is None and None in (micro, accumulation)):
         return []
     unit = (micro or 1) * (accumulation or 1) * (world_size or 1)
-    if world_size is None:
-        fits = train % unit == 0
-    else:
-        full = filled(sizes, world_size)
-        assert full.micro is not None
-        assert full.accumulation is not None
-        fits = full.micro > 0 and full.micro * full.accumulation * world_size == train
-    if fits:
+    full = sizes if world_size is None else filled(sizes, world_size)
+    product = prod(size or 0 for size in (*full[1:], world_size or 1))
+    # Without a number of ranks, any number may follow.
+    if product and (train % product == 0 if world_size is None else product == train):
         return []
-    given = [f"{TRAIN}={train}"]
-    given += [f"{MICRO}={micro}"] if micro else []
-    given += [f"{ACCUMULATION}={accumulation}"] if accumulation else []
+    named = zip((TRAIN, MICRO, ACCUMULATION), sizes, strict=True)
+    given = [f"{name}={size}" for name, size in named if size]
     where = "" if world_size is None else f" on {world_size} rank{'s' * (world_size > 1)}"
+    words = f"do not fit {TRAIN} = {MICRO} * {ACCUMULATION} * ranks"
     way_out = _way_out(train, sizes, unit, world_size)
-    return [
-        Problem(
-            TRAIN,
-            f"{', '.join(given)}{where} do not fit {TRAIN} = {MICRO} * {ACCUMULATION} * ranks: "
-            f"use {way_out}",
-        )
-    ]
+    return [Problem(TRAIN, f"{', '.join(given)}{where} {words}: use {way_out}")]
 
 
 def _ranks_near(train: int, sizes: BatchSizes, world_size: int) -> str:
@@ -91,7 +82,7 @@ def _way_out(train: int, sizes: BatchSizes, unit: int, world_size: int | None) -
         even = train % (sizes.micro * world_size) == 0
         return f"{TRAIN} {unit}, or leave out {ACCUMULATION if even else TRAIN}"
     ranks = "" if world_size is None else _ranks_near(train, sizes, world_size)
-    way_out = f"{TRAIN} {_multiples_near(train, unit)}"
+    way_out = f"{TRAIN} {multiples_near(train, unit)}"
     if sizes.micro and sizes.accumulation is None and world_size and train % world_size == 0:
         share = train // world_size
         fitting = max(n for n in range(1, min(sizes.micro, share) + 1) if share % n == 0)

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from magnetar.engine.config.deepspeed import DeepSpeedKeys
-from magnetar.engine.config.errors import expected, joined, section_model, shown
+from magnetar.engine.config.errors import expected, joined, meaning, section_model, shown
 from magnetar.engine.config.refused_keys import REFUSED
 from magnetar.engine.config.schema import ConfigFile, MagnetarConfig
 from magnetar.models.config import TorchScaleModelKeys
@@ -62,7 +62,7 @@ def _keys(model: type[BaseModel], names: Iterable[str]) -> str:
     for name in names:
         field = model.model_fields[name]
         kind = expected(field).removeprefix("a ").replace("an object, { ... }", "section")
-        rows.append((f"`{name}`", kind, _default(field), field.description or ""))
+        rows.append((f"`{name}`", kind, _default(field), meaning(field)))
     return _table(("key", "type", "default", "meaning"), rows)
 
 
@@ -103,10 +103,12 @@ def readme() -> str:
 
 
 def _without_titles(node: Any, in_properties: bool = False) -> Any:
-    """The schema without the titles that pydantic makes up from the names."""
+    """The schema without the titles that pydantic makes up from the names; texts on one line."""
     if isinstance(node, dict):
         return {
-            key: _without_titles(value, key == "properties" and not in_properties)
+            key: " ".join(value.split())
+            if key == "description" and isinstance(value, str)
+            else _without_titles(value, key == "properties" and not in_properties)
             for key, value in node.items()
             if key != "title" or in_properties
         }

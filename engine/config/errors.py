@@ -3,14 +3,14 @@
 import difflib
 import json
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, parse_json
 from magnetar.engine.config.refused_keys import REFUSED, VALUE_REASONS
 
 _HINTS = {
@@ -27,21 +27,12 @@ _HINTS = {
 }
 
 
-MAX_DEPTH = 50  # levels of objects and lists; a config needs 5
+class _Object(dict[str, Any]):
+    """A JSON object that keeps its members as written, repetitions included."""
 
-
-class _TooDeepError(ValueError):
-    """JSON nested deeper than MAX_DEPTH."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            f"objects and lists are nested more than {MAX_DEPTH} deep: is a bracket repeated by "
-            "mistake?"
-        )
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """The members of a JSON object as written, repetitions included."""
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.pairs = pairs
 
 
 def shown(value: Any) -> str:
@@ -59,33 +50,24 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON: write a number")
 
 
-def _plain(value: Any, path: str, repeated: list[str], depth: int = 0) -> Any:
-    """The value with dicts for objects; a line for each key given twice is added to `repeated`."""
-    if depth > MAX_DEPTH:
-        raise _TooDeepError
-    if isinstance(value, _Pairs):
-        members: dict[str, list[Any]] = {}
-        for key, member in value:
-            inner = _plain(member, joined(path, key), repeated, depth + 1)
-            members.setdefault(key, []).append(inner)
-        for key, given in members.items():
-            if len(given) > 1:
-                words = f"is given {len(given)} times ({', then '.join(map(shown, given))})"
-                repeated.append(f"{joined(path, key)} {words}: keep one of them")
-        return {key: given[-1] for key, given in members.items()}
-    if isinstance(value, list):
-        return [_plain(v, f"{path}[{i}]", repeated, depth + 1) for i, v in enumerate(value)]
-    return value
+def _repeated(value: Any, path: str = "") -> Iterator[str]:
+    """A line for each key that an object gives more than once."""
+    if isinstance(value, _Object):
+        given: dict[str, list[str]] = {}
+        for key, member in value.pairs:
+            yield from _repeated(member, joined(path, key))
+            given.setdefault(key, []).append(shown(member))
+        for key, values in given.items():
+            if len(values) > 1:
+                words = f"is given {len(values)} times ({', then '.join(values)})"
+                yield f"{joined(path, key)} {words}: keep one of them"
+    elif isinstance(value, list):
+        for index, member in enumerate(value):
+            yield from _repeated(member, f"{path}[{index}]")
 
 
-def parse_json(text: str, path: str = "") -> tuple[Any, list[str]]:
-    """The value that the text holds, and a line for each key that it gives more than once."""
-    repeated: list[str] = []
-    try:
-        value = json.loads(text, object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise _TooDeepError from None
-    return _plain(value, path, repeated), repeated
+def _parse(text: str) -> Any:
+    return parse_json(text, object_pairs_hook=_Object, parse_constant=_refuse_constant)
 
 
 def _read_text(path: Path) -> str:
@@ -111,11 +93,11 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def read_json_object(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_config_file(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The JSON object in the file, and a line for each key given more than once."""
     text = _read_text(path)
     try:
-        value, repeated = parse_json(text)
+        value = _parse(text)
     except json.JSONDecodeError as error:
         found = text[error.pos : error.pos + 1]
         what = f"found {found!r}" if found else "found the end of the file"
@@ -129,7 +111,7 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {shown(value)}: a config is an object, {{ ... }}")
-    return value, repeated
+    return value, list(_repeated(value))
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -154,12 +136,12 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> tuple[list
 
 def _override_value(path: str, written: str) -> Any:
     try:
-        value, repeated = parse_json(written, path)
-    except _TooDeepError as error:
-        raise UserError(f"--set {path}: {error}") from None
-    except ValueError:  # not JSON: a text without quotes
+        value = _parse(written)
+    except json.JSONDecodeError:  # a text without quotes
         return written
-    if repeated:
+    except ValueError as error:
+        raise UserError(f"--set {path}: {error}") from None
+    if repeated := list(_repeated(value, path)):
         raise UserError("\n".join(repeated))
     return value
 
@@ -281,6 +263,11 @@ def expected(field: FieldInfo) -> str:
     return _in_words(TypeAdapter(annotation).json_schema())
 
 
+def meaning(field: FieldInfo) -> str:
+    """The text below a key, on one line."""
+    return " ".join((field.description or "").split())
+
+
 def _unknown_key(path: str, value: Any, names: list[str], every_path: list[str]) -> Problem:
     """A key that no section has, with the reason for refusing it or the nearest name.
 
@@ -312,7 +299,7 @@ def _wrong_value(path: str, value: Any, field: FieldInfo) -> Problem:
         names = {str(choice).lower(): choice for choice in get_args(kind)}
         if near := difflib.get_close_matches(value.lower(), names, n=1, cutoff=0.6):
             hint = f"did you mean {shown(names[near[0]])}? "
-    about = VALUE_REASONS.get(path) or field.description or ""
+    about = VALUE_REASONS.get(path) or meaning(field)
     return problem(path, value, f"must be {expected(field)}: {hint}{about}")
 
 
@@ -338,7 +325,7 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[Problem]
         if field is None:
             problems.append(_unknown_key(path, each["input"], names, key_paths(model)))
         elif each["type"] == "missing":
-            words = f"{path} is missing: add {expected(field)}. {field.description}"
+            words = f"{path} is missing: add {expected(field)}. {meaning(field)}"
             problems.append(Problem(path, words))
         elif each["type"] == "value_error":  # rules of a section, a line each
             lines = [joined(path, line) for line in str(each["ctx"]["error"]).split("\n")]

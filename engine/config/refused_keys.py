@@ -124,20 +124,6 @@ _REASONS: dict[str, dict[str, str]] = {
         "`stage3_prefetch_bucket_size` to collect more ahead": (
             "leaf_module stage3_module_granularity_threshold"
         ),
-        **{  # DeepSpeed's fields have names without the prefix of their keys
-            f"its name in JSON has a prefix: see `stage3_{name}`": name
-            for name in (
-                "prefetch_bucket_size",
-                "param_persistence_threshold",
-                "model_persistence_threshold",
-                "max_live_parameters",
-                "max_reuse_distance",
-                "gather_16bit_weights_on_model_save",
-                "module_granularity_threshold",
-                "use_all_reduce_for_fetch_params",
-                "allgather_sequential",
-            )
-        },
     },
     "zero_optimization.offload_optimizer": {
         "optimizer states on a disk are not proven: remove it, and use device `cpu`": (
@@ -148,11 +134,21 @@ _REASONS: dict[str, dict[str, str]] = {
     },
 }
 
+# Names of DeepSpeed's own fields, whose keys have a prefix in JSON.
+_WITHOUT_PREFIX = (
+    "prefetch_bucket_size param_persistence_threshold model_persistence_threshold "
+    "max_live_parameters max_reuse_distance gather_16bit_weights_on_model_save "
+    "module_granularity_threshold use_all_reduce_for_fetch_params allgather_sequential"
+)
+
 REFUSED: dict[str, str] = {
     f"{section}.{name}".removeprefix("."): reason
     for section, reasons in _REASONS.items()
     for reason, names in reasons.items()
     for name in names.split()
+} | {
+    f"zero_optimization.{name}": f"its name in JSON has a prefix: see `stage3_{name}`"
+    for name in _WITHOUT_PREFIX.split()
 }
 
 VALUE_REASONS: dict[str, str] = {

@@ -2,10 +2,9 @@
 
 import copy
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     ConfigDict,
@@ -26,7 +25,7 @@ from magnetar.engine.config.errors import (
     Problem,
     apply_overrides,
     problems_of,
-    read_json_object,
+    read_config_file,
     shown,
     strange_texts,
 )
@@ -39,9 +38,11 @@ from magnetar.models.section import (
     Share,
     StrictModel,
     WholeNumber,
-    key,
     one_problem,
 )
+
+# Earlier versions stored this section, which did nothing.
+_RETIRED_SECTIONS = [("checkpoint", {"tag_validation": v}) for v in ("Ignore", "Warn", "Fail")]
 
 SaveEvery = Annotated[Count | Literal["never"] | None, WrapValidator(one_problem)]
 Text = Annotated[str, Field(min_length=1)]
@@ -82,24 +83,15 @@ class MaskingConfig(_KeysOfAKind):
 
     kind: ClassVar = ("unit", "span", ("mean_span_length",))
 
-    probability: float = key(
-        0.15,
-        "Share of each sequence's tokens that is masked, rounded; at least one token.",
-        gt=0,
-        lt=1,
-    )
-    unit: Literal["token", "span"] = key(
-        "token",
-        "What is masked at a time: single tokens, or runs of tokens (SpanBERT, arXiv 1907.10529).",
-    )
-    mean_span_length: float = key(
-        3.0, "Mean length of a span, in tokens; lengths are geometric. Only with `span`.", ge=1
-    )
-    replace: Literal["bert", "mask"] = key(
-        "bert",
-        "What masked tokens become. `bert`: 80 % become the mask token, 10 % a random one, 10 % "
-        "stay. `mask`: all become the mask token.",
-    )
+    probability: float = Field(default=0.15, gt=0, lt=1)
+    """Share of each sequence's tokens that is masked, rounded; at least one token."""
+    unit: Literal["token", "span"] = "token"
+    """What is masked at a time: single tokens, or runs of tokens (SpanBERT, arXiv 1907.10529)."""
+    mean_span_length: float = Field(default=3.0, ge=1)
+    """Mean length of a span, in tokens; lengths are geometric. Only with `span`."""
+    replace: Literal["bert", "mask"] = "bert"
+    """What masked tokens become. `bert`: 80 % become the mask token, 10 % a random one, 10 % stay.
+    `mask`: all become the mask token."""
 
 
 class PairsConfig(StrictModel):
@@ -109,52 +101,37 @@ class PairsConfig(StrictModel):
     is the bins of a step, and `train_micro_batch_size_per_gpu` is 1.
     """
 
-    bin_tokens: int = key(
-        8192,
-        "Largest size of a bin: pairs * (source length + target length), in tokens with padding.",
-        ge=16,
-    )
-    temperature: float = key(
-        5.0,
-        "Temperature T: a direction of n pairs is drawn with probability proportional to n^(1/T) "
-        "(arXiv 1907.05019). A pair of a table with weight w counts w times. 1: directions are "
-        "drawn in proportion to their pairs. Larger: small directions are drawn more often.",
-        ge=1,
-    )
-    directions: list[str] | None = key(
-        None, 'Directions to learn, such as ["en-de", "de-en"]. null: every direction.'
-    )
-    too_long: Literal["drop", "truncate", "refuse"] = key(
-        "drop",
-        "Treatment of training pairs longer than seq_len or the targets' limit; their number is "
-        "reported. A truncated side keeps its end. Validation always truncates.",
-    )
-    too_long_inference: Literal["split", "truncate", "refuse"] = key(
-        "split",
-        "Treatment of a sentence longer than the model's positions in magnetar translate without "
-        "--too-long; their number is reported. `split`: each sentence in it is translated alone. "
-        "BLEU and chrF are measured with truncation.",
-    )
+    bin_tokens: int = Field(default=8192, ge=16)
+    """Largest size of a bin: pairs * (source length + target length), in tokens with padding."""
+    temperature: float = Field(default=5.0, ge=1)
+    """Temperature T: a direction of n pairs is drawn with probability proportional to n^(1/T)
+    (arXiv 1907.05019). A pair of a table with weight w counts w times. 1: directions are drawn in
+    proportion to their pairs. Larger: small directions are drawn more often."""
+    directions: list[str] | None = None
+    """Directions to learn, such as ["en-de", "de-en"]. null: every direction."""
+    too_long: Literal["drop", "truncate", "refuse"] = "drop"
+    """Treatment of training pairs longer than seq_len or the targets' limit; their number is
+    reported. A truncated side keeps its end. Validation always truncates."""
+    too_long_inference: Literal["split", "truncate", "refuse"] = "split"
+    """Treatment of a sentence longer than the model's positions in magnetar translate without
+    --too-long; their number is reported. `split`: each sentence in it is translated alone. BLEU and
+    chrF are measured with truncation."""
 
 
 class DataConfig(StrictModel):
     """What is read."""
 
-    path: Text = key(
-        ..., "Folder written by magnetar prepare, or with `pairs` by magnetar prepare-pairs."
-    )
-    seq_len: Count = key(
-        ...,
-        "Tokens in a training sequence, up to max_seq_len and max_target_len. With `pairs`: tokens "
-        "of the longest source; targets have up to max_target_len.",
-    )
-    pairs: PairsConfig | None = key(None, "Sentence pairs in place of running text. null: text.")
-    masking: MaskingConfig | None = key(
-        None,
-        "Masking of the encoder's input. null: the section's defaults with architecture `encoder` "
-        "(a masked language model) and `encoder_decoder` (which learns to restore the text). A "
-        "`decoder` has none, and with `pairs` nothing is masked.",
-    )
+    path: Text
+    """Folder written by magnetar prepare, or with `pairs` by magnetar prepare-pairs."""
+    seq_len: Count
+    """Tokens in a training sequence, up to max_seq_len and max_target_len. With `pairs`: tokens of
+    the longest source; targets have up to max_target_len."""
+    pairs: PairsConfig | None = None
+    """Sentence pairs in place of running text. null: text."""
+    masking: MaskingConfig | None = None
+    """Masking of the encoder's input. null: the section's defaults with architecture `encoder` (a
+    masked language model) and `encoder_decoder` (which learns to restore the text). A `decoder` has
+    none, and with `pairs` nothing is masked."""
 
 
 class LRSchedule(_KeysOfAKind):
@@ -162,18 +139,17 @@ class LRSchedule(_KeysOfAKind):
 
     kind: ClassVar = ("type", "polynomial", ("total_steps", "power", "end_lr"))
 
-    type: Literal["polynomial", "inverse_sqrt", "constant"] = key(
-        ...,
-        "Shape after the warm-up. `polynomial`: falls to end_lr at total_steps. `inverse_sqrt`: "
-        "lr * sqrt(warmup_steps / step). `constant`: stays.",
-    )
-    warmup_steps: WholeNumber = key(..., "Steps of the linear rise from 0.")
-    total_steps: Count | None = key(
-        None,
-        "Step at which end_lr is reached. null: training.num_steps. Only with type `polynomial`.",
-    )
-    power: Positive = key(1.0, "Power of the polynomial. 1: a straight line. Only with it.")
-    end_lr: NonNegative = key(0.0, "Last learning rate. Only with type `polynomial`.")
+    type: Literal["polynomial", "inverse_sqrt", "constant"]
+    """Shape after the warm-up. `polynomial`: falls to end_lr at total_steps. `inverse_sqrt`: lr *
+    sqrt(warmup_steps / step). `constant`: stays."""
+    warmup_steps: WholeNumber
+    """Steps of the linear rise from 0."""
+    total_steps: Count | None = None
+    """Step at which end_lr is reached. null: training.num_steps. Only with type `polynomial`."""
+    power: Positive = 1.0
+    """Power of the polynomial. 1: a straight line. Only with it."""
+    end_lr: NonNegative = 0.0
+    """Last learning rate. Only with type `polynomial`."""
 
     @model_validator(mode="after")
     def _inverse_sqrt_has_a_start(self) -> Self:
@@ -188,70 +164,53 @@ class LRSchedule(_KeysOfAKind):
 class TrainingConfig(StrictModel):
     """The loop: how long, how often, where to."""
 
-    run_dir: Text = key(..., "Folder of the run's output.")
-    init_from: Text | None = key(
-        None,
-        "Source of the first weights, for fine-tuning: another run's folder (its newest "
-        "checkpoint), or a folder that magnetar convert has written. null: random weights.",
-    )
-    seed: WholeNumber = key(1, "Seed of weights, data order and dropout.")
-    num_steps: Count = key(..., "Optimizer steps of the whole run.")
-    z_loss_weight: NonNegative = key(
-        0.0,
-        "Weight of the mean of log^2 Z, where Z is the sum of the exponentials of a target's "
-        "logits (arXiv 2309.14322: 1e-4). Validation losses do not include it.",
-    )
-    label_smoothing: Share = key(
-        0.0,
-        "Share of each target's probability that is spread evenly over the vocabulary (arXiv "
-        "1512.00567). Reported and validation losses do not include it.",
-    )
-    independent_weight_decay: bool = key(
-        False,
-        "Whether weights shrink by weight_decay times the schedule's factor alone, and not times "
-        "the learning rate as well (arXiv 2309.14322). Only with optimizer `AdamW`.",
-    )
-    activation_checkpointing: bool = key(
-        False,
-        "Whether the backward pass keeps only the input of each layer and computes the layer "
-        "again: less memory, a third more work, the same numbers. It may change when a run goes "
-        "on.",
-    )
-    compile: bool = key(
-        False,
-        "Whether torch.compile compiles attention, norms and dense networks: about 10 % more "
-        "tokens a second on a GPU, a minute before the first step, and other rounding. Not "
-        "with ZeRO 3.",
-    )
-    lr_schedule: LRSchedule = key(..., "Learning rate over the steps.")
-    log_every: Count = key(10, "Steps between two lines of the log.")
-    eval_every: Count | None = key(None, "Steps between two evaluations. null: none.")
-    eval_sequences: Count | None = key(
-        None,
-        "Sequences evaluated, from the start of the validation split; with data.pairs, pairs of "
-        "each direction. null: all.",
-    )
-    eval_translations: WholeNumber = key(
-        0,
-        "Sentences of each direction, from the start of the validation split, that every "
-        "evaluation translates greedily for BLEU and chrF; the last one uses a beam of 4 too. "
-        "Only with data.pairs.",
-    )
-    save_every: SaveEvery = key(
-        None,
-        "Steps between two checkpoints. null: one at the end only, so a run that is killed starts "
-        "over. `never`: none at all, so a run leaves its numbers and no model.",
-    )
-    keep_checkpoints: Count = key(2, "Checkpoints kept; older ones are removed.")
-    resume: Literal["auto", "never"] = key(
-        "auto",
-        "Whether a run goes on from the newest checkpoint in run_dir. `auto`: if there is one. "
-        "`never`: it starts anew.",
-    )
-    sample_tokens: WholeNumber = key(
-        60,
-        "Tokens of each text shown at the end: a decoder writes, an encoder fills in. 0: none.",
-    )
+    run_dir: Text
+    """Folder of the run's output."""
+    init_from: Text | None = None
+    """Source of the first weights, for fine-tuning: another run's folder (its newest checkpoint),
+    or a folder that magnetar convert has written. null: random weights."""
+    seed: WholeNumber = 1
+    """Seed of weights, data order and dropout."""
+    num_steps: Count
+    """Optimizer steps of the whole run."""
+    z_loss_weight: NonNegative = 0.0
+    """Weight of the mean of log^2 Z, where Z is the sum of the exponentials of a target's logits
+    (arXiv 2309.14322: 1e-4). Validation losses do not include it."""
+    label_smoothing: Share = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary (arXiv
+    1512.00567). Reported and validation losses do not include it."""
+    independent_weight_decay: bool = False
+    """Whether weights shrink by weight_decay times the schedule's factor alone, and not times the
+    learning rate as well (arXiv 2309.14322). Only with optimizer `AdamW`."""
+    activation_checkpointing: bool = False
+    """Whether the backward pass keeps only the input of each layer and computes the layer again:
+    less memory, a third more work, the same numbers. It may change when a run goes on."""
+    compile: bool = False
+    """Whether torch.compile compiles attention, norms and dense networks: about 10 % more tokens a
+    second on a GPU, a minute before the first step, and other rounding. Not with ZeRO 3."""
+    lr_schedule: LRSchedule
+    """Learning rate over the steps."""
+    log_every: Count = 10
+    """Steps between two lines of the log."""
+    eval_every: Count | None = None
+    """Steps between two evaluations. null: none."""
+    eval_sequences: Count | None = None
+    """Sequences evaluated, from the start of the validation split; with data.pairs, pairs of each
+    direction. null: all."""
+    eval_translations: WholeNumber = 0
+    """Sentences of each direction, from the start of the validation split, that every evaluation
+    translates greedily for BLEU and chrF; the last one uses a beam of 4 too. Only with
+    data.pairs."""
+    save_every: SaveEvery = None
+    """Steps between two checkpoints. null: one at the end only, so a run that is killed starts
+    over. `never`: none at all, so a run leaves its numbers and no model."""
+    keep_checkpoints: Count = 2
+    """Checkpoints kept; older ones are removed."""
+    resume: Literal["auto", "never"] = "auto"
+    """Whether a run goes on from the newest checkpoint in run_dir. `auto`: if there is one.
+    `never`: it starts anew."""
+    sample_tokens: WholeNumber = 60
+    """Tokens of each text shown at the end: a decoder writes, an encoder fills in. 0: none."""
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Self:
@@ -271,43 +230,32 @@ class TrainingConfig(StrictModel):
 class SparseClipConfig(StrictModel):
     """SparseClip (arXiv 2211.13184): clipping by a norm in which experts count 1/sqrt(E)."""
 
-    enabled: bool = key(
-        True,
-        "Whether gradient_clipping is SparseClip's threshold. false: it is a threshold of the "
-        "plain norm, in which every expert counts in full.",
-    )
+    enabled: bool = True
+    """Whether gradient_clipping is SparseClip's threshold. false: it is a threshold of the plain
+    norm, in which every expert counts in full."""
 
 
 class GuardsConfig(StrictModel):
     """What a run does about faults. All of it may change when a run goes on."""
 
-    max_bad_steps: Count = key(
-        5,
-        "Bad steps in a row before the run goes back to its newest checkpoint and leaves out the "
-        "batches between. A step is bad if its loss or gradient norm is not finite; it updates "
-        "nothing.",
-    )
-    max_rollbacks: WholeNumber = key(
-        3, "Returns to one checkpoint; if one more is needed, the run ends as diverged."
-    )
-    spike_deviations: Positive | None = key(
-        None,
-        "Distance of a loss, in standard deviations above the mean of the last spike_window good "
-        "ones, from which its step is bad too. null: no step is bad because of it.",
-    )
-    spike_window: int = key(100, "Good steps that a loss is compared with.", ge=2)
-    hang_timeout_seconds: float | None = key(
-        1800.0,
-        "Seconds without progress after which the run ends with status 3 and names the rank that "
-        "the others wait for: more than the longest step, evaluation or compilation takes. null: "
-        "the run waits for ever.",
-        ge=1,
-    )
-    replica_check_every: Count | None = key(
-        None,
-        "Steps between two comparisons of the weights that several ranks hold. If they differ, the "
-        "run ends with status 3. null: never.",
-    )
+    max_bad_steps: Count = 5
+    """Bad steps in a row before the run goes back to its newest checkpoint and leaves out the
+    batches between. A step is bad if its loss or gradient norm is not finite; it updates
+    nothing."""
+    max_rollbacks: WholeNumber = 3
+    """Returns to one checkpoint; if one more is needed, the run ends as diverged."""
+    spike_deviations: Positive | None = None
+    """Distance of a loss, in standard deviations above the mean of the last spike_window good ones,
+    from which its step is bad too. null: no step is bad because of it."""
+    spike_window: int = Field(default=100, ge=2)
+    """Good steps that a loss is compared with."""
+    hang_timeout_seconds: float | None = Field(default=1800.0, ge=1)
+    """Seconds without progress after which the run ends with status 3 and names the rank that the
+    others wait for: more than the longest step, evaluation or compilation takes. null: the run
+    waits for ever."""
+    replica_check_every: Count | None = None
+    """Steps between two comparisons of the weights that several ranks hold. If they differ, the run
+    ends with status 3. null: never."""
 
 
 class _TopLevel(StrictModel):
@@ -329,50 +277,54 @@ class _TopLevel(StrictModel):
 class MagnetarConfig(_TopLevel):
     """Everything that DeepSpeed's own keys do not say."""
 
-    model: ModelConfig = key(..., "Model.")
-    data: DataConfig = key(..., "Data.")
-    training: TrainingConfig = key(..., "Training loop.")
-    sparse_clip: SparseClipConfig = key(SparseClipConfig(), "SparseClip.")
-    guards: GuardsConfig = key(GuardsConfig(), "Faults.")
+    model: ModelConfig
+    """Model."""
+    data: DataConfig
+    """Data."""
+    training: TrainingConfig
+    """Training loop."""
+    sparse_clip: SparseClipConfig = SparseClipConfig()
+    """SparseClip."""
+    guards: GuardsConfig = GuardsConfig()
+    """Faults."""
 
 
 class ConfigFile(_TopLevel, DeepSpeedKeys):
     """A whole file: DeepSpeed's keys and `magnetar`."""
 
-    magnetar: MagnetarConfig = key(..., "Model, data, training, SparseClip and guards.")
+    magnetar: MagnetarConfig
+    """Model, data, training, SparseClip and guards."""
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """A checked run: DeepSpeed's sections with defaults filled in, and Magnetar's."""
+class Layout(NamedTuple):
+    """Number of ranks, ranks that share one set of experts, and the ZeRO stage."""
+
+    world_size: int
+    ep_size: int
+    zero_stage: int
+
+    @classmethod
+    def stored(cls, manifest: Mapping[str, Any]) -> Self:
+        """The layout that wrote a checkpoint, from its manifest. No reader depends on it."""
+        return cls(*(manifest["layout"][field] for field in cls._fields))
+
+    def __str__(self) -> str:
+        """The layout as options of a command."""
+        return (
+            f"--world-size {self.world_size} --ep-size {self.ep_size} "
+            f"--zero-stage {self.zero_stage}"
+        )
+
+    def in_words(self) -> str:
+        """`2 ranks, ep_size 2, ZeRO 1`: what runs where."""
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        return f"{ranks}, ep_size {self.ep_size}, ZeRO {self.zero_stage}"
+
+
+class RunConfig(MagnetarConfig):
+    """A checked run: Magnetar's sections, and DeepSpeed's with defaults filled in."""
 
     deepspeed: dict[str, Any]
-    magnetar: MagnetarConfig
-
-    @property
-    def model(self) -> ModelConfig:
-        """The model's section."""
-        return self.magnetar.model
-
-    @property
-    def data(self) -> DataConfig:
-        """The data's section."""
-        return self.magnetar.data
-
-    @property
-    def training(self) -> TrainingConfig:
-        """The loop's section."""
-        return self.magnetar.training
-
-    @property
-    def sparse_clip(self) -> SparseClipConfig:
-        """SparseClip's section."""
-        return self.magnetar.sparse_clip
-
-    @property
-    def guards(self) -> GuardsConfig:
-        """The section of faults."""
-        return self.magnetar.guards
 
     @property
     def dtype(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -386,6 +338,10 @@ class RunConfig:
         """The ZeRO stage."""
         return self.deepspeed["zero_optimization"]["stage"]
 
+    def layout(self, world_size: int) -> Layout:
+        """The layout of this run on so many ranks."""
+        return Layout(world_size, self.model.moe.ep_size if self.model.moe else 1, self.zero_stage)
+
     @property
     def gradient_clipping(self) -> float:
         """The threshold of the gradient norm; 0 means no clipping."""
@@ -393,7 +349,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole resolved JSON; loading it again gives an equal RunConfig."""
-        magnetar = self.magnetar.model_dump(mode="json")
+        magnetar = self.model_dump(mode="json", exclude={"deepspeed"})
         return {**copy.deepcopy(self.deepspeed), "magnetar": magnetar}
 
 
@@ -411,7 +367,7 @@ def load_config(
     Raises:
         UserError: all that is wrong.
     """
-    raw, lines = read_json_object(Path(path))
+    raw, lines = read_config_file(Path(path))
     set_paths, complaints = apply_overrides(raw, overrides)
     lines += complaints
     config, problems = check_config(raw, world_size)
@@ -438,7 +394,7 @@ def check_config(
     assert world_size is None or world_size >= 1
     if strange := strange_texts(raw):
         return None, strange
-    raw = {name: value for name, value in raw.items() if name != "$schema"}
+    raw = {k: v for k, v in raw.items() if k != "$schema" and (k, v) not in _RETIRED_SECTIONS}
     valid: dict[str, Any] = {"world_size": world_size}  # filled by _TopLevel
     problems: list[Problem] = []
     try:
@@ -448,22 +404,20 @@ def check_config(
     problems += broken_rules(valid)
     if problems:
         return None, problems
-    magnetar = file.magnetar
-    reads_text = magnetar.data.pairs is None and magnetar.model.architecture != "decoder"
-    if reads_text and magnetar.data.masking is None:
-        data = magnetar.data.model_copy(update={"masking": MaskingConfig()})
-        magnetar = magnetar.model_copy(update={"data": data})
-    return RunConfig(_resolved(file, world_size), magnetar), []
+    sections = dict(file.magnetar)
+    data = file.magnetar.data
+    reads_text = data.pairs is None and file.magnetar.model.architecture != "decoder"
+    if reads_text and data.masking is None:
+        sections["data"] = data.model_copy(update={"masking": MaskingConfig()})
+    return RunConfig.model_construct(**sections, deepspeed=_resolved(file, world_size)), []
 
 
 def _resolved(file: ConfigFile, world_size: int | None) -> dict[str, Any]:
     """DeepSpeed's sections as DeepSpeed will get them."""
     out = file.model_dump(mode="json", exclude={"magnetar"}, exclude_none=True)
     if world_size is not None:
-        sizes = filled(
-            BatchSizes(out.get(TRAIN), out.get(MICRO), out.get(ACCUMULATION)), world_size
-        )
-        out |= {TRAIN: sizes.train, MICRO: sizes.micro, ACCUMULATION: sizes.accumulation}
+        names = (TRAIN, MICRO, ACCUMULATION)
+        out |= zip(names, filled(BatchSizes(*map(out.get, names)), world_size), strict=True)
     zero = out["zero_optimization"]
     if file.magnetar.model.moe is not None and zero["stage"] in (1, 2):
         zero.setdefault("parameter_alignment", True)

@@ -6,11 +6,9 @@ import re
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magnetar.data.errors import MachineError
-from magnetar.engine.build import start_distributed
-from magnetar.engine.cluster.rendezvous import launched_local_size
+from magnetar.engine.build import missing_types, start_distributed
+from magnetar.engine.cluster.hosts import path_of_programs
 from magnetar.engine.doctor.node import MARK
 
 _REPEATS = 5
@@ -57,12 +55,7 @@ class Link(NamedTuple):
 
 
 def measure(sizes: Sizes, seconds: float) -> None:
-    """Measure the collectives on every rank; rank 0 prints the results.
-
-    Args:
-        sizes: sizes of the messages.
-        seconds: time limit after which this rank ends, even inside a collective.
-    """
+    """Measure the collectives on every rank, within a time limit; rank 0 prints the results."""
     signal.alarm(round(seconds))  # the default action ends the process even inside a collective
     device = start_distributed()
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -70,7 +63,7 @@ def measure(sizes: Sizes, seconds: float) -> None:
     results: dict[str, Any] = {"backend": dist.get_backend(), "num_ranks": num_ranks}
     values = torch.full((sizes.all_reduce_bytes // 4,), rank + 1.0, device=device)
     dist.all_reduce(values)
-    results["sums_right"] = _everywhere(bool((values == num_ranks * (num_ranks + 1) / 2).all()))
+    results["sums_right"] = all(_gathered(bool((values == num_ranks * (num_ranks + 1) / 2).all())))
     results["all_reduce"] = [sizes.all_reduce_bytes, _seconds(lambda: dist.all_reduce(values))]
 
     groups = [
@@ -87,19 +80,21 @@ def measure(sizes: Sizes, seconds: float) -> None:
 
     exchange()
     senders = torch.arange(ep_size, device=device) + (rank - place)
-    results["rows_right"] = _everywhere(bool((received == senders[:, None]).all()))
+    results["rows_right"] = all(_gathered(bool((received == senders[:, None]).all())))
     results["all_to_all"] = [4 * per_rank * ep_size, _seconds(exchange), ep_size]
 
+    results["missing_types"] = _gathered(missing_types())
     results["links"] = _links(sizes.point_to_point_bytes, device)
     if rank == 0:
         print(f"{MARK}{json.dumps(results)}", flush=True)
     signal.alarm(0)
 
 
-def _everywhere(is_right: bool) -> bool:
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, is_right)
-    return all(answers)
+def _gathered(value: Any) -> list[Any]:
+    """The value of every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _synchronize() -> None:
@@ -107,17 +102,22 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _seconds(collective: Callable[[], None]) -> float:
-    """The median time of one call in seconds; all ranks start together."""
+def _times(call: Callable[[], None], prepare: Callable[[], object] = _synchronize) -> list[float]:
+    """Seconds of a few calls; a first one, which makes the connections, is not counted."""
     times = []
-    for _ in range(_REPEATS):
-        dist.barrier()
+    for _ in range(1 + _REPEATS):
+        prepare()
         _synchronize()
         start = time.perf_counter()
-        collective()
+        call()
         _synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times[1:]
+
+
+def _seconds(collective: Callable[[], None]) -> float:
+    """The median time of one call in seconds; all ranks start together."""
+    return statistics.median(_times(collective, dist.barrier))
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
@@ -133,55 +133,39 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 def _links(num_bytes: int, device: torch.device) -> list[Link]:
     """Links between the machines' first ranks, then inside each machine; complete on rank 0."""
     rank = dist.get_rank()
-    machines: list[Any] = [None] * dist.get_world_size()
-    name = os.environ.get("CROSS_RANK", os.uname().nodename)
-    dist.all_gather_object(machines, (name, launched_local_size()))
     ranks_of: dict[str, list[int]] = {}
-    for other, (machine, _) in enumerate(machines):
-        ranks_of.setdefault(machine, []).append(other)
-    own = ranks_of[machines[rank][0]]
+    for other, name in enumerate(_gathered(os.environ.get("CROSS_RANK", os.uname().nodename))):
+        ranks_of.setdefault(name, []).append(other)
+    own = next(ranks for ranks in ranks_of.values() if rank in ranks)
     leaders = [ranks[0] for ranks in ranks_of.values()]
-    most = max(len(ranks) for ranks in ranks_of.values())
+    most = max(map(len, ranks_of.values()))
     buffers = torch.ones(2, max(1, num_bytes // 4), device=device)
     found = []
     for team, size in ((leaders, len(leaders)), (own, most)):
         for pairs in rounds(size):
-            mine = next(
-                (
-                    (team[a], team[b])
-                    for a, b in pairs
-                    if b < len(team) and rank in (team[a], team[b])
-                ),
-                None,
-            )
             dist.barrier()
-            if mine is None:
-                continue
-            speed = num_bytes / _pair_seconds(buffers, mine[1] if rank == mine[0] else mine[0])
-            found.append(Link(mine, team is own, speed))
-    gathered: list[Any] = [None] * len(machines)
-    dist.all_gather_object(gathered, found)
-    both: dict[tuple[bool, tuple[int, int]], list[float]] = {}
-    for ranks, is_inside, speed in (link for links in gathered for link in links):
-        both.setdefault((is_inside, ranks), []).append(speed)
-    return [Link(ranks, inside, min(speeds)) for (inside, ranks), speeds in both.items()]
+            for ranks in [(team[a], team[b]) for a, b in pairs if b < len(team)]:
+                if rank in ranks:
+                    speed = num_bytes / _pair_seconds(buffers, sum(ranks) - rank)
+                    found.append(Link(ranks, team is own, speed))
+    slowest: dict[tuple[tuple[int, int], bool], float] = {}
+    for ranks, is_inside, speed in (link for links in _gathered(found) for link in links):
+        slowest[ranks, is_inside] = min(speed, slowest.get((ranks, is_inside), speed))
+    return [Link(*link, speed) for link, speed in slowest.items()]
 
 
 def _pair_seconds(buffers: Tensor, peer: int) -> float:
     """The best of a few times in which both ranks send and receive a buffer."""
-    times = []
-    for _ in range(1 + _REPEATS):  # the first repeat makes the connection and is not counted
-        _synchronize()
-        start = time.perf_counter()
+
+    def exchange() -> None:
         operations = [
             dist.P2POp(dist.isend, buffers[0], peer),
             dist.P2POp(dist.irecv, buffers[1], peer),
         ]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-        _synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+
+    return min(_times(exchange))
 
 
 def slow_links(links: Sequence[Link]) -> list[tuple[Link, float]]:
@@ -189,33 +173,23 @@ def slow_links(links: Sequence[Link]) -> list[tuple[Link, float]]:
     found = []
     for is_inside in (False, True):
         kind = [link for link in links if link.is_inside == is_inside]
-        if not kind:
-            continue
-        median = statistics.median(link.bandwidth for link in kind)
+        median = statistics.median([link.bandwidth for link in kind] or [0.0])
         found += [(link, median) for link in kind if link.bandwidth < _SLOW * median]
     return found
 
 
 def launch(launcher: Sequence[str], sizes: Sizes, seconds: float) -> dict[str, Any]:
-    """The measurements of all ranks, which are started by the deepspeed launcher.
-
-    Args:
-        launcher: command line of the deepspeed launcher, up to the module.
-        sizes: sizes of the messages.
-        seconds: time limit of the ranks.
+    """The measurements of all ranks, which the deepspeed launcher's command line starts.
 
     Raises:
         MachineError: if the ranks measured nothing; it has the end of their output.
     """
     asked = ",".join(map(str, (*sizes, round(seconds))))
     command = [*launcher, "--module", "magnetar.launchers.doctor", f"--measure={asked}"]
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    }
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=os.environ | {"PATH": path_of_programs()},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

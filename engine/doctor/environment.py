@@ -6,30 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.launcher.runner import (
-    DEEPSPEED_ENVIRONMENT_NAME,
-    DEEPSPEED_ENVIRONMENT_PATHS,
-    EXPORT_ENVS,
-)
+from deepspeed.launcher.runner import EXPORT_ENVS
 
-from magnetar.data.errors import UserError
+from magnetar.engine.cluster.arguments import deepspeed_env
 
 # Variables that change a run and are not handed on, unless .deepspeed_env names them.
-_MATTER = (
-    *(
-        "CUDA_",
-        "DEEPSPEED_",
-        "DS_",
-        "FI_",
-        "GLOO_",
-        "HF_",
-        "LD_",
-        "MAGNETAR_",
-        "OMP_",
-        "TOKENIZERS_",
-    ),
-    *("TORCH", "TRITON_"),
-)
+_MATTER: tuple[str, ...] = ("CUDA_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "LD_")
+_MATTER += ("MAGNETAR_", "OMP_", "TOKENIZERS_", "TORCH", "TRITON_")
 _THE_LAUNCHERS_OWN = ("DS_ENV_FILE", "CUDA_VISIBLE_DEVICES")
 
 
@@ -60,12 +43,8 @@ def exports() -> Exports:
     variables = {
         name: text.strip() for name, text in environment.items() if name.startswith(prefixes)
     }
-    files: list[Path] = []
-    for folder in DEEPSPEED_ENVIRONMENT_PATHS:
-        file = Path(folder, DEEPSPEED_ENVIRONMENT_NAME)
-        if file.is_file() and file not in files:
-            files.append(file)
-            variables |= read_variables(file)
+    named, files = deepspeed_env()
+    variables |= named
     left_behind = [
         name
         for name in os.environ
@@ -74,46 +53,21 @@ def exports() -> Exports:
     return Exports(variables, files, sorted(left_behind))
 
 
-def read_variables(file: Path) -> dict[str, str]:
-    """The variables of a .deepspeed_env.
-
-    Raises:
-        UserError: if a line is not NAME=value. The launcher accepts no empty lines or comments.
-    """
-    variables = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        name, equals, text = line.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise UserError(
-                f"{file}, line {number}: {line!r} is not NAME=value, and DeepSpeed's launcher "
-                "takes neither empty lines nor comments: mend or remove the line"
-            )
-        variables[name.strip()] = text.strip()
-    return variables
-
-
 def of_nodes(slots: Mapping[str, Sequence[int]], address: str, port: int) -> list[dict[str, str]]:
     """The variables that the launcher adds on each machine; a rank also has RANK and LOCAL_RANK."""
     num_ranks = sum(map(len, slots.values()))
     added, first = [], 0
     for index, numbers in enumerate(slots.values()):
+        variables = {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(num_ranks),
+            "CROSS_RANK": str(index),
+            "CROSS_SIZE": str(len(slots)),
+            "LOCAL_SIZE": str(len(numbers)),
+            "RANK": f"{first} to {first + len(numbers) - 1}",
+        }
         devices = ",".join(map(str, numbers))
-        added.append(
-            {
-                "MASTER_ADDR": address,
-                "MASTER_PORT": str(port),
-                "WORLD_SIZE": str(num_ranks),
-                "CROSS_RANK": str(index),
-                "CROSS_SIZE": str(len(slots)),
-                "LOCAL_SIZE": str(len(numbers)),
-                "RANK": f"{first} to {first + len(numbers) - 1}",
-            }
-            | dict.fromkeys(get_accelerator().visible_devices_envs(), devices)
-        )
+        added.append(variables | dict.fromkeys(get_accelerator().visible_devices_envs(), devices))
         first += len(numbers)
     return added
-
-
-def default_slots() -> int:
-    """The number of ranks that the launcher starts on this machine by default."""
-    return get_accelerator().device_count()

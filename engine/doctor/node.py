@@ -1,8 +1,8 @@
 """The program that reports about one machine; sent there as text, it imports nothing of ours.
 
-Standard input has this program, and then the request as one line of JSON. The answer is the time of
-the machine's clock and its report. The next line of input asks for the marks of all machines in the
-run's folder. At the end of the input the program removes its own mark.
+Standard input has this program, and then a question as one line of JSON. "report" leaves a mark in
+the run's folder, too; "marks" asks for the marks of all machines there, and "unmark" takes the own
+mark away. The answer is one line: the time of the machine's clock, and what was asked for.
 """
 
 import errno
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,11 +42,11 @@ def report(asked: dict[str, Any]) -> dict[str, Any]:
         "code": code,
         "config": lambda: digest_of_file(asked["config"]),
         "data": lambda: digest_of_data(asked["data"]),
-        "disk": lambda: disk(asked["run_dir"], asked["mark"]),
         "gpus": gpus,
         "machine": machine,
         "locks": locks,
         "port": lambda: port_problem(asked["address"], asked["port"]),
+        "disk": lambda: disk(asked["run_dir"], asked["mark"]),  # last, because it leaves the mark
     }
     told: dict[str, Any] = {"failed": {}}
     for name, part in parts.items():
@@ -61,10 +62,8 @@ def versions() -> dict[str, str]:
     """Versions of Python, the driver and packages, read without importing any."""
     found = {"python": platform.python_version()}
     for name in (*_PACKAGES, *_NCCL):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found["nccl" if name in _NCCL else name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -132,16 +131,23 @@ def nearest_folder(path: str) -> Path:
     return folder
 
 
-def marks_in(run_dir: str | None, num_expected: int) -> list[str]:
+def marks(asked: dict[str, Any]) -> list[str]:
     """The marks in the run's folder; waits a few seconds until a shared disk shows all of them."""
-    if run_dir is None:
+    if asked["run_dir"] is None:
         return []
-    folder, give_up = nearest_folder(run_dir), time.monotonic() + 3
+    folder, give_up = nearest_folder(asked["run_dir"]), time.monotonic() + 3
     while True:
         found = [path.name.removeprefix(_MARK_FILE) for path in folder.glob(f"{_MARK_FILE}*")]
-        if len(found) >= num_expected or time.monotonic() > give_up:
+        if len(found) >= asked["num_expected"] or time.monotonic() > give_up:
             return found
         time.sleep(0.2)
+
+
+def unmark(asked: dict[str, Any]) -> None:
+    """Remove the mark of this machine."""
+    if asked["run_dir"] is not None:
+        own = nearest_folder(asked["run_dir"]) / f"{_MARK_FILE}{asked['mark']}"
+        own.unlink(missing_ok=True)
 
 
 def gpus() -> dict[str, Any]:
@@ -165,15 +171,12 @@ def _nvidia(query: str) -> list[list[str]]:
 
 
 def machine() -> dict[str, Any]:
-    """Name, cores, memory, compilers, and the variables that change compilation."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Cores, shared memory, compilers, and the variables that change compilation."""
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    programs = {name: shutil.which(name, path=path) for name in ("ninja", "c++", "nvcc")}
+    programs = {name: shutil.which(name, path=path) for name in ("ninja", "c++")}
     return {
-        "name": socket.gethostname(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory": memory,
         "shared_memory": shared,
         "programs": programs,
         "variables": {name: os.environ[name] for name in _ASKED_VARIABLES if name in os.environ},
@@ -187,14 +190,12 @@ def locks() -> list[dict[str, Any]]:
     """
     default = Path.home() / ".cache/torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
-    found = [path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)]
+    found = [*root.glob("*/lock"), *root.glob("*/*/lock")]
     holders: dict[str, int] = {}
     if found:
         for link in Path("/proc").glob("[0-9]*/fd/*"):
-            try:
+            with suppress(OSError):
                 holders.setdefault(os.readlink(link), int(link.parts[2]))
-            except OSError:
-                continue
     return [
         {
             "path": str(path),
@@ -222,19 +223,10 @@ def port_problem(address: str | None, port: int | None) -> str:
 
 
 def main() -> None:
-    """Answer the requests of standard input on standard output, as the module says."""
+    """Answer the question of standard input on standard output, as the module says."""
     asked = json.loads(sys.stdin.readline())
-    print(f"{MARK}{time.time()}", flush=True)
-    try:
-        print(f"{MARK}{json.dumps(report(asked))}", flush=True)
-        if num_expected := sys.stdin.readline().strip():
-            seen = marks_in(asked["run_dir"], int(num_expected))
-            print(f"{MARK}{json.dumps(seen)}", flush=True)
-            sys.stdin.readline()  # the other machines may still look for our mark
-    finally:
-        if asked["run_dir"] is not None:
-            own = nearest_folder(asked["run_dir"]) / f"{_MARK_FILE}{asked['mark']}"
-            own.unlink(missing_ok=True)
+    answer = {"report": report, "marks": marks, "unmark": unmark}[asked["question"]](asked)
+    print(f"{MARK}{json.dumps([time.time(), answer])}", flush=True)
 
 
 if __name__ == "__main__":

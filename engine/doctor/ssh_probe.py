@@ -1,13 +1,11 @@
 """The questions to every machine of a hostfile, asked in parallel over ssh."""
 
-import contextlib
 import json
 import os
 import secrets
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,35 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from magnetar.engine.cluster.arguments import exported
 from magnetar.engine.cluster.hosts import ssh_command
-from magnetar.engine.doctor import node as node_program
-from magnetar.engine.doctor.node import MARK
+from magnetar.engine.doctor import node
 
-_SECONDS = 60.0  # time limit of a machine's report
-_SOURCE = Path(node_program.__file__)
+_SECONDS = 60.0  # time limit of an answer
 
 
-@dataclass(frozen=True)
-class Node:
-    """A machine of the run.
+@dataclass(eq=False)
+class Machine:
+    """A machine of the run, and what it has answered.
 
     Attributes:
         name: name in the hostfile.
         slots: number of ranks on it.
         is_remote: whether it is reached over ssh.
-    """
-
-    name: str
-    slots: int
-    is_remote: bool
-
-
-@dataclass
-class Answer:
-    """The answer of a machine.
-
-    Attributes:
-        node: the machine.
         report: report of engine.doctor.node; empty if there is none, for the reason in `problem`.
         clock: seconds by which its clock is ahead of ours.
         marks: names of the marks that it found in the run's folder.
@@ -51,7 +35,9 @@ class Answer:
         mark: name of its own mark.
     """
 
-    node: Node
+    name: str
+    slots: int
+    is_remote: bool
     report: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
     clock: float = 0.0
@@ -61,108 +47,71 @@ class Answer:
 
 
 def ask(
-    nodes: Sequence[Node], about: Mapping[str, Any], exports: Mapping[str, str]
-) -> list[Answer]:
-    """The answers of all machines, in their order.
+    machines: Sequence[Machine],
+    about: Mapping[str, Any],
+    exports: Mapping[str, str],
+    ssh_port: int | None = None,
+) -> None:
+    """Ask all machines, rank 0's first, and note what they answer.
 
     Args:
-        nodes: machines of the run, rank 0's first.
+        machines: machines of the run.
         about: the request: config, data, run_dir, address and port, see engine.doctor.node.
         exports: variables that the launcher sets there.
+        ssh_port: port of sshd; None: ssh's default.
     """
     token = secrets.token_hex(4)
-    conversations = [
-        _Conversation(
-            node, f"{token}-{index}", about, exports if node.is_remote else {}, index == 0
-        )
-        for index, node in enumerate(nodes)
-    ]
-    with ThreadPoolExecutor(max_workers=min(64, len(nodes))) as pool:
-        list(pool.map(_Conversation.hear_report, conversations))
-        num_marks = sum(not conversation.answer.problem for conversation in conversations)
-        list(pool.map(lambda conversation: conversation.hear_marks(num_marks), conversations))
-        list(pool.map(_Conversation.end, conversations))
-    return [conversation.answer for conversation in conversations]
+    elsewhere = {"address": None, "port": None}  # rank 0 will not listen there
+
+    def answers(question: str, **more: Any) -> None:
+        def note_answer(index: int, machine: Machine) -> None:
+            if not machine.problem:
+                asked = {"question": question, "mark": machine.mark, **about, **more}
+                answer = _answer(machine, asked | (elsewhere if index else {}), exports, ssh_port)
+                if answer is not None:
+                    setattr(machine, question, answer)
+
+        with ThreadPoolExecutor(max_workers=min(64, len(machines))) as pool:
+            list(pool.map(note_answer, range(len(machines)), machines))
+
+    for index, machine in enumerate(machines):
+        machine.mark = f"{token}-{index}"
+    try:
+        answers("report")
+        answers("marks", num_expected=sum(not machine.problem for machine in machines))
+    finally:
+        answers("unmark")
 
 
-class _Conversation:
-    """A conversation with the program on one machine."""
-
-    def __init__(
-        self,
-        node: Node,
-        mark: str,
-        about: Mapping[str, Any],
-        exports: Mapping[str, str],
-        serves: bool,
-    ) -> None:
-        self.answer = Answer(node, mark=mark)
-        self.asked = {**about, "mark": mark}
-        if not serves:
-            self.asked |= {"address": None, "port": None}
-        source = _SOURCE.read_text()
-        words = [sys.executable, "-c", "import sys; exec(sys.stdin.read(int(sys.argv[1])))"]
-        words.append(str(len(source)))
-        if node.is_remote:
-            variables = "".join(f"export {name}={shlex.quote(v)}; " for name, v in exports.items())
-            there = f"{variables}cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
-            words = ssh_command(node.name, ["sh", "-c", there])
-            self.answer.command = shlex.join(ssh_command(node.name, ["hostname"]))
-        self.process = subprocess.Popen(
+def _answer(
+    machine: Machine, asked: Mapping[str, Any], exports: Mapping[str, str], ssh_port: int | None
+) -> Any:
+    """The answer of the program on a machine; None with the reason in the machine's `problem`."""
+    source = Path(node.__file__).read_text()
+    program = "import sys; exec(sys.stdin.read(int(sys.argv[1])))"
+    words = [sys.executable, "-c", program, str(len(source))]
+    if machine.is_remote:
+        there = f"{exported(exports)}cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
+        words = ssh_command(machine.name, ["sh", "-c", there], ssh_port)
+        machine.command = shlex.join(ssh_command(machine.name, ["hostname"], ssh_port))
+    try:
+        done = subprocess.run(
             words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            input=f"{source}{json.dumps(asked)}\n",
+            capture_output=True,
             text=True,
+            timeout=_SECONDS,
             start_new_session=True,
         )
-        self.source = source
-
-    def _say(self, text: str) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # standard error has the reason
-            self.process.stdin.write(text)
-            self.process.stdin.flush()
-
-    def _hear(self) -> tuple[float, Any] | None:
-        """The arrival time and the content of its next line; None at the end of its output."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return time.time(), json.loads(line.removeprefix(MARK))
+    except subprocess.TimeoutExpired:
+        machine.problem = f"no answer within {_SECONDS:g} s"
         return None
-
-    def hear_report(self) -> None:
-        timer = threading.Timer(_SECONDS, self.process.kill)
-        timer.start()
-        try:
-            self._say(f"{self.source}{json.dumps(self.asked)}\n")
-            clock, told = self._hear(), self._hear()
-        finally:
-            timer.cancel()
-        if clock is not None:
-            self.answer.clock = clock[1] - clock[0]
-        if told is not None:
-            self.answer.report = told[1]
-            return
-        assert self.process.stderr is not None
-        status = self.process.wait()
-        said = [line.strip() for line in self.process.stderr if line.strip()]
-        if status == -9:
-            said = [f"no answer within {_SECONDS:g} s"]
-        self.answer.problem = said[-1] if said else f"it ended with status {status}"
-
-    def hear_marks(self, num_expected: int) -> None:
-        if not self.answer.problem:
-            self._say(f"{num_expected}\n")
-            self.answer.marks = (self._hear() or (0.0, []))[1]
-
-    def end(self) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    arrived = time.time()
+    for line in done.stdout.splitlines():
+        if line.startswith(node.MARK):
+            clock, answer = json.loads(line.removeprefix(node.MARK))
+            machine.clock = clock - arrived
+            return answer
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    machine.problem = said[-1] if said else f"it ended with status {done.returncode}"
+    return None

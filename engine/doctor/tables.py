@@ -22,37 +22,35 @@ def _table(*columns: str) -> rich.table.Table:
 def overview(examination: Examination) -> rich.table.Table:
     """A table of machines and checks: the worst finding in each cell."""
     table = _table("", *CHECKS)
-    for answer in examination.answers:
-        name, cells = answer.node.name, []
+    for machine in examination.machines:
+        cells = []
         for check in CHECKS:
             found = {
                 finding.severity
                 for finding in examination.findings
-                if finding.check == check and finding.node in (name, "")
+                if finding.check == check and finding.node in (machine.name, "")
             }
             worst = next((word for word in ("problem", "warning") if word in found), "")
-            if answer.problem and check != "reach":
-                cells.append("?")
-            else:
-                cells.append(f"[{_COLOURS[worst]}]{_CELLS[worst]}[/]")
-        table.add_row(escape(name), *cells)
+            is_known = check == "reach" or not machine.problem
+            cells.append(f"[{_COLOURS[worst]}]{_CELLS[worst]}[/]" if is_known else "?")
+        table.add_row(escape(machine.name), *cells)
     return table
 
 
 def machines(examination: Examination) -> rich.table.Table:
     """A table of the machines: devices, cores and versions."""
     table = _table("", "slots", "devices", "cores", "Python", "torch", "commit")
-    table.columns[0].min_width = max(len(one.node.name) for one in examination.answers)
-    for answer in examination.answers:
-        report = answer.report
+    table.columns[0].min_width = max(len(one.name) for one in examination.machines)
+    for machine in examination.machines:
+        report = machine.report
         gpus = (report.get("gpus") or {}).get("found") or []
-        versions, machine = report.get("versions") or {}, report.get("machine") or {}
+        versions, hardware = report.get("versions") or {}, report.get("machine") or {}
         names = sorted({gpu["name"].removeprefix("NVIDIA ") for gpu in gpus})
         table.add_row(
-            escape(answer.node.name),
-            str(answer.node.slots),
+            escape(machine.name),
+            str(machine.slots),
             f"{len(gpus)} {', '.join(names)}" if gpus else "CPU" if report else "?",
-            str(machine.get("cores", "?")),
+            str(hardware.get("cores", "?")),
             *(versions.get(name, "?") for name in ("python", "torch")),
             ((report.get("code") or {}).get("commit") or "?")[:8],
         )
@@ -67,10 +65,13 @@ def collectives(examination: Examination) -> rich.table.Table:
     table = _table(f"{measured['backend']}, {num_ranks} ranks")
     for column in ("size", "time", "bandwidth"):
         table.add_column(column, justify="right")
-    size, seconds = measured["all_reduce"]
-    _add_collective(table, "all-reduce of gradients", size, seconds, 2, num_ranks)
-    size, seconds, ep_size = measured["all_to_all"]
-    _add_collective(table, f"all-to-all of {ep_size} ranks", size, seconds, 1, ep_size)
+    rows = [("all-reduce of gradients", 2, *measured["all_reduce"], num_ranks)]
+    rows += [(f"all-to-all of {measured['all_to_all'][2]} ranks", 1, *measured["all_to_all"])]
+    for name, passes, size, seconds, count in rows:
+        # A rank's link carries passes * (n - 1) / n of the bytes.
+        speed = passes * (count - 1) / count * size / seconds
+        texts = (f"{size / 2**20:.2f} MiB", f"{1e3 * seconds:.2f} ms", f"{speed / 1e9:.2f} GB/s")
+        table.add_row(name, *texts)
     for is_inside, words in ((False, "between machines"), (True, "inside a machine")):
         speeds = [link.bandwidth for link in measured["links"] if link.is_inside == is_inside]
         if speeds:
@@ -78,16 +79,6 @@ def collectives(examination: Examination) -> rich.table.Table:
             pairs = "1 pair" if len(speeds) == 1 else f"{len(speeds)} pairs"
             table.add_row(f"{pairs} {words}, each way", "", "", span)
     return table
-
-
-def _add_collective(
-    table: rich.table.Table, name: str, size: int, seconds: float, passes: int, num_ranks: int
-) -> None:
-    """Add a row. A rank's link carries passes * (n - 1) / n of the bytes."""
-    carried = passes * (num_ranks - 1) / num_ranks * size / seconds
-    table.add_row(
-        name, f"{size / 2**20:.2f} MiB", f"{1e3 * seconds:.2f} ms", f"{carried / 1e9:.2f} GB/s"
-    )
 
 
 def print_findings(console: Console, examination: Examination) -> None:
@@ -107,7 +98,7 @@ def print_environment(console: Console, examination: Examination) -> None:
     """Print the variables that each machine gets, and the command that starts the ranks."""
     exports = examination.exports
     console.print("Environment\n")
-    if any(answer.node.is_remote for answer in examination.answers):
+    if any(machine.is_remote for machine in examination.machines):
         read = f", and by {', '.join(map(str, exports.files))}" if exports.files else ""
         console.print(f"On every machine, set from here{read}:", soft_wrap=True)
         for name, text in sorted(exports.variables.items()):
@@ -120,7 +111,7 @@ def print_environment(console: Console, examination: Examination) -> None:
             )
     else:
         console.print("All that is set here, and")
-    for answer, added in zip(examination.answers, examination.added, strict=True):
+    for machine, added in zip(examination.machines, examination.added, strict=True):
         words = " ".join(f"{name}={text}" for name, text in added.items())
-        console.print(f"  {answer.node.name}: {words}", soft_wrap=True, markup=False)
+        console.print(f"  {machine.name}: {words}", soft_wrap=True, markup=False)
     console.print(f"\nStarted by\n  {examination.command}", soft_wrap=True, markup=False)

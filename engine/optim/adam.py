@@ -8,6 +8,7 @@ since blocks are cut from a rank's flat partition.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from magnetar.engine.config.deepspeed import EIGHT_BIT
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
 PACKAGE = "bitsandbytes"
 VERSION = "0.50.2"
 MIN_8BIT_SIZE = 4096
@@ -30,16 +30,9 @@ _MAX_GROUP_NUMEL = 2**30  # 4 GiB of float32 gradients
 _CHUNK = BLOCK * 2**14  # elements converted at a time
 
 
-def require_optimizer_package(deepspeed: dict[str, Any]) -> None:
-    """Refuse a config whose optimizer's package is missing.
-
-    Args:
-        deepspeed: DeepSpeed's sections.
-
-    Raises:
-        UserError: the package is missing.
-    """
-    if deepspeed["optimizer"]["type"] == EIGHT_BIT and find_spec(PACKAGE) is None:
+def require_optimizer_package(optimizer_type: str) -> None:
+    """Refuse an optimizer whose package is missing."""
+    if optimizer_type == EIGHT_BIT and find_spec(PACKAGE) is None:
         what = f'optimizer.type="{EIGHT_BIT}"'
         raise missing_package(what, f"{PACKAGE}=={VERSION}", "8bit", 'use type "AdamW"')
 
@@ -51,21 +44,19 @@ def small_groups(param_groups: Iterable[dict]) -> list[dict]:
     its gradients to float32. A group of one tensor is laid out already. Parameters keep their
     order, and one that is too large for a group forms a group by itself.
     """
-    divided = []
+    divided: list[dict] = []
     for group in param_groups:
-        parts: list[list[Tensor]] = []
-        numel = 0  # of the last part
+        numel = math.inf  # of the last part; a group begins with a new one
         for parameter in group["params"]:
-            if not parts or numel + parameter.numel() > _MAX_GROUP_NUMEL:
-                parts.append([])
+            if numel + parameter.numel() > _MAX_GROUP_NUMEL:
+                divided.append(group | {"params": []})
                 numel = 0
-            parts[-1].append(parameter)
+            divided[-1]["params"].append(parameter)
             numel += parameter.numel()
-        divided += [group | {"params": part} for part in parts]
     return divided
 
 
-def takes_8_bits(tensor_numel: int, is_embedding: bool, min_8bit_size: int) -> bool:
+def takes_8_bits(tensor_numel: int, is_embedding: bool, min_8bit_size: float) -> bool:
     """Whether a tensor's moments have 8 bits; each expert's tensor counts by itself."""
     return not is_embedding and tensor_numel >= min_8bit_size
 
@@ -75,10 +66,8 @@ def groups_by_bits(
 ) -> list[dict]:
     """The parameter groups, each divided into one of 8-bit and one of 32-bit moments.
 
-    Args:
-        model: the model, with parameters that still have their shapes.
-        param_groups: the groups of all parameters that train.
-        min_8bit_size: number of elements from which on a tensor's moments have 8 bits.
+    The model's parameters must still have their shapes. A tensor's moments have 8 bits from
+    `min_8bit_size` elements on.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
@@ -88,13 +77,12 @@ def groups_by_bits(
         numel = parameter[0].numel() if is_stacked else parameter.numel()
         return 8 if takes_8_bits(numel, id(parameter) in embeddings, min_8bit_size) else 32
 
-    divided = []
-    for group in param_groups:
-        for number in (8, 32):
-            parameters = [p for p in group["params"] if bits(p) == number]
-            if parameters:
-                divided.append(group | {"params": parameters, "optim_bits": number})
-    return divided
+    return [
+        group | {"params": parameters, "optim_bits": number}
+        for group in param_groups
+        for number in (8, 32)
+        if (parameters := [p for p in group["params"] if bits(p) == number])
+    ]
 
 
 def uses_torchs_adam(optimizer: dict[str, Any]) -> bool:
@@ -103,11 +91,7 @@ def uses_torchs_adam(optimizer: dict[str, Any]) -> bool:
 
 
 def fuse_torchs_adam(deepspeed: dict[str, Any]) -> None:
-    """Make PyTorch's Adam, if it is used, update in one pass over the memory.
-
-    Args:
-        deepspeed: DeepSpeed's sections; PyTorch's own key is added to the optimizer's.
-    """
+    """Make PyTorch's Adam, if DeepSpeed's sections use it, update in one pass over the memory."""
     if uses_torchs_adam(deepspeed["optimizer"]):
         deepspeed["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
 
@@ -115,8 +99,7 @@ def fuse_torchs_adam(deepspeed: dict[str, Any]) -> None:
 def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], Any] | None:
     """A function from parameter groups to the optimizer, if DeepSpeed does not know its type.
 
-    Args:
-        deepspeed: DeepSpeed's sections; the optimizer's is removed from them.
+    The optimizer's section is then removed from DeepSpeed's sections.
     """
     section = deepspeed["optimizer"]
     if section["type"] != EIGHT_BIT:
@@ -137,14 +120,7 @@ def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], A
 
 
 def check_lengths(keys: Iterable[Tensor]) -> None:
-    """Refuse a partition that bitsandbytes' kernels would update only in part.
-
-    Args:
-        keys: the tensors that the optimizer updates.
-
-    Raises:
-        UserError: a tensor is too long.
-    """
+    """Refuse tensors of an optimizer that bitsandbytes' kernels would update only in part."""
     longest = max((tensor.numel() for tensor in keys), default=0)
     if longest > _MAX_NUMEL:
         raise UserError(
@@ -211,18 +187,8 @@ def moments(state: dict[str, Any]) -> dict[str, Moment]:
     return found
 
 
-def start_8_bit(adam: Any, group: dict, tensor: Tensor, step: int) -> None:
-    """Make a tensor's states as after `step` updates, with moments that are to be filled.
-
-    Moments of 8 bits get float32 copies on the host until `round_to_8_bits`.
-    """
-    state = adam.make_states(group, tensor, step)
-    if state["state1"].dtype == torch.uint8:
-        state |= {name: torch.zeros(tensor.numel()) for name in MOMENTS}
-
-
 def round_to_8_bits(adam: Any) -> None:
-    """Put the float32 copies that `start_8_bit` made into the states, and remove them."""
+    """Put the float32 copies that `BlockwiseAdamW.make_states` made into the states."""
     for state in adam.state.values():
         if MOMENTS[0] not in state or "state1" not in state:
             continue  # float32 moments, or another optimizer's

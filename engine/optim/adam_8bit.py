@@ -5,8 +5,11 @@ Only the code that makes the optimizer imports this, since it needs the package 
 
 from typing import Any
 
+import torch
 from bitsandbytes.optim import AdamW8bit
 from torch import Tensor
+
+from magnetar.engine.optim.adam import MOMENTS
 
 
 class BlockwiseAdamW(AdamW8bit):
@@ -22,8 +25,13 @@ class BlockwiseAdamW(AdamW8bit):
         own = {name: group[name] for name in names}
         return own | {"min_8bit_size": 0, "max_unorm": 0.0, "skip_zeros": False}
 
-    def make_states(self, group: dict[str, Any], tensor: Tensor, step: int) -> dict[str, Any]:
-        """The states of one tensor as after `step` updates, with moments of zero."""
+    def make_states(self, group: dict[str, Any], tensor: Tensor, step: int) -> None:
+        """Make a tensor's states as after `step` updates, with moments that are to be filled.
+
+        Moments of 8 bits get float32 copies on the host until `round_to_8_bits`.
+        """
         self.init_state(group, tensor, 0, 0)
-        self.state[tensor]["step"] = step
-        return self.state[tensor]
+        state = self.state[tensor]
+        state["step"] = step
+        if state["state1"].dtype == torch.uint8:
+            state |= {name: torch.zeros(tensor.numel()) for name in MOMENTS}

@@ -2,13 +2,16 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from magnetar.data.errors import UserError, missing_package
+from magnetar.engine import metrics
 
-Record = dict[str, float]
+Record = metrics.Record
+Runs = dict[Path, tuple[list[Record], list[Record]]]  # training and validation records
 
 
 def read_records(run_dir: Path) -> tuple[list[Record], list[Record]]:
@@ -20,124 +23,94 @@ def read_records(run_dir: Path) -> tuple[list[Record], list[Record]]:
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{file} does not exist: name the folder of a run that has begun to train")
-    # A run that is being written, or was killed, can end in half a line.
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    records = [json.loads(line) for line in lines]
+    lines, _, words = metrics.read_records(file)
+    if words:
+        print(f"warning: {words}", file=sys.stderr, flush=True)
+    records = [record for _, record in lines]
     train = [record for record in records if "loss" in record]
     if not train:
         raise UserError(f"{file} has no training record yet: wait for the first logged step")
     return train, [record for record in records if "valid_loss" in record]
 
 
-def layer_extremes(record: Record) -> tuple[float, float] | None:
-    """Loads of the busiest and of the idlest expert of all MoE layers; None for a dense model."""
-    highest = [value for name, value in record.items() if name.endswith("/load_max")]
-    lowest = [value for name, value in record.items() if name.endswith("/load_min")]
-    return (max(highest), min(lowest)) if highest else None
-
-
-def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
-    """Draw several runs side by side: losses, gradient norms, and BLEU if one of them translates.
+def plot(run_dirs: Sequence[Path], out: Path) -> None:
+    """Draw losses and gradient norms, BLEU where a run translates, and the routing of a single run.
 
     Args:
-        run_dirs: the runs' folders; their names label the curves.
+        run_dirs: the runs' folders; their names label the curves of several.
         out: file of the picture; its suffix chooses the format.
 
     Raises:
         UserError: a run has not written any training record.
     """
     runs = {run_dir: read_records(run_dir) for run_dir in run_dirs}
-    translate = any(_translated(valid) for _, valid in runs.values())
-    figure, (losses, norms, *bleu) = _figure(3 if translate else 2)
-    for index, (run_dir, (train, valid)) in enumerate(runs.items()):
-        name, color = run_dir.name, f"C{index}"
-        losses.plot(_steps(train), [r["loss"] for r in train], label=name, color=color)
-        losses.plot(_steps(valid), [r["valid_loss"] for r in valid], "o", color=color)
-        norms.plot(_steps(train), [r["grad_norm"] for r in train], label=name, color=color)
-        for panel in bleu:
-            _draw_bleu(panel, valid, name, color)
-    unigram_losses = {loss for loss in map(_unigram_loss, run_dirs) if loss is not None}
-    for loss in unigram_losses if len(unigram_losses) == 1 else ():
-        losses.axhline(loss, color="gray", linestyle="--", label="unigram model")
-    validated = any(valid for _, valid in runs.values())
-    losses.set_title(f"loss (nats a token){', dots: validation' if validated else ''}")
-    losses.legend(frameon=False)
-    norms.set_title("gradient norm before clipping")
-    norms.set_yscale("log")
-    _save(figure, (losses, norms, *bleu), out)
-
-
-def plot_run(run_dir: Path, out: Path) -> None:
-    """Draw a run's metrics.jsonl, with the threshold of its config and the unigram loss if known.
-
-    Args:
-        run_dir: the run's folder.
-        out: file of the picture; its suffix chooses the format.
-
-    Raises:
-        UserError: a run has not written any training record.
-    """
-    train, valid = read_records(run_dir)
-    is_sparse = layer_extremes(train[0]) is not None
-    translates = bool(_translated(valid))
-    figure, panels = _figure(2 + 2 * is_sparse + translates)
-    _draw_loss(panels[0], train, valid, _unigram_loss(run_dir))
-    _draw_gradient_norm(panels[1], train, _threshold(run_dir))
-    if is_sparse:
-        _draw_entropy(panels[2], train)
-        _draw_load(panels[3], train)
-    if translates:
-        _draw_bleu(panels[-1], valid, "", "C1")
-    _save(figure, panels, out)
-
-
-def _figure(num_panels: int) -> tuple[Any, Any]:
-    """A figure, and its panels in rows of two or three."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise missing_package("a picture", "matplotlib", "plot") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = 2 + num_panels % 2
-    rows = -(-num_panels // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(5 * columns, 3.2 * rows), layout="constrained", squeeze=False
-    )
-    panels = axes.flatten()
-    for unused in panels[num_panels:]:
-        unused.remove()
-    return figure, panels[:num_panels]
-
-
-def _save(figure: Any, panels: Iterable[Any], out: Path) -> None:
-    from matplotlib import pyplot
-
-    for panel in panels:
+    drawers = [_draw_losses, _draw_gradient_norms]
+    ((train, _), *others) = runs.values()
+    if not others and any(name.endswith("/load_max") for name in train[0]):
+        drawers += [_draw_entropy, _draw_load]
+    if any(_translated(valid) for _, valid in runs.values()):
+        drawers.append(_draw_bleu)
+    figure, panels = _figure(len(drawers))
+    for draw, panel in zip(drawers, panels, strict=True):
+        draw(panel, runs)
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlim(left=0)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
-    pyplot.close(figure)
 
 
-def _steps(records: list[Record]) -> list[float]:
-    return [record["step"] for record in records]
+def _figure(num_panels: int) -> tuple[Any, Any]:
+    """A figure, and its panels in rows of two or three."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_package("a picture", "matplotlib", "plot") from error
+
+    columns = 2 + num_panels % 2
+    rows = -(-num_panels // columns)
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in panels[num_panels:]:
+        unused.remove()
+    return figure, panels[:num_panels]
 
 
-def _draw_loss(
-    panel: Any, train: list[Record], valid: list[Record], unigram_loss: float | None
-) -> None:
-    panel.plot(_steps(train), [r["loss"] for r in train], label="training", color="C0")
-    panel.plot(
-        _steps(valid), [r["valid_loss"] for r in valid], "o-", label="validation", color="C1"
-    )
-    if unigram_loss is not None:
-        panel.axhline(unigram_loss, color="gray", linestyle="--", label="unigram model")
-    panel.set_title("loss (nats a token)")
+def _curve(panel: Any, records: Iterable[Record], name: str, style: str = "-", **how: Any) -> None:
+    points = [(record["step"], record.get(name, math.nan)) for record in records]
+    panel.plot(*zip(*points, strict=True) if points else ([], []), style, **how)
+
+
+def _draw_losses(panel: Any, runs: Runs) -> None:
+    for index, (run_dir, (train, valid)) in enumerate(runs.items()):
+        if len(runs) == 1:
+            _curve(panel, train, "loss", label="training", color="C0")
+            _curve(panel, valid, "valid_loss", "o-", label="validation", color="C1")
+        else:
+            _curve(panel, train, "loss", label=run_dir.name, color=f"C{index}")
+            _curve(panel, valid, "valid_loss", "o", color=f"C{index}")
+    unigram_losses = {loss for loss in map(_unigram_loss, runs) if loss is not None}
+    for loss in unigram_losses if len(unigram_losses) == 1 else ():
+        panel.axhline(loss, color="gray", linestyle="--", label="unigram model")
+    has_dots = len(runs) > 1 and any(valid for _, valid in runs.values())
+    panel.set_title(f"loss (nats a token){', dots: validation' if has_dots else ''}")
+    panel.legend(frameon=False)
+
+
+def _draw_gradient_norms(panel: Any, runs: Runs) -> None:
+    if len(runs) > 1:
+        for index, (run_dir, (train, _)) in enumerate(runs.items()):
+            _curve(panel, train, "grad_norm", label=run_dir.name, color=f"C{index}")
+        panel.set_title("gradient norm before clipping")
+        panel.set_yscale("log")
+        return
+    ((run_dir, (train, _)),) = runs.items()
+    _curve(panel, train, "grad_norm", label="before clipping", color="C2")
+    if threshold := _threshold(run_dir):
+        panel.axhline(threshold, color="gray", linestyle="--", label="threshold")
+    panel.set_title("gradient norm")
+    panel.set_ylim(bottom=0)
     panel.legend(frameon=False)
 
 
@@ -146,38 +119,37 @@ def _translated(valid: list[Record]) -> list[Record]:
     return [record for record in valid if "valid_bleu" in record]
 
 
-def _draw_bleu(panel: Any, valid: list[Record], name: str, color: str) -> None:
-    records = _translated(valid)
-    panel.plot(_steps(records), [r["valid_bleu"] for r in records], "o-", label=name, color=color)
+def _draw_bleu(panel: Any, runs: Runs) -> None:
+    for index, (run_dir, (_, valid)) in enumerate(runs.items()):
+        color = f"C{index}" if len(runs) > 1 else "C1"
+        _curve(panel, _translated(valid), "valid_bleu", "o-", label=run_dir.name, color=color)
     panel.set_title("greedy BLEU of the validation sample")
-    panel.set_ylim(bottom=0, auto=None)  # the top still grows with the next run
-    if name:
+    panel.set_ylim(bottom=0)
+    if len(runs) > 1:
         panel.legend(frameon=False)
 
 
-def _draw_gradient_norm(panel: Any, train: list[Record], threshold: float) -> None:
-    panel.plot(_steps(train), [r["grad_norm"] for r in train], color="C2", label="before clipping")
-    if threshold:
-        panel.axhline(threshold, color="gray", linestyle="--", label="threshold")
-    panel.set_title("gradient norm")
-    panel.set_ylim(bottom=0)
-    panel.legend(frameon=False)
-
-
-def _draw_entropy(panel: Any, train: list[Record]) -> None:
+def _draw_entropy(panel: Any, runs: Runs) -> None:
+    ((train, _),) = runs.values()
     names = [name for name in train[0] if name.endswith("/routing_entropy")]
     for name in names:
-        layer = name.split("/")[0].replace("_", " ")
-        panel.plot(_steps(train), [r[name] for r in train], label=layer)
+        _curve(panel, train, name, label=name.split("/")[0].replace("_", " "))
     panel.set_title("routing entropy (nats)")
     if 1 < len(names) <= 8:
         panel.legend(frameon=False)
 
 
-def _draw_load(panel: Any, train: list[Record]) -> None:
-    extremes = [pair for pair in map(layer_extremes, train) if pair is not None]
-    panel.plot(_steps(train), [most for most, _ in extremes], color="C3", label="busiest expert")
-    panel.plot(_steps(train), [least for _, least in extremes], color="C0", label="idlest expert")
+def _draw_load(panel: Any, runs: Runs) -> None:
+    ((train, _),) = runs.values()
+    curves = (
+        ("/load_max", max, "busiest expert", "C3"),
+        ("/load_min", min, "idlest expert", "C0"),
+    )
+    for suffix, extreme, label, color in curves:
+        for record in train:
+            shares = [value for name, value in record.items() if name.endswith(suffix)]
+            record[suffix] = extreme(shares, default=math.nan)
+        _curve(panel, train, suffix, label=label, color=color)
     panel.axhline(1.0, color="gray", linestyle="--", label="even")
     panel.set_title("load of an expert, in even shares")
     panel.set_ylim(bottom=0)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from magnetar.data.atomic import write_atomically
 from magnetar.data.loader import RunData
 from magnetar.data.text.packed_lm import IGNORE_INDEX
 from magnetar.engine.config.schema import TrainingConfig
@@ -65,15 +67,9 @@ def describe(
     train_batch_size: int,
     first_step: int,
 ) -> str:
-    """A few lines: the model, its experts, the layout, the data, the run.
+    """A few lines: the model, its experts, the layout in words, the data, the run.
 
-    Args:
-        model: the model's section.
-        layout: ranks, ZeRO stage and type, in words.
-        data: the run's data.
-        training: the loop's section.
-        train_batch_size: samples of an optimizer step.
-        first_step: steps done before this start.
+    `first_step` is the number of steps done before this start.
     """
     lines = in_words(model) | {"layout": layout} | data.describe()
     begin = f", resuming after step {first_step}" if first_step else ""
@@ -88,12 +84,6 @@ def describe(
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
-def layout_words(world_size: int, ep_size: int, zero_stage: int, dtype: str) -> str:
-    """`2 ranks, ep_size 2, ZeRO 1, fp32`: what runs where."""
-    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
-    return f"{ranks}, ep_size {ep_size}, ZeRO {zero_stage}, {dtype}"
-
-
 def finish(
     evaluations: Evaluations,
     model: ModelConfig,
@@ -105,14 +95,6 @@ def finish(
     """Write summary.json, and print the closing table, a few samples and where the files are.
 
     Every rank calls this, since ranks that share experts exchange tokens in each forward pass.
-
-    Args:
-        evaluations: the run's evaluations.
-        model: the model's section.
-        training: the loop's section.
-        totals: the numbers of the run.
-        has_tensorboard: whether the run has written for TensorBoard.
-        progress: the printer.
     """
     engine, data = evaluations.engine, evaluations.data
     before, after = evaluations.before, evaluations.after
@@ -127,7 +109,7 @@ def finish(
     run_dir, console = Path(training.run_dir), progress.console
     unigram = data.unigram_perplexity(int(after["num_tokens"]))
     summary = make_summary(evaluations, model, totals, unigram, scores, engine.device)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     console.print()
     console.print(
         evaluation_table(
@@ -142,6 +124,8 @@ def finish(
             console.print(each)
         for line in signature_lines(scores):
             console.print(line, soft_wrap=True, markup=False)
+        for warning in scores.warnings:
+            console.print(f"warning: {warning}", soft_wrap=True, markup=False)
         console.print()
     if texts:
         console.print(f"{title}\n", style="bold", markup=False)
@@ -160,12 +144,7 @@ def closing_lines(
 ) -> dict[str, str]:
     """Lines about the files of a finished run, and a command that uses its model.
 
-    Args:
-        training: the loop's section.
-        architecture: the model's.
-        directions: translation directions of the validation split; empty for text.
-        totals: the numbers of the run.
-        has_tensorboard: whether the run has written for TensorBoard.
+    `directions` are the translation directions of the validation split; none for text.
     """
     run_dir, programs = Path(training.run_dir), programs_folder()
     is_saved = training.save_every != "never"
@@ -176,14 +155,17 @@ def closing_lines(
         "metrics": f"{run_dir}/metrics.jsonl, {run_dir}/summary.json",
     }
     if has_tensorboard:
-        lines["curves"] = f"{programs}tensorboard --logdir {run_dir}/tensorboard"
-    if is_saved and architecture == "decoder":
-        lines["next"] = f'{programs}magnetar generate {run_dir} --prompt "My fellow citizens"'
-    elif is_saved and directions:
-        source, target = directions[0]
-        lines["next"] = f"{programs}magnetar translate {run_dir} --from {source} --to {target}"
-    elif is_saved:
-        lines["next"] = f"{programs}magnetar evaluate {run_dir}"
+        command = [f"{programs}tensorboard", "--logdir", f"{run_dir}/tensorboard"]
+        lines["curves"] = shlex.join(command)
+    if is_saved:
+        if architecture == "decoder":
+            command = ["generate", str(run_dir), "--prompt", "My fellow citizens"]
+        elif directions:
+            source, target = directions[0]
+            command = ["translate", str(run_dir), "--from", source, "--to", target]
+        else:
+            command = ["evaluate", str(run_dir)]
+        lines["next"] = shlex.join([f"{programs}magnetar", *command])
     return lines
 
 
@@ -206,22 +188,20 @@ def evaluation_table(title: str, rows: dict[str, dict[str, Any]], unigram: float
             byte is left out if one has none, as those of masked models.
         unigram: perplexity of the unigram model.
     """
-    columns = ["", "loss (nats)", "perplexity", "of unigram"]
-    cells = [["unigram model", f"{math.log(unigram):.4f}", f"{unigram:,.2f}", "1.000"]]
-    cells += [
+    lines = {"unigram model": {"loss": math.log(unigram), "perplexity": unigram}, **rows}
+    cells = [
         [
             name,
             f"{values['loss']:.4f}",
             f"{values['perplexity']:,.2f}",
             f"{values['perplexity'] / unigram:.3f}",
+            f"{values['bits_per_byte']:.3f}" if "bits_per_byte" in values else "",
         ]
-        for name, values in rows.items()
+        for name, values in lines.items()
     ]
-    if all("bits_per_byte" in values for values in rows.values()):
-        columns.append("bits per byte")
-        cells[0].append("")
-        for row, values in zip(cells[1:], rows.values(), strict=True):
-            row.append(f"{values['bits_per_byte']:.3f}")
+    columns = ["", "loss (nats)", "perplexity", "of unigram", "bits per byte"]
+    if not all("bits_per_byte" in values for values in rows.values()):
+        columns, cells = columns[:-1], [row[:-1] for row in cells]
     return table(title, columns, cells)
 
 
@@ -235,52 +215,37 @@ def validation_words(values: dict[str, float]) -> str:
 
 def translated_texts(before: list[Example], after: list[Example]) -> list[Text]:
     """Sources, references, and the translations of the initial and of the trained model."""
-    initial = {(example[0], example[1]): example[3] for example in before}
+    initial = {(direction, source): translation for direction, source, _, translation in before}
     texts = []
     for direction, source, reference, translation in after:
-        rows = {
-            direction: source,
-            "reference": reference,
-            "before": initial.get((direction, source), ""),
-            "after": translation,
-        }
+        first = initial.get((direction, source), "")
+        names = (direction, "reference", "before", "after")
         text = Text()
-        for name, words in rows.items():
+        for name, words in zip(names, (source, reference, first, translation), strict=True):
             text.append(f"{name:<11}", "dim").append(f"{words}\n", "bold" * (name == "after"))
         text.rstrip()
         texts.append(text)
     return texts
 
 
-def continuation_text(prompt: str, continuation: str) -> Text:
-    """Prompt and continuation as one text, the prompt dim if there are colours."""
-    return Text.assemble((prompt, "dim"), continuation)
-
-
 def closing_texts(
     engine: DeepSpeedEngine, data: RunData, architecture: str, num_tokens: int
 ) -> tuple[str, list[Text]]:
-    """A title, and what the model makes of a few validation texts.
+    """A title, and what the model makes of validation texts of some tokens; every rank calls this.
 
     A decoder continues their beginnings, an encoder fills in what is masked.
-
-    Args:
-        engine: the engine; every rank calls this.
-        data: running text.
-        architecture: the model's.
-        num_tokens: tokens of each text; 0 for no texts.
     """
     if not num_tokens:
         return "", []
     if architecture == "decoder":
         title = "Beginnings of validation documents, continued by the model"
-        return title, continued_texts(engine, data, num_tokens)
+        return title, _continued_texts(engine, data, num_tokens)
     title = "Validation texts, masked tokens [filled in], [wrong|right] where wrong"
-    return title, fill_in_masks(engine, data, num_tokens)
+    return title, _fill_in_masks(engine, data, num_tokens)
 
 
 @torch.no_grad()
-def fill_in_masks(engine: DeepSpeedEngine, data: RunData, num_tokens: int) -> list[Text]:
+def _fill_in_masks(engine: DeepSpeedEngine, data: RunData, num_tokens: int) -> list[Text]:
     """Beginnings of validation windows from all over the split, filled in by an encoder."""
     batch = data.example_windows(NUM_SAMPLES)
     if batch is None:
@@ -291,12 +256,9 @@ def fill_in_masks(engine: DeepSpeedEngine, data: RunData, num_tokens: int) -> li
     logits = model(*(torch.from_numpy(array).to(engine.device) for array in batch.inputs)).logits
     model.train(was_training)
     # Ids beyond the vocabulary are the mask and padding, which are no answers.
-    answers = logits[..., : data.vocab_size].argmax(-1).cpu().numpy()  # (B, T)
-    shown = slice(num_tokens)
-    return [
-        filled_in_text(data.tokenizer, row[shown].tolist(), asked[shown].tolist(), given[shown])
-        for row, asked, given in zip(answers, batch.targets, batch.inputs[0].tolist(), strict=True)
-    ]
+    answers = logits[..., : data.vocab_size].argmax(-1).tolist()  # (B, T)
+    rows = zip(answers, batch.targets.tolist(), batch.inputs[0].tolist(), strict=True)
+    return [filled_in_text(data.tokenizer, *(part[:num_tokens] for part in row)) for row in rows]
 
 
 def filled_in_text(
@@ -313,50 +275,47 @@ def filled_in_text(
     text, truth = Text(), list[int]()
     for answer, target, seen in zip(answers, targets, given, strict=True):
         is_asked = target != IGNORE_INDEX
-        true = piece(tokenizer, truth, target if is_asked else seen)
+        true = _piece(tokenizer, truth, target if is_asked else seen)
         if not is_asked:
             text.append(true)
         else:
-            filled = piece(tokenizer, truth, answer)
+            filled = _visible(_piece(tokenizer, truth, answer))
             text.append(" [" if true[:1] == " " and len(true) > 1 else "[")
-            text.append(visible(filled), "bold")
-            text.append(f"|{visible(true)}" * (answer != target), "dim")
+            text.append(filled, "bold")
+            text.append(f"|{_visible(true)}" * (answer != target), "dim")
             text.append("]")
         truth.append(target if is_asked else seen)
     return text
 
 
-def visible(piece: str) -> str:
+def _visible(piece: str) -> str:
     """A token's text without spaces around it; ␣ is a lone space, ¶ the end of a document."""
     return piece.strip() or ("␣" if piece else "¶")
 
 
-def piece(tokenizer: Any, before: list[int], token: int) -> str:
+def _piece(tokenizer: Any, before: list[int], token: int) -> str:
     """The text that a token adds to those before it, on which it can depend."""
     return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 
 
-def continued_texts(engine: DeepSpeedEngine, data: RunData, num_tokens: int) -> list[Text]:
+def _continued_texts(engine: DeepSpeedEngine, data: RunData, num_tokens: int) -> list[Text]:
     """Different beginnings of validation documents, continued by a decoder."""
     beginnings = data.beginnings(NUM_SAMPLES, PROMPT_TOKENS)
     if not beginnings:
         return []
     tokens = sample(engine.module, torch.tensor(beginnings, device=engine.device), num_tokens)
-    return [
-        continuation_text(*decode_continuation(data.tokenizer, row, PROMPT_TOKENS))
-        for row in tokens.tolist()
-    ]
+    return [continuation_text(data.tokenizer, row, PROMPT_TOKENS) for row in tokens.tolist()]
 
 
-def decode_continuation(tokenizer: Any, tokens: list[int], prompt_length: int) -> tuple[str, str]:
-    """Prompt and continuation as text; the continuation ends where its document does."""
+def continuation_text(tokenizer: Any, tokens: list[int], prompt_length: int) -> Text:
+    """Prompt and continuation as one text that ends where its document does; the prompt is dim."""
     # A vocabulary padded for speed has ids without a text.
     tokens = [token for token in tokens if token < tokenizer.vocab_size]
     if tokenizer.eos_id in tokens[prompt_length:]:
         tokens = tokens[: tokens.index(tokenizer.eos_id, prompt_length)]
     prompt = tokenizer.decode(tokens[:prompt_length])
     # Decoded together, since a token's text can depend on the one before it.
-    return prompt, tokenizer.decode(tokens)[len(prompt) :]
+    return Text.assemble((prompt, "dim"), tokenizer.decode(tokens)[len(prompt) :])
 
 
 def make_summary(
@@ -390,11 +349,11 @@ def make_summary(
             for name in ("torch", "deepspeed", "numpy", "sentencepiece")
         }
         | {"python": platform.python_version()},
-        "git_commit": git_commit(),
+        "git_commit": _git_commit(),
     }
 
 
-def git_commit() -> str | None:
+def _git_commit() -> str | None:
     """The commit of the sources, with "-dirty" if they differ from it; None outside a clone."""
     source = Path(__file__).parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40"]

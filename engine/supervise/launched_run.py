@@ -1,26 +1,27 @@
 """One start of a training: its launcher, what it prints, and its ranks on this machine."""
 
-import fcntl
 import os
 import pty
 import re
 import selectors
 import signal
-import struct
 import subprocess
-import sys
 import termios
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
+from magnetar.engine.cluster.hosts import path_of_programs
+
 # DeepSpeed forwards variables to other machines whose names begin with PYTHON.
 RUN_ID = "PYTHON_MAGNETAR_RUN"
 
-_PROC = Path("/proc")
 _EXIT_CODE = 49  # of /proc/PID/stat, counted from the state, which follows the name
 
 
@@ -40,44 +41,19 @@ class RunProcess(NamedTuple):
 
 def run_processes(run_id: str) -> list[RunProcess]:
     """Every living process of the run on this machine that belongs to this user."""
-    found: dict[int, dict[str, str]] = {}
-    for folder in _PROC.iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            variables = _environment(int(folder.name))
-            if variables.get(RUN_ID) == run_id:
-                found[int(folder.name)] = variables
+    found: dict[int, tuple[int, dict[str, str]]] = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            variables = process.environ()
+            if variables.get(RUN_ID) == run_id and process.pid != os.getpid():
+                found[process.pid] = (process.ppid(), variables)
     processes = []
-    for pid, variables in found.items():
-        parents = found.get(_parent(pid), {})
-        is_rank = "RANK" in variables and "RANK" not in parents
-        processes.append(
-            RunProcess(pid, int(variables["RANK"]), int(variables.get("LOCAL_SIZE", 1)))
-            if is_rank
-            else RunProcess(pid, None, 0)
-        )
+    for pid, (parent, variables) in found.items():
+        rank, local_size = None, 0
+        if "RANK" in variables and "RANK" not in found.get(parent, (0, {}))[1]:
+            rank, local_size = int(variables["RANK"]), int(variables.get("LOCAL_SIZE", 1))
+        processes.append(RunProcess(pid, rank, local_size))
     return processes
-
-
-def _environment(pid: int) -> dict[str, str]:
-    try:
-        content = (_PROC / str(pid) / "environ").read_bytes()
-    except OSError:  # it has ended, or is another user's
-        return {}
-    pairs = (entry.partition("=") for entry in content.decode(errors="replace").split("\0"))
-    return {name: value for name, _, value in pairs}
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; none if the process is gone."""
-    try:
-        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _parent(pid: int) -> int:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else 0
 
 
 def exit_status(pid: int) -> int | None:
@@ -85,10 +61,11 @@ def exit_status(pid: int) -> int | None:
 
     None if the process lives, or is gone altogether.
     """
-    fields = _stat(pid)
-    if not fields or fields[0] != "Z":
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return None
-    return os.waitstatus_to_exitcode(int(fields[_EXIT_CODE]))
+    return os.waitstatus_to_exitcode(int(fields[_EXIT_CODE])) if fields[0] == "Z" else None
 
 
 def signal_ranks(run_id: str, number: int) -> int:
@@ -104,20 +81,15 @@ def signal_ranks(run_id: str, number: int) -> int:
 
 
 def _is_caught(pid: int, number: int) -> bool:
-    try:
-        status = (_PROC / str(pid) / "status").read_text()
-    except OSError:
-        return False
-    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-    return bool(int(mask, 16) >> (number - 1) & 1)
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        mask = status.partition("SigCgt:")[2].split()[0]
+        return bool(int(mask, 16) >> (number - 1) & 1)
+    return False
 
 
 def kill_processes(run_id: str, seconds: float = 10.0) -> int:
-    """Send SIGKILL to the rest of the run on this machine, stopped or not, until it is gone.
-
-    Returns:
-        Number of processes that did not end in time, for example because they wait for a disk.
-    """
+    """Kill what is left of the run here, stopped or not; the number that did not end in time."""
     until = time.monotonic() + seconds
     while left := run_processes(run_id):
         if time.monotonic() > until:
@@ -129,11 +101,10 @@ def kill_processes(run_id: str, seconds: float = 10.0) -> int:
 
 
 def _send(pid: int, number: int) -> bool:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return False
-    return True
+        return True
+    return False
 
 
 _FAULT_OF_A_MACHINE = 3  # exit status of a rank that found a hang, or another rank gone
@@ -187,12 +158,10 @@ def killed_by(status: int | None) -> int | None:
 
 def ending(status: int | None) -> str:
     """A status in words; also the statuses that a shell gives for signals."""
-    if status is None:
-        return "ended"
     number = killed_by(status)
     if number is not None and number in set(signal.Signals):
         return f"was killed by {signal.Signals(number).name}"
-    return f"ended with status {status}"
+    return "ended" if status is None else f"ended with status {status}"
 
 
 class Launched:
@@ -203,31 +172,24 @@ class Launched:
     """
 
     def __init__(self, command: Sequence[str], run_id: str, wake: int) -> None:
-        """Start it.
-
-        Args:
-            command: command line of the launcher.
-            run_id: value of the variable that marks all of its processes.
-            wake: file descriptor that becomes readable when a signal has arrived.
-        """
+        """Start it; `run_id` marks its processes, `wake` is readable when a signal has arrived."""
         self.run_id = run_id
         self.deaths: list[Death] = []
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.failing_since: float | None = None
-        self._ranks: dict[int, tuple[int, int]] = {}  # pidfd -> pid, rank
-        self._seen: set[int] = set()
-        self._num_local_ranks = 0
+        self._seen: dict[int, RunProcess] = {}  # pid -> rank
+        self._ranks: dict[int, RunProcess] = {}  # pidfd -> rank that has not ended
         self._sinks: dict[int, int] = {}  # what we read -> where it goes
         self._begun_lines: dict[int, bytes] = {}
         self._looked = 0.0
-        self._wake = wake
         self._selector = selectors.DefaultSelector()
-        self._selector.register(wake, selectors.EVENT_READ)
+        self._on_event(wake, lambda _: os.read(wake, 4096))
         theirs = [self._stream(1), self._stream(2)]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        variables = os.environ | {RUN_ID: run_id, "PATH": path_of_programs()}
+        variables.pop("RANK", None)  # a batch system's would make the launcher look like a rank
         self.process = subprocess.Popen(
             command,
-            env=os.environ | {RUN_ID: run_id, "PATH": path},
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=theirs[0],
             stderr=theirs[1],
@@ -236,29 +198,30 @@ class Launched:
         for descriptor in theirs:
             os.close(descriptor)
         self._pidfd = os.pidfd_open(self.process.pid)
-        self._selector.register(self._pidfd, selectors.EVENT_READ)
+        self._on_event(self._pidfd, lambda _: None)
+
+    def _on_event(self, descriptor: int, call: Callable[[int], object]) -> None:
+        self._selector.register(descriptor, selectors.EVENT_READ, call)
 
     def _stream(self, sink: int) -> int:
         """The write end of a pipe or terminal; its output is copied to our own file `sink`."""
+        ours, theirs = pty.openpty() if os.isatty(sink) else os.pipe()
         if os.isatty(sink):
-            ours, theirs = pty.openpty()
             modes = termios.tcgetattr(theirs)
             modes[1] &= ~termios.OPOST  # our terminal does it
             termios.tcsetattr(theirs, termios.TCSANOW, modes)
-            fcntl.ioctl(theirs, termios.TIOCSWINSZ, _window(sink))
-        else:
-            ours, theirs = os.pipe()
         os.set_blocking(ours, False)
         self._sinks[ours] = sink
         self._begun_lines[ours] = b""
-        self._selector.register(ours, selectors.EVENT_READ)
+        self._on_event(ours, self._pass_on)
+        self.resize()
         return theirs
 
     def resize(self) -> None:
         """Hand a new size of the terminal on to the ranks."""
         for ours, sink in self._sinks.items():
-            if os.isatty(ours) and os.isatty(sink):
-                fcntl.ioctl(ours, termios.TIOCSWINSZ, _window(sink))
+            if os.isatty(sink):
+                termios.tcsetwinsize(ours, termios.tcgetwinsize(sink))
 
     def watch(self, seconds: float) -> bool:
         """Copy the output and note ranks that end, for some seconds or until a signal arrives.
@@ -268,19 +231,14 @@ class Launched:
         """
         self._look_for_ranks()
         for key, _ in self._selector.select(seconds if self._has_all_ranks else _LOOK_EVERY):
-            if key.fd == self._wake:
-                os.read(self._wake, 4096)
-            elif key.fd in self._sinks:
-                self._pass_on(key.fd)
-            elif key.fd in self._ranks:
-                self._note_death(key.fd)
+            key.data(key.fd)
         if self.process.poll() is None:
             return True
         self._look_for_ranks()
-        for descriptor in list(self._ranks):
-            if exit_status(self._ranks[descriptor][0]) is not None:
+        for descriptor, rank in list(self._ranks.items()):
+            if exit_status(rank.pid) is not None:
                 self._note_death(descriptor)
-        for descriptor in list(self._sinks):
+        for descriptor in self._sinks:
             self._pass_on(descriptor)
         return False
 
@@ -295,7 +253,7 @@ class Launched:
 
     @property
     def _has_all_ranks(self) -> bool:
-        return bool(self._seen) and len(self._seen) >= self._num_local_ranks
+        return any(len(self._seen) >= rank.local_size for rank in self._seen.values())
 
     def _look_for_ranks(self) -> None:
         now = time.monotonic()
@@ -303,19 +261,14 @@ class Launched:
             return
         self._looked = now
         for process in run_processes(self.run_id):
-            if process.rank is None or process.pid in self._seen:
-                continue
-            try:
-                descriptor = os.pidfd_open(process.pid)
-            except ProcessLookupError:
-                continue
-            self._seen.add(process.pid)
-            self._num_local_ranks = process.local_size
-            self._ranks[descriptor] = (process.pid, process.rank)
-            self._selector.register(descriptor, selectors.EVENT_READ)
+            if process.rank is not None and process.pid not in self._seen:
+                with suppress(ProcessLookupError):
+                    descriptor = os.pidfd_open(process.pid)
+                    self._seen[process.pid] = self._ranks[descriptor] = process
+                    self._on_event(descriptor, self._note_death)
 
     def _note_death(self, descriptor: int) -> None:
-        pid, rank = self._ranks.pop(descriptor)
+        pid, rank, _ = self._ranks.pop(descriptor)
         self._selector.unregister(descriptor)
         os.close(descriptor)
         status = exit_status(pid)
@@ -324,8 +277,7 @@ class Launched:
             self._is_failing()
 
     def _is_failing(self) -> None:
-        if self.failing_since is None:
-            self.failing_since = time.monotonic()
+        self.failing_since = self.failing_since or time.monotonic()
 
     def _pass_on(self, descriptor: int) -> None:
         """Copy everything that can be read now."""
@@ -348,16 +300,14 @@ class Launched:
                 self._note_line(_ANSI.sub(b"", line).decode(errors="replace").rstrip())
 
     def _note_line(self, line: str) -> None:
-        if not line:
-            return
-        self.lines.append(line)
-        for pattern in (_RETURN_CODE, _SSH_CODE):
-            match = pattern.match(line)
-            if match and int(match[2]) != 0:
-                self._is_failing()
-                if match[1] and not any(match[1] in death.name for death in self.deaths):
-                    name, status = f"a rank on {match[1]}", int(match[2])
-                    self.deaths.append(Death(name, status, time.monotonic()))
+        if line:
+            self.lines.append(line)
+        match = _RETURN_CODE.match(line) or _SSH_CODE.match(line)
+        if match and int(match[2]) != 0:
+            self._is_failing()
+            if match[1] and not any(match[1] in death.name for death in self.deaths):
+                name, status = f"a rank on {match[1]}", int(match[2])
+                self.deaths.append(Death(name, status, time.monotonic()))
 
     @property
     def _first(self) -> Death | None:
@@ -366,9 +316,8 @@ class Launched:
         Deaths long after the first failure do not count: the launcher kills ranks that do not end
         by themselves.
         """
-        # The launcher may have waited for a rank before we could read its status. It then ends with
-        # the status of the rank that it looked at first, which must not count as unknown here: the
-        # echo of another rank would be taken for the cause.
+        # The launcher may wait for a rank before we can read its status, and ends with the status
+        # of the rank that it looked at first. Otherwise the echo of another would be blamed.
         known = [
             death._replace(name="a rank", status=self.process.returncode)
             if death.status is None and self.process.returncode
@@ -401,40 +350,28 @@ class Launched:
     def cause(self) -> str:
         """The cause of the end, as far as it is known on this machine."""
         status, first = self.process.returncode, self._first
+        text = f"the launcher {'has ended before its ranks' if status == 0 else ending(status)}"
         if first is not None:
             text = f"{first.name} {ending(first.status)}"
-        elif status == 0:
-            text = "the launcher has ended before its ranks"
-        else:
-            text = f"the launcher {ending(status)}"
         said = self._said()
         return f"{text}: {said}" if said else text
 
     def _said(self) -> str:
         """The last error that a rank printed, with the lines indented below it."""
         lines = list(self.lines)
-        begins = [i for i, line in enumerate(lines) if _ERROR.match(line) and not _is_echo(line)]
+        begins = [
+            i
+            for i, line in enumerate(lines)
+            if _ERROR.match(line) and "another rank has ended" not in line
+        ]
         if not begins:
             return ""
         below = takewhile(lambda line: line.startswith("  "), lines[begins[-1] + 1 :])
         return "\n".join([lines[begins[-1]], *below])
 
 
-def _is_echo(line: str) -> bool:
-    return "another rank has ended" in line
-
-
-def _window(terminal: int) -> bytes:
-    try:
-        return fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8))
-    except OSError:
-        return struct.pack("HHHH", 24, 80, 0, 0)
-
-
 def _write_all(descriptor: int, content: bytes) -> None:
     """Write to our own output. The run continues even if the output is closed."""
-    try:
+    with suppress(OSError):
         while content:
             content = content[os.write(descriptor, content) :]
-    except OSError:
-        return

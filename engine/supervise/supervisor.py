@@ -1,21 +1,21 @@
 """The supervisor restarts a training after a crash, on the machines that are left."""
 
 import os
-import re
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import checkpoint_folders, step_of
 from magnetar.engine.cluster import logbook
-from magnetar.engine.cluster.hosts import address_of, chosen_slots, on_hosts, read_hostfile
+from magnetar.engine.cluster.hosts import LaunchOptions, address_of, on_hosts
 from magnetar.engine.config.schema import load_config
 from magnetar.engine.supervise.launched_run import (
     Launched,
@@ -26,48 +26,25 @@ from magnetar.engine.supervise.launched_run import (
 from magnetar.engine.supervise.shrink_run import fitted_settings
 
 FINISHED, BAD_INPUT, CRASHED, INTERRUPTED = 0, 2, 1, 130
-
+_SECONDS_FOR_A_SHARED_DISK = 60.0  # until it shows what another machine has written, at most
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_STEP = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(LaunchOptions):
     """The options of the supervisor and of the run.
 
     Attributes:
         config: the run's JSON.
-        settings: `--set` arguments of the JSON.
         max_restarts: largest number of restarts in a row without a new checkpoint.
         backoff: pause in seconds before a restart, doubled for each further one without progress.
         max_backoff: longest pause in seconds.
-        hostfile: path of the hostfile; None: only this machine.
-        num_nodes: number of machines, from the start of the hostfile; None: all.
-        num_gpus: number of ranks on each machine; None: its slots, or this machine's GPUs.
-        include: hosts and slots to use, in DeepSpeed's syntax.
-        exclude: hosts to leave out, in DeepSpeed's syntax.
-        master_addr: address of the first machine; None: found.
-        master_port: port of the rendezvous; None: a free one, another at each start.
-        ssh_port: port of sshd; None: ssh's default.
-        force_multi: whether a single machine of the hostfile is also reached over ssh.
-        passed: further arguments for the launcher.
     """
 
     config: Path
-    settings: tuple[str, ...] = ()
     max_restarts: int = 10
     backoff: float = 5.0
     max_backoff: float = 300.0
-    hostfile: Path | None = None
-    num_nodes: int | None = None
-    num_gpus: int | None = None
-    include: str = ""
-    exclude: str = ""
-    master_addr: str | None = None
-    master_port: int | None = None
-    ssh_port: int | None = None
-    force_multi: bool = False
-    passed: tuple[str, ...] = ()
 
 
 class Place(NamedTuple):
@@ -99,17 +76,9 @@ class Place(NamedTuple):
         return self._replace(slots=slots)
 
 
-def free_port() -> int:
-    """A TCP port of this machine that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
-
-
 def last_saved_step(run_dir: Path) -> int:
     """Step of the run's newest checkpoint, damaged or not; 0 if there is none."""
-    matches = map(_STEP.fullmatch, (path.name for path in run_dir.glob("checkpoints/step_*")))
-    return max((int(match[1]) for match in matches if match), default=0)
+    return max(map(step_of, checkpoint_folders(run_dir)), default=0)
 
 
 class Supervisor:
@@ -126,7 +95,7 @@ class Supervisor:
         self.run_dir = Path(config.training.run_dir)
         self.run_id = secrets.token_hex(8)
         self.signals: deque[int] = deque()
-        self.stopping: int | None = None  # the signal that asked for it
+        self.stopping: signal.Signals | None = None  # the signal that asked for it
         self.hosts: set[str] = set()  # hosts on which this run may have processes
         self.wanted_ranks = self._place(set()).num_ranks
         self.wake, self._woken = os.pipe()
@@ -134,29 +103,27 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit status, after supervising the run to its end."""
-        handlers = {number: self._handle(number) for number in (*_STOPPING, *_PASSED)}
+        handlers = {
+            number: signal.signal(number, lambda number, _: self.signals.append(number))
+            for number in (*_STOPPING, signal.SIGUSR1, signal.SIGWINCH)
+            if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+        }
         before = signal.set_wakeup_fd(self._woken)
         try:
             return self._run()
+        except UserError as error:
+            self._say("give-up", f"{error}")
+            return BAD_INPUT
         finally:
             signal.set_wakeup_fd(before)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _handle(self, number: int) -> Any:
-        if signal.getsignal(number) is signal.SIG_IGN:  # nohup
-            return signal.SIG_IGN
-        return signal.signal(number, lambda number, _: self.signals.append(number))
-
     def _run(self) -> int:
         num_idle = 0  # restarts since the last new checkpoint
         reached = last_saved_step(self.run_dir)
         while True:
-            try:
-                status, cause = self._start_and_watch()
-            except UserError as error:
-                self._say("give-up", f"{error}")
-                return BAD_INPUT
+            status, cause = self._start_and_watch()
             if cause == "":
                 return status
             saved = last_saved_step(self.run_dir)
@@ -176,10 +143,9 @@ class Supervisor:
                 f"{cause}. Going on after step {reached} in {seconds:g} s (restart {num_idle} of "
                 f"{self.options.max_restarts} without a new checkpoint)",
             )
-            if not self._sleep(seconds):
-                assert self.stopping is not None
-                self._say("exit", f"stopped by {_name(self.stopping)} while waiting to restart")
-                return 128 + self.stopping
+            self._sleep(seconds)
+            if self.stopping is not None:
+                return self._stopped(f"by {self.stopping.name} while waiting to restart")
 
     def _start_and_watch(self) -> tuple[int, str]:
         """Status of one start, and the cause of its crash; "" if it must not be restarted."""
@@ -188,49 +154,66 @@ class Supervisor:
             return CRASHED, f"no host of {self.options.hostfile} answers over ssh"
         self.hosts = set(place.slots) if place.is_remote else set()
         self._kill_left()  # of a start whose host did not answer then
+        before = self._book()
         launched = Launched(self._command(place, settings), self.run_id, self.wake)
         try:
             while launched.watch(0.5):
-                if why := self._pass_signals(launched):
+                why = self._pass_signals(launched)
+                if why and self.stopping is not None:
                     self._kill_left()
-                    assert self.stopping is not None
-                    self._say("exit", f"stopped at once by {_name(self.stopping)}: {why}")
-                    return 128 + self.stopping, ""
+                    return self._stopped(f"at once by {self.stopping.name}: {why}"), ""
                 if launched.is_hopeless:
                     break
             num_left = self._kill_left()
         finally:
             kill_processes(self.run_id)
             launched.close()
-        return self._outcome(launched, num_left)
+        return self._outcome(launched, num_left, before)
 
-    def _outcome(self, launched: Launched, num_left: int) -> tuple[int, str]:
-        status = launched.status
+    def _outcome(self, launched: Launched, num_left: int, before: bytes) -> tuple[int, str]:
+        status, cause = launched.status, launched.cause()
+        if status == 0 and num_left == 0 and self.stopping is not None:
+            return self._ended_well(f"stopped by {self.stopping.name}"), ""
         if status == 0 and num_left == 0:
-            how = "finished" if self.stopping is None else f"stopped by {_name(self.stopping)}"
-            saved = last_saved_step(self.run_dir)
-            self._say("exit", f"{how}; the newest checkpoint is of step {saved}" if saved else how)
-            return FINISHED, ""
-        cause = launched.cause()
+            give_up = time.monotonic() + _SECONDS_FOR_A_SHARED_DISK * bool(self.hosts)
+            while self._book() == before and time.monotonic() < give_up:
+                time.sleep(0.5)
+            if self._book() != before:
+                return self._ended_well("finished"), ""
+            self._say(
+                "give-up",
+                f"the ranks have ended with status 0, and none has written into {self.run_dir}: "
+                "they have trained in another folder. Give every machine the same JSON, and "
+                "training.run_dir on a disk that all of them and this one share",
+            )
+            return CRASHED, ""
         if self.stopping is not None:
-            self._say("exit", f"stopped by {_name(self.stopping)}, saving nothing: {cause}")
-            return 128 + self.stopping, ""
+            return self._stopped(f"by {self.stopping.name}, saving nothing: {cause}"), ""
         if status in (BAD_INPUT, INTERRUPTED):
             self._say("give-up", f"{cause}. A restart would not help")
             return status, ""
         return CRASHED, cause
 
+    def _ended_well(self, how: str) -> int:
+        saved = last_saved_step(self.run_dir)
+        self._say("exit", f"{how}; the newest checkpoint is of step {saved}" if saved else how)
+        return FINISHED
+
+    def _book(self) -> bytes:
+        """The logbook, to which each start adds a line."""
+        with suppress(OSError):
+            return (self.run_dir / logbook.NAME).read_bytes()
+        return b""
+
     def _fitted_place(self) -> tuple[Place, list[str]]:
         """The machines of the next start, and the settings that fit the run to them."""
         options = self.options
+        place = self._place(set())
         if options.hostfile is None:
-            return Place({}), list(options.settings)
-        all_hosts = self._place(set())
-        silent: set[str] = set()
-        if all_hosts.is_remote:
-            answers = on_hosts(all_hosts.slots, ["true"], options.ssh_port)
-            silent = {host for host, answer in answers.items() if answer is None}
-        place = self._place(silent)
+            return place, list(options.settings)
+        if place.is_remote:
+            answers = on_hosts(place.slots, ["true"], options.ssh_port)
+            place = self._place({host for host, answer in answers.items() if answer is None})
         for host in place.left_out:
             self._tell(f"{host} does not answer over ssh: it is left out")
         if not place.slots:
@@ -249,49 +232,19 @@ class Supervisor:
 
     def _place(self, silent: set[str]) -> Place:
         """The machines of the current hostfile, without the hosts that do not answer."""
-        options = self.options
-        if options.hostfile is None:
-            return Place({})
-        hosts = read_hostfile(options.hostfile)
-        slots = chosen_slots(hosts, options.include, options.exclude)
-        if not slots:
-            raise UserError(
-                f"--include {options.include!r} and --exclude {options.exclude!r} leave no slot "
-                f"of {options.hostfile}: name some of {', '.join(hosts)}"
-            )
-        if options.num_nodes is not None:
-            slots = dict(list(slots.items())[: options.num_nodes])
-        if options.num_gpus is not None:
-            slots = {host: list(range(options.num_gpus)) for host in slots}
+        slots = self.options.slots()
         left = {host: numbers for host, numbers in slots.items() if host not in silent}
-        is_remote = len(slots) > 1 or options.force_multi
-        return Place(left, tuple(sorted(silent)), is_remote, next(iter(slots)))
+        is_remote = self.options.is_remote(slots)
+        return Place(left, tuple(sorted(silent)), is_remote, next(iter(slots), None))
 
     def _command(self, place: Place, settings: Sequence[str]) -> list[str]:
         """The launcher's command line for one start."""
-        options = self.options
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", *options.passed]
-        command += ["--master_port", str(options.master_port or free_port())]
-        if options.ssh_port is not None:
-            command += ["--ssh_port", str(options.ssh_port)]
-        if options.hostfile is None:
-            command += [] if options.num_gpus is None else ["--num_gpus", str(options.num_gpus)]
-        else:
-            named = "@".join(f"{h}:{','.join(map(str, s))}" for h, s in place.slots.items())
-            # The supervisor has just asked every host; the launcher would ask the first one again.
-            command += ["--hostfile", str(options.hostfile), "--include", named, "--no_ssh_check"]
-            command += ["--master_addr", self._master_addr(place)]
-            command += ["--force_multi"] if place.is_remote else []
-        command += [
-            "--module",
-            "magnetar.launchers.train",
-            "--deepspeed_config",
-            str(options.config),
-        ]
-        return command + [part for text in settings for part in ("--set", text)]
+        words = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        words += self.options.words(self._master_addr(place), place.slots, place.is_remote)
+        return words + self.options.training(settings)
 
     def _master_addr(self, place: Place) -> str:
-        host = next(iter(place.slots))
+        host = next(iter(place.slots), "")
         if self.options.master_addr is not None and host == place.first:
             return self.options.master_addr
         return address_of(host, self.options.ssh_port) if place.is_remote else "127.0.0.1"
@@ -306,28 +259,25 @@ class Supervisor:
             if number == signal.SIGINT and self.stopping == signal.SIGINT:
                 return "it came twice"
             if number in _STOPPING:
-                self.stopping = number
+                self.stopping = signal.Signals(number)
             # A closed terminal is no reason to lose steps, and ranks know nothing of SIGHUP.
             sent = signal.SIGTERM if number == signal.SIGHUP else number
             num_ranks = signal_ranks(self.run_id, sent)
             answers = self._on_other_hosts("signal_ranks", sent)
             num_ranks += sum(int(answer) for answer in answers if answer)
-            self._tell(f"{_name(sent)} goes to {num_ranks} ranks")
+            self._tell(f"{signal.Signals(sent).name} goes to {num_ranks} ranks")
             if self.stopping is not None and num_ranks == 0:
                 return "no rank has begun"
         return ""
 
-    def _sleep(self, seconds: float) -> bool:
-        """Whether the pause ended without a signal that asks to stop."""
+    def _sleep(self, seconds: float) -> None:
+        """Wait, or until a signal asks to stop."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while self.stopping is None and time.monotonic() < until:
             time.sleep(min(0.1, seconds))
             while self.signals:
-                number = self.signals.popleft()
-                if number in _STOPPING:
-                    self.stopping = number
-                    return False
-        return True
+                if (number := self.signals.popleft()) in _STOPPING:
+                    self.stopping = signal.Signals(number)
 
     def _kill_left(self) -> int:
         """Number of processes of the run that were left on all hosts, after killing them."""
@@ -346,6 +296,12 @@ class Supervisor:
         words = ["sh", "-c", there, "sh", os.getcwd(), sys.executable, program]
         return list(on_hosts(sorted(self.hosts), words, self.options.ssh_port).values())
 
+    def _stopped(self, how: str) -> int:
+        """The status after a signal has stopped the run; `how` begins with "by" or "at once"."""
+        assert self.stopping is not None
+        self._say("exit", f"stopped {how}")
+        return 128 + self.stopping
+
     def _say(self, event: str, text: str) -> None:
         """Write to the logbook and to the terminal."""
         self._tell(f"{event}: {text}")
@@ -355,14 +311,5 @@ class Supervisor:
             self._tell(f"the logbook cannot be written: {error}")
 
     def _tell(self, text: str) -> None:
-        try:
+        with suppress(OSError):
             print(f"supervise: {text}", file=sys.stderr, flush=True)
-        except OSError:
-            return
-
-
-_PASSED = (signal.SIGUSR1, signal.SIGWINCH)
-
-
-def _name(number: int | None) -> str:
-    return signal.Signals(number).name if number is not None else "nothing"

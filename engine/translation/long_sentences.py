@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import Codec
@@ -20,8 +19,7 @@ _BORDERS = (
 )
 
 
-@dataclass(frozen=True)
-class Fitted:
+class Fitted(NamedTuple):
     """Sources that fit into the positions, and the sentences that they come from.
 
     Attributes:
@@ -46,7 +44,7 @@ def fit(
     """Token ids of texts that are to be translated, none of more than max_len tokens.
 
     Args:
-        texts: one sentence each; an empty one, or one of spaces only, has no ids.
+        texts: one sentence each; one that is empty, or has no token of its own, has no ids.
         codec: the model's vocabulary.
         target: target language.
         max_len: positions of the encoder, with those of the tag and the end.
@@ -56,12 +54,14 @@ def fit(
     Raises:
         UserError: a sentence is longer and is to be refused, or the language is unknown.
     """
-    found = Fitted([], [], [])
+    found, nothing = Fitted([], [], []), codec.source_ids("", target)
     for number, text in enumerate(texts):
         text = text.strip()
         if not text:
             continue
         ids = codec.source_ids(text, target)
+        if ids == nothing:  # the vocabulary drops all of its characters
+            continue
         parts = [ids]
         if len(ids) > max_len:
             found.too_long.append(number)
@@ -71,18 +71,16 @@ def fit(
                     f"most max_seq_len={max_len}: shorten it, or let it be split or truncated with "
                     "--too-long, or by data.pairs.too_long_inference of the run"
                 )
-            if too_long == "truncate":
-                parts = [[*ids[: max_len - 1], codec.eos_id]]
-            else:
+            if too_long == "split":
                 pieces = split_text(
                     text, lambda part: len(codec.source_ids(part, target)) <= max_len
                 )
-                # A single character can have more tokens than there are positions.
                 parts = [codec.source_ids(piece, target) for piece in pieces]
-                parts = [
-                    part if len(part) <= max_len else [*part[: max_len - 1], codec.eos_id]
-                    for part in parts
-                ]
+            # A single character, too, can have more tokens than there are positions.
+            parts = [
+                part if len(part) <= max_len else [*part[: max_len - 1], codec.eos_id]
+                for part in parts
+            ]
         found.ids.extend(parts)
         found.sentence.extend([number] * len(parts))
     return found

@@ -2,12 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
 from magnetar.data.errors import missing_package
 from magnetar.data.pairs.codec import Codec
@@ -93,20 +94,17 @@ def _translate_batch(
     sample_ids: Sequence[int],
 ) -> list[Translation]:
     device = model.decoder.embedding.weight.device
-    rows = [sources[number] for number in numbers]
-    lengths = [len(row) for row in rows]
-    longest = max(lengths)
-    source = torch.tensor([[*row, *[codec.eos_id] * (longest - len(row))] for row in rows])
-    is_padded = min(lengths) < longest
-    padding = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
-    most = model.decoder.max_len
-    limits = [min(most, decoding.max_len or default_max_len(length)) for length in lengths]
+    rows = [torch.tensor(sources[number]) for number in numbers]
+    lengths = torch.tensor([len(row) for row in rows])
+    source = pad_sequence(rows, batch_first=True, padding_value=codec.eos_id)  # (B, S)
+    padding = torch.arange(source.size(1)) >= lengths.unsqueeze(1)
+    limits = [decoding.max_len or default_max_len(len(row)) for row in rows]
     return translate(
         model,
         source.to(device),
-        padding.to(device) if is_padded else None,
+        padding.to(device) if padding.any() else None,
         codec.eos_id,
-        max_len=torch.tensor(limits),
+        max_len=torch.tensor([min(limit, model.decoder.max_len) for limit in limits]),
         beam=decoding.beam,
         length_penalty=decoding.length_penalty,
         allowed=allowed_tokens(model, codec),
@@ -163,13 +161,18 @@ def _subtag(language: str) -> str:
     return language.replace("_", "-").split("-")[0].lower()
 
 
-@dataclass(frozen=True)
-class DirectionScore:
-    """BLEU and chrF, from 0 to 100, over num_sentences sentences."""
+class DirectionScore(NamedTuple):
+    """BLEU and chrF, from 0 to 100, over a number of sentences."""
 
     bleu: float
     chrf: float
     num_sentences: int
+
+
+def has_no_blanks(texts: Iterable[str]) -> bool:
+    """Whether most of the texts that are not empty are written without blanks."""
+    written = [text.strip() for text in texts if text.strip()]
+    return sum(len(text.split()) == 1 for text in written) * 2 > len(written)
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ class TranslationScores:
         num_truncated: number of sources that were longer than the model's positions.
         examples: the first source, its reference and its translation, by direction.
         translations: all translations, by direction.
+        warnings: sentences about directions whose BLEU says little.
     """
 
     directions: dict[tuple[str, str], DirectionScore]
@@ -191,8 +195,9 @@ class TranslationScores:
     chrf_signature: str
     decoding: Decoding
     num_truncated: int
-    examples: dict[tuple[str, str], tuple[str, str, str]] = field(default_factory=dict)
-    translations: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    examples: dict[tuple[str, str], tuple[str, str, str]]
+    translations: dict[tuple[str, str], list[str]]
+    warnings: Sequence[str] = ()
 
     @property
     def bleu(self) -> float:
@@ -215,12 +220,8 @@ class TranslationScores:
             "bleu_signatures": self.bleu_signatures,
             "chrf_signature": self.chrf_signature,
             "directions": {
-                f"{source}-{target}": {
-                    "bleu": score.bleu,
-                    "chrf": score.chrf,
-                    "sentences": score.num_sentences,
-                }
-                for (source, target), score in self.directions.items()
+                "-".join(direction): {"bleu": bleu, "chrf": chrf, "sentences": number}
+                for direction, (bleu, chrf, number) in self.directions.items()
             },
         }
 
@@ -269,22 +270,31 @@ def evaluate_translation(
         owners += [(direction, number) for number in fitted.sentence]
         num_truncated += len(fitted.too_long)
     answers = {direction: [""] * len(sources) for direction, (sources, _) in texts.items()}
-    found = translate_ids(model, codec, ids, decoding, progress)
-    for (direction, number), translation in zip(owners, found, strict=True):
+    translations = translate_ids(model, codec, ids, decoding, progress)
+    for (direction, number), translation in zip(owners, translations, strict=True):
         answers[direction][number] = one_line(codec.decode(translation.tokens))
     chrf, signatures = sacrebleu.CHRF(), dict[str, str]()
-    scores, examples = {}, {}
+    scores, examples, warnings = {}, {}, []
     for direction, (sources, references) in texts.items():
-        tokenizer = bleu_tokenizer(direction[1])
+        found, tokenizer = answers[direction], bleu_tokenizer(direction[1])
+        if tokenizer == "13a" and has_no_blanks(references):
+            warnings.append(
+                f"BLEU of {'-'.join(direction)} says little: most references have no blanks, and "
+                f"its tokenizer 13a takes each for one word. Name the language {direction[1]!r} by "
+                "its code, such as zh, ja or th, when you prepare the pairs, or look at chrF"
+            )
         bleu = sacrebleu.BLEU(tokenize=tokenizer)
-        scores[direction] = DirectionScore(
-            bleu.corpus_score(answers[direction], [list(references)]).score,
-            chrf.corpus_score(answers[direction], [list(references)]).score,
-            len(sources),
-        )
+        values = [one.corpus_score(found, [list(references)]).score for one in (bleu, chrf)]
+        scores[direction] = DirectionScore(values[0], values[1], len(sources))
         signatures[tokenizer] = str(bleu.get_signature())
-        examples[direction] = sources[0], references[0], answers[direction][0]
-    signature = str(chrf.get_signature())
+        examples[direction] = sources[0], references[0], found[0]
     return TranslationScores(
-        scores, signatures, signature, decoding, num_truncated, examples, answers
+        scores,
+        signatures,
+        str(chrf.get_signature()),
+        decoding,
+        num_truncated,
+        examples,
+        answers,
+        warnings,
     )

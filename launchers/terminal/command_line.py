@@ -2,9 +2,13 @@
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from magnetar.data.errors import UserError
 
@@ -43,6 +47,64 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return matches[0] if matches else ""
 
 
+Rule = tuple[Callable[[Any], bool], str]  # what holds of a value, and what it must be in words
+AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
+COUNT: Rule = (lambda value: 1 <= value < 2**31, "at least 1 and less than 2^31")  # of rows
+LENGTH_PENALTY: Rule = (
+    lambda value: 0 <= value <= 10,  # what n tokens are raised to must stay a number
+    "0 to 10: 0 compares plain probabilities, 1 those of a token",
+)
+TOP_P: Rule = (lambda value: 0 < value <= 1, "more than 0 and at most 1: 1 allows every token")
+SEED: Rule = (lambda value: 0 <= value < 2**63, "0 or more and less than 2^63")
+
+
+class _Ruled(argparse.Action):
+    """Stores a value that keeps a rule; any other is a UserError that names the option."""
+
+    def __init__(self, rule: Rule, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.rule = rule
+
+    def __call__(self, _parser: object, options: object, value: Any, *_: object) -> None:
+        holds, must = self.rule
+        if not holds(value):
+            shown = f"{value:g}" if isinstance(value, float) else value
+            raise UserError(f"{self.option_strings[0]} {shown} must be {must}")
+        setattr(options, self.dest, value)
+
+
+def add_option(
+    parser: argparse._ActionsContainer,
+    words: str,
+    about: str,
+    kind: Callable[[str], Any] | None = None,
+    default: Any = None,
+    **more: Any,
+) -> None:
+    """Add an argument to a parser, or to a group of it.
+
+    Args:
+        parser: the parser or group.
+        words: `--name PLACEHOLDER`; `--name` alone for a flag; `name` for an argument by its place.
+        about: help text.
+        kind: function that makes the value of a text; None: the text itself.
+        default: value where the option is missing.
+        more: further keywords of `add_argument`; and `rule`, what the value must be.
+    """
+    *names, last = words.split()
+    if names and not last.startswith("-"):
+        more["metavar"] = last
+    else:
+        names.append(last)
+    if "metavar" in more or kind or not last.startswith("-"):
+        more |= {"type": kind, "default": default}
+    else:
+        more["action"] = "store_true"
+    if "rule" in more:
+        more["action"] = _Ruled
+    parser.add_argument(*names, help=about, **more)
+
+
 def shipped_configs() -> list[str]:
     """The names of the configs that are installed with Magnetar, without `.json`."""
     return sorted(path.stem for path in CONFIGS.glob("*.json") if path.name != "schema.json")
@@ -68,26 +130,16 @@ def find_config(text: str) -> Path:
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """The run's JSON, in two spellings, and `--set`. `take_config` reads them."""
-    parser.add_argument(
-        "json",
-        nargs="?",
-        metavar="JSON",
-        help="the run's JSON: a path, or the name of a shipped config, such as quickstart",
-    )
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="the same, as DeepSpeed has it")
+    what = "the run's JSON: a path, or the name of a shipped config, such as quickstart"
+    add_option(parser, "json", what, nargs="?", metavar="JSON")
+    add_option(parser, "--deepspeed_config JSON", "the same, as DeepSpeed has it")
     add_set_option(parser)
 
 
 def add_set_option(parser: argparse.ArgumentParser, dest: str = "set") -> None:
     """`--set KEY=VALUE`, which may be repeated."""
-    parser.add_argument(
-        "--set",
-        dest=dest,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace the value of any key, such as magnetar.model.num_layers=4; may be repeated",
-    )
+    what = "replace the value of any key, such as magnetar.model.num_layers=4; may be repeated"
+    add_option(parser, "--set KEY=VALUE", what, default=[], action="append", dest=dest)
 
 
 def take_config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path:
@@ -102,28 +154,14 @@ def take_config(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 
 def add_run_options(parser: argparse.ArgumentParser, run: str, data: str) -> None:
     """A trained run, one of its checkpoints, and a folder that replaces the run's own data."""
-    parser.add_argument("run", type=Path, help=run)
-    parser.add_argument(
-        "--checkpoint", metavar="NAME", help="such as step_00000400 (default: the newest)"
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+    add_option(parser, "run", run, Path)
+    add_option(parser, "--checkpoint NAME", "such as step_00000400 (default: the newest)")
+    add_option(parser, "--data DIR", data, Path)
 
 
 def option_of(name: str) -> str:
     """The option whose value the attribute `name` holds."""
     return f"--{name.replace('_', '-')}"
-
-
-def require_at_least_1(options: argparse.Namespace, names: Sequence[str]) -> None:
-    """Refuse values below 1; None is allowed.
-
-    Raises:
-        UserError: naming the option and its value.
-    """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{option_of(name)} {value} must be at least 1")
 
 
 def given_values(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -132,17 +170,27 @@ def given_values(options: argparse.Namespace, names: Iterable[str]) -> dict[str,
     return {name: value for name, value in values.items() if value is not None}
 
 
-def whole_number(text: str, least: int) -> int:
-    """A whole number of at least `least`.
+def whole_number(text: str, least: int, most: int | None = None) -> int:
+    """A whole number of at least `least`, and no more than `most`.
 
     Raises:
         argparse.ArgumentTypeError: the text is anything else.
     """
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+    is_one = re.fullmatch("[0-9]{1,18}", text) is not None and int(text) >= least
+    if not is_one or (most is not None and int(text) > most):
+        range_ = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text} is no whole number {range_}")
     return int(text)
 
 
 def positive(text: str) -> int:
     """A whole number from 1 on; see `whole_number`."""
     return whole_number(text, 1)
+
+
+def terminal_bar(text: str, shown: bool = True) -> Progress:
+    """A bar on a terminal's standard error; nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    disable = not (shown and console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=disable)

@@ -72,14 +72,17 @@ def _typed() -> str:
     return command_of(program.stem)
 
 
-def _report(error: BaseException) -> str:
-    """The traceback, with what somebody who looks for the defect needs beside it."""
+def write_report(error: BaseException) -> str:
+    """Write what somebody needs who looks for the defect, and return where it is.
+
+    The folder is the run's, or the temporary one.
+    """
     versions = [f"magnetar {magnetar.__version__}", f"python {platform.python_version()}"]
     for name in ("torch", "deepspeed", "numpy", "pydantic"):
         with suppress(metadata.PackageNotFoundError):
             versions.append(f"{name} {metadata.version(name)}")
     ranks = [f"{name}={os.environ[name]}" for name in _OF_RANKS if name in os.environ]
-    return "\n".join(
+    text = "\n".join(
         [
             f"command   {shlex.join(sys.orig_argv)}",
             f"folder    {os.getcwd()}",
@@ -91,11 +94,6 @@ def _report(error: BaseException) -> str:
             *traceback.format_exception(error),
         ]
     )
-
-
-def write_report(error: BaseException) -> str:
-    """Write the report into the run's folder or the temporary one; where it is."""
-    text = _report(error)
     moment = time.strftime("%Y%m%d_%H%M%S")
     name = f"magnetar_defect_{moment}_rank_{os.environ.get('RANK', '0')}_{os.getpid()}.txt"
     for folder in (error.__dict__.get("_report_folder"), Path(tempfile.gettempdir())):
@@ -108,12 +106,7 @@ def write_report(error: BaseException) -> str:
 
 
 def defect_message(error: BaseException, where: str) -> str:
-    """The paragraph that a user sees.
-
-    Args:
-        error: the exception.
-        where: what `write_report` has returned.
-    """
+    """The paragraph that a user sees; `where` is what `write_report` has returned."""
     said = str(error).strip().partition("\n")[0]
     said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
     what = f"{type(error).__name__}: {said}" if said else type(error).__name__

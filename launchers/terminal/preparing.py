@@ -4,9 +4,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import rich.box
 import rich.progress
@@ -14,10 +15,12 @@ import rich.table
 from rich.console import Console
 
 from magnetar.data.pairs.folder import PairsManifest
-from magnetar.data.prepared_folder import Reporter
+from magnetar.data.prepared_folder import Config, Reporter
 from magnetar.data.text.token_files import Manifest
 
 SECONDS_BETWEEN_LINES = 10.0
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+AnyManifest = TypeVar("AnyManifest", Manifest, PairsManifest)
 
 
 def add_options(parser: argparse.ArgumentParser, tokenizer: str, metavar: str) -> None:
@@ -35,28 +38,28 @@ def add_options(parser: argparse.ArgumentParser, tokenizer: str, metavar: str) -
     )
 
 
-def print_summary(
-    table: rich.table.Table,
-    lines: Sequence[str],
-    manifest: Manifest | PairsManifest,
-    out: Path,
-    was_there: bool,
+def prepare_and_print(
+    config: AnyConfig,
+    prepare: Callable[[AnyConfig, Reporter], AnyManifest],
+    summary: Callable[[AnyManifest], tuple[rich.table.Table, Sequence[str]]],
 ) -> None:
-    """Print what a prepared folder holds.
+    """Prepare a folder, and print what it holds.
 
     Args:
-        table: its splits.
-        lines: what stands below them, before the vocabulary.
-        manifest: the folder's.
-        out: the folder.
-        was_there: whether nothing had to be done.
+        config: what to prepare.
+        prepare: makes the folder.
+        summary: the table of its splits, and the lines below it, before the vocabulary.
     """
+    was_there = config.out.exists()  # it is left as it is then
+    with _terminal_reporter() as reporter:
+        manifest = prepare(config, reporter)
+    table, lines = summary(manifest)
     console = Console()
     console.print(table)
     console.print(
         *lines,
         f"vocabulary: {manifest.vocab_size:,} entries, {manifest.tokenizer_file}",
-        f"{'up to date' if was_there else 'written'}: {out}",
+        f"{'up to date' if was_there else 'written'}: {config.out}",
         sep="\n",
         highlight=False,
         soft_wrap=True,
@@ -72,10 +75,21 @@ def summary_table(columns: Sequence[str], texts: Sequence[str]) -> rich.table.Ta
 
 
 @contextmanager
-def terminal_reporter() -> Iterator[Reporter]:
+def _terminal_reporter() -> Iterator[Reporter]:
     """A reporter that draws a bar on a terminal, and else writes a line now and then."""
+    last = time.monotonic()
+
+    def line(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def line_progress(stage: str, done_bytes: int, all_bytes: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            line(f"{stage}: {done_bytes / 1e6:,.0f} of {all_bytes / 1e6:,.0f} MB read")
+
     if not sys.stderr.isatty():
-        yield Reporter(message=_print_line, progress=_LineProgress())
+        yield Reporter(message=line, progress=line_progress)
         return
     columns = [
         rich.progress.TextColumn("{task.description}"),
@@ -93,17 +107,3 @@ def terminal_reporter() -> Iterator[Reporter]:
             bars.update(tasks[stage], completed=done_bytes)
 
         yield Reporter(message=bars.console.print, progress=progress)
-
-
-def _print_line(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class _LineProgress:
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, stage: str, done_bytes: int, all_bytes: int) -> None:
-        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            _print_line(f"{stage}: {done_bytes / 1e6:,.0f} of {all_bytes / 1e6:,.0f} MB read")

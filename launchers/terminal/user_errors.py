@@ -18,6 +18,7 @@ from magnetar.launchers.terminal.defects import (
     is_first_to_fail,
     write_report,
 )
+from magnetar.launchers.terminal.output import prepare_output
 
 
 def quiet_deepspeed() -> None:
@@ -50,8 +51,7 @@ _NEED_LESS = (
     "more ranks"
 )
 
-_DEFECT, _FAULT_OF_A_MACHINE = 1, 3
-
+_DEFECT, _BAD_INPUT, _FAULT_OF_A_MACHINE = 1, 2, 3
 
 # What torch says of a GPU's and of the host's memory.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -70,31 +70,56 @@ def _ranks_have_joined() -> bool:
     return distributed is not None and distributed.is_initialized()
 
 
-def _end(message: str, is_everybodys: bool, status: int = 2) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not is_everybodys:
+def _say(message: str) -> None:
+    with suppress(OSError, ValueError):  # nobody reads it: the status is all that is left to say
         print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1.0)
-    _leave(status)
 
 
 def _leave(status: int) -> NoReturn:
     if _ranks_have_joined():
         # Other ranks may wait in a collective, so the groups cannot be left in order, and Python's
         # own ending may abort: see engine.cluster.process_groups.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     raise SystemExit(status) from None
 
 
-def _end_of_defect(error: Exception) -> NoReturn:
-    """Write the report, print a paragraph if no other rank does, and exit with status 1."""
+def _expected(error: Exception) -> tuple[str, int, bool] | None:
+    """The message, the status, and whether every rank has it; None for a defect of ours."""
+    if isinstance(error, UserError | MachineError):
+        status = _BAD_INPUT if isinstance(error, UserError) else _FAULT_OF_A_MACHINE
+        return str(error), status, error.on_every_rank or not _ranks_have_joined()
+    if isinstance(error, OSError) and error.errno in _WAYS_OUT:
+        name = error.filename or "a file of this run"
+        return f"{name}: {error.strerror}: {_WAYS_OUT[error.errno]}", _BAD_INPUT, False
+    said = str(error)
+    is_torchs = isinstance(error, RuntimeError)
+    if isinstance(error, MemoryError) or (is_torchs and any(map(said.__contains__, _NO_MEMORY))):
+        said = said.partition("\n")[0]
+        return f"not enough memory: {said}: {_NEED_LESS}", _BAD_INPUT, False
+    if is_torchs and any(map(said.__contains__, _LOST_PEER)):
+        return _LOST_PEER_MESSAGE, _FAULT_OF_A_MACHINE, False
+    return None
+
+
+def _end(error: Exception) -> NoReturn:
+    expected = _expected(error)
+    if expected is not None:
+        message, status, is_everybodys = expected
+        if is_everybodys and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(1.0)
+        else:
+            _say(message)
+        if message == _LOST_PEER_MESSAGE and "WORLD_SIZE" in os.environ:
+            time.sleep(_AFTER_A_PEER)
+        _leave(status)
     where = write_report(error)
     if is_first_to_fail():
         if os.environ.get(TRACEBACK, "0") != "0":
             traceback.print_exception(error)
-        print(f"error: {defect_message(error, where)}", file=sys.stderr, flush=True)
+        _say(defect_message(error, where))
     if "WORLD_SIZE" in os.environ:
         # The rank that prints must not be killed before, and others must see for a while that it
         # has printed: a launcher ends all ranks when it finds that one has ended.
@@ -114,37 +139,20 @@ def user_errors() -> Iterator[None]:
     kills everybody as soon as one rank has ended, and that must not be the rank that prints. What
     concerns one rank alone (damaged data that it reads, no space on its disk) that rank prints.
     """
+    prepare_output()
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # of --help, say
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()  # or a closed pipe would be found when it is too late to say so
-    except UserError as error:
-        _end(str(error), is_everybodys=error.on_every_rank or not _ranks_have_joined())
-    except MachineError as error:
-        is_everybodys = error.on_every_rank or not _ranks_have_joined()
-        _end(str(error), is_everybodys, _FAULT_OF_A_MACHINE)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
-            _leave_closed_pipe()
-        if error.errno not in _WAYS_OUT:
-            _end_of_defect(error)
-        name = error.filename or "a file of this run"
-        _end(f"{name}: {error.strerror}: {_WAYS_OUT[error.errno]}", is_everybodys=False)
-    except MemoryError as error:
-        _end(f"not enough memory: {error}: {_NEED_LESS}", is_everybodys=False)
-    except RuntimeError as error:
-        if any(words in str(error) for words in _NO_MEMORY):
-            said = str(error).partition("\n")[0]
-            _end(f"not enough memory: {said}: {_NEED_LESS}", is_everybodys=False)
-        if not any(words in str(error) for words in _LOST_PEER):
-            _end_of_defect(error)
-        print(f"error: {_LOST_PEER_MESSAGE}", file=sys.stderr, flush=True)
-        if "WORLD_SIZE" in os.environ:
-            time.sleep(_AFTER_A_PEER)
-        _leave(_FAULT_OF_A_MACHINE)
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
-        _end_of_defect(error)
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            _leave_closed_pipe()
+        _end(error)
 
 
 def _output_is_closed() -> bool:

@@ -196,9 +196,9 @@ class _Best:
         """Keep the ended hypotheses that score best.
 
         Args:
-            index: (B,) int64, indices of the sentences in the batch.
+            index: (B,) int64, places of the sentences in the batch.
             tokens: (B, L - 1) int64, tokens without start and end.
-            log_probs: (B,) float32, sum over the tokens and the end; -inf if none has ended.
+            log_probs: (B,) float32, sum over tokens and end; -inf if none has ended.
         """
         length = tokens.size(1)
         scores = log_probs / (length + 1) ** self.length_penalty
@@ -324,9 +324,7 @@ class _Search:
             return False
         all_go_on = left.numel() == is_over.numel()
         if not all_go_on:
-            for name in (
-                *("index", "limits", "bounds", "tokens", "scores", "greedy", "num_ended"),
-            ):
+            for name in ["index", "limits", "bounds", "tokens", "scores", "greedy", "num_ended"]:
                 setattr(self, name, getattr(self, name).index_select(0, left))
         if not (all_go_on and self.beam == 1):
             rows = (left * self.beam).unsqueeze(1) + beams.index_select(0, left)
@@ -373,7 +371,9 @@ def drawn(log_probs: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         (B, 1) int64.
     """
-    logits = (log_probs.double() / sampling.temperature).log_softmax(-1)
+    # Below 0, so that no temperature divides all of them to infinity.
+    below = log_probs.double() - log_probs.amax(-1, keepdim=True)
+    logits = (below / sampling.temperature).log_softmax(-1)
     if sampling.top_p < 1:
         falling = logits.exp().sort(descending=True).values
         # Keep a token if those before it have not yet reached top_p: the first always stays.

@@ -4,6 +4,7 @@ Letters: B batch, T queries, S keys, D d_model, H num_heads, d = D / H.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from magnetar.models.layers.feed_forward import Linear
 from magnetar.models.layers.init import RandomSource
 from magnetar.models.layers.multiway import Multiway, per_modality, pools
 from magnetar.models.layers.norms import layer_norm
-from magnetar.models.layers.positions import Rotary
+from magnetar.models.layers.positions import RelativeBias, Rotary
 
 
 def expect_many_shapes() -> None:
@@ -25,6 +26,7 @@ def expect_many_shapes() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+@dataclass
 class LayerCache:
     """Keys and values that one layer has computed so far.
 
@@ -33,10 +35,8 @@ class LayerCache:
         cross: cross-attention's keys and values, which never change; None before the first step.
     """
 
-    def __init__(self) -> None:
-        """An empty cache."""
-        self.own: tuple[Tensor, Tensor] | None = None
-        self.cross: tuple[Tensor, Tensor] | None = None
+    own: tuple[Tensor, Tensor] | None = None
+    cross: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, d) and return all (B, H, S, d)."""
@@ -188,7 +188,7 @@ class SelfAttention(_Attention):
         cache: LayerCache | None = None,
         split_position: int | None = None,
     ) -> Tensor:
-        """Attend to the positions that the mask allows.
+        """(B, T, D) -> (B, T, D) in the dtype of x.
 
         Args:
             x: (B, T, D).
@@ -198,9 +198,6 @@ class SelfAttention(_Attention):
             first_position: position of x's first token.
             cache: earlier keys and values, to which those of x are appended.
             split_position: number of tokens of the first modality, see `models.layers.multiway`.
-
-        Returns:
-            (B, T, D), in the dtype of x.
         """
         q, k, v = self._heads(per_modality(self.qkv_proj, x, split_position), 3)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -232,16 +229,10 @@ class CrossAttention(_Attention):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Attend to the encoder's output.
+        """(B, T, D) and the encoder's output (B, S, D) -> (B, T, D) in the dtype of x.
 
-        Args:
-            x: (B, T, D).
-            memory: (B, S, D); may be None once the cache holds its keys and values.
-            mask: summand of the attention logits, broadcast to (B, H, T, S); None: nothing.
-            cache: store of the memory's keys and values.
-
-        Returns:
-            (B, T, D), in the dtype of x.
+        The memory may be None once the cache holds its keys and values. The mask is a summand of
+        the attention logits, broadcast to (B, H, T, S).
         """
         (q,) = self._heads(self.q_proj(x), 1)
         if cache is not None and cache.cross is not None:
@@ -256,9 +247,10 @@ class CrossAttention(_Attention):
 
 
 def attention_mask(
-    bias: Tensor | None,
+    bias: RelativeBias | None,
     padding: Tensor | None,
-    causal_from: int | None,
+    is_causal: bool,
+    first: int,
     shape: tuple[int, int],
     like: Tensor,
 ) -> Tensor | None:
@@ -267,22 +259,23 @@ def attention_mask(
     Hidden keys get the lowest finite number, not -inf: a query that sees no key would become NaN.
 
     Args:
-        bias: (1, H, T, S), or None.
+        bias: bias of the distances, or None.
         padding: (B, S) bool, True at keys that no query sees, or None.
-        causal_from: position of the first query if queries see only the past, else None.
+        is_causal: whether queries see only the past.
+        first: position of the first query.
         shape: (T, S).
         like: tensor with the mask's dtype and device.
 
     Returns:
         Tensor that broadcasts to (B, H, T, S).
     """
-    if bias is None and padding is None and not causal_from:
+    if bias is None and padding is None and not (is_causal and first):
         return None
     hidden = torch.zeros(1, 1, *shape, dtype=torch.bool, device=like.device)
-    if causal_from is not None:
-        queries = torch.arange(causal_from, causal_from + shape[0], device=like.device)
+    if is_causal:
+        queries = torch.arange(first, first + shape[0], device=like.device)
         hidden = hidden | (torch.arange(shape[1], device=like.device) > queries.unsqueeze(1))
     if padding is not None:
         hidden = hidden | padding[:, None, None, :]
-    values = like.new_zeros(1) if bias is None else bias.to(like.dtype)
+    values = like.new_zeros(1) if bias is None else bias(first, *shape).to(like.dtype)
     return values.masked_fill(hidden, torch.finfo(like.dtype).min)

@@ -14,8 +14,8 @@ from magnetar.models.layers.init import RandomSource
 class Linear(nn.Linear):
     """nn.Linear that flattens its input to two dimensions.
 
-    Under ZeRO 3 DeepSpeed replaces F.linear. With three-dimensional inputs its function rounds the
-    product, adds the bias and rounds again; with two it does what torch does.
+    Where weights are sharded DeepSpeed replaces F.linear. With three-dimensional inputs its
+    function rounds the product, adds the bias and rounds again; with two it does what torch does.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +55,6 @@ class FeedForward(nn.Module):
         activation: str,
         inner_norm: bool,
         gain: float,
-        *,
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
     ) -> None:

@@ -6,6 +6,7 @@ its global index. So a model starts with the same weights on any number of ranks
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,14 +28,22 @@ class RandomSource:
     module_name: str
     device: torch.device | None = None
 
-    def generator(
-        self, parameter: str, device: torch.device, expert: int | None = None
-    ) -> torch.Generator:
-        """A fresh generator for one parameter (of one expert, by its global index)."""
+    def _fill(
+        self,
+        tensor: Tensor,
+        parameter: str,
+        expert: int | None,
+        draw: Callable[..., Tensor],
+        *numbers: float,
+    ) -> None:
+        """Fill a parameter (of one expert, by its global index) from a generator of its own."""
         key = f"{self.seed}/{self.module_name}/{parameter}/{expert}"
         digest = hashlib.sha256(key.encode()).digest()
+        device = self.device or tensor.device
         # 63 bits: torch refuses seeds above the signed range on some devices.
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        drawn = torch.empty_like(tensor, device=device)
+        tensor.data.copy_(draw(drawn, *numbers, generator=generator))
 
     def xavier_normal_(
         self,
@@ -60,14 +69,10 @@ class RandomSource:
     def xavier_uniform_(self, tensor: Tensor, parameter: str) -> None:
         """Fill a matrix in place from U(-a, a), a^2 = 6 / (fan_in + fan_out)."""
         limit = math.sqrt(6.0 / sum(tensor.shape))
-        generator = self.generator(parameter, self.device or tensor.device)
-        drawn = torch.empty_like(tensor, device=generator.device)
-        tensor.data.copy_(drawn.uniform_(-limit, limit, generator=generator))
+        self._fill(tensor, parameter, None, Tensor.uniform_, -limit, limit)
 
     def normal_(
         self, tensor: Tensor, parameter: str, std: float, expert: int | None = None
     ) -> None:
         """Fill a tensor in place from N(0, std^2)."""
-        generator = self.generator(parameter, self.device or tensor.device, expert)
-        drawn = torch.empty_like(tensor, device=generator.device)
-        tensor.data.copy_(drawn.normal_(0.0, std, generator=generator))
+        self._fill(tensor, parameter, expert, Tensor.normal_, 0.0, std)

@@ -114,10 +114,6 @@ def subln_gain(depths: Depths) -> float:
     return math.sqrt(math.log(3 * depths.decoder))
 
 
-def _one(depths: Depths) -> float:
-    return 1.0
-
-
 @dataclass(frozen=True)
 class NormStyle:
     """One row of the table.
@@ -138,8 +134,8 @@ class NormStyle:
     output: frozenset[Sublayer] = frozenset()
     head_scale: bool = False
     omega: bool = False
-    alpha: Callable[[Depths], float] = _one
-    gain: Callable[[Depths], float] = _one
+    alpha: Callable[[Depths], float] = lambda _: 1.0
+    gain: Callable[[Depths], float] = lambda _: 1.0
 
 
 _ALL: frozenset[Sublayer] = frozenset({"attention", "cross_attention", "ffn"})

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -110,7 +110,7 @@ def send_order(num_experts: int, num_ranks: int, rank: int, device: torch.device
     return SendOrder(order, order.argsort())
 
 
-class _RowCounts(NamedTuple):
+class RowCounts(NamedTuple):
     """Numbers of rows in one direction, on the host.
 
     These are plain integers because the device may run out of work while the host computes them,
@@ -125,20 +125,6 @@ class _RowCounts(NamedTuple):
     by_rank: list[int]
     remote: int
     own: int
-
-
-def _row_counts(counts: Tensor, rank: int) -> _RowCounts:
-    """(W, L) int64 on the host -> the number of rows for each rank."""
-    by_rank = counts.sum(1).tolist()
-    own, by_rank[rank] = by_rank[rank], 0
-    return _RowCounts(by_rank, sum(by_rank), own)
-
-
-class Work(Protocol):
-    """A collective that is under way."""
-
-    def wait(self) -> object:
-        """Wait for it; on a GPU only the current stream waits."""
 
 
 @cache
@@ -167,14 +153,9 @@ class AllToAll:
         timed: Callable[[str], AbstractContextManager[None]],
         traffic: Traffic | None = None,
     ) -> None:
-        """Start the all-to-all of the counts.
+        """Start the all-to-all of the counts, by comm.all_to_all_single.
 
-        Args:
-            comm: module that has all_to_all_single.
-            peers: the W ranks.
-            send_counts: (W, L) int64, rows for each expert of each rank.
-            timed: see the class.
-            traffic: counter to which sent bytes are added; None counts nothing.
+        Counts are (W, L) int64, rows for each expert of each rank. Sent bytes are added to traffic.
         """
         self.comm, self.peers, self.rank = comm, peers, peers.rank
         self.timed = timed
@@ -196,14 +177,17 @@ class AllToAll:
                 self._counts_copied = torch.cuda.current_stream().record_event()
 
     @cached_property
-    def _row_counts(self) -> tuple[_RowCounts, _RowCounts]:
-        """Rows sent and rows received; the host waits here."""
+    def row_counts(self) -> tuple[RowCounts, RowCounts]:
+        """The rows sent, A in all, and the rows received, R in all; the host waits here."""
         if self._counts.is_cuda:
             self._counts_copied.synchronize()
         else:
             self._counts_work.wait()
-        sent, received = self._counts_on_host
-        return _row_counts(sent, self.rank), _row_counts(received, self.rank)
+        found = []
+        for by_rank in self._counts_on_host.sum(2).tolist():
+            own, by_rank[self.rank] = by_rank[self.rank], 0
+            found.append(RowCounts(by_rank, sum(by_rank), own))
+        return found[0], found[1]
 
     def recv_counts(self) -> Tensor:
         """(W, L) int64 on the device, rows that each rank sends to each of this rank's experts."""
@@ -213,39 +197,14 @@ class AllToAll:
             self._counts_work.wait()
         return self._counts[1]
 
-    @property
-    def num_sent(self) -> int:
-        """A, this rank's own rows among them."""
-        return self._row_counts[0].remote + self._row_counts[0].own
+    def start(self, rows: Tensor, received: Tensor, back: bool = False) -> dist.Work:
+        """Dispatch (A, D) into (S, D); with `back` combine (S, D) into (A, D).
 
-    @property
-    def num_received(self) -> int:
-        """R, this rank's own rows among them."""
-        return self._row_counts[1].remote + self._row_counts[1].own
-
-    @property
-    def num_received_remote(self) -> int:
-        """S."""
-        return self._row_counts[1].remote
-
-    def own_rows(self, rows: Tensor) -> Tensor:
-        """The part of (A, D) that is for this rank's own experts."""
-        return rows[self._row_counts[0].remote :]
-
-    def start_dispatch(self, rows: Tensor, received: Tensor) -> Work:
-        """Send (A, D) to its experts, into (S, D).
-
-        The caller keeps both tensors until it has waited for the work.
+        The caller keeps both tensors until it has waited for the work. On a GPU only the current
+        stream waits.
         """
-        return self._start(rows, received, *self._row_counts)
-
-    def start_combine(self, rows: Tensor, received: Tensor) -> Work:
-        """Send (S, D) back to its senders, into (A, D); see `start_dispatch`."""
-        there, here = self._row_counts
-        return self._start(rows, received, here, there)
-
-    def _start(self, rows: Tensor, received: Tensor, send: _RowCounts, recv: _RowCounts) -> Work:
-        work: Work = self.comm.all_to_all_single(
+        send, recv = reversed(self.row_counts) if back else self.row_counts
+        work: dist.Work = self.comm.all_to_all_single(
             received[: recv.remote],
             rows[: send.remote],
             recv.by_rank,
@@ -256,26 +215,19 @@ class AllToAll:
         if self.traffic is not None:
             bytes_per_row = rows.size(1) * rows.element_size()
             nodes = self.peers.nodes or (0,) * len(send.by_rank)
-            intra_node = sum(
-                number
-                for number, node in zip(send.by_rank, nodes, strict=True)
-                if node == nodes[self.rank]
-            )
+            here = nodes[self.rank]
+            pairs = zip(send.by_rank, nodes, strict=True)
+            intra_node = sum(number for number, node in pairs if node == here)
             self.traffic.local += bytes_per_row * send.own
             self.traffic.intra_node += bytes_per_row * intra_node
             self.traffic.inter_node += bytes_per_row * (send.remote - intra_node)
         return work
 
     def through(self, rows: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Dispatch, apply the experts, combine: the plain path.
+        """(A, D) -> (A, D), sorted as the module says: dispatch, apply the experts, combine.
 
-        Args:
-            rows: (A, D), sorted as the module says.
-            experts: function of (R, D), sorted by (expert, sender), and of the (L,) int64 rows of
-                each expert; it returns (R, D).
-
-        Returns:
-            (A, D).
+        The experts are a function of (R, D), sorted by (expert, sender), and of the (L,) int64 rows
+        of each expert; it returns (R, D). This is the plain path.
         """
         with self.timed("time_falltoall"):
             rows = _MoveRows.apply(rows, self, False)  # (R, D), sorted by (sender, expert)
@@ -288,18 +240,10 @@ class AllToAll:
 
 
 def sender_major_positions(counts: Tensor, rank: int, num_rows: int) -> Tensor:
-    """The positions, among the received rows, of the rows sorted by (expert, sender).
+    """(R,) int64, the positions, among the received rows, of the rows sorted by (expert, sender).
 
     Received rows are sorted by (sender, expert) with this rank's own rows last. The grouped matmul
-    wants them sorted by (expert, sender).
-
-    Args:
-        counts: (W, L) int64, rows of each sender for each expert.
-        rank: rank of this process.
-        num_rows: R.
-
-    Returns:
-        (R,) int64.
+    wants them sorted by (expert, sender). Counts are (W, L), rows of each sender for each expert.
     """
     received = torch.cat([counts[:rank], counts[rank + 1 :], counts[rank : rank + 1]])  # (W, L)
     starts = (received.view(-1).cumsum(0) - received.view(-1)).view_as(counts)  # (W, L)
@@ -317,13 +261,11 @@ class _MoveRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, all_to_all: AllToAll, back: bool) -> Tensor:
         ctx.all_to_all, ctx.back = all_to_all, back
         rows = rows.contiguous()
-        num_rows = all_to_all.num_sent if back else all_to_all.num_received
-        received = rows.new_empty(num_rows, rows.size(1))
-        start = all_to_all.start_combine if back else all_to_all.start_dispatch
-        work = start(rows, received)
+        counts = all_to_all.row_counts[0 if back else 1]
+        received = rows.new_empty(counts.remote + counts.own, rows.size(1))
+        work = all_to_all.start(rows, received, back)
         # This rank's own rows are last on both sides, and are copied while the others travel.
-        num_own = all_to_all.own_rows(received if back else rows).size(0)
-        received[num_rows - num_own :] = rows[rows.size(0) - num_own :]
+        received[counts.remote :] = rows[rows.size(0) - counts.own :]
         work.wait()
         return received
 

@@ -12,8 +12,8 @@ from magnetar.models.section import (
     Share,
     StoredModel,
     StrictModel,
-    key,
     one_problem,
+    strays,
 )
 
 # Larger than anybody trains, so that a typing error does not ask for terabytes or hours of
@@ -36,136 +36,89 @@ class MoEKeys(StoredModel):
         "exchange_chunks": (None, 1),
     }
 
-    num_experts: ExpertCounts = key(
-        ...,
-        "Experts in each MoE layer, over the whole job. A list: one number for each MoE layer in "
-        "order, the encoder's before the decoder's.",
-    )
-    every: Count = key(
-        2,
-        "Distance n between MoE layers: layers n, 2n, 3n, ... counted from 1, in the encoder and "
-        "in the decoder.",
-    )
-    top_k: Count = key(2, "Experts that each token is sent to.")
-    ep_size: Count = key(
-        1,
-        "Ranks that share one set of experts (expert parallelism). It must divide both num_experts "
-        "and the number of ranks.",
-    )
-    placement: Literal["within_nodes", "across_nodes"] = key(
-        "within_nodes",
-        "Ranks of one set of experts on several nodes. `within_nodes`: ep_size ranks one after the "
-        "other. With ep_size up to the ranks of a node, tokens stay inside the node and experts' "
-        "gradients travel between nodes. `across_nodes`: ranks as far apart as possible, so ranks "
-        "with the same experts are neighbours. Tokens travel between nodes and experts' gradients "
-        "inside them, which is less if experts are large and tokens few. It changes no number. "
-        "Only with ep_size > 1.",
-    )
-    router: Literal["xmoe", "linear"] = key(
-        "xmoe",
-        "Kind of router. `xmoe`: low-rank cosine router with a learnable temperature (arXiv "
-        "2204.09179). `linear`: one matrix, as in Switch and GShard.",
-    )
-    gate: Literal["softmax", "sigmoid"] = key(
-        "softmax",
-        "Function that makes an expert's weight of its score: softmax over all experts, or the "
-        "sigmoid of the chosen expert's own score.",
-    )
-    d_router: int | None = key(
-        None,
-        "Width d_e of the X-MoE router's projection. null: num_experts / 2, at least 8. Only with "
-        "router `xmoe`.",
-        ge=1,
-        le=MAX_WIDTH,
-    )
-    frozen: Literal["none", "router", "router_and_experts"] = key(
-        "none",
-        "Parts that do not train. The X-MoE paper freezes routers and experts in fine-tuning.",
-    )
-    jitter: Share = key(
-        0.0,
-        "Half-width of the uniform noise in [1 - jitter, 1 + jitter] that multiplies the router's "
-        "input in training (Switch).",
-    )
-    dispatch: Literal["dropless", "capacity"] = key(
-        "dropless",
-        "Limit on an expert's tokens. `dropless`: none, every token reaches its experts. "
-        "`capacity`: in training, each expert takes up to capacity_factor * top_k * tokens / "
-        "num_experts tokens, first choices first, then in capacity_order; the rest are dropped.",
-    )
-    capacity_factor: Positive | None = key(
-        None, "Factor of an expert's capacity. Required with dispatch `capacity`, and only then."
-    )
-    capacity_order: Literal["first_come", "batch_prioritized", "random"] = key(
-        "first_come",
-        "Order in which tokens get the places of a full expert. `first_come`: by position. "
-        "`batch_prioritized`: by the probability of the first choice (arXiv 2106.05974). `random`: "
-        "drawn. Only with dispatch `capacity`.",
-    )
-    capacity_scope: Literal["global", "rank"] = key(
-        "global",
-        "Tokens that share an expert's places. `global`: the micro-batches of all ranks together, "
-        "so the number of ranks changes nothing. `rank`: each rank's own, as in GShard, without "
-        "an exchange of choices. Only with dispatch `capacity`.",
-    )
-    aux_loss_weight: NonNegative = key(
-        0.01, "Weight of the balance loss, averaged over MoE layers."
-    )
-    balance_scope: Literal["micro_step", "batch"] = key(
-        "micro_step",
-        "Tokens that one balance loss counts, over all ranks. `micro_step`: one accumulation step. "
-        "`batch`: the whole batch. The loss then does not depend on gradient_accumulation_steps; "
-        "with several of them a pass without gradients counts first, a third more compute. Not "
-        "with dispatch `capacity`.",
-    )
-    router_z_loss_weight: NonNegative = key(
-        0.0,
-        "Weight of the mean of log^2 sum exp(router logits) (ST-MoE, arXiv 2202.08906: 1e-3), "
-        "averaged over MoE layers.",
-    )
+    num_experts: ExpertCounts
+    """Experts in each MoE layer, over the whole job. A list: one number for each MoE layer in
+    order, the encoder's before the decoder's."""
+    every: Count = 2
+    """Distance n between MoE layers: layers n, 2n, 3n, ... counted from 1, in the encoder and in
+    the decoder."""
+    top_k: Count = 2
+    """Experts that each token is sent to."""
+    ep_size: Count = 1
+    """Ranks that share one set of experts (expert parallelism). It must divide both num_experts and
+    the number of ranks."""
+    placement: Literal["within_nodes", "across_nodes"] = "within_nodes"
+    """Ranks of one set of experts on several nodes. `within_nodes`: ep_size ranks one after the
+    other. With ep_size up to the ranks of a node, tokens stay inside the node and experts'
+    gradients travel between nodes. `across_nodes`: ranks as far apart as possible, so ranks with
+    the same experts are neighbours. Tokens travel between nodes and experts' gradients inside them,
+    which is less if experts are large and tokens few. It changes no number. Only with ep_size >
+    1."""
+    router: Literal["xmoe", "linear"] = "xmoe"
+    """Kind of router. `xmoe`: low-rank cosine router with a learnable temperature (arXiv
+    2204.09179). `linear`: one matrix, as in Switch and GShard."""
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """Function that makes an expert's weight of its score: softmax over all experts, or the sigmoid
+    of the chosen expert's own score."""
+    d_router: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
+    """Width d_e of the X-MoE router's projection. null: num_experts / 2, at least 8. Only with
+    router `xmoe`."""
+    frozen: Literal["none", "router", "router_and_experts"] = "none"
+    """Parts that do not train. The X-MoE paper freezes routers and experts in fine-tuning."""
+    jitter: Share = 0.0
+    """Half-width of the uniform noise in [1 - jitter, 1 + jitter] that multiplies the router's
+    input in training (Switch)."""
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    """Limit on an expert's tokens. `dropless`: none, every token reaches its experts. `capacity`:
+    in training, each expert takes up to capacity_factor * top_k * tokens / num_experts tokens,
+    first choices first, then in capacity_order; the rest are dropped."""
+    capacity_factor: Positive | None = None
+    """Factor of an expert's capacity. Required with dispatch `capacity`, and only then."""
+    capacity_order: Literal["first_come", "batch_prioritized", "random"] = "first_come"
+    """Order in which tokens get the places of a full expert. `first_come`: by position.
+    `batch_prioritized`: by the probability of the first choice (arXiv 2106.05974). `random`: drawn.
+    Only with dispatch `capacity`."""
+    capacity_scope: Literal["global", "rank"] = "global"
+    """Tokens that share an expert's places. `global`: the micro-batches of all ranks together, so
+    the number of ranks changes nothing. `rank`: each rank's own, as in GShard, without an exchange
+    of choices. Only with dispatch `capacity`."""
+    aux_loss_weight: NonNegative = 0.01
+    """Weight of the balance loss, averaged over MoE layers."""
+    balance_scope: Literal["micro_step", "batch"] = "micro_step"
+    """Tokens that one balance loss counts, over all ranks. `micro_step`: one accumulation step.
+    `batch`: the whole batch. The loss then does not depend on gradient_accumulation_steps; with
+    several of them a pass without gradients counts first, a third more compute. Not with dispatch
+    `capacity`."""
+    router_z_loss_weight: NonNegative = 0.0
+    """Weight of the mean of log^2 sum exp(router logits) (ST-MoE, arXiv 2202.08906: 1e-3), averaged
+    over MoE layers."""
 
 
 class TorchScaleMoEKeys(StrictModel):
     """The keys of imported models, which keep what TorchScale 0.3.0 does."""
 
-    second_expert: Literal["all", "sampled", "random"] = key(
-        "all",
-        "GShard's policy for the second expert in training, with top_k 2. `all`: the second best, "
-        "always. `sampled`: drawn from the softmax over the others. `random`: the second best, "
-        "kept with probability min(1, 2 * its weight). Outside training `all`.",
-    )
-    normalize_weights: Literal["before_dropping", "after_dropping"] = key(
-        "before_dropping",
-        "Experts whose weights are made to sum 1 for a token, with top_k > 1: its choices, or the "
-        "choices that were not dropped.",
-    )
-    normalize_tokens: bool = key(
-        True,
-        "Whether scores are cosines. false: only the experts' side is normalised, as in TorchScale "
-        "0.3.0. Only with router `xmoe`.",
-    )
-    learned_temperature: bool = key(
-        True,
-        "Whether scores are divided by a learned temperature, in the balance loss by the paper's "
-        "fixed one. false: by nothing, as in TorchScale 0.3.0. Only with router `xmoe`.",
-    )
-    eval_capacity_fraction: float | None = key(
-        None,
-        "Largest share of a forward pass's tokens that an expert takes outside training. "
-        "TorchScale 0.3.0: 0.25. null: nothing is dropped.",
-        gt=0,
-        le=1,
-    )
-    route_padding: bool = key(
-        False,
-        "Whether padding is routed, takes capacity and counts in the balance loss. TorchScale "
-        "0.3.0: true.",
-    )
-    time_major: bool = key(
-        False,
-        "Whether an encoder that fills capacity in order of position counts a position across the "
-        "batch before the next position. TorchScale 0.3.0: true.",
-    )
+    second_expert: Literal["all", "sampled", "random"] = "all"
+    """GShard's policy for the second expert in training, with top_k 2. `all`: the second best,
+    always. `sampled`: drawn from the softmax over the others. `random`: the second best, kept with
+    probability min(1, 2 * its weight). Outside training `all`."""
+    normalize_weights: Literal["before_dropping", "after_dropping"] = "before_dropping"
+    """Experts whose weights are made to sum 1 for a token, with top_k > 1: its choices, or the
+    choices that were not dropped."""
+    normalize_tokens: bool = True
+    """Whether scores are cosines. false: only the experts' side is normalised, as in TorchScale
+    0.3.0. Only with router `xmoe`."""
+    learned_temperature: bool = True
+    """Whether scores are divided by a learned temperature, in the balance loss by the paper's fixed
+    one. false: by nothing, as in TorchScale 0.3.0. Only with router `xmoe`."""
+    eval_capacity_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Largest share of a forward pass's tokens that an expert takes outside training. TorchScale
+    0.3.0: 0.25. null: nothing is dropped."""
+    route_padding: bool = False
+    """Whether padding is routed, takes capacity and counts in the balance loss. TorchScale 0.3.0:
+    true."""
+    time_major: bool = False
+    """Whether an encoder that fills capacity in order of position counts a position across the
+    batch before the next position. TorchScale 0.3.0: true."""
 
 
 class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
@@ -203,29 +156,16 @@ class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
                 f"dispatch={self.dispatch!r}: set capacity_factor (1.0, say) with dispatch "
                 "'capacity', and leave it out with 'dropless'"
             )
-        for name, usual in (("capacity_order", "first_come"), ("capacity_scope", "global")):
-            if self.dispatch == "dropless" and getattr(self, name) != usual:
-                wrong.append(
-                    f"{name}={getattr(self, name)!r} belongs to dispatch 'capacity': leave it out, "
-                    "or use dispatch 'capacity' with a capacity_factor"
-                )
+        of_capacity = strays(self, "dispatch", "capacity", ("capacity_order", "capacity_scope"))
+        wrong += [f"{line} with a capacity_factor" for line in of_capacity]
         if self.dispatch == "capacity" and self.balance_scope == "batch":
             wrong.append(
                 "balance_scope='batch' does not go with dispatch 'capacity', where each "
                 "accumulation step drops its own tokens: use balance_scope 'micro_step', or "
                 "dispatch 'dropless'"
             )
-        if self.router == "linear":
-            if self.d_router is not None:
-                wrong.append(
-                    f"d_router={self.d_router} belongs to router 'xmoe': leave it out, or use "
-                    "router 'xmoe'"
-                )
-            wrong += [
-                f"{name}=false belongs to router 'xmoe': leave it out, or use router 'xmoe'"
-                for name in ("normalize_tokens", "learned_temperature")
-                if not getattr(self, name)
-            ]
+        of_xmoe = ("d_router", "normalize_tokens", "learned_temperature")
+        wrong += strays(self, "router", "xmoe", of_xmoe)
         if fewest == 1 and self.gate == "sigmoid":
             wrong.append(
                 "gate='sigmoid' would weigh a single expert by its score, and there is nothing to "
@@ -266,7 +206,8 @@ class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
 class MoELayerConfig(MoEConfig):
     """The keys of one MoE layer."""
 
-    num_experts: Count = key(..., "Experts of the layer, over the whole job.")
+    num_experts: Count
+    """Experts of the layer, over the whole job."""
 
     @property
     def router_width(self) -> int:

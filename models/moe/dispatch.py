@@ -29,15 +29,10 @@ def expert_capacity(
 
 
 def routed_tokens(x: Tensor, padding: Tensor | None, time_major: bool) -> Tensor | None:
-    """Indices of the routed tokens among the B*T, in the order in which they fill capacity.
+    """(B, T, D) -> (N,) int64, the routed tokens in the order in which they fill capacity.
 
-    Args:
-        x: (B, T, D).
-        padding: (B, T) bool, True for a token that is not routed; None if all are routed.
-        time_major: whether all tokens of a position come before the next position.
-
-    Returns:
-        (N,) int64; None if all tokens are routed in their own order.
+    Padding (B, T) is True for a token that is not routed. With time_major all tokens of a position
+    come before the next position. None: all tokens are routed in their own order.
     """
     if padding is None and not time_major:
         return None
@@ -63,17 +58,10 @@ class Choices(NamedTuple):
 
 
 def kept_choices(choices: Choices, num_experts: int, capacity: int | Tensor) -> Tensor:
-    """The choices that are served if each expert serves `capacity` of them.
+    """(N, K) bool, the choices that are served if each expert serves `capacity` of them.
 
-    An expert serves first choices in order of priority or position, then second choices.
-
-    Args:
-        choices: choices of all tokens that compete for the experts.
-        num_experts: E.
-        capacity: largest number of choices per expert, an int or () int64.
-
-    Returns:
-        (N, K) bool.
+    An expert serves first choices in order of priority or position, then second choices. The
+    choices are those of all tokens that compete; the capacity is an int or () int64.
     """
     experts, used, priority = choices
     num_tokens, top_k = experts.shape
@@ -103,15 +91,9 @@ def _starts(expert_of: Tensor, num_experts: int) -> Tensor:
 
 
 def expert_counts(experts: Tensor, num_experts: int, used: Tensor | None = None) -> Tensor:
-    """The number of choices of each expert, without waiting for the device.
+    """Int64 of any shape -> (E,) int64, the number of choices of each expert that are used.
 
-    Args:
-        experts: int64 of any shape.
-        num_experts: E.
-        used: bool of the same shape, False for an entry that does not count; None if all count.
-
-    Returns:
-        (E,) int64.
+    It does not wait for the device. Used is a bool of the same shape, or None if all count.
     """
     ones = torch.ones_like(experts) if used is None else used.long()
     return ones.new_zeros(num_experts).scatter_add_(0, experts.reshape(-1), ones.reshape(-1))
@@ -179,12 +161,9 @@ class Assignments(NamedTuple):
 
 
 def sort_assignments(experts: Tensor, num_experts: int, kept: Tensor | None) -> Assignments:
-    """Sort assignments by expert; within an expert they stay choice-major.
+    """Sort the kept ones of (N, K) choices by expert; within an expert they stay choice-major.
 
-    Args:
-        experts: (N, K) int64, the router's choices.
-        num_experts: E.
-        kept: (N, K) bool, False for a choice that is unused or dropped; None if all are kept.
+    Kept (N, K) is False for a choice that is unused or dropped; None if all are kept.
     """
     expert_of = experts.t().reshape(-1)  # (K*N,), choice-major
     if kept is None:
@@ -196,35 +175,23 @@ def sort_assignments(experts: Tensor, num_experts: int, kept: Tensor | None) -> 
     return Assignments(order, _starts(expert_of, num_experts).diff())
 
 
-def gather_tokens(h: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """The row of each assignment's token.
-
-    Args:
-        h: (N, D).
-        order: (A,) int64, see Assignments.
-        top_k: K.
-
-    Returns:
-        (A, D); its backward adds a token's K gradients in a fixed order.
-    """
-    return _GatherTokens.apply(h, order, top_k)
-
-
-class _GatherTokens(torch.autograd.Function):
-    """index_select with a backward that gives the same bits in every run.
+class GatherTokens(torch.autograd.Function):
+    """The row of each assignment's token, with a backward that gives the same bits in every run.
 
     On a GPU index_select's own backward adds with atomics: from K = 3 on, the order of the sum and
-    so its last bits change.
+    so its last bits change. Here a token's K gradients are added in a fixed order.
     """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, order: Tensor, top_k: int) -> Tensor:
+        """(N, D) and (A,) int64, see Assignments -> (A, D)."""
         ctx.save_for_backward(order)
         ctx.top_k, ctx.num_tokens = top_k, h.size(0)
         return h.index_select(0, order % max(1, h.size(0)))  # k*N + n -> token n
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """(A, D) -> (N, D)."""
         (order,) = ctx.saved_tensors
         slots = grad.new_zeros(ctx.top_k * ctx.num_tokens, grad.size(1)).index_copy(0, order, grad)
         return slots.unflatten(0, (ctx.top_k, ctx.num_tokens)).sum(0), None, None  # (N, D)

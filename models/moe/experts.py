@@ -58,7 +58,6 @@ class Experts(nn.Module):
         activation: str,
         inner_norm: bool,
         gain: float,
-        *,
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
     ) -> None:
@@ -102,7 +101,13 @@ class Experts(nn.Module):
     def uses_kernels(self, rows: Tensor) -> bool:
         """Whether the kernel path runs for rows of this device and dtype."""
         dropout = self.activation_dropout if self.training else 0.0
-        return kernels.usable(rows) and not self.gated and dropout == 0
+        has_kernels = kernels.usable(rows) and self._can_be_grouped(rows)
+        return has_kernels and not self.gated and dropout == 0
+
+    def _can_be_grouped(self, rows: Tensor) -> bool:
+        """Whether torch._grouped_mm takes them: rows of whole 16 bytes, and no float64."""
+        size = rows.element_size()
+        return size <= 4 and rows.size(1) * size % 16 == 0 and self.d_ff * size % 16 == 0
 
     def forward(
         self,
@@ -121,8 +126,8 @@ class Experts(nn.Module):
             offsets: (L,) int32, end of each expert's rows; None computes it from counts.
             defer_bias: skip the output bias; the caller adds it when combining the weighted rows.
                 Kernel path only.
-            all_to_all: all-to-alls around the experts. They run in here because ZeRO 3 collects a
-                module's weights when it is called. Kernel path only.
+            all_to_all: all-to-alls around the experts. They run in here because sharded
+                weights are collected when their module is called. Kernel path only.
 
         Returns:
             (R, D); with defer_bias also the output biases (L, D); with all_to_all (A, D).
@@ -136,16 +141,20 @@ class Experts(nn.Module):
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))  # (R,)
 
         # In decoding there are a few rows at a time, and the cost of the experts without rows
-        # dominates: multiply only for those that have some.
+        # dominates: multiply only for those that have some. Rows that no grouped product takes are
+        # multiplied expert by expert, too.
         is_few = not self.training and 0 < rows.size(0) < 8 * self.num_local_experts
-        sizes = counts.tolist() if is_few and not rows.is_cuda else None
+        one_by_one = (is_few and not rows.is_cuda) or not self._can_be_grouped(rows)
+        sizes = counts.tolist() if one_by_one else None
 
         def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             if sizes is None:
                 out = torch._grouped_mm(h, weight, offs=offsets)
             else:
                 segments = enumerate(h.split(sizes))
-                out = torch.cat([own @ weight[e] for e, own in segments if own.size(0)])
+                out = torch.cat(
+                    [own @ weight[e] for e, own in segments if own.size(0) or not is_few]
+                )
             return out + _ExpandRows.apply(bias, segment_ids, counts)
 
         h = self.activation(linear(rows, self.w1, self.b1))  # (R, F)
@@ -179,18 +188,18 @@ class Experts(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See `forward`."""
         # Imported here, since Triton is not installed everywhere.
-        from magnetar.models.moe.kernels.expert_ffn import AllToAllExpertFFN, ExpertFFN
+        from magnetar.models.moe.kernels.expert_ffn import ExpertFFN
 
         affine = (self.norm_weight, self.norm_bias) if self.inner_norm else (None, None)
         parameters = (self.w1, self.b1, *affine, self.w2)
-        options = (self.activation_name, self.norm_eps)
+        options = (all_to_all, self.activation_name, self.norm_eps)
         if all_to_all is not None:
-            return AllToAllExpertFFN.apply(rows, *parameters, self.b2, all_to_all, *options)
+            return ExpertFFN.apply(rows, *parameters, self.b2, None, *options)
         if offsets is None:
             offsets = counts.cumsum(0).to(torch.int32)
-        out = ExpertFFN.apply(rows, *parameters, offsets, *options)  # (R, D)
+        out = ExpertFFN.apply(rows, *parameters, None, offsets, *options)  # (R, D)
         if defer_bias:
-            # A copy: ZeRO 3 takes the parameter itself away when this module is done.
+            # A copy: a sharded parameter itself is taken away when this module is done.
             return out, self.b2.clone()
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))  # (R,)
         return out + _ExpandRows.apply(self.b2, segment_ids, counts)

@@ -12,9 +12,9 @@ Two paths compute the same function. `_uses_kernels` chooses between them in eac
     ----------  ---------------------------  -----------------------------------------
     route       router.route                 fused_cosines, fused_router.fused_route
     sort        dispatch.sort_assignments    counting_sort.sorted_positions
-    gather      dispatch.gather_tokens       permute.GatherRows
+    gather      dispatch.GatherTokens       permute.GatherRows
     experts     Experts, torch._grouped_mm   expert_ffn.ExpertFFN
-      ep_size>1 AllToAll.through             expert_ffn.AllToAllExpertFFN, segments
+      ep_size>1 AllToAll.through             expert_ffn.ExpertFFN, segments
     combine     SparseFeedForward._combine   permute.CombineRows
     order       choice-major                 token-major
 
@@ -53,9 +53,8 @@ from magnetar.models.moe.config import MoELayerConfig
 from magnetar.models.moe.dispatch import (
     Assignments,
     Choices,
+    GatherTokens,
     expert_capacity,
-    expert_counts,
-    gather_tokens,
     gathered_choices,
     kept_choices,
     routed_tokens,
@@ -125,11 +124,9 @@ class SparseFeedForward(nn.Module):
     ) -> tuple[Tensor, RoutingStats]:
         """(N, D) -> (N, D), the plain path."""
         routing: Routing = self.gate(self._jittered(h, keys), keys)  # experts, weights: (N, K)
-        priority = self._priority(routing.first_probs, keys)  # (N,) or None
-        choices = Choices(routing.experts, routing.used, priority)
-        kept = self._kept(choices, index, shape)  # (N, K) or None
+        kept = self._kept(routing, keys, index, shape)  # (N, K) or None
         assignments, all_to_all = self._sorted(routing.experts, kept)
-        rows = gather_tokens(h, assignments.order, self.moe.top_k)  # (A, D), sorted by expert
+        rows = GatherTokens.apply(h, assignments.order, self.moe.top_k)  # (A, D), by expert
         if all_to_all is None:
             rows = self.experts(rows, assignments.counts)  # (A, D)
         elif self.experts.uses_kernels(rows):
@@ -137,7 +134,8 @@ class SparseFeedForward(nn.Module):
         else:
             rows = all_to_all.through(rows, self.experts)  # (A, D)
         out = self._combine(rows, assignments, routing.weights)  # (N, D)
-        return out, self._stats(routing, assignments)
+        dropped = (routing.load - assignments.counts).sum().float()
+        return out, routing.stats._replace(dropped=dropped)
 
     def _by_kernels(
         self, h: Tensor, keys: Tensor | None, index: Tensor | None, shape: torch.Size
@@ -147,22 +145,19 @@ class SparseFeedForward(nn.Module):
         from magnetar.models.moe.kernels.counting_sort import kept_block_counts, sorted_positions
         from magnetar.models.moe.kernels.permute import CombineRows, GatherRows
 
-        routing, temperature = self.gate(h, by_kernel=True)
+        routing: Routing = self.gate(h, by_kernel=True)
         experts, block_counts, send_counts = routing.experts, routing.block_counts, routing.load
-        dropped, moe = torch.zeros_like(routing.entropy), self.moe
-        limit = moe.capacity_factor if self.training else moe.eval_capacity_fraction
-        if limit is not None:
-            priority = self._priority(routing.first_probs, None)
-            kept = self._kept(Choices(experts.long(), None, priority), index, shape)  # (N, K)
-            assert kept is not None
+        stats, num_experts = routing.stats, self.moe.num_experts
+        kept = self._kept(routing, None, index, shape)  # (N, K) or None
+        if kept is not None:
             experts = experts.where(kept, -1).contiguous()  # (N, K); `kept` is transposed
-            block_counts = kept_block_counts(experts, moe.num_experts)  # (E, blocks)
+            block_counts = kept_block_counts(experts, num_experts)  # (E, blocks)
             send_counts = block_counts.sum(1)  # (E,)
-            dropped = (routing.load.sum() - send_counts.sum()).float()
+            stats = stats._replace(dropped=(routing.load.sum() - send_counts.sum()).float())
         # The counts start to travel now, and arrive while the rows are sorted and gathered.
         all_to_all = self._all_to_all(send_counts)
         offsets, counts, row_of, assignment_of = sorted_positions(
-            experts, block_counts, self._send_order(h), limit is not None
+            experts, block_counts, self._send_order(h), kept is not None
         )
         rows = GatherRows.apply(h, row_of, assignment_of)  # (A, D), sorted by expert
         bias = None
@@ -172,16 +167,7 @@ class SparseFeedForward(nn.Module):
         else:
             rows = self.experts(rows, counts, all_to_all=all_to_all)  # (A, D)
         positions = (experts, row_of, assignment_of, offsets)
-        out = CombineRows.apply(rows, bias, routing.weights, *positions)  # (N, D)
-        return out, RoutingStats(
-            probs=routing.probs,
-            first_choices=routing.first_choices,
-            entropy=routing.entropy,
-            log_z_squared=routing.log_z_squared,
-            load=routing.load.float(),
-            dropped=dropped,
-            temperature=temperature,
-        )
+        return CombineRows.apply(rows, bias, routing.weights, *positions), stats  # (N, D)
 
     def _keys(self, x: Tensor, index: Tensor | None, sample_keys: Tensor | None) -> Tensor | None:
         """(N,) int64, keys of the routed tokens' noise; None if nothing is drawn."""
@@ -202,33 +188,31 @@ class SparseFeedForward(nn.Module):
         noise = uniform(keys, h.size(-1), JITTER)  # (N, D)
         return h.float() * noise.mul_(2 * jitter).add_(1 - jitter)
 
-    def _kept(self, choices: Choices, index: Tensor | None, shape: torch.Size) -> Tensor | None:
+    def _kept(
+        self, routing: Routing, keys: Tensor | None, index: Tensor | None, shape: torch.Size
+    ) -> Tensor | None:
         """(N, K) bool, False for a choice that is unused or dropped; None if all are kept."""
-        moe, (num_tokens, top_k) = self.moe, choices.experts.shape
+        moe, (num_tokens, top_k) = self.moe, routing.experts.shape
+        limit = moe.capacity_factor if self.training else moe.eval_capacity_fraction
+        if limit is None:
+            return routing.used
+        priority = None  # (N,), a full expert serves larger values first
+        if moe.capacity_order == "batch_prioritized":
+            priority = routing.first_probs
+        elif moe.capacity_order == "random" and keys is not None:
+            priority = uniform(keys, 1, CAPACITY_ORDER).squeeze(-1)
+        choices = Choices(routing.experts.long(), routing.used, priority)
         if not self.training:
-            if moe.eval_capacity_fraction is None:
-                return choices.used
-            capacity = math.ceil(moe.eval_capacity_fraction * num_tokens)
-            return kept_choices(choices, moe.num_experts, capacity)
-        if moe.capacity_factor is None:
-            return choices.used
+            return kept_choices(choices, moe.num_experts, math.ceil(limit * num_tokens))
         rows, total = None, torch.full((), num_tokens, device=choices.experts.device)
         if moe.capacity_scope == "global" and dist.is_initialized() and dist.get_world_size() > 1:
             # Every rank decides for all tokens alike, then keeps its own rows of the decision.
             choices, rows = gathered_choices(choices, index, shape, self.time_major, self.comm)
             assert choices.used is not None
             total = choices.used[:, 0].sum()
-        capacity_of_all = expert_capacity(total, moe.num_experts, top_k, moe.capacity_factor)
-        kept = kept_choices(choices, moe.num_experts, capacity_of_all)
+        capacity = expert_capacity(total, moe.num_experts, top_k, limit)
+        kept = kept_choices(choices, moe.num_experts, capacity)
         return kept if rows is None else kept[rows]
-
-    def _priority(self, first_probs: Tensor, keys: Tensor | None) -> Tensor | None:
-        """(N,), a full expert serves larger values first; None if earlier positions go first."""
-        if self.moe.capacity_order == "batch_prioritized":
-            return first_probs
-        if self.moe.capacity_order == "random" and keys is not None:
-            return uniform(keys, 1, CAPACITY_ORDER).squeeze(-1)
-        return None
 
     def _sorted(self, experts: Tensor, kept: Tensor | None) -> tuple[Assignments, AllToAll | None]:
         """The kept ones of (N, K) choices sorted by expert, or in the order of sending."""
@@ -266,20 +250,6 @@ class SparseFeedForward(nn.Module):
         slots = slots.index_copy(0, assignments.order, rows).unflatten(0, (top_k, num_tokens))
         return (slots * weights.t().unsqueeze(-1).to(rows.dtype)).sum(0)  # (K, N, D) -> (N, D)
 
-    def _stats(self, routing: Routing, assignments: Assignments) -> RoutingStats:
-        num_experts, load = self.moe.num_experts, assignments.counts  # (E,)
-        if self.moe.capacity_factor is not None or self.moe.eval_capacity_fraction is not None:
-            load = expert_counts(routing.experts, num_experts, routing.used)  # before dropping
-        return RoutingStats(
-            probs=routing.balance_probs.sum(0),
-            first_choices=expert_counts(routing.experts[:, 0], num_experts),
-            entropy=routing.entropy.sum(),
-            log_z_squared=routing.log_z.square().sum(),
-            load=load.float(),
-            dropped=(load - assignments.counts).sum().float(),
-            temperature=routing.temperature,
-        )
-
     def _timed(self, name: str) -> AbstractContextManager[None]:
         """A subclass measures time_moe, and time_falltoall and time_salltoall within it."""
         return nullcontext()
@@ -305,9 +275,9 @@ class MoE(nn.Module):
         activation: str,
         inner_norm: bool,
         gain: float,
-        *,
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
+        *,
         time_major: bool = False,
         layer: int = 0,
     ) -> None:
@@ -328,16 +298,8 @@ class MoE(nn.Module):
         nn.Module.__init__(self)  # not super(): a subclass is DeepSpeed's layer as well
         self.num_experts, self.ep_size = moe.num_experts, moe.ep_size
         self.num_local_experts = moe.num_experts // moe.ep_size
-        experts = Experts(
-            self.num_local_experts,
-            d_model,
-            d_ff,
-            activation,
-            inner_norm,
-            gain,
-            norm_eps=norm_eps,
-            activation_dropout=activation_dropout,
-        )
+        shape = (d_model, d_ff, activation, inner_norm, gain, norm_eps, activation_dropout)
+        experts = Experts(self.num_local_experts, *shape)
         gate = build_router(d_model, moe)
         gate.requires_grad_(moe.frozen == "none")
         experts.requires_grad_(moe.frozen != "router_and_experts")

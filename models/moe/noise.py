@@ -41,15 +41,9 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def token_keys(sample_keys: Tensor, num_positions: int, layer: int) -> Tensor:
-    """A key for each token in one MoE layer.
+    """(B, T) int64, a key for each token in one MoE layer, which has an index of its own.
 
-    Args:
-        sample_keys: (B,) int64, another key for each sample of each step.
-        num_positions: T.
-        layer: index of the layer, another one for each MoE layer of a model.
-
-    Returns:
-        (B, T) int64.
+    Sample keys are (B,) int64, another one for each sample of each step.
     """
     positions = torch.arange(num_positions, device=sample_keys.device)
     return splitmix64(splitmix64(splitmix64(sample_keys).unsqueeze(-1) + positions) + layer)
@@ -61,15 +55,9 @@ def drawn_sample_keys(num_samples: int, device: torch.device) -> Tensor:
 
 
 def uniform(keys: Tensor, num_draws: int, stream: int) -> Tensor:
-    """Numbers from the open interval (0, 1), multiples of 2^-24.
+    """Keys (N,) int64 -> (N, M) float32 from the open interval (0, 1), multiples of 2^-24.
 
-    Args:
-        keys: (N,) int64.
-        num_draws: M.
-        stream: one of the streams above.
-
-    Returns:
-        (N, M) float32.
+    The stream is one of those above.
     """
     counters = torch.arange(num_draws, device=keys.device) * _GAMMA
     random_bits = splitmix64(splitmix64(keys + stream).unsqueeze(-1) + counters)  # (N, M)

@@ -8,7 +8,8 @@ Everything here is float32. A score is divided by a temperature of 0.07, so bf16
 would choose other experts.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from magnetar.models.layers.feed_forward import WideLinear
 from magnetar.models.layers.init import RandomSource
 from magnetar.models.moe.config import MoELayerConfig
+from magnetar.models.moe.dispatch import expert_counts
 from magnetar.models.moe.noise import SECOND_EXPERT, uniform
 
 
@@ -65,9 +67,6 @@ class RoutingStats(NamedTuple):
         return self.entropy / self.num_tokens
 
 
-if TYPE_CHECKING:
-    from magnetar.models.moe.kernels.fused_router import FusedRouting
-
 # The fixed temperature tau_0 of the balance loss, and the initial value of the learnable tau
 # (arXiv 2204.09179, sec. 4.1).
 BALANCE_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}
@@ -77,27 +76,26 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class Routing(NamedTuple):
-    """A router's decision for N tokens.
+    """A router's decision for N tokens, and its statistics.
 
     Attributes:
-        experts: (N, K) int64, chosen experts, best first.
+        experts: (N, K) int64, chosen experts, best first; int32 from the kernel.
         weights: (N, K) float32, weight of each chosen expert's output.
         used: (N, K) bool, False for a second expert that the draw left out; None if all are used.
         first_probs: (N,) float32 without gradient, softmax probability of the first choice.
-        balance_probs: (N, E) float32, distribution in the balance loss.
-        entropy: (N,) float32 without gradient, entropy of softmax(scores), in nats.
-        log_z: (N,) float32, log sum exp(scores).
-        temperature: () float32 without gradient, tau of the router; 1 for a router without one.
+        load: (E,) int64, assignments to each expert.
+        stats: sums over the tokens; nothing is dropped yet.
+        block_counts: (E, blocks) int32, assignments to each expert by each block of tokens, for
+            models.moe.kernels.counting_sort; None from the plain path.
     """
 
     experts: Tensor
     weights: Tensor
     used: Tensor | None
     first_probs: Tensor
-    balance_probs: Tensor
-    entropy: Tensor
-    log_z: Tensor
-    temperature: Tensor
+    load: Tensor
+    stats: RoutingStats
+    block_counts: Tensor | None = None
 
 
 def route(
@@ -116,7 +114,7 @@ def route(
         top_k: K, experts per token.
         gate: weight of an expert. "softmax": its softmax probability over all experts. "sigmoid":
             the sigmoid of its own score.
-        balance_probs: (N, E) float32, passed through.
+        balance_probs: (N, E) float32, distribution in the balance loss.
         second_expert: GShard's policy for the second of two (arXiv 2006.16668, sec. 3.1). "all":
             the second best. "sampled": one drawn from the softmax over the others. "random": the
             second best, used with probability min(1, 2 * its weight).
@@ -144,21 +142,24 @@ def route(
     with torch.no_grad():
         first_probs = probs.gather(-1, experts[:, :1]).squeeze(-1)  # (N,)
         entropy = -(probs * log_probs).sum(-1)  # (N,)
-    log_z = scores.logsumexp(-1)  # (N,)
-    one = scores.new_ones(())
-    return Routing(experts, weights, used, first_probs, balance_probs, entropy, log_z, one)
+    num_experts = scores.size(-1)
+    load = expert_counts(experts, num_experts, used)  # (E,)
+    stats = RoutingStats(
+        probs=balance_probs.sum(0),
+        first_choices=expert_counts(experts[:, 0], num_experts),
+        entropy=entropy.sum(),
+        log_z_squared=scores.logsumexp(-1).square().sum(),
+        load=load.float(),
+        dropped=entropy.new_zeros(()),
+        temperature=scores.new_ones(()),
+    )
+    return Routing(experts, weights, used, first_probs, load, stats)
 
 
 def sample_other(scores: Tensor, first: Tensor, draws: Tensor) -> Tensor:
-    """Draw an expert other than the first from the softmax over the others, by Gumbel-max.
+    """(N, 1) int64, an expert drawn from the softmax over all but the first, by Gumbel-max.
 
-    Args:
-        scores: (N, E) float32.
-        first: (N, 1) int64, first choices, which are not drawn again.
-        draws: (N, E) float32, uniform in (0, 1).
-
-    Returns:
-        (N, 1) int64.
+    Scores and draws, which are uniform in (0, 1), are (N, E) float32, first choices (N, 1) int64.
     """
     gumbel = -draws.log().neg().log()
     return (scores + gumbel).scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
@@ -171,7 +172,7 @@ def normalized(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(TINY)
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """From tokens to a decision; a subclass has the scores.
 
     Attributes:
@@ -181,79 +182,64 @@ class Router(nn.Module):
 
     temperature: nn.Parameter | None
 
-    def __init__(self, top_k: int, gate: str, second_expert: str, normalize: bool) -> None:
-        """See `route`; outside training second_expert is "all"."""
+    def __init__(self, moe: MoELayerConfig) -> None:
+        """Keep the keys of `route`; outside training second_expert is "all"."""
         super().__init__()
-        self.top_k = top_k
-        self.gate = gate
-        self.second_expert = second_expert
-        self.normalize = normalize
+        self.top_k, self.gate = moe.top_k, moe.gate
+        self.second_expert = moe.second_expert
+        self.normalize = moe.normalize_weights == "before_dropping"
         self.balance_temperature = 1.0
         self.temperature = None
 
+    @abstractmethod
     def scores(self, h: Tensor) -> Tensor:
         """(N, D) of any float dtype -> (N, E) float32, not yet divided by a temperature."""
-        raise NotImplementedError
 
     def fused_scores(self, h: Tensor) -> Tensor:
         """`scores` by a kernel, if there is one for these tokens."""
         return self.scores(h)
 
-    def forward(
-        self, h: Tensor, keys: Tensor | None = None, by_kernel: bool = False
-    ) -> "Routing | tuple[FusedRouting, Tensor]":
-        """(N, D) of any float dtype, and (N,) int64 keys of the draws -> Routing."""
+    def forward(self, h: Tensor, keys: Tensor | None = None, by_kernel: bool = False) -> Routing:
+        """(N, D) of any float dtype, and (N,) int64 keys of the draws -> Routing.
+
+        by_kernel runs the kernels of moe/kernels/, which draw nothing.
+        """
+        tau = None if self.temperature is None else self.temperature.float()  # (1,)
         if by_kernel:
-            return self._route_by_kernel(self.fused_scores(h))
+            # Imported here, since Triton is not installed everywhere.
+            from magnetar.models.moe.kernels.fused_router import fused_route
+
+            return fused_route(
+                self.fused_scores(h),
+                self.top_k,
+                self.gate,
+                tau=tau,
+                balance_temperature=self.balance_temperature,
+                normalize=self.normalize,
+                lowest_temperature=MIN_TEMPERATURE,
+            )
         scores = self.scores(h)  # (N, E)
         balance_probs = (scores / self.balance_temperature).softmax(-1)  # (N, E)
-        if self.temperature is not None:
-            tau = self.temperature.float()  # (1,)
+        if tau is not None:
             # Straight through: below the minimum the loss must still be able to raise tau again.
             scores = scores / (tau + (tau.clamp_min(MIN_TEMPERATURE) - tau).detach())
         second_expert = self.second_expert if self.training else "all"
         routing = route(
             scores, self.top_k, self.gate, balance_probs, second_expert, self.normalize, keys
         )
-        if self.temperature is not None:
-            routing = routing._replace(temperature=tau.detach().squeeze().clone())
-        return routing
-
-    def _route_by_kernel(self, scores: Tensor) -> "tuple[FusedRouting, Tensor]":
-        """`forward` from the (N, E) scores on, with second_expert "all"; and the temperature ()."""
-        # Imported here, since Triton is not installed everywhere.
-        from magnetar.models.moe.kernels.fused_router import fused_route
-
-        tau = None if self.temperature is None else self.temperature.float()
-        routing = fused_route(
-            scores,
-            self.top_k,
-            self.gate,
-            tau=tau,
-            balance_temperature=self.balance_temperature,
-            normalize=self.normalize,
-            lowest_temperature=MIN_TEMPERATURE,
-        )
-        temperature = scores.new_ones(()) if tau is None else tau.detach().squeeze().clone()
-        return routing, temperature
+        if tau is None:
+            return routing
+        temperature = tau.detach().squeeze().clone()
+        return routing._replace(stats=routing.stats._replace(temperature=temperature))
 
 
 class LinearRouter(Router):
     """scores = W h, as in Switch (arXiv 2101.03961) and GShard."""
 
-    def __init__(
-        self,
-        d_model: int,
-        num_experts: int,
-        top_k: int,
-        gate: str,
-        *,
-        second_expert: str = "all",
-        normalize: bool = True,
-    ) -> None:
-        """Build the router; see `route` for the other arguments."""
-        super().__init__(top_k, gate, second_expert, normalize)
-        self.wg = WideLinear(d_model, num_experts, bias=False)
+    def __init__(self, d_model: int, moe: MoELayerConfig) -> None:
+        """Build the router of a layer."""
+        super().__init__(moe)
+        self.wg = WideLinear(d_model, moe.num_experts, bias=False)
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal, gain 1."""
@@ -277,39 +263,14 @@ class XMoERouter(Router):
     (1,) is tau, None if it is not learned.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_experts: int,
-        top_k: int,
-        gate: str,
-        d_router: int,
-        *,
-        second_expert: str = "all",
-        normalize: bool = True,
-        normalize_tokens: bool = True,
-        learned_temperature: bool = True,
-    ) -> None:
-        """Build the router; see `route` for the other arguments.
-
-        Args:
-            d_model: width of the tokens.
-            num_experts: experts of the layer.
-            top_k: experts per token.
-            gate: "softmax" or "sigmoid".
-            d_router: the paper's d_e, typically num_experts / 2.
-            second_expert: policy for the second expert.
-            normalize: whether a token's weights sum to 1.
-            normalize_tokens: whether scores are divided by ||W h||.
-            learned_temperature: whether scores are divided by tau in the gate and by tau_0 in the
-                balance loss.
-        """
-        super().__init__(top_k, gate, second_expert, normalize)
-        self.normalize_tokens = normalize_tokens
-        self.projection = WideLinear(d_model, d_router, bias=False)
-        self.centroids = nn.Parameter(torch.empty(num_experts, d_router))
-        if learned_temperature:
-            self.balance_temperature = BALANCE_TEMPERATURE[gate]
+    def __init__(self, d_model: int, moe: MoELayerConfig) -> None:
+        """Build the router of a layer; the paper's d_e is moe.router_width."""
+        super().__init__(moe)
+        self.normalize_tokens = moe.normalize_tokens
+        self.projection = WideLinear(d_model, moe.router_width, bias=False)
+        self.centroids = nn.Parameter(torch.empty(moe.num_experts, moe.router_width))
+        if moe.learned_temperature:
+            self.balance_temperature = BALANCE_TEMPERATURE[moe.gate]
             # Shape (1,), not (): ZeRO cannot flatten a 0-dimensional bf16 tensor.
             self.temperature = nn.Parameter(torch.empty(1))
 
@@ -332,28 +293,17 @@ class XMoERouter(Router):
         # Imported here, since Triton is not installed everywhere.
         from magnetar.models.moe.kernels.fused_cosines import MAX_D_ROUTER, fused_cosines
 
-        weight = self.projection.weight
-        # ZeRO 3 brings a parameter back only for the module that owns it.
-        is_away = weight.numel() != self.projection.out_features * self.projection.in_features
-        if h.dtype != torch.bfloat16 or is_away or len(weight) > MAX_D_ROUTER:
+        weight, d_router = self.projection.weight, self.projection.out_features
+        # A sharded weight is whole only while the module that owns it, the projection, runs.
+        is_whole = weight.numel() == d_router * self.projection.in_features
+        if h.dtype != torch.bfloat16 or not is_whole or d_router > MAX_D_ROUTER:
             return self.scores(h)
         return fused_cosines(h, weight, self.centroids, normalize_tokens=self.normalize_tokens)
 
 
-def build_router(d_model: int, moe: MoELayerConfig) -> Router:
+def build_router(d_model: int, moe: MoELayerConfig) -> LinearRouter | XMoERouter:
     """The router of a MoE layer, before its weights are drawn."""
-    shape = (d_model, moe.num_experts, moe.top_k, moe.gate)
-    normalize = moe.normalize_weights == "before_dropping"
-    if moe.router == "linear":
-        return LinearRouter(*shape, second_expert=moe.second_expert, normalize=normalize)
-    return XMoERouter(
-        *shape,
-        moe.router_width,
-        second_expert=moe.second_expert,
-        normalize=normalize,
-        normalize_tokens=moe.normalize_tokens,
-        learned_temperature=moe.learned_temperature,
-    )
+    return (LinearRouter if moe.router == "linear" else XMoERouter)(d_model, moe)
 
 
 def balance_loss(probs: Tensor, first_choices: Tensor) -> Tensor:
@@ -362,12 +312,9 @@ def balance_loss(probs: Tensor, first_choices: Tensor) -> Tensor:
     t_i is the share of the whole batch's tokens whose first choice is expert i; it carries no
     gradient. The loss is linear in p, so the losses of the parts of a batch sum to the batch's.
 
-    Args:
-        probs: (E,) float32, p summed over the tokens of a part of the batch.
-        first_choices: (E,) int64, first choices of the whole batch; they sum to its tokens.
-
-    Returns:
-        () float32, share of this part in the batch's loss; 0 without tokens.
+    Probs (E,) float32 is p summed over the tokens of a part of the batch, first_choices (E,) int64
+    counts those of the whole batch. The result () float32 is the share of this part in the batch's
+    loss, 0 without tokens.
     """
     num_tokens = first_choices.sum().clamp(min=1)
     return probs.size(-1) * (first_choices / num_tokens * probs).sum() / num_tokens

@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from magnetar.data.errors import UserError, read_json_object
+
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 
@@ -65,11 +67,6 @@ class LazyTensors:
         return {name: spec.shape for name, spec in self.specs.items()}
 
 
-def unwatched(_doing: str, names: Sequence[str]) -> Iterable[str]:
-    """A Watch that shows nothing."""
-    return names
-
-
 def in_memory(tensors: Mapping[str, Tensor]) -> LazyTensors:
     """LazyTensors of tensors in memory."""
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -83,7 +80,7 @@ def as_type(tensors: LazyTensors, dtype: torch.dtype) -> LazyTensors:
         tensor = tensors.read(name)
         converted = tensor.to(dtype)
         if not torch.equal(converted.isfinite(), tensor.isfinite()):
-            raise ValueError(
+            raise UserError(
                 f"{name} reaches {tensor.abs().max().item():g}, and {str(dtype)[6:]} ends at "
                 f"{torch.finfo(dtype).max:g}: use float32 or bfloat16"
             )
@@ -112,23 +109,10 @@ def has_weights(folder: Path) -> bool:
     )
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file that another program may have written.
-
-    Raises:
-        ValueError: if it holds no JSON, or nests too deeply to be read.
-        OSError: if it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text())
-    except RecursionError:
-        raise ValueError("its lists or objects nest too deeply") from None
-
-
 def write_files(
-    folder: Path, tensors: LazyTensors, shard_bytes: int | None = None, watch: Watch = unwatched
+    folder: Path, tensors: LazyTensors, shard_bytes: int | None = None, watch: Watch | None = None
 ) -> dict[str, str]:
-    """Write all tensors into a folder, then read them back and compare.
+    """The sha256 of each tensor's bytes, after writing all into a folder and reading them back.
 
     Args:
         folder: existing folder.
@@ -137,115 +121,90 @@ def write_files(
             writes one file.
         watch: progress display.
 
-    Returns:
-        Name -> sha256 of each tensor's bytes.
-
     Raises:
         ValueError: if the bytes read back differ.
         OSError: if they cannot be written.
     """
-    groups = grouped({name: spec.num_bytes for name, spec in tensors.specs.items()}, shard_bytes)
+    watch = watch or (lambda _doing, names: names)
+    sizes = {name: spec.num_bytes for name, spec in tensors.specs.items()}
+    groups = grouped(sizes, shard_bytes)
     count = len(groups)
-    files = (
-        {WEIGHTS_FILE: groups[0]}
-        if count == 1
-        else {
-            f"model-{number:05d}-of-{count:05d}.safetensors": names
-            for number, names in enumerate(groups, start=1)
-        }
-    )
-    laid_out = {file: _laid_out(names, tensors.specs) for file, names in files.items()}
-    coming = iter(watch("writing", [name for names in laid_out.values() for name in names]))
+    files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    if count == 1:
+        files = [WEIGHTS_FILE]
+    # Sorted by dtype, the widest first, which aligns every tensor; then by name.
+    laid_out = [
+        sorted(names, key=lambda name: (_ORDER.index(tensors.specs[name].dtype), name))
+        for names in groups
+    ]
+    coming = iter(watch("writing", [name for names in laid_out for name in names]))
     digests: dict[str, str] = {}
-    for file, names in laid_out.items():
-        _write_file(folder / file, names, islice(coming, len(names)), tensors, digests)
+    for file_name, names in zip(files, laid_out, strict=True):
+        with (folder / file_name).open("wb") as file:
+            file.write(_header({name: tensors.specs[name] for name in names}))
+            for name in islice(coming, len(names)):
+                tensor, spec = tensors.read(name), tensors.specs[name]
+                assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not {spec}"
+                digests[name] = digest(tensor)
+                file.write(_bytes(tensor))
     next(coming, None)  # ends the progress display
     if count > 1:
         index = {
-            "metadata": {"total_size": sum(spec.num_bytes for spec in tensors.specs.values())},
-            "weight_map": {name: file for file, names in files.items() for name in names},
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {
+                n: file for file, names in zip(files, groups, strict=True) for n in names
+            },
         }
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     written = open_files(folder)
     for name in watch("checking", list(tensors.specs)):
-        if _digest(written.read(name)) != digests[name]:
-            raise ValueError(f"{folder}: {name} is not what was written: use another disk")
+        if digest(written.read(name)) != digests[name]:
+            raise UserError(f"{folder}: {name} is not what was written: use another disk")
     return digests
 
 
-def checked(folder: Path, tensors: LazyTensors, digests: Mapping[str, str]) -> LazyTensors:
-    """The same tensors, with each sha256 compared on reading.
-
-    Raises:
-        ValueError: on reading, if a tensor is not what was written.
-    """
-
-    def read(name: str) -> Tensor:
-        tensor = tensors.read(name)
-        if name in digests and _digest(tensor) != digests[name]:
-            raise ValueError(
-                f"{folder}: {name} is not what was written (its sha256 differs): copy the folder "
-                "again, or convert it again"
-            )
-        return tensor
-
-    return LazyTensors(tensors.specs, read)
-
-
-def _laid_out(names: Iterable[str], specs: Mapping[str, Spec]) -> list[str]:
-    """Names sorted by dtype, the widest first, which aligns every tensor; then by name."""
-    return sorted(names, key=lambda name: (_ORDER.index(specs[name].dtype), name))
-
-
-def _write_file(
-    path: Path,
-    names: Sequence[str],
-    coming: Iterable[str],
-    tensors: LazyTensors,
-    digests: dict[str, str],
-) -> None:
+def _header(specs: Mapping[str, Spec]) -> bytes:
+    """The start of a file, whose tensors follow in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in names:
-        spec = tensors.specs[name]
-        end = position + spec.num_bytes
+    end = 0
+    for name, spec in specs.items():
+        start, end = end, end + spec.num_bytes
         header[name] = {
             "dtype": _CODES[spec.dtype],
             "shape": list(spec.shape),
-            "data_offsets": [position, end],
+            "data_offsets": [start, end],
         }
-        position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in coming:
-            tensor, spec = tensors.read(name), tensors.specs[name]
-            assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not {spec}"
-            digests[name] = _digest(tensor)
-            file.write(_bytes(tensor))
+    return struct.pack("<Q", len(text)) + text
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """Hex sha256 of a tensor's values, in the type that it has."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
-def open_files(folder: Path) -> LazyTensors:
+def open_files(folder: Path, digests: Mapping[str, str] | None = None) -> LazyTensors:
     """The tensors of a folder; opening reads only the headers of its files.
 
+    Args:
+        folder: folder of the files.
+        digests: sha256 of the tensors by name, which reading compares.
+
     Raises:
-        ValueError: if a file is missing or damaged, or the index does not fit the files.
+        ValueError: if a file is missing or damaged, or the index does not fit the files; on
+            reading, if a tensor is not what was written.
     """
     places = _weight_map(folder)
     files = {name: _open(folder / name) for name in sorted(set(places.values()))}
     held = {(name, file) for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118
     for name, file in sorted(set(places.items()) ^ held):
         what = "holds" if (name, file) in held else "does not hold"
-        raise ValueError(
+        raise UserError(
             f"{folder / file} {what} {name}, and {INDEX_FILE} says otherwise: copy them again, or "
             "convert it again"
         )
@@ -254,12 +213,22 @@ def open_files(folder: Path) -> LazyTensors:
         entry = files[file].get_slice(name)
         code = entry.get_dtype()
         if code not in _DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{folder / file}: {name} is of type {code}, where a model has "
                 f"{', '.join(_DTYPES)}: convert it again"
             )
         specs[name] = Spec(_DTYPES[code], tuple(entry.get_shape()))
-    return LazyTensors(specs, lambda name: files[places[name]].get_tensor(name))
+
+    def read(name: str) -> Tensor:
+        tensor = files[places[name]].get_tensor(name)
+        if digests and name in digests and digest(tensor) != digests[name]:
+            raise UserError(
+                f"{folder}: {name} is not what was written (its sha256 differs): copy the folder "
+                "again, or convert it again"
+            )
+        return tensor
+
+    return LazyTensors(specs, read)
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -268,21 +237,18 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return dict.fromkeys(_open(folder / WEIGHTS_FILE).keys(), WEIGHTS_FILE)
     index = folder / INDEX_FILE
     try:
-        held = read_json(index)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{index} is missing, which says which shard holds which tensor: copy it again, or "
-            "convert it again"
-        ) from None
+        places = read_json_object(index).get("weight_map")
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{index} cannot be read ({error}): copy it again, or convert it again"
-        ) from error
-    places = held.get("weight_map") if isinstance(held, dict) else None
+        problem = (
+            "is missing, which says which shard holds which tensor"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read ({error})"
+        )
+        raise UserError(f"{index} {problem}: copy it again, or convert it again") from None
     if not isinstance(places, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in places.values()
     ):
-        raise ValueError(
+        raise UserError(
             f"{index} has no object weight_map of tensors' names and the files beside it: copy it "
             "again, or convert it again"
         )
@@ -294,6 +260,6 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         problem = "No such file" if isinstance(error, FileNotFoundError) else error
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read ({problem}): copy it again, or convert it again"
         ) from error

@@ -1,11 +1,12 @@
 """A model on disk that needs neither DeepSpeed nor a run: a folder with two files.
 
 config.json          {"model": {...}, "sha256": {...}}: the keys of `magnetar.model`, and a hash of
-                     each tensor, which reading compares
+                     each tensor and of config.json itself, which reading compares
 model.safetensors    every parameter under its name in the state dict, with each expert apart under
                      its global index; or shards of it, see models.weights.files
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from magnetar.data.atomic import atomic_folder
-from magnetar.data.errors import first_problem
+from magnetar.data.errors import UserError, first_problem, read_json_object
 from magnetar.models.config import ModelConfig, on_one_rank
 from magnetar.models.moe.layer import MoE
 from magnetar.models.transformer import EncoderDecoder, Transformer, empty_model
@@ -25,12 +26,9 @@ from magnetar.models.weights.files import (
     WEIGHTS_FILE,
     LazyTensors,
     Watch,
-    checked,
     has_weights,
     in_memory,
     open_files,
-    read_json,
-    unwatched,
     write_files,
 )
 
@@ -63,7 +61,7 @@ def write_weights(
     shard_bytes: int | None = None,
     about: Mapping[str, Any] | None = None,
     other_files: Mapping[str, bytes] | None = None,
-    watch: Watch = unwatched,
+    watch: Watch | None = None,
 ) -> None:
     """Write a folder of weights with one tensor in memory at a time, and read it back.
 
@@ -88,6 +86,7 @@ def write_weights(
     with atomic_folder(folder) as path:
         digests = write_files(path, in_order, shard_bytes, watch)
         keys = {"model": config.model_dump(mode="json"), **(about or {}), "sha256": digests}
+        digests[CONFIG_FILE] = _config_digest(keys)
         text = json.dumps(keys, indent=1)
         (path / CONFIG_FILE).write_text(text + "\n")
         for name, content in (other_files or {}).items():
@@ -101,9 +100,9 @@ def require_free(folder: Path) -> None:
         ValueError: if the name is taken.
     """
     if folder.is_symlink():
-        raise ValueError(f"{folder} is a link to {os.readlink(folder)}: name that, or another one")
+        raise UserError(f"{folder} is a link to {os.readlink(folder)}: name that, or another one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: name another one")
+        raise UserError(f"{folder} exists and is not an empty folder: name another one")
 
 
 def open_weights(folder: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]]:
@@ -114,17 +113,14 @@ def open_weights(folder: Path) -> tuple[ModelConfig, LazyTensors, dict[str, Any]
             shape.
     """
     config, about = read_config(folder)
-    tensors = open_files(folder)
+    tensors = open_files(folder, about.pop("sha256", {}))
     shapes = tensor_shapes(config)
     try:
         check_tensors(shapes, tensors.shapes)
     except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
-    in_order = LazyTensors({name: tensors.specs[name] for name in shapes}, tensors.read)
-    digests = about.pop("sha256", {})  # older versions and other programs write none
-    if not isinstance(digests, dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: sha256 is no object: convert it again")
-    return config, checked(folder, in_order, digests), about
+        raise UserError(f"{folder / WEIGHTS_FILE}: {error}") from None
+    in_order = {name: tensors.specs[name] for name in shapes}
+    return config, LazyTensors(in_order, tensors.read), about
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -133,28 +129,46 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
         ValueError: if a file is missing, or it describes no model.
     """
-    for name, is_there in (
-        (CONFIG_FILE, (folder / CONFIG_FILE).is_file()),
-        (WEIGHTS_FILE, has_weights(folder)),
-    ):
-        if not is_there:
-            raise ValueError(
+    is_there = {CONFIG_FILE: (folder / CONFIG_FILE).is_file(), WEIGHTS_FILE: has_weights(folder)}
+    for name in is_there:
+        if not is_there[name]:
+            raise UserError(
                 f"{folder / name} is missing, so {folder} is not a folder of weights: name one "
                 "that magnetar convert has written"
             )
+    file = folder / CONFIG_FILE
     try:
-        about = read_json(folder / CONFIG_FILE)
-        if not isinstance(about, dict) or not isinstance(about.get("model"), dict):
+        about = read_json_object(file)
+        if not isinstance(about.get("model"), dict):
             raise ValueError("it has no key model with an object")
-        config = ModelConfig.model_validate_json(json.dumps(about.pop("model")))
+        config = ModelConfig.model_validate_json(json.dumps(about["model"]))
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is null, and must be a number")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         problem = first_problem(error, "model") if isinstance(error, ValidationError) else error
-        raise ValueError(
-            f"{folder / CONFIG_FILE} does not describe a model ({problem}): convert it again"
+        raise UserError(
+            f"{file} does not describe a model ({problem}): convert it again"
         ) from error
+    digests = about.get(
+        "sha256", {}
+    )  # older versions and other programs write none, or not its own
+    if not isinstance(digests, dict):
+        raise UserError(f"{file}: sha256 is no object: convert it again")
+    if CONFIG_FILE in digests and digests[CONFIG_FILE] != _config_digest(about):
+        raise UserError(
+            f"{file} is not what was written (its own sha256 differs): copy the folder again, or "
+            "convert it again; if you have changed it on purpose, remove the entry "
+            f'"{CONFIG_FILE}" of its key sha256'
+        )
+    del about["model"]
     return config, about
+
+
+def _config_digest(keys: Mapping[str, Any]) -> str:
+    """Hex sha256 of all that config.json says, but for this hash itself."""
+    digests = {name: value for name, value in keys["sha256"].items() if name != CONFIG_FILE}
+    text = json.dumps({**keys, "sha256": digests}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -238,21 +252,15 @@ def check_tensors(
         ValueError: naming the first tensor of each kind that is missing, unexpected or of another
             shape, and how many there are.
     """
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    reshaped = [
-        f"{name}, {tuple(found[name])} where the model has {tuple(expected[name])}"
-        for name in expected
-        if name in found and tuple(found[name]) != tuple(expected[name])
-    ]
-    lines = [
-        f"{len(names)} {kind}, the first is {names[0]}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", reshaped),
-        )
-        if names
-    ]
+    wrong = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name}, {tuple(found[name])} where the model has {tuple(expected[name])}"
+            for name in expected
+            if name in found and tuple(found[name]) != tuple(expected[name])
+        ],
+    }
+    lines = [f"{len(n)} {kind}, the first is {n[0]}" for kind, n in wrong.items() if n]
     if lines:
-        raise ValueError("the tensors do not fit the model: " + "; ".join(lines))
+        raise UserError("the tensors do not fit the model: " + "; ".join(lines))

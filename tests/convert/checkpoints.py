@@ -1,12 +1,12 @@
 """Checkpoints of small models, made without training."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from magnetar.engine.checkpoint.exported_run import TrainerEntry
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
     Checkpoint,
@@ -16,7 +16,6 @@ from magnetar.engine.checkpoint.format import (
 )
 from magnetar.engine.config.schema import RunConfig, check_config
 from magnetar.engine.optim.adam import MOMENTS
-from magnetar.engine.trainer import TrainerState
 from magnetar.models.transformer import build_model
 from magnetar.models.weights.load_save import tensor_shapes, tied_names
 from tests.engine.programs import BASE, with_keys
@@ -115,6 +114,6 @@ def about(config: RunConfig, world_size: int, step: int) -> dict[str, Any]:
         "config": config.to_dict(),
         "tokenizer_fingerprint": "a" * 64,
         "data_fingerprint": "b" * 64,
-        "trainer": asdict(TrainerState(seconds=1.0)),
+        "trainer": TrainerEntry(seconds=1.0).model_dump(),
         "optimizer": {"step": step, "schedule_step": step, "skipped_steps": 0, "loss_scaler": {}},
     }

@@ -15,6 +15,7 @@ from magnetar.launchers.convert import main
 from magnetar.models.weights.files import in_memory
 from magnetar.models.weights.load_save import load_model, load_weights, open_weights, save_weights
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
+from tests.convert.conversions import flip_bit
 from tests.runs import make_corpus
 
 
@@ -36,7 +37,8 @@ def require_mean(out: Path, models: list[dict[str, torch.Tensor]]) -> None:
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == torch.float32
-        # Rounded once: at most half a unit in the last place away.
+        # Exact: a float64 holds the sum of a few float32 numbers of like size, whatever its order,
+        # and the mean is rounded once.
         assert torch.equal(tensor, expected[name].float()), name
 
 
@@ -69,14 +71,6 @@ def test_folders_of_weights_and_a_checkpoint(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
-def test_of_equal_models_the_mean_is_the_model(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "run", step=1, seed=1)
-    write_checkpoint(tmp_path / "run", step=2, seed=1)
-    write_checkpoint(tmp_path / "run", step=3, seed=1)
-    average([tmp_path / "run"], tmp_path / "out", 3, None)
-    require_mean(tmp_path / "out", [small_model(run_config(tmp_path), seed=1)])
-
-
 def test_the_type_is_the_sources(tmp_path: Path) -> None:
     models = three_steps(tmp_path / "run")
     config = run_config(tmp_path).model
@@ -86,7 +80,7 @@ def test_the_type_is_the_sources(tmp_path: Path) -> None:
     halves = [open_run(tmp_path / f"half_{index}") for index in range(3)]
     name = "blocks.0.ffn.w1.weight"
     expected = means([{name: m[name].bfloat16()} for m in models])[name]
-    assert torch.equal(mean_of(halves).read(name), expected.bfloat16())
+    assert torch.equal(mean_of(halves).read(name), expected.bfloat16())  # exact as above
     mixed = mean_of([halves[0], open_run(tmp_path / "run")])
     assert {spec.dtype for spec in mixed.specs.values()} == {torch.float32}
     both = [{name: models[0][name].bfloat16()}, {name: models[2][name]}]
@@ -154,20 +148,15 @@ def test_too_few_or_too_many_are_refused(tmp_path: Path) -> None:
         assert f"{twice[-1]} is named twice: name each checkpoint once" in refusal(twice, out)
 
 
-def test_a_damaged_checkpoint_and_a_folder_in_use_are_refused(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_checkpoint(tmp_path / "run", step=1)
     second = write_checkpoint(tmp_path / "run", step=2)
     file = second.path / "rank_00000.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip_bit(file)
     assert f"{file} is not what was saved" in refusal([tmp_path / "run"], out, 2)
     (second.path / "manifest.json").unlink()
     assert f"{second.path}: holds no complete checkpoint" in refusal([tmp_path / "run"], out, 2)
-    out.mkdir()
-    (out / "mine").write_text("kept")
-    assert "is not an empty folder" in refusal([tmp_path / "run"], out, 2)
 
 
 def test_the_command_averages(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -81,20 +81,32 @@ def test_a_moved_checkpoint_is_no_place(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_a_place_where_nothing_can_be_is_named(
+def test_a_place_where_nothing_can_be_is_named_and_left_alone(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "README.md"
-    file.write_text("read")
+    file, full = tmp_path / "thesis.txt", tmp_path / "full"
+    full.mkdir()
+    for path in (file, full / "mine"):
+        path.write_text("years of work")
+    links = {tmp_path / "to_a_folder": full, tmp_path / "to_nothing": tmp_path / "nowhere"}
+    for link, target in links.items():
+        link.symlink_to(target)
     for out, message in (
         ("", "--out is empty, or the folder that the command was started in: name a folder to"),
         (file / "q", f"{file / 'q'}: {file} is a file: name a folder outside it with --out"),
         (file / "q" / "r", f"{file} is a file: name a folder outside it with --out"),
         ("/proc/q", "/proc/q: no folder can be made in /proc (No such file or directory): name"),
+        ("/proc/q/r", "no folder can be made in /proc (No such file or directory): name a place"),
+        (tmp_path / ("n" * 300), "File name too long: choose a shorter name"),
+        (full, f"{full} exists and is not an empty folder: name another one with --out"),
+        (file, f"{file} exists and is not an empty folder: name another one with --out"),
+        *((a, f"{a} is a link to {b}: name that, or another one") for a, b in links.items()),
     ):
         said = refusal(capsys, command, tmp_path / "other", "--out", out, *OPTIONS[command])
         assert message in said
-    assert contents(tmp_path) == {"README.md": b"read"}
+    assert sorted(tmp_path.iterdir()) == sorted([file, full, *links])
+    assert file.read_text() == (full / "mine").read_text() == "years of work"
+    assert all(link.is_symlink() for link in links)
 
 
 @pytest.mark.parametrize("name", ["mine", "not/yet/there", "checkpoints/mine", "a/../mine"])

@@ -8,17 +8,26 @@ from typing import Any
 import pytest
 import torch
 
-from magnetar.convert.inspect import digest, group_of, inspect
+from magnetar.convert.inspect import group_of, inspect
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import MANIFEST
 from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.launchers.convert import main
 from magnetar.models.config import ModelConfig
 from magnetar.models.transformer import build_model
+from magnetar.models.weights.files import digest
 from magnetar.models.weights.load_save import save_weights, tensor_shapes
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
+from tests.convert.conversions import flip_bit
 
 EXPERT = "blocks.1.ffn.deepspeed_moe.experts.deepspeed_experts"
+
+# Sums in float64 of at most 34,401 squares, in another order.
+EXACT = 34_401 * 2**-53
+
+
+def rms(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
 
 
 def test_a_checkpoint_is_described(tmp_path: Path) -> None:
@@ -46,7 +55,7 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
         assert tensor.shape == list(weights[tensor.name].shape)
         assert tensor.states == ["weight", "exp_avg", "exp_avg_sq"]
         assert tensor.sha256 == digest(weights[tensor.name])
-        assert tensor.rms == pytest.approx(float(weights[tensor.name].square().mean().sqrt()))
+        assert tensor.rms == pytest.approx(rms(weights[tensor.name]), rel=EXACT)
 
 
 def test_the_numbers_of_groups_and_layers_are_those_of_the_weights(tmp_path: Path) -> None:
@@ -57,16 +66,16 @@ def test_the_numbers_of_groups_and_layers_are_those_of_the_weights(tmp_path: Pat
     for group in contents.groups:
         values = torch.cat([t.flatten() for n, t in weights.items() if group_of(n) == group.name])
         assert group.num_parameters == values.numel()
-        assert group.rms == pytest.approx(float(values.square().mean().sqrt()))
+        assert group.rms == pytest.approx(rms(values), rel=EXACT)
     (layer,) = contents.layers
     assert (layer.name, layer.num_experts) == ("blocks.1.ffn", 4)
     temperature = weights["blocks.1.ffn.deepspeed_moe.gate.temperature"]
-    assert layer.temperature == pytest.approx(float(temperature))
+    assert layer.temperature == float(temperature)
     norms = []
     for index in range(4):
         mine = [t for n, t in weights.items() if n.startswith(f"{EXPERT}.{index}.")]
-        norms.append(math.sqrt(sum(float(t.square().sum()) for t in mine)))
-    assert layer.expert_norms == pytest.approx((min(norms), sum(norms) / 4, max(norms)))
+        norms.append(math.sqrt(sum(float(t.double().square().sum()) for t in mine)))
+    assert layer.expert_norms == pytest.approx((min(norms), sum(norms) / 4, max(norms)), rel=EXACT)
 
 
 @pytest.mark.parametrize(
@@ -207,9 +216,7 @@ def test_a_damaged_file_is_named_with_status_2(
 ) -> None:
     checkpoint = write_checkpoint(tmp_path / "run")
     file = checkpoint.path / "rank_00001.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
+    flip_bit(file, -5)
     status, out, error = run_command(capsys, str(tmp_path / "run"), *arguments)
     assert status == 2
     assert f"{file} is not what was saved (its sha256 differs); it holds" in error

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from magnetar.convert.import_weights import PART_BYTES
 from magnetar.data.text.token_files import read_manifest
 from tests.convert.checkpoints import write_checkpoint
 from tests.ranks import ROOT
 from tests.runs import make_corpus
 
 MIB = 2**20
+PART = 4 * MIB  # bytes of a file of a run's checkpoint
 # 16 layers of 3.2 million parameters, and a million in the embedding: 200 MB. The largest tensor
 # has 4 MiB.
 DENSE = {"magnetar.model.moe": None, "magnetar.model.num_layers": 16}
@@ -26,9 +26,11 @@ LARGE = {
 SMALL = {"magnetar.model.vocab_size": 301}
 # Runs two commands, and prints how far memory rose in the second: the first loads what torch loads
 # when it is first needed.
-PROGRAM = """
+PROGRAM = f"""
 import json, sys, threading, time
+from magnetar.convert import run_folders
 from magnetar.launchers.convert import main
+run_folders.PART_BYTES = run_folders.IMPORTED_PART_BYTES = {PART}
 
 def anonymous():
     line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
@@ -93,11 +95,13 @@ def test_no_conversion_holds_a_model_in_memory(tmp_path: Path) -> None:
             "upcycled": ("upcycle", "exported", "--num-experts", "3"),
             "dense": ("densify", "upcycled", "--mean"),
             "shrunk": ("shrink", "run", "--layers", "0,3,6,9,12,15"),
+            "resharded": ("reshard", "run", "--world-size", "2", "--zero-stage", "1"),
         }.items()
     }
     assert size(tmp_path / "exported") > 190 * MIB
     assert size(tmp_path / "upcycled") > 320 * MIB
+    assert len(list((tmp_path / "resharded").glob("*/*/*.safetensors"))) > 100
+    # What a file will hold, and the copy of it that safetensors makes.
+    assert rises["resharded"] < 2.5 * PART / MIB
     # A float64 sum of the largest tensor, the tensor, and copies of both.
-    # import also holds one file of a checkpoint.
-    rises["imported"] -= PART_BYTES / MIB
     assert max(rises.values()) < 24, rises

@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import magnetar.convert.reshard
-from magnetar.convert.expert_tensors import place_of
-from magnetar.convert.inspect import inspect
-from magnetar.convert.reshard import reshard
+import magnetar.convert.run_folders
+from magnetar.convert.experts import place_of
+from magnetar.convert.run_folders import reshard
 from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.format import (
     WEIGHT,
@@ -23,13 +22,12 @@ from magnetar.engine.checkpoint.format import (
     complete_checkpoints,
     damaged_files,
 )
-from magnetar.engine.config.schema import check_config
-from magnetar.engine.memory_planner import Layout
+from magnetar.engine.config.schema import Layout, check_config
 from magnetar.engine.optim.adam import MOMENTS
 from magnetar.launchers.convert import main
 from magnetar.models.weights.load_save import save_weights
 from tests.convert.checkpoints import run_config, small_model, write_checkpoint
-from tests.ranks import run_on_ranks
+from tests.convert.conversions import flip_bit
 from tests.runs import launch, make_corpus, records, write_config
 
 LAYOUTS = [
@@ -127,23 +125,14 @@ def test_the_run_is_the_targets(tmp_path: Path) -> None:
     )
 
 
-def test_a_checkpoint_without_its_run_has_no_curve(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_moved_has_the_name_of_its_step_and_no_curve(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "run")
-    shutil.copytree(source.path, tmp_path / "alone" / "copied" / "step_00000005")
-    reshard(tmp_path / "alone" / "copied" / "step_00000005", tmp_path / "out", LAYOUTS[1], None)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "checkpoints",
-        "config.json",
-    ]
-
-
-def test_a_renamed_checkpoint_gets_the_name_of_its_step(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "run")
-    shutil.copytree(source.path, tmp_path / "my ckpt")
-    lines = reshard(tmp_path / "my ckpt", tmp_path / "an out", LAYOUTS[1], None)
-    assert written_in(tmp_path / "an out").path.name == "step_00000005"
-    config = tmp_path / "an out" / "config.json"
-    assert shlex.split(lines[-1])[-2:] == ["--deepspeed_config", str(config)]
+    shutil.copytree(source.path, tmp_path / "copied" / "my ckpt")
+    lines = reshard(tmp_path / "copied" / "my ckpt", tmp_path / "an out", LAYOUTS[1], None)
+    out = tmp_path / "an out"
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "config.json"]
+    assert written_in(out).path.name == "step_00000005"
+    assert shlex.split(lines[-1])[-2:] == ["--deepspeed_config", str(out / "config.json")]
 
 
 def test_there_and_back_is_the_same(tmp_path: Path) -> None:
@@ -160,7 +149,7 @@ def test_a_part_beyond_the_limit_is_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_checkpoint(tmp_path / "run")
-    monkeypatch.setattr(magnetar.convert.reshard, "PART_BYTES", 8_000)
+    monkeypatch.setattr(magnetar.convert.run_folders, "PART_BYTES", 8_000)
     reshard(tmp_path / "run", tmp_path / "out", Layout(2, 2, 1), None)
     written = written_in(tmp_path / "out")
     require_equal(source, written)
@@ -173,28 +162,6 @@ def test_a_part_beyond_the_limit_is_several_files(
             assert sum(sizes) <= 8_000
     # A tensor larger than the limit is cut as well: an expert's w1 has 24,576 bytes.
     assert max(len(t["pieces"]) for t in written.manifest["tensors"].values()) > 2
-
-
-@pytest.mark.slow
-def test_memory_is_bounded_by_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"d_model": 256, "d_ff": 2048, "moe.num_experts": 8}
-    changes = {f"magnetar.model.{key}": value for key, value in sizes.items()}
-    source = write_checkpoint(tmp_path / "run", changes=changes)
-    write_checkpoint(tmp_path / "small")
-    total = sum(file["bytes"] for file in source.manifest["files"].values())
-    assert total > 100 * 2**20
-    limit = 4 * 2**20
-    # Freed memory goes back to the system at once, so that what is measured is in use.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    (growth,) = run_on_ranks(
-        "tests.convert.programs:memory_of_reshard",
-        1,
-        *(tmp_path / "small", tmp_path / "run", tmp_path / "out", limit),
-        fresh=True,
-    )
-    # What a file will hold, and the copy of it that safetensors makes.
-    assert growth < 2.5 * limit
-    assert len(written_in(tmp_path / "out").manifest["files"]) > 20
 
 
 def refusal(source: Path, out: Path, *layout: int, gpu_memory: float | None = None) -> str:
@@ -239,29 +206,9 @@ def test_bf16_without_zero_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_source_is_named(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "run")
     file = source.path / "rank_00001.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip_bit(file)
     message = refusal(tmp_path / "run", tmp_path / "out", 4, 2, 1)
     assert f"{file} is not what was saved" in message
-
-
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "run")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("kept")
-    assert "exists and is not an empty folder" in refusal(tmp_path / "run", out, 2, 2, 1)
-    assert [path.name for path in out.iterdir()] == ["mine"]
-    (out / "mine").unlink()
-    reshard(tmp_path / "run", out, Layout(2, 2, 1), None)
-    assert inspect(out).damaged == []
-
-
-def test_one_file_is_no_plural(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "run")
-    lines = reshard(tmp_path / "run", tmp_path / "out", Layout(1, 1, 0), None)
-    assert "1 rank, ep_size 1, ZeRO 0, 1 file, read back and compared" in lines[1]
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -270,23 +217,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path / "weights", tmp_path / "out", 2, 2, 1)
     assert "is a folder of weights, which are of no step and no layout" in message
     assert "does not exist" in refusal(tmp_path / "nowhere", tmp_path / "out", 2, 2, 1)
-
-
-def test_a_disk_that_is_full_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_checkpoint(tmp_path / "run")
-    write = CheckpointWriter.write_part
-
-    def full(self: CheckpointWriter, name: str, pieces: Any) -> None:
-        write(self, name, pieces)
-        if name == "rank_00001.safetensors":
-            raise OSError("No space left on device")
-
-    monkeypatch.setattr(CheckpointWriter, "write_part", full)
-    message = refusal(tmp_path / "run", tmp_path / "out", 4, 2, 1)
-    assert f"{tmp_path / 'out'} cannot be written (No space left on device): free some" in message
-    assert "lift a limit on the size of files (ulimit -f), or name another folder" in message
 
 
 @pytest.mark.parametrize("is_hashed_after", [True, False])
@@ -333,11 +263,9 @@ def test_numbers_that_are_none_are_refused(
 def test_the_command_reshards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_checkpoint(tmp_path / "run")
     out = str(tmp_path / "out")
-    main(["reshard", str(tmp_path / "run"), "--out", out, "--world-size", "4", "--ep-size", "2"])
-    assert f"wrote     {out}/checkpoints/step_00000005, 4 ranks, ep_size 2, ZeRO 0" in (
-        capsys.readouterr().out
-    )
-    assert written_in(tmp_path / "out").manifest["layout"]["ep_size"] == 2
+    main(["reshard", str(tmp_path / "run"), "--out", out, "--world-size", "1"])
+    line = "step_00000005, 1 rank, ep_size 1, ZeRO 0, 1 file, read back and compared"
+    assert f"wrote     {out}/checkpoints/{line}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -364,5 +292,7 @@ def test_training_goes_on_in_the_new_layout_with_the_same_losses(tmp_path: Path)
         for name in ("run", "other")
     )
     assert len(whole) == len(continued) == 12
-    assert continued[:6] == whole[:6]
-    assert continued[6:] == pytest.approx(whole[6:], rel=0, abs=5e-5)
+    assert continued[:6] == whole[:6]  # copied
+    # Another layout sums in another order: some 300 float32 roundings of 2^-24 on the way to a loss
+    # and 500 on the way back. A step on wrong gradients moves the loss by 1e-2.
+    assert continued[6:] == pytest.approx(whole[6:], rel=0, abs=800 * 2**-24)

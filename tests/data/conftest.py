@@ -7,9 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from magnetar.data.prepared_folder import Reporter
 from magnetar.data.text.token_files import SplitRecord, TokenSplit
 
 WORDS = ["sea", "ship", "sail", "north", "wind", "harbour", "the", "of", "a", "old", "blue", "zéro"]
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """No test loses its power, and a busy disk takes seconds for each fsync."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def messages():
+    return []
+
+
+@pytest.fixture
+def reporter(messages):
+    return Reporter(message=messages.append)
 
 
 @pytest.fixture

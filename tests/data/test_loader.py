@@ -11,7 +11,7 @@ from magnetar.data.errors import UserError
 from magnetar.data.loader import (
     STEPS_AHEAD,
     DataOptions,
-    MaskOptions,
+    Masking,
     PairOptions,
     TextData,
     TrainingBatches,
@@ -28,7 +28,7 @@ PAIRS = DataOptions(
     train_batch_size=4,
     micro_batch_size=1,
     seed=3,
-    pairs=PairOptions(512, 2.0, ["en-de"], "drop", 40),
+    pairs=PairOptions(512, 2.0, ["en-de"], "drop", 48, 40),
 )
 
 
@@ -140,6 +140,6 @@ def test_only_pairs_are_translated_and_only_text_is_continued(text: Path, pairs:
 def test_bits_per_byte_are_left_out_where_text_is_seen_with_masks(text: Path) -> None:
     data = open_data(text, OPTIONS)
     assert isinstance(data, TextData)
-    assert data.predicted_bytes() == data.prepared.valid.num_bytes
-    masked = replace(OPTIONS, architecture="encoder", masking=MaskOptions(0.15, None, "bert"))
+    assert data.predicted_bytes() == data.prepared.valid.record.num_bytes
+    masked = replace(OPTIONS, architecture="encoder", masking=Masking(0.15, None, "bert"))
     assert open_data(text, masked).predicted_bytes() is None

@@ -98,6 +98,14 @@ def batches(
     ]
 
 
+def take_step(engine: Any, config: Any, step: int, is_padded: bool = False) -> Any:
+    """The result of an optimizer step on the batch of that number."""
+    from magnetar.engine.train_step import loss_weights, train_step
+
+    weights = loss_weights(config.model.moe, config.training)
+    return train_step(engine, batches(engine, step, config, is_padded), weights, 1, step)
+
+
 def losses_and_norms(
     cases: list[dict[str, Any]], num_steps: int, padded: Collection[int] = ()
 ) -> list[dict[str, list[float]]]:
@@ -111,20 +119,16 @@ def losses_and_norms(
         padded: indices of the cases whose batches hold padding.
     """
     from magnetar.engine.metrics import reduce_over_ranks
-    from magnetar.engine.train_step import loss_weights, train_step
 
     results = []
     for index, changes in enumerate(cases):
         engine, clip, config = start(changes)
         curve: dict[str, list[float]] = {"norm": [], "coefficient": []}
         for step in range(num_steps):
-            batch = batches(engine, step, config, is_padded=index in padded)
             if step % 5 == 0:
+                batch = batches(engine, step, config, index in padded)
                 curve.setdefault("valid", []).append(evaluated(engine, batch))
-            result = train_step(
-                engine, batch, loss_weights(config.model.moe, config.training), seed=1, step=step
-            )
-            losses, _ = reduce_over_ranks(result)
+            losses, _ = reduce_over_ranks(take_step(engine, config, step, index in padded))
             for name, value in losses.items():
                 curve.setdefault(name, []).append(value)
             curve["norm"].append(float(clip.norm))
@@ -156,8 +160,6 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
     """
     import deepspeed.comm as dist
 
-    from magnetar.engine.train_step import loss_weights, train_step
-
     results = []
     for changes in cases:
         engine, clip, config = start(changes)
@@ -165,33 +167,24 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
         seen = record_gradients_of_adam(engine.basic_optimizer)
         moe = config.model.moe
         scale = float(getattr(engine.optimizer, "loss_scale", 1.0)) if config.dtype == "fp16" else 1
-        train_step(
-            engine,
-            batches(engine, 0, config),
-            loss_weights(config.model.moe, config.training),
-            seed=1,
-            step=0,
-        )
+        take_step(engine, config, 0)
         everyone: list[Any] = [None] * dist.get_world_size()
         torch.distributed.all_gather_object(everyone, (raw, seen))
         raw_dense, raw_expert, raw_weighted = brute_force_norms(
             [r for r, _ in everyone], moe.ep_size
         )
         replicas = 1 if config.zero_stage else 2  # ZeRO hands Adam a part on each rank
+        of_experts = 1 if moe.ep_size == 2 else replicas
+        names = ("norm", "dense_norm", "expert_norm", "coefficient")
         results.append(
-            {
+            {name: float(getattr(clip, name)) for name in names}
+            | {
                 "optimizer": type(engine.optimizer).__name__,
-                "norm": float(clip.norm),
-                "dense_norm": float(clip.dense_norm),
-                "expert_norm": float(clip.expert_norm),
-                "coefficient": float(clip.coefficient),
                 "raw_dense": raw_dense / scale,
                 "raw_expert": raw_expert / scale,
                 "raw_weighted": raw_weighted / scale,
                 "seen_dense": norm_over_ranks([s for _, s in everyone], "dense", replicas),
-                "seen_expert": norm_over_ranks(
-                    [s for _, s in everyone], "expert", 1 if moe.ep_size == 2 else replicas
-                ),
+                "seen_expert": norm_over_ranks([s for _, s in everyone], "expert", of_experts),
             }
         )
         engine.destroy()
@@ -260,8 +253,6 @@ def weights_under_decay(
     independent: bool, num_steps: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
     """One matrix before and after each step, its gradients as Adam saw them, the lr's factors."""
-    from magnetar.engine.train_step import loss_weights, train_step
-
     engine, _, config = start(
         {
             "magnetar.training.independent_weight_decay": independent,
@@ -277,11 +268,7 @@ def weights_under_decay(
     )
     found, factors = [weight.detach().clone()], []
     for step in range(num_steps):
-        batch = batches(engine, step, config)
-        result = train_step(
-            engine, batch, loss_weights(config.model.moe, config.training), seed=1, step=step
-        )
-        factors.append(result.lr / 3e-3)
+        factors.append(take_step(engine, config, step).lr / 3e-3)
         found.append(weight.detach().clone())
     return found, gradients, factors
 
@@ -308,8 +295,6 @@ def losses_and_checkpointed_blocks(cases: list[dict[str, Any]], num_steps: int) 
 
 def memory_of_engines(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Of two steps of each case: bytes that this rank's engine keeps, at their largest."""
-    from magnetar.engine.train_step import loss_weights, train_step
-
     results = []
     for changes in cases:
         engine, _, config = start(changes)
@@ -325,10 +310,7 @@ def memory_of_engines(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
 
         engine.step = measured
         for step in range(2):
-            batch = batches(engine, step, config)
-            train_step(
-                engine, batch, loss_weights(config.model.moe, config.training), seed=1, step=step
-            )
+            take_step(engine, config, step)
         results.append(largest)
         engine.destroy()
     return results
@@ -381,8 +363,6 @@ def peak_of_an_update(changes: dict[str, Any]) -> int:
     """Bytes that the second update takes for a while; the first one makes the states."""
     from torch.profiler import ProfilerActivity, profile
 
-    from magnetar.engine.train_step import loss_weights, train_step
-
     engine, _, config = start(changes)
     update, events = engine.step, []
 
@@ -393,13 +373,7 @@ def peak_of_an_update(changes: dict[str, Any]) -> int:
 
     engine.step = profiled
     for step in range(2):
-        train_step(
-            engine,
-            batches(engine, step, config),
-            loss_weights(config.model.moe, config.training),
-            seed=1,
-            step=step,
-        )
+        take_step(engine, config, step)
     engine.destroy()
     changed = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     return int(np.cumsum([nbytes for _, nbytes in sorted(changed, key=lambda c: c[0])]).max())
@@ -437,24 +411,13 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
 
     from magnetar.engine.checkpoint.format import newest_checkpoint
     from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint
-    from magnetar.engine.train_step import loss_weights, train_step
 
     prepared: Any = SimpleNamespace(
         manifest=SimpleNamespace(tokenizer_fingerprint="a"), fingerprint="b"
     )
 
     def losses(engine: Any, config: Any, steps: range) -> list[float]:
-        results = [
-            train_step(
-                engine,
-                batches(engine, step, config),
-                loss_weights(config.model.moe, config.training),
-                1,
-                step,
-            )
-            for step in steps
-        ]
-        return [float(result.loss) for result in results]
+        return [float(take_step(engine, config, step).loss) for step in steps]
 
     found = []
     for number, (before, after) in enumerate(cases):
@@ -519,8 +482,12 @@ def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict
     import torch.distributed as dist
 
     from magnetar.engine.build import start_distributed
-    from magnetar.engine.metrics import TrafficMeter, moe_layers, reduce_over_ranks
-    from magnetar.engine.train_step import loss_weights, train_step
+    from magnetar.engine.metrics import (
+        reduce_over_ranks,
+        sparse_layers,
+        take_traffic,
+        traffic_record,
+    )
     from magnetar.engine.zero import named_tensors
 
     start_distributed()
@@ -528,16 +495,13 @@ def losses_and_traffic(cases: list[dict[str, Any]], num_steps: int) -> list[dict
     results = []
     for changes in cases:
         engine, _, config = start(changes)
-        meter = TrafficMeter(engine.module, moe_layers(config.model), engine.device)
+        layers = sparse_layers(engine.module, config.model)
         curve: dict[str, list] = {"loss": [], "traffic": []}
         for step in range(num_steps):
-            batch = batches(engine, step, config)
-            result = train_step(
-                engine, batch, loss_weights(config.model.moe, config.training), seed=1, step=step
-            )
-            meter.count_step()
+            result = take_step(engine, config, step)
+            traffic = traffic_record(take_traffic(layers), engine.device)
             curve["loss"].append(reduce_over_ranks(result)[0]["loss"])
-            curve["traffic"].append(meter.record())
+            curve["traffic"].append(traffic)
         names = " ".join(
             name for _, of_one in named_tensors(engine.module) for name in of_one.names
         )
@@ -551,15 +515,7 @@ def listening_places() -> list[tuple[str, int]]:
     """Addresses and ports at which this rank listens after a step."""
     import psutil
 
-    from magnetar.engine.train_step import loss_weights, train_step
-
     engine, _, config = start({"magnetar.model.moe.ep_size": 2})
-    train_step(
-        engine,
-        batches(engine, 0, config),
-        loss_weights(config.model.moe, config.training),
-        seed=1,
-        step=0,
-    )
+    take_step(engine, config, 0)
     found = psutil.Process().net_connections("inet")
     return [(place.laddr.ip, place.laddr.port) for place in found if place.status == "LISTEN"]

@@ -20,6 +20,8 @@ def test_the_same_run_but_for_rounding(sizes: dict[str, Any]) -> None:
     if sizes:  # what is dropped is drawn otherwise, but alike in both that are compiled
         cases = cases[1:]
     (curves,) = run_on_ranks("tests.engine.programs:losses_and_norms", 1, cases, 6, timeout=600)
+    # Fused operators round float32 elsewhere, and steps of Adam amplify it, as they do between
+    # layouts: test_layouts.py has the same bounds for 20 steps, and half as much for norms.
     for curve in curves[1:]:
         assert curve["loss"] == pytest.approx(curves[0]["loss"], abs=2e-5)
         assert curve["norm"] == pytest.approx(curves[0]["norm"], rel=2e-4)

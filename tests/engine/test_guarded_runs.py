@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,13 @@ FAULTY = """
 import json, os, sys
 from pathlib import Path
 import magnetar.engine.trainer as trainer
+from magnetar.data.loader import TrainingBatches as Batches
 from magnetar.engine.config.schema import load_config
 from magnetar.engine.prepare_run import prepare_run
 from magnetar.launchers.terminal.user_errors import user_errors
 from tests.machine import imitate
 
 imitate()
-Batches = trainer.TrainingBatches
 train_step, of_step, fault = trainer.train_step, Batches.of_step, {}
 
 def value(name, **names):
@@ -178,12 +180,15 @@ def test_a_spike_of_the_loss_is_left_out_where_that_is_asked_for(
     corpus: Path, tmp_path: Path
 ) -> None:
     spikes = {"magnetar.guards.spike_deviations": 6.0, "magnetar.guards.spike_window": 5}
-    config = one_rank(tmp_path, corpus, **spikes)
+    short = {"magnetar.training.lr_schedule.total_steps": 11}
+    config = one_rank(tmp_path, corpus, **spikes, **short)
     done = train_with((config, {"loss": "3 if batch in (4, 11) else 1"}))
     assert done.returncode == 0, done.stdout
     assert "step 4" not in done.stdout.replace("step 4: validation", "")  # five are not yet done
     assert "step 11 is left out: loss " in done.stdout
     assert "more than 6 standard deviations" in done.stdout
+    assert "**schedule** " in (tmp_path / "run" / "logbook.md").read_text()
+    assert "total_steps=11 is less than num_steps=12: the steps after 11" in done.stdout
 
 
 def test_what_going_back_does_not_help_ends_as_diverged(corpus: Path, tmp_path: Path) -> None:
@@ -221,16 +226,34 @@ LONG = {
 }
 
 
+@contextmanager
+def long_run(
+    corpus: Path, folder: Path, **changes: Any
+) -> Iterator[tuple[Path, subprocess.Popen, list[int]]]:
+    """The config, the launcher and the two ranks of a run that has logged five steps."""
+    config = write_config(folder, corpus, changes=LONG | changes)
+    with started(config) as launcher:
+        wait_for_step(config, 5, launcher)
+        yield config, launcher, ranks_of(launcher.pid)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process ends within half a minute or so."""
+    for _ in range(600):
+        if not os.path.exists(f"/proc/{pid}"):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_any_rank_saves_and_ends_them_all_well(
     number: signal.Signals, corpus: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path, corpus, changes=LONG)
-    with started(config) as launcher:
-        wait_for_step(config, 5, launcher)
-        os.kill(ranks_of(launcher.pid)[1], signal.SIGUSR1)
+    with long_run(corpus, tmp_path) as (config, launcher, (_, second)):
+        os.kill(second, signal.SIGUSR1)
         wait_for_step(config, 20, launcher)
-        os.kill(ranks_of(launcher.pid)[1], number)
+        os.kill(second, number)
         output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 0, output
     saved = [checkpoint.step for checkpoint in complete_checkpoints(tmp_path / "run")]
@@ -240,27 +263,25 @@ def test_a_signal_to_any_rank_saves_and_ends_them_all_well(
     logbook = (tmp_path / "run" / "logbook.md").read_text()
     assert f"SIGUSR1 asks for a checkpoint after step {saved[0]}" in logbook
     assert not (tmp_path / "run" / "summary.json").exists()
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe{\n")
     shorter = launch(config, "--set", f"magnetar.training.num_steps={saved[1] + 2}")
     assert shorter.returncode == 0, shorter.stdout
-    assert "**resume** " in (tmp_path / "run" / "logbook.md").read_text()
-    assert "num_steps: 4000 -> " in (tmp_path / "run" / "logbook.md").read_text()
+    logbook = (tmp_path / "run" / "logbook.md").read_text()
+    for words in ("**resume** ", "num_steps: 4000 -> ", "is no record and is left out (b'"):
+        assert words in logbook
+    assert "and kept in metrics.left_out" in shorter.stdout
+    steps = [record["step"] for record in records(tmp_path / "run") if "loss" in record]
+    assert steps == list(range(1, saved[1] + 3))
 
 
 def test_a_launcher_that_is_ended_leaves_no_ranks_behind_and_loses_no_step(
     corpus: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path, corpus, changes=LONG)
-    with started(config) as launcher:
-        wait_for_step(config, 5, launcher)
-        ranks = ranks_of(launcher.pid)
+    with long_run(corpus, tmp_path) as (_, launcher, ranks):
         os.kill(launcher.pid, signal.SIGTERM)  # which DeepSpeed's hands on to nobody
         output, _ = launcher.communicate(timeout=60)
-        for _ in range(300):
-            if not any(os.path.exists(f"/proc/{pid}") for pid in ranks):
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail("the ranks train on")
+        assert all(map(has_ended, ranks)), "the ranks train on"
     (saved,) = complete_checkpoints(tmp_path / "run")
     assert f"stopped by the end of its launcher after step {saved.step}, saved" in output.replace(
         "a signal to another rank", "the end of its launcher"
@@ -270,10 +291,7 @@ def test_a_launcher_that_is_ended_leaves_no_ranks_behind_and_loses_no_step(
 def test_ctrl_c_twice_ends_a_run_at_once_even_one_that_waits_for_another_rank(
     corpus: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path, corpus, changes=LONG)
-    with started(config) as launcher:
-        wait_for_step(config, 5, launcher)
-        first, second = ranks_of(launcher.pid)
+    with long_run(corpus, tmp_path) as (_, launcher, (first, second)):
         os.kill(second, signal.SIGSTOP)
         time.sleep(0.5)
         os.kill(first, signal.SIGINT)
@@ -291,32 +309,21 @@ def test_ctrl_c_twice_ends_a_run_at_once_even_one_that_waits_for_another_rank(
 def test_a_rank_that_is_stopped_is_found_and_named(
     stopped: int, corpus: Path, tmp_path: Path
 ) -> None:
-    config = write_config(
-        tmp_path, corpus, changes=LONG | {"magnetar.guards.hang_timeout_seconds": 10}
-    )
-    with started(config) as launcher:
-        wait_for_step(config, 5, launcher)
-        ranks = ranks_of(launcher.pid)
+    timeout = {"magnetar.guards.hang_timeout_seconds": 10}
+    with long_run(corpus, tmp_path, **timeout) as (_, launcher, ranks):
         os.kill(ranks[stopped], signal.SIGSTOP)
         if stopped == 1:  # an alarm that turns out to be none
             time.sleep(13)
             os.kill(ranks[stopped], signal.SIGCONT)
             time.sleep(3)
             os.kill(ranks[stopped], signal.SIGSTOP)
-        for _ in range(600):
-            if not os.path.exists(f"/proc/{ranks[1 - stopped]}"):
-                break
-            time.sleep(0.1)
-        os.kill(
-            ranks[stopped], signal.SIGKILL
-        )  # DeepSpeed's launcher would wait half a minute for it
+        assert has_ended(ranks[1 - stopped])
+        os.kill(ranks[stopped], signal.SIGKILL)  # for which the launcher would wait half a minute
         output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 3, output
     assert f"nothing has happened for 10 seconds: rank {stopped} does not answer" in output
-    assert (
-        "hang** nothing has happened for 10 seconds"
-        in (tmp_path / "run" / "logbook.md").read_text()
-    )
+    logbook = (tmp_path / "run" / "logbook.md").read_text()
+    assert "hang** nothing has happened for 10 seconds" in logbook
     if stopped == 1:
         assert "rank 0 is in step" in output
         assert "all_reduce, called by engine/" in output or "called by models/" in output

@@ -17,10 +17,13 @@ PROGRAM = "tests.engine.programs:losses_and_traffic"
 @pytest.mark.slow
 def test_losses_are_those_of_one_rank_on_any_links() -> None:
     one = run_on_ranks(PROGRAM, 1, [dict(ZERO_1)], 4)[0][0]
-    assert one["traffic"] == [{}] * 4
+    assert {gib for record in one["traffic"] for gib in record.values()} == {0.0}
     ranks = run_on_ranks(PROGRAM, 4, [ZERO_1 | case for case in CASES.values()], 4)
     curves = dict(zip(CASES, ranks[0], strict=True))
-    for name, curve in curves.items():
+    for (
+        name,
+        curve,
+    ) in curves.items():  # float32 sums in another order, amplified by 4 steps of Adam
         assert curve["loss"] == pytest.approx(one["loss"], abs=5e-5), name
     within, across = (curves[name]["traffic"][0] for name in ("within nodes", "across nodes"))
     # 8 sequences of 16 tokens to 2 experts each: float32 rows of 32, there and back, twice.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from magnetar.engine.build import lr_factor, parameter_groups
+from magnetar.engine.build import early_end, lr_factor, parameter_groups
 from magnetar.engine.config.schema import LRSchedule
 from magnetar.engine.train_step import LossWeights, StepResult, train_step
 from magnetar.models.config import ModelConfig
@@ -16,41 +16,50 @@ from magnetar.models.moe.layer import RoutingStats
 from magnetar.models.transformer import ModelLosses, ModelOutput, build_model
 from tests.ranks import run_on_ranks
 
-POLYNOMIAL = LRSchedule(type="polynomial", warmup_steps=10, total_steps=110, power=1.0, end_lr=1e-4)
+POLYNOMIAL = {"type": "polynomial", "warmup_steps": 10, "total_steps": 110, "end_lr": 1e-4}
+SQUARED = {"type": "polynomial", "warmup_steps": 0, "total_steps": 100, "power": 2.0}
 
 
-def test_warm_up_rises_in_a_straight_line_to_the_full_rate() -> None:
-    factor = lr_factor(POLYNOMIAL, 1e-3, 110)
-    assert [factor(step) for step in range(10)] == pytest.approx([(s + 1) / 10 for s in range(10)])
+@pytest.mark.parametrize(
+    ("schedule", "num_steps", "expected"),
+    [
+        # Warm-up is a straight line to the full rate; polynomial ends at end_lr and stays there.
+        (POLYNOMIAL, 110, {step: (step + 1) / 10 for step in range(10)}),
+        (POLYNOMIAL, 110, {59: 0.1 + 0.9 * 0.5, 109: 0.1, 500: 0.1}),
+        # The power is the exponent of what is left, and total_steps follows from the run's steps.
+        (SQUARED, 7, {49: (1 - 49 / 99) ** 2}),
+        ({"type": "polynomial", "warmup_steps": 1}, 40, {39: 0.0}),
+        (
+            {"type": "inverse_sqrt", "warmup_steps": 100},
+            10_000,
+            {99: 1.0, 399: 0.5, 9_999: math.sqrt(100 / 10_000)},
+        ),
+        ({"type": "constant", "warmup_steps": 0}, 10, {0: 1.0, 5: 1.0, 100: 1.0}),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(
+    schedule: dict[str, Any], num_steps: int, expected: dict[int, float]
+) -> None:
+    factor = lr_factor(LRSchedule(**schedule), 1e-3, num_steps)
+    assert {step: factor(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
-def test_polynomial_ends_at_end_lr_and_stays_there() -> None:
-    factor = lr_factor(POLYNOMIAL, 1e-3, 110)
-    assert factor(59) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert factor(109) == pytest.approx(0.1)
-    assert factor(500) == pytest.approx(0.1)
-
-
-def test_polynomial_power_is_the_exponent_of_what_is_left() -> None:
-    schedule = LRSchedule(type="polynomial", warmup_steps=0, total_steps=100, power=2.0)
-    assert lr_factor(schedule, 1e-3, 7)(49) == pytest.approx((1 - 49 / 99) ** 2)
-
-
-def test_total_steps_is_the_length_of_the_run_unless_given() -> None:
-    schedule = LRSchedule(type="polynomial", warmup_steps=1)
-    assert lr_factor(schedule, 1.0, 40)(39) == pytest.approx(0.0)
-
-
-def test_inverse_sqrt_follows_the_root_of_the_step() -> None:
-    factor = lr_factor(LRSchedule(type="inverse_sqrt", warmup_steps=100), 1e-3, 10_000)
-    assert factor(99) == pytest.approx(1.0)
-    assert factor(399) == pytest.approx(0.5)
-    assert factor(9_999) == pytest.approx(math.sqrt(100 / 10_000))
-
-
-def test_constant_stays() -> None:
-    factor = lr_factor(LRSchedule(type="constant", warmup_steps=0), 1e-3, 10)
-    assert {factor(step) for step in (0, 5, 100)} == {1.0}
+@pytest.mark.parametrize(
+    ("schedule", "num_steps", "parts"),
+    [
+        (POLYNOMIAL, 110, []),
+        (POLYNOMIAL, 111, ["total_steps=110 is less than num_steps=111", "end_lr=0.0001; use"]),
+        (SQUARED, 300, ["after 100 train at a learning rate of 0", "use num_steps=100, or begin"]),
+        ({"type": "polynomial", "warmup_steps": 1}, 40, []),
+        ({"type": "constant", "warmup_steps": 0}, 10, []),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_said(
+    schedule: dict[str, Any], num_steps: int, parts: list[str]
+) -> None:
+    words = early_end(LRSchedule(**schedule), num_steps)
+    assert bool(words) == bool(parts)
+    assert all(part in words for part in parts)
 
 
 @pytest.fixture
@@ -221,7 +230,7 @@ def test_losses_without_weight_are_not_minimised() -> None:
 
 def test_smoothed_targets_are_minimised_and_the_plain_cross_entropy_is_reported() -> None:
     plain, smoothed = fake_step(LossWeights()), fake_step(LossWeights(label_smoothing=0.5))
-    assert smoothed.result.loss == plain.result.loss
+    assert smoothed.result.loss == plain.result.loss  # the same sum on the same threads
     for before, after in zip(plain.engine.minimised, smoothed.engine.minimised, strict=True):
         assert abs(before - after) > 0.01
 
@@ -268,11 +277,8 @@ def test_weight_decay_follows_its_recurrence(independent: bool) -> None:
 
 
 def test_a_bucket_of_gradients_is_no_larger_than_the_model_and_torchs_adam_is_fused() -> None:
-    changes = {"zero_optimization.stage": 1}
-    target = "tests.engine.programs:optimizer_of"
-    ((bucket, numel, fused),) = run_on_ranks(target, 1, changes)
-    assert bucket == numel
-    assert set(fused) == {True}
-    smaller = changes | {"zero_optimization.reduce_bucket_size": 1000}
-    ((bucket, _, _),) = run_on_ranks(target, 1, smaller)
-    assert bucket == 1000
+    for given, expected in (({}, None), ({"zero_optimization.reduce_bucket_size": 1000}, 1000)):
+        changes = {"zero_optimization.stage": 1} | given
+        ((bucket, numel, fused),) = run_on_ranks("tests.engine.programs:optimizer_of", 1, changes)
+        assert bucket == (expected or numel)
+        assert set(fused) == {True}

@@ -1,6 +1,7 @@
-"""One small trained run for the tests of what comes after training."""
+"""One small trained run for the tests of what comes after training, and how commands refuse."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,14 @@ class Trained(NamedTuple):
     @property
     def summary(self) -> dict:
         return json.loads((self.folder / "summary.json").read_text())
+
+
+def refusal(capsys: pytest.CaptureFixture[str], main: Callable, *arguments: object) -> str:
+    """The message with which a command ends."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

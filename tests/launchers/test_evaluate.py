@@ -6,24 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tokenizers
 
 from magnetar.data.text.prepare import PrepareConfig, prepare
 from magnetar.data.text.token_files import open_prepared
-from magnetar.launchers.evaluate import _tell, main
+from magnetar.launchers.evaluate import _keep, main
+from tests.launchers.conftest import refusal
 from tests.ranks import ROOT
 from tests.runs import rewrite_manifest
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message with which the command ends."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
 
 
 def evaluation(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
@@ -74,19 +66,6 @@ def test_the_table_shows_the_checkpoint_below_the_unigram_model(
 
 
 @pytest.mark.slow
-def test_data_of_another_vocabulary_is_refused(
-    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other, text = tmp_path / "other", tmp_path / "text.txt"
-    speeches = str(trained.corpus.parent / "speech_3*.txt")
-    text.write_text(" ".join(f"word{number} and {7 * number}" for number in range(2000)))
-    prepare(PrepareConfig(out=other, train=(str(text),), valid=(speeches,), vocab_size=310))
-    message = refusal(capsys, trained.folder, "--data", other)
-    assert f"{other} was made with another vocabulary" in message
-    assert f"with --tokenizer and {trained.corpus / 'tokenizer.model'}" in message
-
-
-@pytest.mark.slow
 def test_a_folder_of_another_kind_of_vocabulary_is_told_the_file_of_the_run(
     trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,7 +82,8 @@ def test_a_folder_of_another_kind_of_vocabulary_is_told_the_file_of_the_run(
             tokenizer=tmp_path / "tokenizer.json",
         )
     )
-    message = refusal(capsys, trained.folder, "--data", other)
+    message = refusal(capsys, main, trained.folder, "--data", other)
+    assert f"{other} was made with another vocabulary" in message
     assert f"with --tokenizer and {trained.corpus / 'tokenizer.model'}" in message
 
 
@@ -125,7 +105,7 @@ def test_a_vocabulary_that_is_gone_is_described(
         other.rename(own)
     else:
         given = ("--data", other)
-    message = refusal(capsys, run, *given)
+    message = refusal(capsys, main, run, *given)
     assert "with --tokenizer and the vocabulary that the run was trained with" in message
 
 
@@ -133,7 +113,7 @@ def test_a_vocabulary_that_is_gone_is_described(
 def test_an_unknown_checkpoint_is_refused_with_those_that_exist(
     trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal(capsys, trained.folder, "--checkpoint", "step_00000005")
+    message = refusal(capsys, main, trained.folder, "--checkpoint", "step_00000005")
     assert "use step_00000004 or step_00000008" in message
 
 
@@ -145,59 +125,41 @@ def test_a_damaged_newest_checkpoint_is_named_with_one_that_is_complete(
     shutil.copytree(trained.folder, run)
     file = run / "checkpoints/step_00000008/rank_00001.safetensors"
     file.write_bytes(b"cut short")
-    message = refusal(capsys, run)
+    message = refusal(capsys, main, run)
     assert f"{file} has 9 bytes where" in message
     assert f"the newest complete one is {run / 'checkpoints/step_00000004'}" in message
     assert evaluation(capsys, run, "--checkpoint", "step_00000004")["step"] == 4
 
 
-@pytest.mark.slow
-def test_an_altered_checkpoint_is_refused_by_its_file(
-    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(trained.folder, run)
-    file = run / "checkpoints/step_00000008/rank_00001.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    message = refusal(capsys, run)
-    assert f"{file} is not what was saved (its sha256 differs)" in message
-    assert "use another checkpoint" in message
-
-
 def test_a_missing_run_is_refused_with_those_beside_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "train one first" in refusal(capsys, tmp_path / "mine")
+    assert "train one first" in refusal(capsys, main, tmp_path / "mine")
     (tmp_path / "yours").mkdir()
     (tmp_path / "yours/config.json").write_text("{}")
-    message = refusal(capsys, tmp_path / "mine")
+    message = refusal(capsys, main, tmp_path / "mine")
     assert f"run folder {tmp_path / 'mine'} does not exist: {tmp_path} holds yours" in message
     for number in range(1, 8):
         (tmp_path / f"run_{number}").mkdir()
         (tmp_path / f"run_{number}/config.json").write_text("{}")
-    message = refusal(capsys, tmp_path / "mine")
+    message = refusal(capsys, main, tmp_path / "mine")
     assert f"{tmp_path} holds run_1, run_2, run_3, run_4, run_5, ... (8 runs)" in message
 
 
-def test_a_run_without_a_checkpoint_is_refused_without_a_traceback(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "magnetar.launchers.evaluate", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
+@pytest.mark.parametrize("command", [["evaluate"], ["generate", "--prompt", "the"]], ids=str)
+def test_a_run_without_a_checkpoint_is_refused_in_a_line(
+    command: list[str], tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", f"magnetar.launchers.{command[0]}", str(tmp_path), *command[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {tmp_path}: holds no complete checkpoint")
     assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--sequences"])
 def test_counts_must_be_positive(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{option} 0 must be at least 1" in refusal(capsys, "runs/any", option, 0)
+    assert f"{option} 0 must be at least 1" in refusal(capsys, main, "runs/any", option, 0)
 
 
 @pytest.mark.slow
@@ -226,21 +188,20 @@ def test_data_that_is_gone_and_a_config_of_another_version_are_described(
     manifests = list(run.glob("checkpoints/*/manifest.json"))
     for file in manifests:
         rewrite_manifest(file, str(trained.corpus), str(gone))
-    message = refusal(capsys, run)
+    message = refusal(capsys, main, run)
     assert f"prepared folder {gone}" in message
     assert "copy the folder back" in message
     for file in manifests:
         rewrite_manifest(file, '"d_ff"', '"d_of_tomorrow"')
-    message = refusal(capsys, run)
+    message = refusal(capsys, main, run)
     assert "not one that this version can read" in message
     assert "d_of_tomorrow" in message
 
 
-def test_an_answer_that_cannot_be_kept_is_still_printed(
+def test_an_answer_that_cannot_be_kept_is_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "evaluation.json.partial").mkdir()
-    assert _tell(SimpleNamespace(run=tmp_path, json=True), {"loss": 1.0})
-    shown = capsys.readouterr()
-    assert json.loads(shown.out) == {"loss": 1.0}
-    assert f"warning: {tmp_path / 'evaluation.json'} is not written (" in shown.err
+    _keep({"loss": 1.0}, tmp_path / "evaluation.json")
+    shown = capsys.readouterr().err
+    assert f"warning: {tmp_path / 'evaluation.json'} is not written (" in shown

@@ -25,6 +25,7 @@ def test_a_run_writes_the_same_text_and_trains_on_after_export_and_import(
         texts.append(capsys.readouterr().out)
         evaluate.main([str(folder), "--json"])
         losses.append(json.loads(capsys.readouterr().out)["loss"])
+    # Exact: the same operations on the same float32 weights, one after the other in this process.
     assert len(set(texts)) == 1, texts
     assert len(set(losses)) == 1, losses
 

@@ -8,6 +8,7 @@ import matplotlib
 import pytest
 
 from magnetar.launchers.plot import main
+from tests.launchers.conftest import refusal
 
 RECORD = {"step": 1, "loss": 5.0, "grad_norm": 0.4}
 ROUTING = {"layer_2/routing_entropy": 1.9, "layer_2/load_max": 1.5, "layer_2/load_min": 0.5}
@@ -26,6 +27,21 @@ def test_a_run_that_still_trains_is_drawn(
     assert f"wrote {tmp_path / 'curves.png'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "line", [b"\0\0\0", b"\xff\xfe", b"null", b"{}", b"[" * 9_999, b"9" * 5_000]
+)
+def test_a_line_that_is_no_record_is_left_out_of_the_picture_with_a_word(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [RECORD | ROUTING, {"step": 2, "loss": None}, {"step": 3, "valid_loss": 4.0}]
+    lines = [*(json.dumps(record).encode() for record in records), line, b""]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    main([str(tmp_path)])
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    words = f"warning: {tmp_path / 'metrics.jsonl'}: line 4 is no record and is left out"
+    assert words in capsys.readouterr().err
+
+
 def test_several_runs_are_drawn_into_one_picture_that_must_be_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -33,10 +49,7 @@ def test_several_runs_are_drawn_into_one_picture_that_must_be_named(
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
     runs = [str(tmp_path / "deep"), str(tmp_path / "shallow")]
-    with pytest.raises(SystemExit) as ended:
-        main(runs)
-    assert ended.value.code == 2
-    assert "several runs need --out: name the picture" in capsys.readouterr().err
+    assert "several runs need --out: name the picture" in refusal(capsys, main, *runs)
     main([*runs, "--out", str(tmp_path / "both.png")])
     assert (tmp_path / "both.png").read_bytes().startswith(PNG)
 
@@ -65,10 +78,7 @@ def test_a_folder_without_records_is_refused(
 ) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(SystemExit) as ended:
-        main([str(tmp_path)])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal(capsys, main, tmp_path)
 
 
 def test_without_matplotlib_the_extra_is_named(
@@ -76,7 +86,5 @@ def test_without_matplotlib_the_extra_is_named(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(RECORD)}\n")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit) as ended:
-        main([str(tmp_path)])
-    assert ended.value.code == 2
-    assert "run pip install 'magnetar[plot]' or pip install matplotlib" in capsys.readouterr().err
+    message = refusal(capsys, main, tmp_path)
+    assert "run pip install 'magnetar[plot]' or pip install matplotlib" in message

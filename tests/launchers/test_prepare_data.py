@@ -39,8 +39,8 @@ def test_the_command_prints_what_the_folder_holds(tmp_path, text_file, monkeypat
     for split in (prepared.train, prepared.valid):
         assert f"{split.num_documents:,}" in output.out
         assert f"{split.num_tokens:,}" in output.out
-        assert f"{split.num_bytes:,}" in output.out
-        assert f"{split.num_bytes / split.num_tokens:.3f}" in output.out
+        assert f"{split.record.num_bytes:,}" in output.out
+        assert f"{split.record.num_bytes / split.num_tokens:.3f}" in output.out
     assert "300 entries, tokenizer.model" in output.out
     assert f"written: {tmp_path / 'out'}" in output.out
     run(monkeypatch, *arguments, "--out", tmp_path / "out")

@@ -35,7 +35,7 @@ def test_the_command_prints_what_the_folder_holds(
     arguments += ["--vocab-size", 320, "--dedupe", "--workers", 1, "--out", tmp_path / "out"]
     run(monkeypatch, *arguments)
     output = capsys.readouterr()
-    tables = open_pairs(tmp_path / "out").tables
+    tables = open_pairs(tmp_path / "out").manifest.tables
     num_tokens = sum(column.num_tokens for column in tables[0].splits["train"].columns.values())
     shown = [" ".join(line.split()) for line in output.out.splitlines()]
     assert f"verses train 103 {num_tokens:,} 6 600 duplicate 18" in shown  # 6 * 103

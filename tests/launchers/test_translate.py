@@ -23,6 +23,7 @@ from magnetar.launchers.translate import main, warn_of_untrained
 from magnetar.models.transformer import empty_model
 from magnetar.models.weights.load_save import save_weights
 from tests.engine.translations import MAX_LEN, make_folder, model_config
+from tests.launchers.conftest import refusal
 from tests.ranks import ROOT
 
 TO_ENGLISH = ("--from", "de", "--to", "en")
@@ -37,14 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def translated(capfdbinary: pytest.CaptureFixture[bytes], *arguments: object) -> list[str]:
     main([str(argument) for argument in arguments])
     return capfdbinary.readouterr().out.decode().splitlines()
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message with which the command ends."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
 
 
 def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -124,7 +117,7 @@ def test_long_sentences_are_split_truncated_or_refused_and_counted(
         )
         lengths[what] = len(out.read_bytes().splitlines()[1])
     assert lengths["split"] > lengths["truncate"] > 0
-    message = refusal(capsys, folder, file, *TO_ENGLISH, "--too-long", "refuse")
+    message = refusal(capsys, main, folder, file, *TO_ENGLISH, "--too-long", "refuse")
     assert "error: sentence 2 has " in message
     assert f"the model reads at most max_seq_len={MAX_LEN}" in message
 
@@ -182,19 +175,19 @@ def test_impossible_arguments_are_refused(
     arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*TO_ENGLISH, "--text", "Meer", *arguments]
-    assert message in refusal(capsys, folder, *given)
+    assert message in refusal(capsys, main, folder, *given)
 
 
 def test_files_that_are_not_there_and_two_inputs_are_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "nowhere.txt is not a file" in refusal(capsys, folder, "nowhere.txt", *TO_ENGLISH)
-    message = refusal(capsys, folder, "README.md", *TO_ENGLISH, "--text", "Meer")
+    assert "nowhere.txt is not a file" in refusal(capsys, main, folder, "nowhere.txt", *TO_ENGLISH)
+    message = refusal(capsys, main, folder, "README.md", *TO_ENGLISH, "--text", "Meer")
     assert "--text and README.md: give one of the two" in message
 
 
 def test_a_run_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(capsys, tmp_path / "none", *TO_ENGLISH, "--text", "Meer")
+    message = refusal(capsys, main, tmp_path / "none", *TO_ENGLISH, "--text", "Meer")
     assert f"run folder {tmp_path / 'none'} does not exist" in message
 
 
@@ -203,14 +196,14 @@ def test_a_model_of_another_architecture_is_refused(
 ) -> None:
     decoder = empty_model(model_config(architecture="decoder"))
     save_weights(tmp_path / "model", decoder.config, decoder.state_dict())
-    message = refusal(capsys, tmp_path / "model", *TO_ENGLISH, "--text", "Meer")
+    message = refusal(capsys, main, tmp_path / "model", *TO_ENGLISH, "--text", "Meer")
     assert "is no translation run: a model that translates has learnt sentence pairs" in message
     assert f"use `magnetar generate {tmp_path / 'model'}`" in message
 
 
 @pytest.mark.slow
 def test_a_run_that_has_learnt_text_is_refused(trained, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(capsys, trained.folder, *TO_ENGLISH, "--text", "Meer")
+    message = refusal(capsys, main, trained.folder, *TO_ENGLISH, "--text", "Meer")
     assert f"{trained.folder} is no translation run" in message
 
 
@@ -220,14 +213,14 @@ def test_a_vocabulary_without_tags_or_that_is_too_large_or_missing_is_refused(
     folder = make_folder(tmp_path / "model")
     vocabulary, text = folder / "tokenizer.model", ("--text", "Meer")
     train_sentencepiece(["The sea is calm, and two ships are here."], 280, vocabulary)
-    message = refusal(capsys, folder, *TO_ENGLISH, *text)
+    message = refusal(capsys, main, folder, *TO_ENGLISH, *text)
     assert "has no language tags such as <2de>: prepare pairs" in message
     words = " ".join(f"word{number} and {7 * number}" for number in range(2000))
     train_sentencepiece([words], 310, vocabulary)
-    message = refusal(capsys, folder, *TO_ENGLISH, *text)
+    message = refusal(capsys, main, folder, *TO_ENGLISH, *text)
     assert f"the vocabulary of {vocabulary} has 310 entries, and the model of" in message
     vocabulary.unlink()
-    message = refusal(capsys, folder, *TO_ENGLISH, *text)
+    message = refusal(capsys, main, folder, *TO_ENGLISH, *text)
     assert (
         f"is not there ({vocabulary} and {folder / 'tokenizer.json'}): name the prepared" in message
     )
@@ -250,13 +243,13 @@ def test_an_output_that_exists_an_option_s_language_and_a_beam_of_draws_are_refu
 ) -> None:
     file = tmp_path / "text.txt"
     file.write_text("Meer\n")
-    message = refusal(capsys, folder, file, *TO_ENGLISH, "--out", file)
+    message = refusal(capsys, main, folder, file, *TO_ENGLISH, "--out", file)
     assert f"--out {file} exists: name a file that does not, or remove it" in message
     assert file.read_text() == "Meer\n"
     one = ("--text", "Meer")
-    message = refusal(capsys, folder, "--from", "de", "--to", "xx", *one)
+    message = refusal(capsys, main, folder, "--from", "de", "--to", "xx", *one)
     assert "error: --to: " in message
-    message = refusal(capsys, folder, *TO_ENGLISH, *one, "--sample", "--beam", 4)
+    message = refusal(capsys, main, folder, *TO_ENGLISH, *one, "--sample", "--beam", 4)
     assert "--sample and --beam 4 exclude each other" in message
 
 
@@ -264,7 +257,7 @@ def test_an_output_that_exists_an_option_s_language_and_a_beam_of_draws_are_refu
 def test_an_output_that_cannot_be_written_is_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal(capsys, folder, *TO_ENGLISH, "--text", "Meer", "--out", "/dev/full")
+    message = refusal(capsys, main, folder, *TO_ENGLISH, "--text", "Meer", "--out", "/dev/full")
     assert "/dev/full: No space left on device" in message
 
 
@@ -281,9 +274,8 @@ def test_windows_change_nothing(
     whole = translated(capfdbinary, *given, file)
     assert len(whole) == 12
     assert (whole[0] == whole[6]) == ("--beam" in more), "a draw is of its line in all the input"
-    monkeypatch.setattr(
-        "magnetar.launchers.translate.WINDOW", 1
-    )  # and so eight lines, of a batch each
+    # A window of eight lines, each in its own batch.
+    monkeypatch.setattr("magnetar.launchers.translate.WINDOW", 1)
     assert translated(capfdbinary, *given, file) == whole
     stdin(monkeypatch, file.read_bytes())
     assert translated(capfdbinary, *given, "--out", tmp_path / "out") == []
@@ -325,22 +317,15 @@ def test_a_refused_sentence_behind_others_says_how_many_lines_are_written(
     file.write_text("Meer\n" * 8 + "Das Meer ist ruhig. " * 5 + "\n")
     monkeypatch.setattr("magnetar.launchers.translate.WINDOW", 1)
     options = ("--too-long", "refuse", "--batch-size", 1, "--out", out)
-    message = refusal(capsys, folder, file, *TO_ENGLISH, *options)
+    message = refusal(capsys, main, folder, file, *TO_ENGLISH, *options)
     assert "error: sentence 9 has " in message
     assert message.endswith(f"; 8 lines are translated and written into {out}\n")
     assert out.read_bytes().count(b"\n") == 8
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "magnetar.launchers.translate",
-        folder,
-        *TO_ENGLISH,
-        "--beam",
-        "1",
-    ]
+    program = [sys.executable, "-m", "magnetar.launchers.translate"]
+    command = [*program, folder, *TO_ENGLISH, "--beam", "1"]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -357,10 +342,8 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path) ->
 def test_more_tokens_than_the_model_has_positions_are_as_many_as_it_has(
     capfdbinary: pytest.CaptureFixture[bytes], folder: Path
 ) -> None:
-    most = translated(capfdbinary, folder, *TO_ENGLISH, "--text", "Meer", "--max-len", 10**20)
-    assert most == translated(
-        capfdbinary, folder, *TO_ENGLISH, "--text", "Meer", "--max-len", 10**6
-    )
+    given = (capfdbinary, folder, *TO_ENGLISH, "--text", "Meer", "--max-len")
+    assert translated(*given, 10**20) == translated(*given, 10**6)
 
 
 def test_a_pipe_gives_a_window_when_it_is_full_pauses_or_ends(

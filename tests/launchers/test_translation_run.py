@@ -11,6 +11,7 @@ import sacrebleu
 from magnetar.data.pairs.folder import PreparedPairs
 from magnetar.launchers import convert, evaluate, translate
 from tests.data.parallel import prepared_verses, verses
+from tests.launchers.conftest import refusal
 from tests.runs import launch, write_config
 
 CHANGES = {
@@ -48,14 +49,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     text = folder / "text.en"
     text.write_text("".join(row["en"] + "\n" for row in verses(6, seed=5)))
     return Run(folder / "run", prepared, text)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], main, *arguments: object) -> str:
-    """The message with which the command ends."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.slow

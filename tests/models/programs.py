@@ -28,8 +28,15 @@ CASES: dict[str, dict[str, Any]] = {
     "rank 0 is padding": {"top_k": 1},
     "rank 1 is padding": {"normalize_weights": "after_dropping"},
     "all is padding": {},
+    "no norm": {},
+    "experts without tokens": {"router": "linear"},
 }
-UNWANTED = {"no token for rank 1": [2, 3], "no token for rank 0": [0, 1]}
+# With the linear router of these cases no token wants these experts.
+UNWANTED = {
+    "no token for rank 1": [2, 3],
+    "no token for rank 0": [0, 1],
+    "experts without tokens": [1, 2],
+}
 
 
 def tokens(rank: int, length: int = 9) -> torch.Tensor:
@@ -55,15 +62,15 @@ def moe_keys(case: str) -> dict[str, Any]:
     return {key: value for key, value in CASES[case].items() if key != "activation"}
 
 
-def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
+def build(case: str, ep_size: int) -> Any:
     """A layer with the same random parameters for every ep_size, biases and norms included."""
     from magnetar.models.moe.config import MoELayerConfig
     from magnetar.models.moe.deepspeed import ReplicatedMoE
     from tests.models.brute_force import randomize
 
-    activation = CASES[case].get("activation", "gelu")
+    kind = (CASES[case].get("activation", "gelu"), case != "no norm", 1.0)
     moe = MoELayerConfig(num_experts=NUM_EXPERTS, **moe_keys(case))
-    whole = ReplicatedMoE(D, F, moe, activation, inner_norm, 1.0)
+    whole = ReplicatedMoE(D, F, moe, *kind)
     randomize(whole)
     if case in UNWANTED:
         whole.deepspeed_moe.gate.wg.weight.data[:, 0] = 20.0
@@ -71,7 +78,7 @@ def build(case: str, ep_size: int, inner_norm: bool = True) -> Any:
     if ep_size == 1:
         return whole
     moe = MoELayerConfig(num_experts=NUM_EXPERTS, ep_size=ep_size, **moe_keys(case))
-    layer = ReplicatedMoE(D, F, moe, activation, inner_norm, 1.0)
+    layer = ReplicatedMoE(D, F, moe, *kind)
     first = torch.distributed.get_rank() % ep_size * layer.num_local_experts
     for (name, parameter), source in zip(layer.named_parameters(), whole.parameters(), strict=True):
         is_expert = ".experts." in name
@@ -117,6 +124,40 @@ def outputs_and_gradients() -> dict[tuple[str, int], dict[str, Any]]:
                 },
             }
     return found
+
+
+def with_and_without_kernels(cases: list[str], dtype: str = "float32") -> dict:
+    """Case -> its results with kernels, twice; (case, "plain") -> those without."""
+    import magnetar.models.kernels
+    from magnetar.engine.build import start_distributed
+
+    torch.set_num_threads(1)
+    device = start_distributed()
+    usable = magnetar.models.kernels.usable
+    if device.type == "cpu":  # Triton's interpreter
+        usable = lambda x: x.element_size() <= 4  # noqa: E731
+    results: dict = {}
+    for case in cases:
+        magnetar.models.kernels.usable = usable
+        results[case] = [one_pass(case, device, dtype) for _ in range(2)]
+        magnetar.models.kernels.usable = lambda _: False
+        results[case, "plain"] = one_pass(case, device, dtype)
+    return results
+
+
+def one_pass(case: str, device: torch.device, dtype: str) -> dict[str, torch.Tensor]:
+    """Outputs, statistics and gradients of this rank's tokens through a layer of all ranks."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    layer = build(case, world_size).to(device, getattr(torch, dtype))
+    length = 9 + rank % 2 * ("capacity" not in case)
+    x = tokens(rank, length).to(device, getattr(torch, dtype)).requires_grad_()
+    mask = padding(case, rank, length)
+    out, stats = layer(x, None if mask is None else mask.to(device))
+    ((out * tokens(rank + 10, length).to(device)).sum() + stats.aux_loss + stats.z_loss).backward()
+    assert x.grad is not None
+    results = {"out": out.detach(), "x": x.grad} | stats._asdict()
+    results |= {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {name: value.detach().cpu() for name, value in results.items()}
 
 
 def initial_states(ep_sizes: list[int]) -> list[dict[str, torch.Tensor]]:

@@ -164,13 +164,6 @@ def test_each_moe_layer_has_the_number_of_experts_of_its_place() -> None:
     assert widths == {4: 8, 8: 8, 32: 16}
 
 
-def test_the_router_width_belongs_to_the_xmoe_router() -> None:
-    message = moe_message(num_experts=4, router="linear", d_router=8)
-    assert "d_router=8 belongs to router 'xmoe': leave it out, or use router 'xmoe'" in message
-    MoEConfig(num_experts=4, router="xmoe", d_router=8)
-    MoEConfig(num_experts=4, router="linear")
-
-
 @pytest.mark.parametrize(
     ("num_experts", "d_router", "width"), [(32, None, 16), (8, None, 8), (4, None, 8), (32, 5, 5)]
 )
@@ -369,26 +362,30 @@ def test_all_contradictions_of_two_sections_are_listed_at_once() -> None:
         assert key in message
 
 
-@pytest.mark.parametrize("order", ["batch_prioritized", "random"])
-def test_an_order_of_service_belongs_to_capacity(order: str) -> None:
-    message = moe_message(num_experts=4, capacity_order=order)
+@pytest.mark.parametrize(
+    ("key", "value", "other", "kind", "given"),
+    [
+        ("capacity_order", "batch_prioritized", "dispatch", "capacity", "dropless"),
+        ("capacity_order", "random", "dispatch", "capacity", "dropless"),
+        ("capacity_scope", "rank", "dispatch", "capacity", "dropless"),
+        ("d_router", 8, "router", "xmoe", "linear"),
+        ("normalize_tokens", False, "router", "xmoe", "linear"),
+        ("learned_temperature", False, "router", "xmoe", "linear"),
+    ],
+)
+def test_a_key_of_a_kind_is_refused_without_it(
+    key: str, value: object, other: str, kind: str, given: str
+) -> None:
+    keys = {"num_experts": 4, other: given}
+    message = moe_message(**keys, **{key: value})
     assert (
-        f"capacity_order='{order}' belongs to dispatch 'capacity': leave it out, or use dispatch "
-        "'capacity' with a capacity_factor"
+        f"{key}={repr(value).lower()} belongs to {other} '{kind}', but {other} is '{given}': leave "
+        f"it out, or use {other} '{kind}'"
     ) in message
-    MoEConfig(num_experts=4)
-    MoEConfig(num_experts=4, capacity_order=order, dispatch="capacity", capacity_factor=1.0)
-
-
-def test_a_scope_of_capacity_belongs_to_capacity() -> None:
-    message = moe_message(num_experts=4, capacity_scope="rank")
-    assert (
-        "capacity_scope='rank' belongs to dispatch 'capacity': leave it out, or use dispatch "
-        "'capacity' with a capacity_factor"
-    ) in message
-    keys = {"num_experts": 4, "dispatch": "capacity", "capacity_factor": 1.0}
-    assert MoEConfig.model_validate(keys).capacity_scope == "global"
-    MoEConfig.model_validate(keys | {"capacity_scope": "rank"})
+    assert ("with a capacity_factor" in message) == (kind == "capacity")
+    MoEConfig.model_validate(keys)
+    factor = {"capacity_factor": 1.0} if kind == "capacity" else {}
+    MoEConfig.model_validate({"num_experts": 4, other: kind, key: value} | factor)
 
 
 def test_a_balance_of_the_whole_batch_does_not_go_with_dropping_in_parts_of_it() -> None:
@@ -399,14 +396,6 @@ def test_a_balance_of_the_whole_batch_does_not_go_with_dropping_in_parts_of_it()
         "drops its own tokens: use balance_scope 'micro_step', or dispatch 'dropless'"
     ) in message
     MoEConfig.model_validate(keys)
-
-
-@pytest.mark.parametrize("key", ["normalize_tokens", "learned_temperature"])
-def test_what_the_xmoe_router_may_lack_the_linear_one_never_has(key: str) -> None:
-    message = moe_message(num_experts=4, router="linear", **{key: False})
-    assert f"{key}=false belongs to router 'xmoe': leave it out, or use router 'xmoe'" in message
-    MoEConfig(num_experts=4, router="linear")
-    MoEConfig.model_validate({"num_experts": 4, "router": "xmoe", key: False})
 
 
 @pytest.mark.parametrize("policy", ["sampled", "random"])

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from magnetar.models.config import ModelConfig, NormName
 from magnetar.models.cost import flops_per_token, num_parameters
-from magnetar.models.layers.attention import CrossAttention, SelfAttention
 from magnetar.models.losses import IGNORE_INDEX
 from magnetar.models.moe.layer import SparseFeedForward
 from magnetar.models.transformer import (
@@ -26,9 +25,10 @@ from magnetar.models.transformer import (
     empty_model,
     set_checkpointing,
 )
-from tests.models import brute_force
+from tests.models import brute_force, small
+from tests.models.small import VOCAB
 
-VOCAB, T, S = 23, 6, 7
+T, S = 6, 7
 MOE = {"num_experts": 4, "every": 2}
 ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 NORMS = get_args(NormName)
@@ -63,23 +63,12 @@ FLOAT32_POSITIONS = ("sinusoidal_fairseq", "rotary", "xpos", "xpos_relative")
 
 
 def config(**keys: object) -> ModelConfig:
-    base = {
-        "vocab_size": VOCAB,
-        "num_layers": 2,
-        "d_model": 16,
-        "d_ff": 24,
-        "num_heads": 4,
-        "max_seq_len": 12,
-    }
-    if keys.get("architecture") == "encoder_decoder":
-        base["num_decoder_layers"] = 3
-    return ModelConfig.model_validate(base | keys)
+    more = {"num_decoder_layers": 3} if keys.get("architecture") == "encoder_decoder" else {}
+    return small.config(**more | keys)
 
 
 def random_model(**keys: object) -> Transformer | EncoderDecoder:
-    model = empty_model(config(**keys))
-    brute_force.randomize(model)
-    return model
+    return small.random_model(**config(**keys).model_dump(exclude_unset=True))
 
 
 def token_ids(batch: int = 2, length: int = T, seed: int = 0) -> Tensor:
@@ -188,7 +177,7 @@ def special_keys(case: dict) -> tuple[dict, int | None]:
     if special == 3:
         return {"output_projection": False, "tie_embeddings": False}, None
     if special and architecture == "encoder":
-        splits = {1: 3, 2: 0} if case["qk_norm"] else {1: None, 2: T}
+        splits = {1: 3, 2: 0} if case["qk_norm"] else {1: None, 2: T + 3}
         return {"multiway": True}, splits[special]
     if special and architecture == "encoder_decoder":
         inner = {"cross_attention_inner_norm": False} if case["norm"] == "subln" else {}
@@ -203,12 +192,6 @@ def test_a_dense_model_equals_the_formulas(case: dict) -> None:
     model = random_model(**keys | POSITIONS[case["kind"]] | more).double()
     tolerance = 3e-5 if case["kind"] in FLOAT32_POSITIONS else 1e-9
     assert_equals_the_formulas(model, case["padded"], tolerance, tolerance, split)
-
-
-@pytest.mark.parametrize("split", [None, 0, 2, T, T + 3])
-def test_each_modality_has_parameters_of_its_own(split: int | None) -> None:
-    model = random_model(architecture="encoder", multiway=True, embedding_norm=True).double()
-    assert_equals_the_formulas(model, True, 1e-9, 1e-9, split)
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
@@ -252,17 +235,6 @@ def test_the_encoders_moe_layers_alone_may_count_positions_first() -> None:
                 assert module.time_major == is_encoders
 
 
-def test_attention_is_the_softmax_of_an_explicit_loop() -> None:
-    layer = SelfAttention(16, 4, dropout=0.0, inner_norm=False, gain=1.0).double()
-    brute_force.randomize(layer)
-    x = torch.randn(1, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    p = {f"blocks.0.attention.{name}": t for name, t in layer.named_parameters()}
-    for architecture, is_causal in (("decoder", True), ("encoder", False)):
-        reference = brute_force.Stack(p, config(norm="pre"), architecture)
-        expected = reference.attention("blocks.0.attention", x[0])
-        torch.testing.assert_close(layer(x, None, is_causal)[0], expected, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("moe", [None, MOE])
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
@@ -295,16 +267,6 @@ def test_every_token_changes_every_output_of_an_encoder(norm: str, moe: dict | N
         assert ((model(changed).logits - before).abs().amax(-1) > 1e-4).all()
 
 
-def test_every_source_token_changes_every_logit() -> None:
-    model = random_model(architecture="encoder_decoder").eval()
-    source, target = token_ids(2, S), token_ids(2, T)
-    before = model(source, target).logits
-    for position in range(S):
-        changed = source.clone()
-        changed[:, position] = (changed[:, position] + 1) % VOCAB
-        assert ((model(changed, target).logits - before).abs().amax(-1) > 1e-4).all()
-
-
 @pytest.mark.parametrize("moe", [None, MOE, MOE | {"dispatch": "capacity", "capacity_factor": 9.0}])
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -318,6 +280,7 @@ def test_what_stands_in_padding_changes_nothing(
     other_tokens = torch.where(padding, (tokens + 3) % VOCAB, tokens)
     other_source = torch.where(source_padding, (source + 3) % VOCAB, source)
     second = run(model, other_tokens, padding, other_source, source_padding)
+    # Exactly: what differs is multiplied by 0 or left out, and the shapes are the same.
     assert torch.equal(first.logits[~padding], second.logits[~padding])
     for a, b in zip(first.routing, second.routing, strict=True):
         assert torch.equal(a.load, b.load)
@@ -339,7 +302,7 @@ def test_the_keys_of_samples_reach_every_stack(architecture: str) -> None:
     inputs = (token_ids(2, S), token_ids(2)) if "_" in architecture else (token_ids(2),)
     keys = torch.tensor([1, 2])
     first, again, other = (model(*inputs, sample_keys=k) for k in (keys, keys, keys + 1))
-    assert torch.equal(first.logits, again.logits)
+    assert torch.equal(first.logits, again.logits)  # the same call
     for one, two in zip(first.routing, other.routing, strict=True):
         assert not torch.equal(one.probs, two.probs)
 
@@ -350,6 +313,7 @@ def test_padding_that_is_routed_enters_an_encoder_as_zeros() -> None:
     first = model(tokens, padding)
     second = model(torch.where(padding, (tokens + 3) % VOCAB, tokens), padding)
     assert first.routing[0].load.sum() == 2 * 3 * T
+    # Exactly: the first layer sees the same zeros.
     assert torch.equal(first.logits, second.logits)
     assert torch.equal(first.routing[0].aux_loss, second.routing[0].aux_loss)
 
@@ -385,15 +349,6 @@ def test_a_sequence_of_padding_alone_stays_finite(
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
-def test_a_batch_of_padding_alone_stays_finite() -> None:
-    for architecture in ARCHITECTURES:
-        model = random_model(architecture=architecture, moe=MOE)
-        padding = torch.ones(2, T, dtype=torch.bool)
-        output = run(model, token_ids(2), padding, None, torch.ones(2, S, dtype=torch.bool))
-        assert output.logits.isfinite().all()
-        assert all(stats.aux_loss.isfinite() for stats in output.routing)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_sequence_changes_no_logit_of_another_one(architecture: str) -> None:
     model = random_model(architecture=architecture, moe=MOE).eval()
@@ -414,6 +369,7 @@ def test_noise_acts_in_training_alone(architecture: str, moe: dict | None, key: 
     model = random_model(architecture=architecture, moe=moe, **{key: 0.5})
     torch.manual_seed(0)
     assert not torch.allclose(run(model, tokens).logits, expected, atol=1e-2)
+    # Outside training the same operations run.
     assert torch.equal(run(model.eval(), tokens).logits, run(plain.eval(), tokens).logits)
 
 
@@ -432,7 +388,7 @@ def test_embeddings_given_in_place_of_tokens_are_treated_like_the_tokens_own() -
     tokens, padding = token_ids(3), padded(3, T)
     rows = model.embedding.weight[tokens]
     given = model(None, padding, token_embeddings=rows).logits
-    assert torch.equal(given, model(tokens, padding).logits)
+    assert torch.equal(given, model(tokens, padding).logits)  # the same rows, then the same calls
     other = model(None, padding, token_embeddings=rows + torch.randn_like(rows)).logits
     assert not torch.allclose(other, given, atol=1e-2)
 
@@ -522,7 +478,9 @@ def test_recomputed_activations_give_the_same_loss_and_gradients(
     torch.manual_seed(0)
     again, found = gradients(model, tokens)
     assert len(calls) == (5 if architecture == "encoder_decoder" else 2)
-    assert torch.equal(loss, again)
+    assert torch.equal(loss, again)  # the same forward pass
+    # Gradients of a tensor used twice may be added in another order: two roundings of numbers
+    # around 1 and of their sums of up to 18 tokens.
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     calls.clear()
@@ -614,16 +572,6 @@ def test_flops_equal_the_ones_that_torch_counts(architecture: str, tie: bool, se
     )
 
 
-def test_flops_grow_with_top_k_and_not_with_the_number_of_experts() -> None:
-    def flops(**moe: object) -> float:
-        return flops_per_token(config(moe={"every": 2, "router": "linear"} | moe), T)
-
-    expert = 2 * 16 * 24 + 24 + 16 + 2 * 24
-    assert flops(num_experts=8, top_k=2) - flops(num_experts=8, top_k=1) == 6 * expert
-    assert flops(num_experts=8) - flops(num_experts=4) == 6 * 4 * 16  # four more router rows
-    assert flops(num_experts=1, top_k=1) == flops_per_token(config(), T) + 6 * 16
-
-
 def train(model: nn.Module, steps: int, loss_of: object) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
@@ -648,26 +596,3 @@ def test_a_decoder_learns_to_copy_the_previous_token() -> None:
     losses = train(model, 60, loss_of)
     assert losses[0] > 0.9 * math.log(VOCAB)
     assert losses[-1] < 0.5, "attention cannot reach one token back"
-
-
-@pytest.mark.parametrize("kind", ["learned", "xpos_relative"])
-def test_an_encoder_decoder_learns_to_copy_the_source(kind: str) -> None:
-    keys = {"d_model": 32, "max_seq_len": 8, "num_layers": 1, "num_decoder_layers": 1}
-    cfg = config(architecture="encoder_decoder", norm="pre", **POSITIONS[kind] | keys)
-    model = build_model(cfg, seed=0)
-
-    def loss_of(step: int) -> tuple[Tensor, Tensor]:
-        source = token_ids(16, 5, seed=step)
-        target = torch.cat([torch.zeros(16, 1, dtype=torch.int64), source[:, :-1]], dim=1)
-        losses = model(source, target, targets=source).losses
-        return losses.total / losses.num_tokens, torch.zeros(())
-
-    losses = train(model, 150, loss_of)
-    assert losses[0] > 0.9 * math.log(VOCAB)
-    assert losses[-1] < 0.5 * math.log(VOCAB), "cross-attention cannot reach the source"
-
-
-def test_cross_attention_needs_the_encoders_output_once() -> None:
-    layer = CrossAttention(16, 4, dropout=0.0, inner_norm=False, gain=1.0)
-    with pytest.raises(AssertionError, match="the first step needs the encoder's output"):
-        layer(torch.randn(1, 2, 16), None)

@@ -190,38 +190,33 @@ class Activation(NamedTuple):
     eps: float = 1e-5
 
 
-def _shape(d_ff: int, norm: bool, backward: bool) -> dict[str, int | None]:
-    """Rows and columns per step of a program, steps in flight, and warps; a norm needs whole rows.
-
-    They were found on an H100 at d_ff 4096 and are constants, since the order of the sums decides
-    the last bits. With whole rows one program fills a multiprocessor, so it must fetch ahead.
-    """
-    columns = triton.next_power_of_2(d_ff)
-    if norm:
-        warps = min(16 if backward else 8, max(4, columns // 256))
-        rows, stages = (2, 3) if backward else (1, 3)
-        return {"R": rows, "COLUMNS": columns, "STAGES": stages, "num_warps": warps}
-    columns = min(1024 if backward else 512, columns)
-    rows = min(TILE_ROWS, 2048 // columns)
-    return {"R": rows, "COLUMNS": columns, "STAGES": None, "num_warps": 4}
-
-
 def _launch(
     num_rows: int, d_ff: int, activation: Activation, offsets: Tensor, backward: bool
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid and the options of both kernels."""
-    norm, num_experts = activation.gain is not None, offsets.numel()
-    shape = _shape(d_ff, norm, backward)
-    columns = shape["COLUMNS"]
-    assert columns is not None
+    """The grid and the options of both kernels: rows and columns per step, steps in flight, warps.
+
+    They were found on an H100 at d_ff 4096 and are constants, since the order of the sums decides
+    the last bits. A norm needs whole rows. One program then fills a multiprocessor, so it must
+    fetch ahead.
+    """
+    num_experts, columns = offsets.numel(), triton.next_power_of_2(d_ff)
+    if activation.gain is not None:
+        rows, stages = (2, 3) if backward else (1, 3)
+        warps = min(16 if backward else 8, max(4, columns // 256))
+    else:
+        columns = min(1024 if backward else 512, columns)
+        rows, stages, warps = min(TILE_ROWS, 2048 // columns), None, 4
     grid = (num_tiles(num_rows, num_experts, TILE_ROWS), triton.cdiv(d_ff, columns))
     return grid, {
         "ACTIVATION": activation.name,
-        "NORM": norm,
+        "NORM": activation.gain is not None,
         "NUM_EXPERTS": num_experts,
         "EXPERTS": triton.next_power_of_2(num_experts),
         "TILE": TILE_ROWS,
-        **shape,
+        "R": rows,
+        "COLUMNS": columns,
+        "STAGES": stages,
+        "num_warps": warps,
     }
 
 
@@ -234,23 +229,12 @@ def forward(x: Tensor, activation: Activation, offsets: Tensor) -> tuple[Tensor,
         offsets: (E,) int32, end of each expert's rows.
     """
     num_rows, d_ff = x.shape
-    norm = activation.gain is not None
+    _, *parameters, eps = activation
     h = torch.empty_like(x)
-    means, scales = x.new_empty(2, num_rows if norm else 0, dtype=torch.float32)
+    norm_rows = 0 if activation.gain is None else num_rows
+    means, scales = x.new_empty(2, norm_rows, dtype=torch.float32)
     grid, options = _launch(num_rows, d_ff, activation, offsets, backward=False)
-    _forward_kernel[grid](
-        x,
-        activation.bias,
-        activation.gain,
-        activation.shift,
-        h,
-        means,
-        scales,
-        offsets,
-        d_ff,
-        activation.eps,
-        **options,
-    )
+    _forward_kernel[grid](x, *parameters, h, means, scales, offsets, d_ff, eps, **options)
     return h, means, scales
 
 
@@ -264,25 +248,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F)."""
     num_rows, d_ff = x.shape
-    norm = activation.gain is not None
     grad_x = torch.empty_like(x)
     grid, options = _launch(num_rows, d_ff, activation, offsets, backward=True)
     # A row of sums for each tile: of bias and, with a norm, of gain and shift.
-    partial = torch.empty(3 if norm else 1, grid[0], d_ff, dtype=torch.float32, device=x.device)
-    _backward_kernel[grid](
-        grad.contiguous(),
-        x,
-        activation.bias,
-        activation.gain,
-        means,
-        scales,
-        grad_x,
-        partial[0],
-        partial[1] if norm else None,
-        partial[2] if norm else None,
-        offsets,
-        d_ff,
-        **options,
-    )
+    num_sums = 1 if activation.gain is None else 3
+    partial = torch.empty(num_sums, grid[0], d_ff, dtype=torch.float32, device=x.device)
+    absent = (None,) * (3 - num_sums)
+    inputs = (grad.contiguous(), x, activation.bias, activation.gain, means, scales)
+    _backward_kernel[grid](*inputs, grad_x, *partial, *absent, offsets, d_ff, **options)
     sums = sum_tiles(partial, offsets, TILE_ROWS, activation.bias.dtype)
-    return grad_x, sums[0], sums[1] if norm else None, sums[2] if norm else None
+    return grad_x, *sums, *absent

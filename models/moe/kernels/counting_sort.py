@@ -47,10 +47,10 @@ class Positions(NamedTuple):
 def _positions_kernel(
     experts,
     ends,
-    row_of,
-    assignment_of,
     offsets,
     counts,
+    row_of,
+    assignment_of,
     places,
     num_assignments,
     num_blocks,
@@ -117,7 +117,7 @@ def sorted_positions(
 
     Args:
         experts: (N, K) int32, -1 for a dropped choice.
-        block_counts: (E, B) int32, from FusedRouting or `kept_block_counts`.
+        block_counts: (E, B) int32, from Routing or `kept_block_counts`.
         order: order of the experts; None for that of their indices.
         may_drop: whether some choices may have been dropped.
     """
@@ -126,19 +126,17 @@ def sorted_positions(
     if order is not None:
         block_counts = block_counts.index_select(0, order.experts)
     ends = block_counts.view(-1).cumsum(0, dtype=torch.int32)  # (E*B,)
-    row_of = torch.empty_like(experts)
-    make = experts.new_zeros if may_drop else experts.new_empty
-    assignment_of = make(num_tokens * top_k)
-    offsets = experts.new_empty(num_experts)
-    counts = experts.new_empty(num_experts, dtype=torch.int64)
+    found = Positions(
+        offsets=experts.new_empty(num_experts),
+        counts=experts.new_empty(num_experts, dtype=torch.int64),
+        row_of=torch.empty_like(experts),
+        assignment_of=(experts.new_zeros if may_drop else experts.new_empty)(num_tokens * top_k),
+    )
     size = triton.next_power_of_2(BLOCK_TOKENS * top_k)
     _positions_kernel[(num_blocks,)](
         experts.contiguous(),
         ends,
-        row_of,
-        assignment_of,
-        offsets,
-        counts,
+        *found,
         None if order is None else order.positions,
         num_tokens * top_k,
         num_blocks,
@@ -150,4 +148,4 @@ def sorted_positions(
         CHUNK=32,
         num_warps=max(1, size // 32),
     )
-    return Positions(offsets, counts, row_of, assignment_of)
+    return found

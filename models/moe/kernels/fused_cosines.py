@@ -33,6 +33,15 @@ def _unit_rows(x):
 
 
 @triton.jit
+def _directions(centroids, expert, column, R: tl.constexpr, E: tl.constexpr):
+    """Unit vectors of some experts' centroids."""
+    at = centroids + expert[:, None] * R + column[None, :]
+    mask = (expert < E)[:, None] & (column < R)[None, :]
+    directions, _ = _unit_rows(tl.load(at, mask=mask, other=0.0).to(tl.float32))
+    return directions
+
+
+@triton.jit
 def _through_unit_rows(grad, unit, length):
     """Gradient of x from that of `_unit_rows(x)`; below eps the divisor is a constant."""
     along = tl.where(length < _EPS, 0.0, tl.sum(grad * unit, 1))
@@ -101,9 +110,7 @@ def _forward_kernel(
     for start in range(0, E, BLOCK_E):
         expert = start + tl.arange(0, BLOCK_E)
         is_expert = expert < E
-        c_at = centroids + expert[:, None] * R + column[None, :]
-        c_mask = is_expert[:, None] & is_column[None, :]
-        directions, _ = _unit_rows(tl.load(c_at, mask=c_mask, other=0.0).to(tl.float32))
+        directions = _directions(centroids, expert, column, R, E)
         # Three tf32 products: an error of some 2^-22, float32's own, at a tensor core's speed;
         # "ieee" would multiply outside of them, some five times as long.
         products = tl.dot(unit, tl.trans(directions), input_precision="tf32x3")
@@ -146,9 +153,7 @@ def _backward_kernel(
     for start in range(0, E, BLOCK_E):
         expert = start + tl.arange(0, BLOCK_E)
         is_expert = expert < E
-        c_at = centroids + expert[:, None] * R + column[None, :]
-        c_mask = is_expert[:, None] & is_column[None, :]
-        directions, _ = _unit_rows(tl.load(c_at, mask=c_mask, other=0.0).to(tl.float32))
+        directions = _directions(centroids, expert, column, R, E)
         grad_at = grad + token[:, None] * E + expert[None, :]
         of_cosines = tl.load(grad_at, mask=is_token & is_expert[None, :], other=0.0)
         of_unit = tl.dot(of_cosines, directions, of_unit, input_precision="tf32x3")
@@ -264,18 +269,9 @@ class _Cosines(torch.autograd.Function):
         grad_projected = h.new_empty(num_tokens, grad_parts * d_router)
         grad_h = torch.empty_like(h) if of_h else None
         if num_tokens and (of_h or of_weight):
+            tensors = (grad, parts, centroids, units, lengths, grad_projected, grad_h)
             _backward_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS),)](
-                grad,
-                parts,
-                centroids,
-                units,
-                lengths,
-                grad_projected,
-                grad_h,
-                num_tokens,
-                GRAD_PARTS=grad_parts,
-                OF_H=of_h,
-                **ctx.options,
+                *tensors, num_tokens, GRAD_PARTS=grad_parts, OF_H=of_h, **ctx.options
             )
         grad_weight = grad_centroids = None
         if of_weight:
@@ -283,13 +279,9 @@ class _Cosines(torch.autograd.Function):
             grad_weight = products.unflatten(0, (grad_parts, d_router)).sum(0).to(ctx.weight_dtype)
         if of_centroids:
             grad_centroids = torch.empty_like(centroids)
+            shape = {name: ctx.options[name] for name in ("R", "E", "BLOCK_R")}
             _centroids_kernel[(triton.cdiv(num_experts, 4),)](
-                grad.t() @ units,
-                centroids,
-                grad_centroids,
-                R=d_router,
-                E=num_experts,
-                BLOCK_R=ctx.options["BLOCK_R"],
+                grad.t() @ units, centroids, grad_centroids, **shape
             )
         return grad_h, grad_weight, grad_centroids, None
 

@@ -12,7 +12,7 @@ sums, which are added in a fixed order, so two runs give the same bits.
 # Triton evaluates the annotations of a kernel's arguments and knows none for pointers.
 # mypy: allow-untyped-defs
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from magnetar.models.kernels import MAX_EXPERTS, MAX_TOP_K
+from magnetar.models.moe.router import Routing, RoutingStats
 
 # Tokens of a program, and of a block of the counting sort. It is a constant and not found by
 # timing, so the order of the sums and their last bits never depend on how busy a machine is.
@@ -29,38 +30,29 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LOWEST = tl.constexpr(-(2**63))
 
 
-class FusedRouting(NamedTuple):
-    """A router's decision for N tokens, and the sums over them for RoutingStats.
-
-    Attributes:
-        experts: (N, K) int32, chosen experts, best first; the lower index first if scores tie.
-        weights: (N, K) float32 with gradient, weight of each chosen expert's output.
-        first_probs: (N,) float32, softmax probability of the first choice.
-        probs: (E,) float32 with gradient, sum of the distributions in the balance loss.
-        entropy: () float32, summed entropy of softmax(scores), in nats.
-        log_z_squared: () float32 with gradient, sum of log^2 sum exp(scores).
-        load: (E,) int64, assignments to each expert.
-        first_choices: (E,) int64, tokens whose first choice is an expert.
-        block_counts: (E, B) int32, assignments to each expert by each block of BLOCK_TOKENS
-            tokens, for models.moe.kernels.counting_sort; one empty block without tokens.
-    """
-
-    experts: Tensor
-    weights: Tensor
-    first_probs: Tensor
-    probs: Tensor
-    entropy: Tensor
-    log_z_squared: Tensor
-    load: Tensor
-    first_choices: Tensor
-    block_counts: Tensor
-
-
 @triton.jit
 def _scores(x, tau, is_expert, HAS_TAU: tl.constexpr):
     """Scores / tau; -inf past the last expert. div_rn rounds as torch does, which keeps ties."""
     scores = tl.div_rn(x, tau) if HAS_TAU else x
     return tl.where(is_expert[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _softmax(scores):
+    """The softmax of rows, their largest scores, and sums of powers relative to those."""
+    peak = tl.max(scores, 1)
+    powers = tl.exp(scores - peak[:, None])
+    total = tl.sum(powers, 1)
+    return powers / total[:, None], peak, total
+
+
+@triton.jit
+def _gate(scores, peak, total, SIGMOID: tl.constexpr):
+    """The weights of chosen experts from their scores, not yet normalized."""
+    if SIGMOID:
+        return tl.sigmoid(scores)
+    else:
+        return tl.exp(scores - peak[:, None]) / total[:, None]
 
 
 @triton.jit
@@ -128,11 +120,8 @@ def _forward_kernel(
         at = row[:, None] * E + column[None, :]
         x = tl.load(raw + first * E + at, mask=mask, other=0.0)
         scores = _scores(x, temperature, is_expert, HAS_TAU)
-        peak = tl.max(scores, 1)
-        powers = tl.exp(scores - peak[:, None])
-        total = tl.sum(powers, 1)
+        probs, peak, total = _softmax(scores)
         log_total = tl.log(total)
-        probs = powers / total[:, None]
         log_probs = (scores - peak[:, None]) - log_total[:, None]
         entropy = -tl.sum(probs * tl.where(is_expert[None, :], log_probs, 0.0), 1)
         sum_entropy += tl.where(is_row, entropy, 0.0)
@@ -140,8 +129,7 @@ def _forward_kernel(
         sum_log_z_squared += tl.where(is_row, log_z * log_z, 0.0)
         if not SAME:
             scaled = tl.where(is_expert[None, :], x * inverse_balance_temperature, float("-inf"))
-            balance = tl.exp(scaled - tl.max(scaled, 1)[:, None])
-            probs = balance / tl.sum(balance, 1)[:, None]
+            probs, _, _ = _softmax(scaled)
         sum_probs += tl.where(mask, probs, 0.0)
 
         keys = _ordered(scores, column, is_expert, BLOCK_E)
@@ -159,10 +147,7 @@ def _forward_kernel(
             chosen_bits = tl.where(choice[None, :] == k, bits[:, None], chosen_bits)
         chosen_bits = chosen_bits ^ ((chosen_bits >> 31) & 0x7FFFFFFF)
         chosen_scores = chosen_bits.to(tl.float32, bitcast=True)
-        if SIGMOID:
-            weight = tl.sigmoid(chosen_scores)
-        else:
-            weight = tl.exp(chosen_scores - peak[:, None]) / total[:, None]
+        weight = _gate(chosen_scores, peak, total, SIGMOID)
         if NORMALIZE:
             sum_weights = tl.sum(tl.where(choice[None, :] < K, weight, 0.0), 1)
             weight = weight / tl.where(sum_weights < _TINY, _TINY, sum_weights)[:, None]
@@ -226,10 +211,7 @@ def _backward_kernel(
         at = row[:, None] * E + column[None, :]
         x = tl.load(raw + first * E + at, mask=mask, other=0.0)
         scores = _scores(x, temperature, is_expert, HAS_TAU)
-        peak = tl.max(scores, 1)
-        powers = tl.exp(scores - peak[:, None])
-        total = tl.sum(powers, 1)
-        probs = powers / total[:, None]
+        probs, peak, total = _softmax(scores)
         grad = tl.zeros([ROWS, BLOCK_E], tl.float32)  # gradient of the scores
         if OF_LOG_Z:
             log_z = peak + tl.log(total)
@@ -241,10 +223,7 @@ def _backward_kernel(
             index = tl.load(experts + first * K + load_at, mask=is_choice, other=0)
             its_raw = tl.load(raw + (first + row)[:, None] * E + index, mask=is_choice, other=0.0)
             its_score = tl.div_rn(its_raw, temperature) if HAS_TAU else its_raw
-            if SIGMOID:
-                gate = tl.sigmoid(its_score)
-            else:
-                gate = tl.exp(its_score - peak[:, None]) / total[:, None]
+            gate = _gate(its_score, peak, total, SIGMOID)
             weight = gate
             if NORMALIZE:
                 sum_gate = tl.sum(tl.where(is_choice, gate, 0.0), 1)
@@ -276,8 +255,7 @@ def _backward_kernel(
             else:
                 scale = inverse_balance_temperature
                 scaled = tl.where(is_expert[None, :], x * scale, float("-inf"))
-                balance = tl.exp(scaled - tl.max(scaled, 1)[:, None])
-                balance = balance / tl.sum(balance, 1)[:, None]
+                balance, _, _ = _softmax(scaled)
             mean_of_probs = tl.sum(balance * of_probs[None, :], 1)
             grad += scale * balance * (of_probs[None, :] - mean_of_probs[:, None])
         tl.store(grad_raw + first * E + at, grad, mask=mask)
@@ -288,21 +266,6 @@ def _backward_kernel(
 def num_blocks_of(num_tokens: int) -> int:
     """The number of blocks, at least 1: without tokens one program still writes sums of 0."""
     return max(1, triton.cdiv(num_tokens, BLOCK_TOKENS))
-
-
-def _shape(num_experts: int, top_k: int) -> dict[str, int]:
-    """Sizes and warps: about 1,024 scores at a time, 8 per thread, and each row in one warp."""
-    columns = triton.next_power_of_2(num_experts)
-    rows = max(4, min(BLOCK_TOKENS, 1024 // columns))
-    return {
-        "E": num_experts,
-        "BLOCK_E": columns,
-        "K": top_k,
-        "BLOCK_K": triton.next_power_of_2(top_k),
-        "TOKENS": BLOCK_TOKENS,
-        "ROWS": rows,
-        "num_warps": max(1, min(4, rows * columns // 256)),
-    }
 
 
 class _Route(torch.autograd.Function):
@@ -327,63 +290,50 @@ class _Route(torch.autograd.Function):
         first_probs = scores.new_empty(num_tokens)
         partial = scores.new_empty(num_blocks, num_experts + 2)
         histogram = experts.new_empty(2, num_experts, num_blocks)
+        # About 1,024 scores at a time, 8 per thread, and each row in one warp.
+        columns = triton.next_power_of_2(num_experts)
+        rows = max(4, min(BLOCK_TOKENS, 1024 // columns))
         options = {
+            "E": num_experts,
+            "BLOCK_E": columns,
+            "K": top_k,
+            "BLOCK_K": triton.next_power_of_2(top_k),
             "HAS_TAU": tau is not None,
             "SAME": tau is None and balance_temperature == 1.0,
             "SIGMOID": gate == "sigmoid",
             "NORMALIZE": normalize and top_k > 1,
-            **_shape(num_experts, top_k),
+            "TOKENS": BLOCK_TOKENS,
+            "ROWS": rows,
+            "num_warps": max(1, min(4, rows * columns // 256)),
         }
         temperatures = (1.0 / balance_temperature, lowest_temperature)
+        outputs = (experts, weights, first_probs, partial, histogram)
         _forward_kernel[(num_blocks,)](
-            scores,
-            tau,
-            experts,
-            weights,
-            first_probs,
-            partial,
-            histogram,
-            num_tokens,
-            num_blocks,
-            *temperatures,
-            **options,
+            scores, tau, *outputs, num_tokens, num_blocks, *temperatures, **options
         )
         sums = partial.sum(0)
         probs, entropy, log_z_squared = sums[:num_experts], sums[-2], sums[-1]
-        load, first_choices = histogram.sum(-1)  # int64
-        block_counts = histogram[0]
-        ctx.mark_non_differentiable(
-            experts, first_probs, entropy, load, first_choices, block_counts
-        )
+        counts = (*histogram.sum(-1), histogram[0])  # int64, int64, int32
+        ctx.mark_non_differentiable(experts, first_probs, entropy, *counts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scores, tau, experts)
         ctx.options, ctx.temperatures = options, temperatures
-        sums_of_tokens = (probs, entropy, log_z_squared, load, first_choices, block_counts)
-        return experts, weights, first_probs, *sums_of_tokens
+        return experts, weights, first_probs, probs, entropy, log_z_squared, *counts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         scores, tau, experts = ctx.saved_tensors
-        _, of_weights, _, of_probs, _, of_log_z_squared, *_ = grads
+        # The weights', the probs' and log_z_squared's; the others have none.
+        given = [None if grad is None else grad.contiguous() for grad in grads[1:6:2]]
+        names = ("OF_WEIGHTS", "OF_PROBS", "OF_LOG_Z")
+        options = {name: grad is not None for name, grad in zip(names, given, strict=True)}
         num_blocks = num_blocks_of(scores.size(0))
         grad_scores = torch.empty_like(scores)
         partial_tau = None if tau is None else scores.new_empty(num_blocks)
+        tensors = (scores, tau, experts, *given, grad_scores, partial_tau)
         _backward_kernel[(num_blocks,)](
-            scores,
-            tau,
-            experts,
-            None if of_weights is None else of_weights.contiguous(),
-            None if of_probs is None else of_probs.contiguous(),
-            of_log_z_squared,
-            grad_scores,
-            partial_tau,
-            scores.size(0),
-            *ctx.temperatures,
-            OF_WEIGHTS=of_weights is not None,
-            OF_PROBS=of_probs is not None,
-            OF_LOG_Z=of_log_z_squared is not None,
-            **ctx.options,
+            *tensors, scores.size(0), *ctx.temperatures, **options, **ctx.options
         )
         grad_tau = None
         if tau is not None and partial_tau is not None:
@@ -400,8 +350,8 @@ def fused_route(
     balance_temperature: float = 1.0,
     normalize: bool = True,
     lowest_temperature: float = 0.0,
-) -> FusedRouting:
-    """Choose the top_k experts of every token by score / tau.
+) -> Routing:
+    """Choose the top_k experts of every token by score / tau; of equal scores the lower index.
 
     Args:
         scores: (N, E) float32, cosines or W h, not yet divided by a temperature.
@@ -417,6 +367,16 @@ def fused_route(
     assert scores.dtype == torch.float32
     assert 1 <= top_k <= min(MAX_TOP_K, num_experts)
     assert num_experts <= MAX_EXPERTS
-    return FusedRouting(
-        *_Route.apply(scores, tau, top_k, gate, normalize, balance_temperature, lowest_temperature)
+    experts, weights, first_probs, probs, entropy, log_z_squared, load, first_choices, counts = (
+        _Route.apply(scores, tau, top_k, gate, normalize, balance_temperature, lowest_temperature)
     )
+    stats = RoutingStats(
+        probs=probs,
+        first_choices=first_choices,
+        entropy=entropy,
+        log_z_squared=log_z_squared,
+        load=load.float(),
+        dropped=torch.zeros_like(entropy),
+        temperature=scores.new_ones(()) if tau is None else tau.detach().squeeze().clone(),
+    )
+    return Routing(experts, weights, None, first_probs, load, stats, counts)

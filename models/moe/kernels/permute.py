@@ -139,13 +139,9 @@ def _combine(
     (num_tokens, top_k), d_model = row_of.shape, rows.size(1)
     out = rows.new_empty(num_tokens, d_model)
     if num_tokens:
+        tensors = (rows, row_of, weights, experts, bias, out)
         _combine_kernel[(triton.cdiv(num_tokens, ROWS),)](
-            rows,
-            row_of,
-            weights,
-            experts,
-            bias,
-            out,
+            *tensors,
             num_tokens,
             d_model,
             K=top_k,
@@ -167,16 +163,9 @@ class GatherRows(torch.autograd.Function):
         num_rows, d_model = assignment_of.numel(), tokens.size(1)
         rows = tokens.new_empty(num_rows, d_model)
         if num_rows:
-            _gather_kernel[(triton.cdiv(num_rows, ROWS),)](
-                tokens.contiguous(),
-                assignment_of,
-                rows,
-                num_rows,
-                d_model,
-                K=row_of.size(1),
-                R=ROWS,
-                COLUMNS=triton.next_power_of_2(d_model),
-            )
+            tensors = (tokens.contiguous(), assignment_of, rows)
+            shape = {"K": row_of.size(1), "R": ROWS, "COLUMNS": triton.next_power_of_2(d_model)}
+            _gather_kernel[(triton.cdiv(num_rows, ROWS),)](*tensors, num_rows, d_model, **shape)
         return rows
 
     @staticmethod
@@ -200,20 +189,10 @@ class CombineRows(torch.autograd.Function):
         assignment_of: Tensor,
         offsets: Tensor,
     ) -> Tensor:
-        """Weigh and add up.
+        """(A, D) and weights (N, K) float32 -> (N, D) in the dtype of `rows`.
 
-        Args:
-            ctx: autograd's context.
-            rows: (A, D), outputs of the experts.
-            bias: (E, D), output biases; None if the rows include them.
-            weights: (N, K) float32.
-            experts: (N, K) int32 or int64.
-            row_of: see the module.
-            assignment_of: see the module.
-            offsets: (E,) int32, end of each expert's rows.
-
-        Returns:
-            (N, D) in the dtype of `rows`.
+        The bias is (E, D), or None if the rows include it; experts (N, K) are integers, offsets
+        (E,) int32 are the ends of the experts' rows. The module has row_of and assignment_of.
         """
         weights = weights.contiguous()
         out = _combine(rows, row_of, weights, experts, bias)
@@ -229,13 +208,9 @@ class CombineRows(torch.autograd.Function):
         grad_weights = torch.zeros_like(weights)  # a dropped assignment has no row
         tiles = num_tiles(num_rows, num_experts, TILE_ROWS)
         partial = None if bias is None else rows.new_empty(tiles, d_model, dtype=torch.float32)
+        inputs = (grad.contiguous(), rows, assignment_of, weights, bias, offsets)
         _combine_backward_kernel[(tiles,)](
-            grad.contiguous(),
-            rows,
-            assignment_of,
-            weights,
-            bias,
-            offsets,
+            *inputs,
             grad_rows,
             grad_weights,
             partial,

@@ -144,51 +144,30 @@ def _move_kernel(
             tl.store(partial + tile.to(tl.int64) * D + column, tl.sum(total, 0), mask=is_column)
 
 
-def sort_segments(
-    all_to_all: AllToAll, segments: Segments, received: Tensor, sent: Tensor, out: Tensor
-) -> None:
-    """Write (S, D) received rows, and this rank's own of (A, D), to (R, D) by (expert, sender)."""
-    _move(all_to_all, segments, out, received, sent, arriving=True)
-
-
-def sort_and_sum_segments(
-    all_to_all: AllToAll, segments: Segments, received: Tensor, sent: Tensor, out: Tensor
-) -> Tensor:
-    """`sort_segments`; returns (L*W, D) float32, the sum of each segment's rows."""
-    tiles = num_tiles(out.size(0), segments.ends.numel(), TILE_ROWS)
-    partial = out.new_empty(tiles, out.size(1), dtype=torch.float32)
-    _move(all_to_all, segments, out, received, sent, partial=partial, arriving=True)
-    return sum_tiles(partial, segments.ends, TILE_ROWS, torch.float32)
-
-
-def unsort_segments(
-    all_to_all: AllToAll,
-    segments: Segments,
-    rows: Tensor,
-    to_send: Tensor,
-    own: Tensor,
-    bias: Tensor | None = None,
-) -> None:
-    """Write (R, D) by (expert, sender), plus (L, D) biases, to (S, D) and own rows of (A, D)."""
-    _move(all_to_all, segments, rows, to_send, own, bias=bias, arriving=False)
-
-
-def _move(
+def move_segments(
     all_to_all: AllToAll,
     segments: Segments,
     by_expert: Tensor,
     by_sender: Tensor,
     sent: Tensor,
     *,
-    bias: Tensor | None = None,
-    partial: Tensor | None = None,
     arriving: bool,
-) -> None:
+    bias: Tensor | None = None,
+    summed: bool = False,
+) -> Tensor | None:
+    """Write arriving rows to the order of the experts, others to that of the senders.
+
+    By_expert is (R, D), by_sender (S, D) has the rows of other ranks, and the last ones of sent
+    (A, D) are this rank's own. A bias (L, D) is added to rows that are not arriving. Summed returns
+    (L*W, D) float32, the sum of each segment's arriving rows.
+    """
     (num_rows, d_model), num_segments = by_expert.shape, segments.ends.numel()
-    _move_kernel[(num_tiles(num_rows, num_segments, TILE_ROWS),)](
+    tiles = num_tiles(num_rows, num_segments, TILE_ROWS)
+    partial = by_expert.new_empty(tiles, d_model, dtype=torch.float32) if summed else None
+    _move_kernel[(tiles,)](
         by_expert,
         by_sender,
-        all_to_all.own_rows(sent),
+        sent[all_to_all.row_counts[0].remote :],
         segments.ends,
         segments.arrivals,
         bias,
@@ -200,8 +179,9 @@ def _move(
         SEGMENTS=triton.next_power_of_2(num_segments),
         ARRIVING=arriving,
         BIASED=bias is not None,
-        SUMMED=partial is not None,
+        SUMMED=summed,
         TILE=TILE_ROWS,
         R=ROWS,
         COLUMNS=triton.next_power_of_2(d_model),
     )
+    return None if partial is None else sum_tiles(partial, segments.ends, TILE_ROWS, torch.float32)

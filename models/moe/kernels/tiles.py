@@ -17,15 +17,21 @@ from torch import Tensor
 
 
 @triton.jit
+def _tiles(offsets, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, R: tl.constexpr):
+    """The experts' indices, the first rows and ends of each, and its number of tiles."""
+    index = tl.arange(0, EXPERTS)
+    ends = tl.load(offsets + index, mask=index < NUM_EXPERTS, other=0)
+    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < NUM_EXPERTS), other=0)
+    return index, starts, ends, tl.where(index < NUM_EXPERTS, (ends - starts + R - 1) // R, 0)
+
+
+@triton.jit
 def rows_of_tile(tile, offsets, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, R: tl.constexpr):
     """Expert, first row and end of a tile; expert NUM_EXPERTS: there is no such tile.
 
     EXPERTS is NUM_EXPERTS rounded up to a power of two.
     """
-    index = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets + index, mask=index < NUM_EXPERTS, other=0)
-    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < NUM_EXPERTS), other=0)
-    tiles = tl.where(index < NUM_EXPERTS, (ends - starts + R - 1) // R, 0)
+    index, starts, ends, tiles = _tiles(offsets, NUM_EXPERTS, EXPERTS, R)
     tile_ends = tl.cumsum(tiles, 0)
     expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
     expert = tl.minimum(expert, NUM_EXPERTS)
@@ -54,10 +60,7 @@ def _sum_tiles_kernel(
     COLUMNS: tl.constexpr,
 ):
     expert, part = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    index = tl.arange(0, EXPERTS)
-    ends = tl.load(offsets + index, mask=index < NUM_EXPERTS, other=0)
-    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index < NUM_EXPERTS), other=0)
-    tiles = tl.where(index < NUM_EXPERTS, (ends - starts + R - 1) // R, 0)
+    index, _, _, tiles = _tiles(offsets, NUM_EXPERTS, EXPERTS, R)
     first = tl.sum(tl.where(index < expert, tiles, 0), 0)
     count = tl.sum(tl.where(index == expert, tiles, 0), 0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -53,10 +53,7 @@ def _add_kernel(
 def _add_gradient(total: Tensor, left: Tensor, right: Tensor, offsets: Tensor) -> None:
     """total (E, X, Y) += each expert's left.T @ right, of (A, X) and (A, Y)."""
     num_experts, x, y = total.shape
-
-    def described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, block)
-
+    described = TensorDescriptor.from_tensor
     _add_kernel[(triton.cdiv(x, BLOCK_X) * triton.cdiv(y, BLOCK_Y), num_experts)](
         described(left, [BLOCK_ROWS, BLOCK_X]),
         described(right, [BLOCK_ROWS, BLOCK_Y]),

@@ -27,8 +27,9 @@ from tests.convert.torchscale_models import (
 
 pytestmark = pytest.mark.usefixtures("torchscale")
 
-# float32, through a few layers whose sums run in another order; logits are of size 1.
-TOLERANCE = 1e-5
+# Logits are of size 1, at the end of 5 layers at most. Their sums of 32 and 48 products run in
+# another order: some 160 float32 roundings of 2^-24 each.
+TOLERANCE = 160 * 2**-24
 
 # What TorchScale's own tests vary, in each of its three architectures.
 VARIATIONS: list[dict[str, Any]] = [
@@ -228,7 +229,8 @@ def test_training_drops_tokens_and_balances_experts_as_torchscale(
     assert all(stats.dropped > 0 for stats in found.routing), "nothing was dropped"
     torch.testing.assert_close(found.logits, expected, rtol=0, atol=TOLERANCE)
     for stats, aux_loss in zip(found.routing, aux_losses, strict=True):
-        assert stats.aux_loss.item() == pytest.approx(aux_loss.item(), rel=1e-5)
+        # A mean over 72 tokens, each with a softmax that is off as the logits are.
+        assert stats.aux_loss.item() == pytest.approx(aux_loss.item(), rel=TOLERANCE)
 
 
 DECODERS = [

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from magnetar.convert.torchscale.reader import read_checkpoint, read_options
 from magnetar.data.errors import UserError
@@ -55,6 +57,7 @@ def test_every_kind_of_file_is_told_apart(tmp_path: Path) -> None:
     for held, kind, options in [
         (state, "tensors", None),
         ({"model": state, "epoch": 3}, "tensors", None),
+        ({"module": state, "global_steps": 3}, "tensors", None),
         ({"state_dict": state, "config": {"decoder_layers": 3}}, "options", {"decoder_layers": 3}),
         ({"model": state, "config": args}, "namespace", {"decoder_layers": 3}),
         ({"model": state, "args": args}, "namespace", {"decoder_layers": 3}),
@@ -70,9 +73,49 @@ def test_every_kind_of_file_is_told_apart(tmp_path: Path) -> None:
         assert checkpoint.tensors.keys() == state.keys()
 
 
-def test_the_prefix_of_distributed_data_parallel_is_taken_off(tmp_path: Path) -> None:
-    path = save(tmp_path / "m.pt", {"module.layers.0.x": tensor(1.0)})
-    assert read_checkpoint([path]).tensors.keys() == {"layers.0.x"}
+WRAPPERS = [
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_wrappers_add_to_names_is_taken_off(seed: int, tmp_path: Path) -> None:
+    """In any order and depth, in each of the files of a model."""
+    draw = random.Random(seed)
+    shared = write_ranks(tmp_path, {0: [0.0, 1.0], 1: [2.0, 3.0]}, 4)
+    expected = read_checkpoint([shared]).tensors
+    for path in tmp_path.iterdir():
+        held = torch.load(path, weights_only=False)
+        wrapped = {}
+        for name, value in held["model"].items():
+            parts = name.split(".")
+            for wrapper in draw.choices(WRAPPERS, k=draw.randrange(5)):
+                parts.insert(draw.randrange(len(parts)), wrapper)
+            wrapped[".".join(parts)] = value
+        save(path, held | {"model": wrapped})
+    assert read_checkpoint([shared]).tensors == expected
+
+
+def test_the_names_are_those_of_the_wrappers_themselves(tmp_path: Path) -> None:
+    model = AveragedModel(nn.Sequential(nn.Linear(2, 3), checkpoint_wrapper(nn.Linear(3, 2))))
+    model.module[0] = torch.compile(model.module[0])
+    state = torch.compile(model).state_dict()
+    assert any("_orig_mod.module.0._orig_mod.weight" in name for name in state)
+    names = read_checkpoint([save(tmp_path / "m.pt", state)]).tensors.keys()
+    assert names == {"0.weight", "0.bias", "1.weight", "1.bias", "n_averaged"}
+
+
+def test_two_tensors_with_one_name_without_wrappers_are_refused(tmp_path: Path) -> None:
+    state = {"layers.0.x": tensor(1.0), "_orig_mod.layers.0.x": tensor(1.0)}
+    assert read_checkpoint([save(tmp_path / "m.pt", state)]).tensors.keys() == {"layers.0.x"}
+    state["module.layers.0.x"] = tensor(2.0)
+    with pytest.raises(UserError, match=r"m.pt: module.layers.0.x and another tensor are both lay"):
+        read_checkpoint([save(tmp_path / "m.pt", state)])
 
 
 def test_tensors_that_safetensors_wrote_once_have_all_their_names(tmp_path: Path) -> None:
@@ -285,7 +328,7 @@ def test_options_are_read_from_json(tmp_path: Path) -> None:
     path.write_text(json.dumps({"decoder_layers": 3}))
     assert read_options(path) == {"decoder_layers": 3}
     path.write_text("{")
-    with pytest.raises(UserError, match=r"o.json: is no JSON: Expecting"):
+    with pytest.raises(UserError, match=r"o.json: it is no JSON: Expecting"):
         read_options(path)
     path.write_text("[1]")
     with pytest.raises(UserError, match=r"o.json: holds a list, not options by name"):
@@ -295,8 +338,13 @@ def test_options_are_read_from_json(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path.name}: is a folder: give the JSON"):
         read_options(tmp_path)
     path.write_text("[" * 100_000 + "]" * 100_000)
-    with pytest.raises(UserError, match=r"o.json: nests its lists and objects too deeply"):
+    with pytest.raises(UserError, match=r"o.json: its lists or objects nest too deeply"):
         read_options(path)
+    path.write_bytes(b'{"activation_fn": "g\xe9lu"}')
+    with pytest.raises(UserError, match=r"o.json: it is not UTF-8 \(byte 20\): write the options"):
+        read_options(path)
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"decoder_layers": 3}')  # as Windows' editors save
+    assert read_options(path) == {"decoder_layers": 3}
     path.write_text('{"decoder_layers": ' + "9" * 5000 + "}")
-    with pytest.raises(UserError, match=r"o.json: holds a number of thousands of digits"):
+    with pytest.raises(UserError, match=r"o.json: it holds a number of thousands of digits"):
         read_options(path)

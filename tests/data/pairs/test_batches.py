@@ -11,6 +11,7 @@ import magnetar.data.pairs.batches
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.batches import (
     PairBatches,
+    PairOptions,
     ValidBins,
     cut_bins,
     padded,
@@ -22,15 +23,11 @@ from magnetar.data.pairs.batches import (
 from magnetar.data.text.packed_lm import IGNORE_INDEX
 from tests.data.parallel import prepared_verses
 
-GIVEN = {
-    "bin_tokens": 600,
-    "bins": 4,
-    "temperature": 5.0,
-    "directions": None,
-    "seed": 3,
-    "max_len": 64,
-    "max_target_len": 60,
-}
+OPTIONS = PairOptions(600, 5.0, None, "drop", max_len=64, max_target_len=60)
+
+
+def batches_of(prepared, bins=4, seed=3, **changes):
+    return PairBatches(prepared, OPTIONS._replace(**changes), bins, seed)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +72,13 @@ def counted(batches, num_rounds):
 
 
 def test_a_round_in_the_datas_own_shares_holds_every_pair_once(prepared):
-    given = {"temperature": 1.0, "directions": ["de-en", "en-pt-br"], "max_target_len": 80}
-    batches = PairBatches(prepared, **GIVEN | given | {"max_len": 80})
+    given = {
+        "temperature": 1.0,
+        "directions": ["de-en", "en-pt-br"],
+        "max_len": 80,
+        "max_target_len": 80,
+    }
+    batches = batches_of(prepared, **given)
     batches.pair_indices(1000)
     drawn = Counter()
     for batch in bins_of(batches, batches._first_bins[1]):
@@ -92,7 +94,7 @@ def test_a_round_in_the_datas_own_shares_holds_every_pair_once(prepared):
 def test_a_pair_comes_at_most_once_more_than_another_of_its_stream(
     prepared, seed, temperature, num_rounds
 ):
-    batches = PairBatches(prepared, **GIVEN | {"seed": seed, "temperature": temperature})
+    batches = batches_of(prepared, seed=seed, temperature=temperature)
     for count, per_round in zip(counted(batches, num_rounds), batches._rates, strict=True):
         assert count.max() - count.min() <= 1
         assert abs(count.sum() - num_rounds * per_round) <= 0.5
@@ -108,8 +110,13 @@ def test_a_pair_comes_at_most_once_more_than_another_of_its_stream(
 def test_no_bin_is_larger_than_its_budget_and_lengths_are_padded_to_eights(
     prepared, seed, bin_tokens, temperature, directions
 ):
-    given = {"bin_tokens": bin_tokens, "temperature": temperature, "directions": directions}
-    batches = PairBatches(prepared, **GIVEN | given | {"seed": seed})
+    batches = batches_of(
+        prepared,
+        seed=seed,
+        bin_tokens=bin_tokens,
+        temperature=temperature,
+        directions=directions,
+    )
     for batch in bins_of(batches, 40):
         source, decoder_input, source_padding, target_padding = batch.inputs
         assert source.size + decoder_input.size <= bin_tokens
@@ -123,10 +130,10 @@ def test_no_bin_is_larger_than_its_budget_and_lengths_are_padded_to_eights(
 @given(step=st.integers(0, 400), seed=st.integers(0, 3))
 @settings(deadline=None, max_examples=25)
 def test_any_bin_is_reached_directly_and_is_that_of_the_straight_run(prepared, step, seed):
-    straight = PairBatches(prepared, **GIVEN | {"seed": seed})
+    straight = batches_of(prepared, seed=seed)
     for before in range(0, step, 7):
         straight.bin(before, before % 4)
-    fresh = PairBatches(prepared, **GIVEN | {"seed": seed})
+    fresh = batches_of(prepared, seed=seed)
     for index in reversed(range(4)):
         for first, second in zip(
             (*straight.bin(step, index).inputs, straight.bin(step, index).targets),
@@ -137,7 +144,7 @@ def test_any_bin_is_reached_directly_and_is_that_of_the_straight_run(prepared, s
 
 
 def test_the_bins_do_not_depend_on_how_many_a_step_has(prepared):
-    many, few = PairBatches(prepared, **GIVEN), PairBatches(prepared, **GIVEN | {"bins": 3})
+    many, few = batches_of(prepared), batches_of(prepared, bins=3)
     for number in range(30):
         np.testing.assert_array_equal(
             many.bin(*divmod(number, 4)).targets, few.bin(*divmod(number, 3)).targets
@@ -145,8 +152,8 @@ def test_the_bins_do_not_depend_on_how_many_a_step_has(prepared):
 
 
 def test_another_seed_and_another_round_give_another_order(prepared):
-    batches = PairBatches(prepared, **GIVEN)
-    other = PairBatches(prepared, **GIVEN | {"seed": 4})
+    batches = batches_of(prepared)
+    other = batches_of(prepared, seed=4)
     batches.pair_indices(1000)
     second = batches._first_bins[1]
     order = [tuple(batches.pair_indices(i)[1]) for i in range(20)]
@@ -156,7 +163,7 @@ def test_another_seed_and_another_round_give_another_order(prepared):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_directions_are_drawn_as_the_temperature_says(prepared, temperature):
-    batches = PairBatches(prepared, **GIVEN | {"temperature": temperature})
+    batches = batches_of(prepared, temperature=temperature)
     rates = dict.fromkeys(prepared.directions("train"), 150 ** (1 / temperature))
     rates["en", "de"] = (150 + 2 * 30) ** (1 / temperature)
     drawn, of_tables = Counter(), Counter()
@@ -169,18 +176,17 @@ def test_directions_are_drawn_as_the_temperature_says(prepared, temperature):
     assert of_tables["help.en-de"] / drawn["en", "de"] == pytest.approx(60 / 210, abs=0.005)
     for direction, rate in rates.items():
         expected = rate / sum(rates.values())
-        assert batches.shares[direction] == pytest.approx(expected, abs=0.003)
         assert drawn[direction] / drawn.total() == pytest.approx(expected, abs=0.003)
 
 
 def test_directions_mix_within_a_bin(prepared):
-    batches = PairBatches(prepared, **GIVEN | {"bin_tokens": 2000})
+    batches = batches_of(prepared, bin_tokens=2000)
     mixed = [len({*batches.pair_indices(number)[0]}) for number in range(20)]
     assert np.mean(mixed) > 4
 
 
 def test_few_tokens_are_padding(prepared):
-    batches = PairBatches(prepared, **GIVEN)
+    batches = batches_of(prepared)
     batches.pair_indices(1000)
     bins = [batch.inputs for batch in bins_of(batches, batches._first_bins[1])]
     held = sum(int((~pad).sum()) for _, _, *paddings in bins for pad in paddings)
@@ -229,14 +235,14 @@ def test_a_pass_spreads_each_cell_evenly(sizes, data):
 
 @pytest.mark.parametrize("policy", ["drop", "truncate"])
 def test_long_pairs_are_counted_and_dropped_or_cut_before_their_end(prepared, policy):
-    given = GIVEN | {"max_len": 30, "max_target_len": 21, "directions": ["de-en", "en-de"]}
-    batches = PairBatches(prepared, **given, too_long=policy)
-    longer = {}
-    for source, target in (("de", "en"), ("en", "de")):
-        pairs = prepared.pairs("train", source, target)
-        longer[f"{source}-{target}"] = sum(len(s) > 30 or len(t) > 21 for s, t in pairs)
-    assert batches.num_too_long == longer
-    assert all(0 < count < 150 for count in longer.values())
+    given = {"max_len": 30, "max_target_len": 21, "directions": ["de-en", "en-de"]}
+    batches = batches_of(prepared, too_long=policy, **given)
+    longer = [
+        sum(len(s) > 30 or len(t) > 21 for s, t in prepared.pairs("train", *direction))
+        for direction in (("de", "en"), ("en", "de"))
+    ]
+    assert batches.num_too_long == sum(longer)
+    assert all(0 < count < 150 for count in longer)
     rows = [row for batch in bins_of(batches, 200) for row in rows_of(batch, prepared.codec)]
     expected = expected_rows(prepared, "train")
     whole = sum(row in expected for row in rows) / len(rows)
@@ -261,12 +267,12 @@ def test_long_pairs_are_counted_and_dropped_or_cut_before_their_end(prepared, po
 )
 def test_what_cannot_be_batched_is_a_message(prepared, changes, message):
     with pytest.raises(UserError, match=message):
-        PairBatches(prepared, **GIVEN | changes)
+        batches_of(prepared, **changes)
 
 
 def test_large_data_come_in_rounds_of_a_part(prepared, monkeypatch):
     monkeypatch.setattr(magnetar.data.pairs.batches, "MAX_ROUND_PAIRS", 100)
-    batches = PairBatches(prepared, **GIVEN)
+    batches = batches_of(prepared)
     assert batches._rates.sum() == pytest.approx(100)
     for count in counted(batches, 9):
         assert count.max() - count.min() <= 1
@@ -289,10 +295,9 @@ def test_a_tables_weight_counts():
 
 
 def test_a_table_of_little_weight_has_its_turn_in_some_rounds_only(prepared):
-    tables = [table.model_copy() for table in prepared.manifest.tables]
-    tables[1] = tables[1].model_copy(update={"weight": 0.01})  # 0.3 of 150.3 pairs
-    light = replace(prepared, manifest=prepared.manifest.model_copy(update={"tables": tables}))
-    batches = PairBatches(light, **GIVEN | {"directions": ["en-de"], "temperature": 1.0})
+    verses, (small,) = prepared.tables["train"][:-1], prepared.tables["train"][-1:]
+    tables = {"train": [*verses, replace(small, weight=0.01)]}  # 0.3 of 150.3 pairs
+    batches = batches_of(replace(prepared, tables=tables), directions=["en-de"], temperature=1.0)
     per_round = [stop[1] - start[1] for start, stop in map(batches._places, range(100))]
     assert {*per_round} == {0, 1}
     assert sum(per_round) == pytest.approx(100 * 180 * 0.3 / 150.3, abs=1)
@@ -301,14 +306,7 @@ def test_a_table_of_little_weight_has_its_turn_in_some_rounds_only(prepared):
 
 @pytest.mark.parametrize("max_pairs", [None, 3])
 def test_validation_bins_hold_every_pair_once(prepared, max_pairs):
-    bins = ValidBins(
-        prepared,
-        bin_tokens=600,
-        directions=None,
-        max_len=64,
-        max_target_len=60,
-        max_pairs=max_pairs,
-    )
+    bins = ValidBins(prepared, OPTIONS, max_pairs)
     held = Counter(row for i in range(len(bins)) for row in rows_of(bins.bin(i), prepared.codec))
     expected = expected_rows(prepared, "valid")
     if max_pairs is None:
@@ -320,8 +318,7 @@ def test_validation_bins_hold_every_pair_once(prepared, max_pairs):
 
 
 def test_a_validation_bin_beyond_the_last_asks_for_nothing(prepared):
-    given = {"bin_tokens": 600, "directions": ["en-de"], "max_len": 64, "max_target_len": 60}
-    bins = ValidBins(prepared, **given)
+    bins = ValidBins(prepared, OPTIONS._replace(directions=["en-de"]))
     filling = bins.bin(len(bins))
     assert (filling.targets == IGNORE_INDEX).all()
     assert filling.inputs[1].shape == filling.targets.shape
@@ -332,4 +329,4 @@ def test_a_folder_without_validation_pairs_is_a_message(tmp_path):
     with pytest.raises(
         UserError, match=r"has no pair for the valid split: give `.* --table NAME=TR"
     ):
-        ValidBins(prepared, bin_tokens=600, directions=None, max_len=64, max_target_len=60)
+        ValidBins(prepared, OPTIONS)

@@ -34,7 +34,7 @@ def make(tmp_path):
 
 
 def dropped(prepared, source="en", target="de", split="train"):
-    records = prepared.tables[0].splits[split].pairs
+    records = prepared.manifest.tables[0].splits[split].pairs
     return next(pairs.dropped for pairs in records if pairs.languages == (source, target))
 
 
@@ -73,7 +73,7 @@ def test_duplicates_are_found_in_other_tables_in_either_direction(make, tmp_path
     path = write_jsonl(tmp_path / "other.jsonl", rows)
     prepared = make(TRAIN, PairFilter(dedupe=True), others=(TableConfig("other", str(path)),))
     assert len(texts(prepared, "de", "en")) == 63
-    assert prepared.tables[1].splits["train"].pairs[0].dropped == {"duplicate": 5}
+    assert prepared.manifest.tables[1].splits["train"].pairs[0].dropped == {"duplicate": 5}
 
 
 def test_a_long_table_that_lists_both_directions_keeps_both(make, tmp_path):
@@ -81,7 +81,7 @@ def test_a_long_table_that_lists_both_directions_keeps_both(make, tmp_path):
     path = write_jsonl(tmp_path / "both.jsonl", rows + long_rows(VALID[:2], "de", "en"))
     prepared = make([], PairFilter(dedupe=True), others=(TableConfig("both", str(path)),))
     assert [len(texts(prepared, *pair)) for pair in (("en", "de"), ("de", "en"))] == [60, 60]
-    counts = [table.splits["train"].pairs[0].dropped for table in prepared.tables[1:]]
+    counts = [table.splits["train"].pairs[0].dropped for table in prepared.manifest.tables[1:]]
     assert counts == [{}, {"in the validation split": 2, "duplicate": 1}]
 
 
@@ -121,14 +121,14 @@ def test_validation_pairs_are_not_filtered(make):
 def test_each_row_counts_under_one_reason(make):
     empty = {"en": "", "de": "See", "pt-br": "mar"}
     prepared = make([*TRAIN, empty, TRAIN[0], VALID[0]], PairFilter(True, 1.5, 40))
-    record = prepared.tables[0].splits["train"]
+    record = prepared.manifest.tables[0].splits["train"]
     for pairs in record.pairs:
         assert pairs.num_pairs + sum(pairs.dropped.values()) == record.num_rows
 
 
 def test_rows_have_equal_hashes_exactly_when_their_tokens_are_equal(make, monkeypatch):
     prepared = make([*TRAIN, *reversed(TRAIN)], PairFilter())
-    column = prepared.table_pairs("train")[0].source
+    column = prepared.tables["train"][0].source
     hashes = row_hashes(column)
     assert len({*hashes.tolist()}) == 60
     np.testing.assert_array_equal(hashes[:60], hashes[60:][::-1])
@@ -144,5 +144,5 @@ def test_a_table_of_which_every_pair_is_dropped_has_none(make, tmp_path):
     path = write_jsonl(tmp_path / "other.jsonl", rows)
     other = TableConfig("other", str(path))
     prepared = make(TRAIN, PairFilter(dedupe=True), others=(replace(other, weight=3),))
-    assert prepared.tables[1].splits["train"].pairs[0].num_pairs == 0
-    assert [part.table for part in prepared.table_pairs("train")] == ["verses"] * 6
+    assert prepared.manifest.tables[1].splits["train"].pairs[0].num_pairs == 0
+    assert [part.table for part in prepared.tables["train"]] == ["verses"] * 6

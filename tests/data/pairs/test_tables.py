@@ -1,9 +1,7 @@
-import gzip
 import json
 import lzma
 
 import pytest
-import zstandard
 
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.tables import read_rows
@@ -18,13 +16,9 @@ def test_an_n_way_table_is_read_row_by_row(tmp_path):
     assert [*next(read_rows(path)).names] == ["id", *LANGUAGES]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"),
-    [(".xz", lzma.compress), (".gz", gzip.compress), (".zst", zstandard.compress)],
-)
-def test_a_compressed_table_is_read_alike_and_counted_to_its_size(tmp_path, suffix, compress):
-    path = tmp_path / f"t.tsv{suffix}"
-    path.write_bytes(compress(write_tsv(tmp_path / "t.tsv", ROWS).read_bytes()))
+def test_a_compressed_table_is_read_alike_and_counted_to_its_size(tmp_path):
+    path = tmp_path / "t.tsv.xz"
+    path.write_bytes(lzma.compress(write_tsv(tmp_path / "t.tsv", ROWS).read_bytes()))
     counted = []
     assert [row.texts for row in read_rows(path, None, counted.append)] == ROWS
     assert sum(counted) == path.stat().st_size
@@ -107,19 +101,8 @@ def test_quotes_windows_line_ends_and_a_byte_order_mark_are_no_trouble(tmp_path)
         ("t.tsv", b"en\ten\nsea\tsee\n", r"t\.tsv, line 1 must name the columns.*each once"),
         ("t.tsv", b"en\tde\na\tb\n\xff\tb\n", r"t\.tsv is not UTF-8: byte 0xff.*\(line 3\)"),
         ("t.tsv", b"en\tv/o\na\tb\n", r"line 2: 'v/o' cannot be the name of a lang.*--columns"),
-        ("t.tsv.gz", b"en\tde\n", r"t\.tsv\.gz is damaged or not what its suffix '\.gz' says"),
         ("t.csv", b"en,de\n", r"t\.csv: cannot tell the format.*one of \.tsv, \.jsonl"),
         ("t.jsonl", b'{"en": \n', r"t\.jsonl, line 1, column \d+ is not JSON"),
-        (
-            "t.jsonl",
-            b'{"id": ' + b"1" * 5000 + b"}\n",
-            r"line 1 is no JSON that can be read: Exceeds",
-        ),
-        (
-            "t.jsonl",
-            b'{"id": ' + b"[" * 100_000 + b"\n",
-            r"line 1 is no JSON that can be read: max",
-        ),
         ("t.jsonl", b"[1]\n", r't\.jsonl, line 1 must be an object like \{"en"'),
         ("t.jsonl", b'{"en": 3}\n', r"line 1: 'en' holds int, but must hold text: mend it"),
         ("t.jsonl", b'{"en": "\\ud800"}\n', r"line 1: 'en' holds half a surrogate pair"),

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -6,6 +8,7 @@ from hypothesis import strategies as st
 from magnetar.data.text.masked_lm import Masking, denoising, masked_lm, masked_positions, num_masked
 from magnetar.data.text.packed_lm import (
     IGNORE_INDEX,
+    Objective,
     PackedLM,
     Rows,
     mixed,
@@ -19,16 +22,19 @@ shared_files = settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 VOCAB = 1000
-TOKENS = Masking(0.15, None, "bert", VOCAB)
-SPANS = Masking(0.15, 3.0, "bert", VOCAB)
-ONLY_MASKS = Masking(0.15, None, "mask", VOCAB)
+TOKENS = Masking(0.15, None, "bert")
+SPANS = Masking(0.15, 3.0, "bert")
+ONLY_MASKS = Masking(0.15, None, "mask")
 maskings = st.builds(
     Masking,
     st.floats(0.001, 0.999),
     st.none() | st.floats(1, 1e300),
     st.sampled_from(["bert", "mask"]),
-    st.just(VOCAB),
 )
+
+
+def asking(objective, masking: Masking) -> Objective:
+    return partial(objective, masking=masking, vocab_size=VOCAB)
 
 
 def key(number: int) -> np.uint64:
@@ -66,7 +72,7 @@ def run_lengths(positions: np.ndarray) -> list[int]:
 def test_a_long_window_has_spans_of_the_asked_mean_length():
     # At 1 % masked, spans seldom touch: a run is a span. 300 spans a window, 20 windows; the
     # standard deviation of a length is sqrt(1 - q) / q = 2.4, of the mean 0.03; touching adds 3 %.
-    sparse = Masking(0.01, 3.0, "bert", VOCAB)
+    sparse = Masking(0.01, 3.0, "bert")
     runs = [n for i in range(20) for n in run_lengths(masked_positions(90_000, sparse, key(i)))]
     assert np.mean(runs) == pytest.approx(3.0 * 1.03, abs=0.15)
     share_of_ones = np.mean(np.array(runs) == 1)
@@ -74,7 +80,7 @@ def test_a_long_window_has_spans_of_the_asked_mean_length():
 
 
 def test_spans_of_mean_one_are_single_tokens_mostly_apart():
-    alone = Masking(0.01, 1.0, "bert", VOCAB)
+    alone = Masking(0.01, 1.0, "bert")
     assert np.mean(run_lengths(masked_positions(90_000, alone, key(1)))) < 1.03
 
 
@@ -86,7 +92,7 @@ def rows(num_rows: int, seq_len: int, first: int = 0) -> Rows:
 
 def test_an_encoder_is_asked_about_masked_positions_alone_and_sees_the_rest():
     given_rows = rows(50, 64)
-    (inputs,), targets = masked_lm(ONLY_MASKS)(given_rows, 3)
+    (inputs,), targets = asking(masked_lm, ONLY_MASKS)(given_rows, 3)
     asked = targets != IGNORE_INDEX
     assert (asked.sum(axis=1) == 10).all()
     assert np.array_equal(inputs == VOCAB, asked)
@@ -97,7 +103,7 @@ def test_an_encoder_is_asked_about_masked_positions_alone_and_sees_the_rest():
 
 def test_of_bert_s_masked_tokens_80_percent_are_masks_10_random_and_10_stay():
     given_rows = rows(2000, 64)
-    (inputs,), targets = masked_lm(TOKENS)(given_rows, 3)
+    (inputs,), targets = asking(masked_lm, TOKENS)(given_rows, 3)
     asked = targets != IGNORE_INDEX
     seen, truth = inputs[asked], targets[asked]
     assert len(seen) == 20_000
@@ -112,17 +118,17 @@ def test_of_bert_s_masked_tokens_80_percent_are_masks_10_random_and_10_stay():
 
 
 def test_a_random_token_is_never_the_mask_token():
-    few = Masking(0.5, None, "bert", vocab_size=3)
+    few = Masking(0.5, None, "bert")
     given_rows = rows(2000, 64)
     given_rows = given_rows._replace(tokens=given_rows.tokens % 3)
-    (inputs,), _ = masked_lm(few)(given_rows, 3)
+    (inputs,), _ = masked_lm(given_rows, 3, few, vocab_size=3)
     # 40 % of 128,000 are masks, with a standard deviation of 0.14 %; one in four of the random ones
     # would add 1.25 %.
     assert np.mean(inputs == 3) == pytest.approx(0.4, abs=0.005)
 
 
 def test_masks_are_functions_of_seed_and_sample_alone():
-    objective = masked_lm(SPANS)
+    objective = asking(masked_lm, SPANS)
     together = objective(rows(6, 64), 3)
     apart = objective(Rows(*(part[4:] for part in rows(6, 64))), 3)
     assert np.array_equal(together.targets[4:], apart.targets)
@@ -132,7 +138,7 @@ def test_masks_are_functions_of_seed_and_sample_alone():
         assert not same.all(axis=1).any()
 
 
-@pytest.mark.parametrize("objective", [masked_lm(SPANS), denoising(SPANS)])
+@pytest.mark.parametrize("objective", [asking(masked_lm, SPANS), asking(denoising, SPANS)])
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 12), (2, 3), (3, 2), (12, 1)])
 def test_an_optimizer_step_asks_the_same_in_any_layout(
     make_split, objective, world_size, micro_batch_size
@@ -151,7 +157,7 @@ def test_an_optimizer_step_asks_the_same_in_any_layout(
 
 
 def test_a_window_read_again_in_the_next_epoch_has_new_masks(make_split):
-    dataset = PackedLM(make_split(71), 7, masked_lm(ONLY_MASKS))
+    dataset = PackedLM(make_split(71), 7, asking(masked_lm, ONLY_MASKS))
     n = len(dataset)
     asked = {}
     for g in range(2 * n):
@@ -167,7 +173,7 @@ def test_a_window_read_again_in_the_next_epoch_has_new_masks(make_split):
 def test_validation_masks_each_window_once_and_never_its_filler(
     make_split, num_tokens, batch_size, world_size
 ):
-    dataset = PackedLM(make_split(num_tokens), 7, masked_lm(SPANS))
+    dataset = PackedLM(make_split(num_tokens), 7, asking(masked_lm, SPANS))
     ranks = [list(valid_batches(dataset, batch_size, r, world_size)) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     num_targets, num_tokens_seen = 0, 0
@@ -184,7 +190,7 @@ def test_validation_masks_each_window_once_and_never_its_filler(
 
 
 def test_every_validation_pass_asks_the_same_in_any_layout(make_split):
-    dataset = PackedLM(make_split(100), 7, masked_lm(TOKENS))
+    dataset = PackedLM(make_split(100), 7, asking(masked_lm, TOKENS))
 
     def asked(batch_size: int, world_size: int) -> set[int]:
         return {
@@ -198,7 +204,7 @@ def test_every_validation_pass_asks_the_same_in_any_layout(make_split):
 
 
 def test_denoising_asks_for_every_token_after_the_one_before(make_split):
-    dataset = PackedLM(make_split(31), 7, denoising(ONLY_MASKS))
+    dataset = PackedLM(make_split(31), 7, asking(denoising, ONLY_MASKS))
     seen = []
     for batch in valid_batches(dataset, 3, 0, 1):
         source, target, *masks = batch.inputs
@@ -215,7 +221,7 @@ def test_denoising_asks_for_every_token_after_the_one_before(make_split):
 
 
 def test_chosen_windows_are_asked_about_as_in_a_validation_pass(make_split):
-    dataset = PackedLM(make_split(100), 7, masked_lm(SPANS))
+    dataset = PackedLM(make_split(100), 7, asking(masked_lm, SPANS))
     passed = list(valid_batches(dataset, 1, 0, 1))
     chosen = window_batch(dataset, [3, 0, 11])
     for row, window in enumerate([3, 0, 11]):

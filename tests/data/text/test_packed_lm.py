@@ -10,12 +10,17 @@ from magnetar.data.text.packed_lm import (
     sample_order,
     train_micro_batch,
     valid_batches,
+    window_batch,
 )
 
 shared_files = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 SEQ_LEN = 7
+
+
+def window(dataset, i):
+    return dataset.split.read(i * dataset.seq_len, (i + 1) * dataset.seq_len + 1)
 
 
 @given(st.integers(1, 3000), st.integers(0, 5), st.integers(-5, 2**70))
@@ -57,7 +62,7 @@ def test_an_optimizer_step_reads_the_same_samples_in_any_layout(
     make_split, world_size, micro_batch_size
 ):
     dataset = PackedLM(make_split(500), SEQ_LEN)
-    expected = [dataset.sample(int(i)) for i in sample_order(np.arange(24, 36), len(dataset), 5)]
+    expected = [window(dataset, int(i)) for i in sample_order(np.arange(24, 36), len(dataset), 5)]
     rows = []
     for micro_step in range(12 // (world_size * micro_batch_size)):
         for rank in range(world_size):
@@ -104,8 +109,9 @@ def test_max_sequences_takes_the_first_windows(make_split):
 def test_windows_share_only_their_border_token(make_split):
     dataset = PackedLM(make_split(4 * SEQ_LEN + 1), SEQ_LEN)
     assert len(dataset) == 4
-    assert dataset.sample(1).tolist() == list(range(SEQ_LEN, 2 * SEQ_LEN + 1))
-    assert dataset.sample(1)[0] == dataset.sample(0)[-1]
+    batch = window_batch(dataset, [0, 1])
+    assert batch.inputs[0][1].tolist() == list(range(SEQ_LEN, 2 * SEQ_LEN))
+    assert batch.inputs[0][1, 0] == batch.targets[0, -1]
 
 
 def test_a_file_shorter_than_one_sequence_is_refused(make_split):
@@ -129,7 +135,7 @@ def test_an_id_beyond_the_vocabulary_names_file_and_position(make_split):
     with pytest.raises(
         UserError, match=r"train\.bin holds token id 5000 at position 20.*ends at 999.*again"
     ):
-        dataset.sample(2)
+        window_batch(dataset, [2])
 
 
 @pytest.mark.parametrize("max_sequences", [None, 1, 3, 1000])

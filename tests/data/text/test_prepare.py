@@ -1,17 +1,12 @@
-import errno
-import fcntl
 import gzip
 import json
 import lzma
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tokenizers
 
-import magnetar.data.prepared_folder
-import magnetar.data.text.prepare
 import magnetar.data.text.shards
 from magnetar.data.errors import UserError
 from magnetar.data.prepared_folder import Reporter
@@ -35,20 +30,6 @@ def config(tmp_path, text_file):
     )
 
 
-@pytest.fixture
-def messages():
-    return []
-
-
-@pytest.fixture
-def reporter(messages):
-    return Reporter(message=messages.append)
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def all_texts(prepared):
     for split in (prepared.train, prepared.valid):
         for i in range(split.num_documents):
@@ -63,154 +44,6 @@ def test_every_document_is_in_exactly_one_split(config, documents):
     assert not config.out.with_name("out.partial").exists()
 
 
-def test_the_number_of_workers_does_not_change_a_byte(config, tmp_path):
-    prepare(config)
-    prepare(replace(config, out=tmp_path / "two", workers=2))
-    assert content(tmp_path / "two") == content(config.out)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-@pytest.mark.parametrize("num_finished", [0, 1, 5])
-def test_a_killed_run_resumes_and_gives_the_same_bytes(
-    config, tmp_path, monkeypatch, reporter, messages, num_finished
-):
-    prepare(replace(config, out=tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, num_finished)
-        with pytest.raises(Killed):
-            prepare(config)
-    assert not config.out.exists()
-    made = count_calls(monkeypatch)
-    prepare(config, reporter)
-    assert content(config.out) == content(tmp_path / "whole")
-    assert not any("training a vocabulary" in message for message in messages)
-    if num_finished:
-        assert f"kept {num_finished} finished shards" in messages
-    assert len(made) > 5
-    assert len(set(made)) == len(made)
-
-
-def stop_after(patch, num_finished):
-    tokenise_shard = magnetar.data.text.shards.tokenise_shard
-    calls = []
-
-    def stopping(*arguments):
-        if len(calls) == num_finished:
-            arguments[1].with_suffix(".bin").write_bytes(b"half")
-            raise Killed
-        calls.append(arguments)
-        tokenise_shard(*arguments)
-
-    patch.setattr(magnetar.data.text.shards, "tokenise_shard", stopping)
-
-
-def count_calls(patch):
-    tokenise_shard, stems = magnetar.data.text.shards.tokenise_shard, []
-
-    def counting(vocabulary, stem, pieces):
-        stems.append(stem.name)
-        tokenise_shard(vocabulary, stem, pieces)
-
-    patch.setattr(magnetar.data.text.shards, "tokenise_shard", counting)
-    return stems
-
-
-def test_a_run_killed_while_joining_resumes(config, tmp_path, monkeypatch):
-    prepare(replace(config, out=tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr(magnetar.data.text.prepare, "write_atomically", raise_on("manifest.json"))
-        with pytest.raises(Killed):
-            prepare(config)
-    made = count_calls(monkeypatch)
-    prepare(config)
-    assert made == []
-    assert content(config.out) == content(tmp_path / "whole")
-
-
-def test_a_run_killed_while_tidying_up_has_made_a_whole_folder(config, tmp_path, monkeypatch):
-    prepare(replace(config, out=tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr(magnetar.data.prepared_folder, "remove_scaffolding", raise_killed)
-        with pytest.raises(Killed):
-            prepare(config)
-    open_prepared(config.out)
-    prepare(config)
-    assert content(config.out) == content(tmp_path / "whole")
-
-
-def test_a_run_killed_before_its_first_shard_resumes(config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(magnetar.data.prepared_folder, "write_atomically", raise_on("settings.json"))
-        with pytest.raises(Killed):
-            prepare(config)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(magnetar.data.text.prepare, "_vocabulary", raise_killed)
-        with pytest.raises(Killed):
-            prepare(config)
-    (config.out.with_name("out.partial") / "shards").rmdir()
-    prepare(config)
-    open_prepared(config.out)
-
-
-@pytest.mark.parametrize(
-    "name", ["settings.json", "shards/train-000000.json", "shards/train-000000.bin"]
-)
-def test_a_file_that_a_power_loss_has_emptied_is_made_again(config, tmp_path, monkeypatch, name):
-    prepare(replace(config, out=tmp_path / "whole"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Killed):
-            prepare(config)
-    (file,) = config.out.with_name("out.partial").glob(name)
-    file.write_bytes(b"")
-    prepare(config)
-    assert content(config.out) == content(tmp_path / "whole")
-
-
-def raise_killed(*arguments):
-    raise Killed
-
-
-def raise_on(name):
-    original = magnetar.data.text.shards.write_atomically
-
-    def write(file, text):
-        if file.name == name:
-            raise Killed
-        original(file, text)
-
-    return write
-
-
-def test_other_settings_start_the_partial_folder_over(config, monkeypatch, reporter, messages):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Killed):
-            prepare(config)
-    prepare(replace(config, seed=5), reporter)
-    assert open_prepared(config.out).manifest.settings["seed"] == 5
-    assert any("begun with other settings: starting over" in message for message in messages)
-
-
-def test_a_second_run_does_nothing(config, reporter, messages, monkeypatch):
-    manifest = prepare(config)
-    before = content(config.out)
-    monkeypatch.setattr(magnetar.data.text.prepare, "tokenise", None)
-    assert prepare(config, reporter) == manifest
-    assert messages == [f"{config.out} is up to date"]
-    assert content(config.out) == before
-
-
-def test_equal_text_under_a_new_time_is_up_to_date(config, text_file, reporter, messages):
-    prepare(config)
-    text_file.touch()
-    prepare(config, reporter)
-    assert messages == [f"{config.out} is up to date"]
-
-
 def test_a_finished_folder_is_never_replaced(config, text_file):
     prepare(config)
     with pytest.raises(
@@ -220,42 +53,6 @@ def test_a_finished_folder_is_never_replaced(config, text_file):
     text_file.write_text(text_file.read_text() + "\n\nmore\n")
     with pytest.raises(UserError, match=r"out was made with train_files=\(1 files, \d+ bytes"):
         prepare(config)
-
-
-def test_a_foreign_folder_is_left_alone(config):
-    config.out.mkdir()
-    with pytest.raises(UserError, match=r"out exists and is not a prepared folder: choose another"):
-        prepare(config)
-    config.out.rmdir()
-    partial = config.out.with_name("out.partial")
-    partial.mkdir()
-    (partial / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match=r"out\.partial is not ours to clear: move it away"):
-        prepare(config)
-    assert (partial / "thesis.txt").read_text() == "precious"
-
-
-def test_two_runs_never_write_the_same_folder(config):
-    partial = config.out.with_name("out.partial")
-    partial.mkdir()
-    with (partial / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"another run is writing .*out\.partial: wait"):
-            prepare(config)
-    prepare(config)
-
-
-def test_a_full_disk_is_named_and_loses_nothing(config, monkeypatch):
-    def full(stems, bin_file):
-        raise OSError(errno.ENOSPC, "No space left on device", str(bin_file))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(magnetar.data.text.prepare, "join", full)
-        with pytest.raises(UserError, match=r"train\.bin: No space left.*free some space and run"):
-            prepare(config)
-    made = count_calls(monkeypatch)
-    prepare(config)
-    assert made == []
 
 
 def test_the_formats_of_the_same_documents_give_the_same_tokens(config, tmp_path, documents):
@@ -359,15 +156,6 @@ def test_a_file_is_not_both_trained_on_and_validated(config):
         prepare(replace(config, valid=config.train, valid_fraction=None))
 
 
-def test_a_killed_worker_is_explained(config, monkeypatch):
-    def broken(*arguments):
-        raise BrokenProcessPool
-
-    monkeypatch.setattr(magnetar.data.text.prepare, "tokenise", broken)
-    with pytest.raises(UserError, match=r"killed.*workers=1: run the same command with fewer"):
-        prepare(config)
-
-
 def test_a_split_is_chosen_by_the_text_alone(config, tmp_path, documents):
     prepare(config)
     turned = tmp_path / "turned.txt"
@@ -379,3 +167,21 @@ def test_a_split_is_chosen_by_the_text_alone(config, tmp_path, documents):
         for p in (first, second)
     ]
     assert texts[0] == texts[1]
+
+
+def test_letters_that_a_vocabulary_loses_are_counted_and_one_that_raises_is_named(config, tmp_path):
+    file, text = tmp_path / "letters.json", tmp_path / "short.txt"
+    tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "a": 1, "b": 2}, [])).save(str(file))
+    text.write_text("ab ba cc\n\nccc")
+    messages = []
+    files = {"train": (str(text),), "valid": config.train, "valid_fraction": None}
+    given = replace(config, **files, vocab_size=None, tokenizer=file)
+    prepare(given, Reporter(message=messages.append))
+    expected = "cannot spell 7 of 11 characters (63.64%) of train, most often 'c' 5, ' ' 2: they"
+    assert any(expected in message for message in messages)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}))
+    words.save(str(file))
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=rf"{file} cannot encode the text: .*UNK.*--tokenizer"):
+            prepare(replace(given, out=tmp_path / "words", workers=workers))
+    assert not [*tmp_path.glob("words*")]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from magnetar.data.errors import UserError
+from magnetar.data.loader import open_folder
 from magnetar.data.text.prepare import PrepareConfig, prepare
 from magnetar.data.text.token_files import open_prepared, token_dtype
 
@@ -55,7 +56,7 @@ def test_sizes_agree_with_the_files(folder):
         assert len(split.tokens) == split.num_tokens
         assert (split.tokens == prepared.manifest.eos_id).sum() == num_documents
         text = "".join(prepared.tokenizer.decode(split.document(i)) for i in range(num_documents))
-        assert split.num_bytes == len(text.encode())
+        assert split.record.num_bytes == len(text.encode())
 
 
 def test_unigram_perplexity_of_equal_frequencies_is_their_number(make_split):
@@ -102,25 +103,36 @@ def test_a_folder_without_manifest_is_refused(tmp_path):
         open_prepared(tmp_path)
 
 
-def test_a_manifest_that_is_not_json_is_refused(folder):
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json is not a valid manifest.*the whole file"):
-        open_prepared(folder)
-
-
-def test_a_manifest_of_another_version_is_refused(folder):
-    edit_manifest(folder, version=2)
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"{", "the whole file: Invalid JSON: "),
+        (b"\xff\xfe{", "the whole file: Invalid JSON: "),
+        (b'{"settings": ' + b"[" * 100_000, "the whole file: Invalid JSON: recursion limit"),
+        (b'{"vocab_size": ' + b"7" * 5000 + b"}", "the whole file: Invalid JSON: number out of"),
+        (b"null", "the whole file=null: it should be an object|the whole file: it should be an"),
+        (b"[]", "the whole file: it should be an object"),
+        (b'{"version": 2}', "version=2: it should be 1"),
+    ],
+    ids=lambda value: repr(value[:12]),
+)
+def test_a_manifest_that_is_none_is_refused(folder, content, problem):
+    (folder / "manifest.json").write_bytes(content)
     with pytest.raises(
-        UserError, match=r"not a valid manifest of version 1: version=2: it .*again"
+        UserError, match=rf"not a valid manifest of version 1 of `magnetar prepare`: ({problem})"
     ):
         open_prepared(folder)
+    with pytest.raises(UserError, match=r"is not a valid manifest|holds running text"):
+        open_folder(folder, holds_pairs=True)
 
 
 def test_a_manifest_without_a_split_is_refused(folder):
     splits = json.loads((folder / "manifest.json").read_text())["splits"]
     del splits["valid"]
     edit_manifest(folder, splits=splits)
-    with pytest.raises(UserError, match=r"manifest\.json: splits has no 'valid': delete"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json: splits has no 'valid': copy it back, or delete"
+    ):
         open_prepared(folder)
 
 
@@ -141,19 +153,19 @@ def test_a_token_file_that_was_cut_short_is_named(folder, keep):
         open_prepared(folder)
 
 
-@pytest.mark.parametrize("keep", [0, 3, 150])
-def test_an_index_that_was_cut_short_is_named(folder, keep):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda content, keep=keep: content[:keep] for keep in (0, 3, 150)),
+        *(
+            lambda content, at=at: content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :]
+            for at in (0, 6, 8, 20, 30, 128, 138, 150)
+        ),
+    ],
+)
+def test_an_index_that_was_cut_short_or_altered_is_named(folder, damage):
     content = (folder / "valid.idx").read_bytes()
-    (folder / "valid.idx").write_bytes(content[:keep])
-    with pytest.raises(UserError, match=r"valid\.idx is not the index of 5 documents"):
-        open_prepared(folder)
-
-
-@pytest.mark.parametrize("place", [0, 6, 8, 20, 30, 128, 138, 150])
-def test_an_index_with_a_flipped_byte_is_named(folder, place):
-    content = bytearray((folder / "valid.idx").read_bytes())
-    content[place] ^= 0x41
-    (folder / "valid.idx").write_bytes(content)
+    (folder / "valid.idx").write_bytes(damage(content))
     with pytest.raises(UserError, match=r"valid\.idx is not the index of 5 documents"):
         open_prepared(folder)
 

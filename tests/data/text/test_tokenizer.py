@@ -172,3 +172,157 @@ def test_a_sentencepiece_model_without_an_end_of_document_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"endless\.model.*no end-of-sentence piece"):
         load_tokenizer(tmp_path / "endless.model")
+
+
+def saved(folder, model, pre_tokenizer=None, decoder=None, **changes):
+    """A tokenizer.json of a model; `changes` are made in its JSON."""
+    tokenizer = tokenizers.Tokenizer(model)
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if decoder:
+        tokenizer.decoder = decoder
+    settings = json.loads(tokenizer.to_str())
+    settings["model"] |= changes.pop("model", {})
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(settings | changes), encoding="utf-8-sig")
+    return path
+
+
+LETTERS = "abcdefghilnorstu<>/|"
+SPELT_END = "the end </s> is </s></s>a<</s>>"
+
+
+def unigram(letters=LETTERS):
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("\u2581", -2.0), *((c, -3.0) for c in letters)]
+    return tokenizers.models.Unigram(pieces, unk_id=0)
+
+
+def word_level():
+    return tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "<": 2, "/s>": 3}, "<unk>")
+
+
+def letters_bpe(merges=()):
+    words = ["</s>", " ", *LETTERS, *("".join(pair) for pair in merges if pair[1] != "/s>")]
+    if merges:
+        words.append("/s>")
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    return tokenizers.models.BPE(vocabulary, [*merges])
+
+
+METASPACE = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+MERGES = [("s", ">"), ("/", "s>"), ("<", "/s>")]
+ADDED = {"id": 0, "content": "</s>", "single_word": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda folder: saved(folder, unigram(), *METASPACE),
+        lambda folder: saved(folder, unigram("abt")),
+        lambda folder: saved(folder, letters_bpe(MERGES), None, tokenizers.decoders.Fuse()),
+        lambda folder: saved(
+            folder,
+            letters_bpe(),
+            None,
+            tokenizers.decoders.Fuse(),
+            added_tokens=[{**ADDED, "special": False, "lstrip": True, "rstrip": True}],
+        ),
+        lambda folder: saved(folder, word_level(), tokenizers.pre_tokenizers.WhitespaceSplit()),
+    ],
+    ids=["unigram", "unigram without the letters", "merged", "added", "words"],
+)
+def test_text_that_spells_the_end_never_becomes_it(tmp_path, request, build):
+    tokenizer = load_tokenizer(build(tmp_path))
+    for text in (SPELT_END, "</s>", "</s>" * 3000, " </s> "):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos_id not in ids
+        if request.node.callspec.id != "words" and tokenizer.unspelt(text, ids) == "":
+            assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
+
+
+def test_what_is_random_or_loses_text_is_switched_off(tmp_path, gpt2_folder):
+    exact = load_tokenizer(gpt2_folder)
+    settings = json.loads(exact.file_content)
+    settings["model"]["dropout"] = 0.9
+    settings["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "NFKC"},
+            {"type": "Lowercase"},
+            {"type": "Strip", "strip_left": True, "strip_right": True},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        ],
+    }
+    settings["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(path)
+    for text in [*AWKWARD, *TEXTS[:20]]:
+        assert tokenizer.encode(text) == exact.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.file_content == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "lost"),
+    [
+        (letters_bpe([("a", "b")]), "ab xyz ab 12", "xyz12"),
+        (unigram(), "ab xyz\n", "xyz\n"),
+        (word_level(), "< b /s>", "b"),
+    ],
+)
+def test_letters_that_a_vocabulary_cannot_spell_are_named(tmp_path, model, text, lost):
+    pre, decoder = METASPACE if isinstance(model, tokenizers.models.Unigram) else (None, None)
+    if isinstance(model, tokenizers.models.WordLevel):
+        pre = tokenizers.pre_tokenizers.Split(" ", "isolated")
+    tokenizer = load_tokenizer(saved(tmp_path, model, pre, decoder))
+    found = tokenizer.unspelt(text, tokenizer.encode(text))
+    assert found.replace(" ", "") == lost
+
+
+def test_a_sentencepiece_model_names_them_too(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three four"] * 50),
+        model_prefix=str(tmp_path / "small"),
+        vocab_size=24,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "small.model")
+    assert tokenizer.unspelt("one \u00e9 two", tokenizer.encode("one \u00e9 two")) == "\u00e9"
+    assert tokenizer.unspelt("one two", tokenizer.encode("one two")) == ""
+
+
+def test_a_vocabulary_that_raises_is_a_message(tmp_path):
+    model = tokenizers.models.WordLevel({"</s>": 0, "sea": 1})
+    path = saved(tmp_path, model, tokenizers.pre_tokenizers.Whitespace())
+    with pytest.raises(UserError, match=rf"{path} cannot encode the text: .*\[UNK\].*--vocab-size"):
+        load_tokenizer(path).encode("ship")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda merges: "\ufeff" + merges.replace("\n", "\r\n") + "\n\n", ""),
+        (lambda merges: merges.partition("\n")[2], ""),
+        (lambda merges: merges + "a  b\n", r"merges\.txt, line \d+, 'a  b' must be two pieces"),
+        (lambda merges: merges + "qq zz\n", r"'qq zz' must be .* vocabulary beside it lacks 'qq'"),
+        (lambda merges: merges + "\udcff a\n", r"merges\.txt, line \d+, is not UTF-8 at byte 1"),
+        (lambda merges: None, r"merges\.txt must lie beside it"),
+    ],
+)
+def test_a_merges_file_is_read_or_named(gpt2_folder, tmp_path, change, message):
+    (tmp_path / "vocab.json").write_bytes((gpt2_folder / "vocab.json").read_bytes())
+    content = change((gpt2_folder / "merges.txt").read_text())
+    if content is not None:
+        (tmp_path / "merges.txt").write_bytes(content.encode(errors="surrogateescape"))
+    if not message:
+        assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(gpt2_folder).fingerprint
+        return
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)

@@ -6,6 +6,7 @@ logits of a few tokens as that commit computed them.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from magnetar.convert.export import export
+from magnetar.convert.run_folders import import_weights
+from magnetar.engine.checkpoint.format import MANIFEST, manifest_digest
 from magnetar.engine.checkpoint.open_run import open_run
+from magnetar.engine.checkpoint.run_folder import check_run_folder
+from magnetar.engine.config.schema import load_config
 from tests.ranks import ROOT
 from tests.runs import environment, records
 
@@ -48,8 +54,39 @@ def test_its_checkpoint_and_its_export_give_the_logits_that_they_gave(earlier: P
     assert all(torch.equal(found[0], logits) for logits in found)
 
 
+@pytest.fixture
+def with_retired_keys(earlier: Path, tmp_path: Path) -> Path:
+    """A copy of the run whose config says more of what did nothing in earlier versions."""
+    shutil.copytree(earlier, tmp_path, dirs_exist_ok=True)
+    step = tmp_path / "run" / "checkpoints" / "step_00000002"
+    manifest = json.loads((step / MANIFEST).read_text())
+    config = manifest["config"]
+    assert config["zero_optimization"]["load_from_fp32_weights"] is True
+    config["checkpoint"] = {"tag_validation": "Warn"}
+    manifest["sha256"] = manifest_digest(manifest)
+    (step / MANIFEST).write_text(json.dumps(manifest))
+    for file in ("config.json", "run/config.json"):
+        (tmp_path / file).write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_a_run_with_keys_that_did_nothing_is_read_and_converted(with_retired_keys: Path) -> None:
+    run = with_retired_keys / "run"
+    saved = open_run(run)
+    assert saved.run_config is not None
+    check_run_folder(load_config(run / "config.json", ["magnetar.training.run_dir=" + str(run)]))
+    out = with_retired_keys / "converted"
+    export(run, out, tokenizer=with_retired_keys / "prepared" / "tokenizer.model")
+    assert open_run(out).run_config == saved.run_config
+    import_weights(out, with_retired_keys / "imported")
+    assert open_run(with_retired_keys / "imported").run_config == saved.run_config
+
+
 @pytest.mark.slow
-def test_training_goes_on_from_its_checkpoint_with_the_losses_that_it_had(earlier: Path) -> None:
+def test_training_goes_on_from_its_checkpoint_with_the_losses_that_it_had(
+    with_retired_keys: Path,
+) -> None:
+    earlier = with_retired_keys
     then = records(earlier / "run")
     command = [sys.executable, "-m", "magnetar", "train", "--deepspeed_config", "config.json"]
     done = subprocess.run(

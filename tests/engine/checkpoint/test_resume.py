@@ -252,7 +252,9 @@ def test_a_run_goes_on_in_another_layout(
     done = launch(without_dropout / "run.json", *settings, ranks=ranks)
     assert done.returncode == 0, done.stdout
     assert "resuming after step 4" in done.stdout
-    assert losses(run_dir) == pytest.approx(losses(whole), rel=0, abs=5e-5)
+    # Another layout sums in another order: some 300 float32 roundings of 2^-24 on the way to a loss
+    # and 500 on the way back.
+    assert losses(run_dir) == pytest.approx(losses(whole), rel=0, abs=800 * 2**-24)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(

@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 
 from magnetar.data.errors import UserError
+from magnetar.engine.checkpoint.format import newest_checkpoint
+from magnetar.engine.checkpoint.open_run import open_run
 from magnetar.engine.checkpoint.run_folder import check_run_folder
 from magnetar.engine.config.schema import RunConfig, check_config
-from magnetar.engine.metrics import keep_records_up_to, monitor_tag
+from tests.convert.checkpoints import run_config, write_checkpoint
 from tests.engine.programs import BASE, with_keys
 
 
@@ -162,31 +164,47 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
         check_run_folder(config(tmp_path / "run"))
 
 
-def test_a_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json cannot be read as JSON"):
-        check_run_folder(config(tmp_path / "run"))
+NO_RECORDS = {
+    b"{": "Expecting property name",
+    b"null": "it holds no object",
+    b"[{}]": "it holds no object",
+    b"\xff\xfe{\0}\0": "it is not UTF-8 text",
+    b'{"magnetar": \xe9}': "it is not UTF-8 text",
+    b"\0" * 512: "Expecting value",
+    b"[" * 100_000: "nested more than 50 deep",
+    b'{"a":' * 600 + b"1" + b"}" * 600: "nested more than 50 deep",
+    b'{"a": ' + b"7" * 5_000 + b"}": "a number in it has thousands of digits",
+}
 
 
-def test_records_beyond_the_checkpoint_and_half_lines_are_removed(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 1}\n{"broken\n{"step": 2}\n{"step": 3}\n{"ste')
-    keep_records_up_to(metrics, 2)
-    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+@pytest.mark.parametrize("content", [*NO_RECORDS, b"{}", b'{"magnetar": []}'], ids=lambda c: c[:9])
+def test_a_config_that_is_none_is_refused_with_ways_out(content: bytes, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint = write_checkpoint(run)
+    (run / "config.json").write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        check_run_folder(run_config(run))
+    message = str(refused.value)
+    assert f"{run / 'config.json'} cannot be read (" in message
+    assert NO_RECORDS.get(content, "it has no key magnetar") in message
+    assert "copy the config of a checkpoint's manifest.json there" in message
+    (run / "config.json").write_text(json.dumps(checkpoint.manifest["config"]))
+    check_run_folder(run_config(run))
 
 
-@pytest.mark.parametrize(
-    ("name", "tag"),
-    [
-        ("loss", "train/loss"),
-        ("valid_loss", "valid/loss"),
-        ("valid_bleu/en-de", "valid/bleu/en-de"),
-        ("layer_2/temperature", "layer_2/temperature"),
-    ],
-)
-def test_tags_group_metrics_by_what_they_are_of(name: str, tag: str) -> None:
-    assert monitor_tag(name) == tag
+@pytest.mark.parametrize("content", NO_RECORDS, ids=lambda c: c[:9])
+def test_a_manifest_that_is_no_record_is_damage(content: bytes, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 3)
+    manifest = write_checkpoint(tmp_path, 5).path / "manifest.json"
+    manifest.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        newest_checkpoint(tmp_path)
+    assert f"{manifest} cannot be read (" in str(refused.value)
+    assert NO_RECORDS[content] in str(refused.value)
+    assert f"the newest complete one is {manifest.parent.parent}/step_00000003" in str(
+        refused.value
+    )
+    assert open_run(tmp_path, "step_00000003").step == 3
 
 
 @pytest.mark.parametrize(

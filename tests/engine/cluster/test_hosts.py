@@ -17,6 +17,13 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     [
         ("node-1 slots=2\nnode-1 slots=2\n", "line 2: 'node-1 slots=2' is named twice"),
         ("node-1\n", "line 1: 'node-1' is not `host slots=N`: mend the line"),
+        *(
+            (
+                f"a slots={text}\n",
+                "is not `host slots=N`: mend the line; N is a whole number up to 9999",
+            )
+            for text in ("9" * 20, "9" * 5000, "2x", "1.5", "-1", "٣")
+        ),
         ("-oProxyCommand=reboot slots=2\n", "'-oProxyCommand=reboot' is not the name of one host"),
         ("a slots=1\nexec:b slots=2\n", "line 2: 'exec:b' is not the name of one host: use"),
         ("node[1-4] slots=2\n", "'node[1-4]' is not the name of one host"),

@@ -65,7 +65,7 @@ def test_a_thread_has_a_connection_of_its_own_and_the_port_closes(place: Place) 
     assert len(listening_ports() - before) == 1
     own = rendezvous.another_connection(timedelta(seconds=5))
     own.set("key", "value")
-    assert rendezvous.rendezvous_store().get("key") == b"value"
+    assert rendezvous.another_connection(timedelta(seconds=5)).get("key") == b"value"
     assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
     rendezvous.leave_rendezvous()
     del own

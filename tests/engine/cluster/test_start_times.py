@@ -30,11 +30,13 @@ def test_the_parts_add_up_to_the_time_since_the_process_began() -> None:
 
 
 def test_the_launcher_counts_from_its_own_start() -> None:
+    inner = (
+        "from magnetar.engine.cluster.start_times import StartTimes\n"
+        "times = StartTimes(); times.end('imports'); print(times)"
+    )
     program = (
         "import subprocess, sys, time; time.sleep(0.3)\n"
-        "subprocess.run([sys.executable, '-c', "
-        "'from magnetar.engine.cluster.start_times import StartTimes; "
-        'times = StartTimes(); times.end("imports"); print(times)\'], check=True)'
+        f"subprocess.run([sys.executable, '-c', {inner!r}], check=True)"
     )
     command = [sys.executable, "-c", program, "deepspeed.launcher.launch"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from magnetar.data.errors import UserError
-from magnetar.engine.config.errors import apply_overrides, read_json_object
+from magnetar.engine.config.errors import apply_overrides, read_config_file
 from magnetar.engine.config.schema import load_config
 from tests.ranks import ROOT
 
@@ -77,7 +77,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
-    assert read_json_object(path) == ({"a": 1}, [])
+    assert read_config_file(path) == ({"a": 1}, [])
 
 
 def test_set_replaces_and_creates() -> None:

@@ -14,26 +14,29 @@ from magnetar.engine.doctor import node
 
 def test_the_program_imports_nothing_of_ours_and_answers(tmp_path: Path) -> None:
     # As it is sent: by itself, in a folder without Magnetar; -S leaves an installed one out.
-    asked = {"config": None, "data": None, "run_dir": "runs/a", "mark": "m0"}
+    asked = {"config": None, "data": None, "run_dir": "runs/a", "mark": "m0", "num_expected": 1}
     asked |= {"address": None, "port": None}
     source = Path(node.__file__).read_text()
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; exec(sys.stdin.read({len(source)}))"],
-        input=f"{source}{json.dumps(asked)}\n1\n",
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    _clock, report, marks = (
-        json.loads(line.removeprefix(node.MARK)) for line in done.stdout.splitlines()
-    )
+
+    def answer(question: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", f"import sys; exec(sys.stdin.read({len(source)}))"],
+            input=f"{source}{json.dumps(asked | {'question': question})}\n",
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        return json.loads(done.stdout.removeprefix(node.MARK))[1]
+
+    report = answer("report")
     assert report["failed"] == {}
     assert report["code"]["files"] == 0
     assert report["versions"]["python"] == sys.version.split()[0]
     assert report["disk"]["folder"] == str(tmp_path)
-    assert marks == ["m0"]
+    assert answer("marks") == ["m0"]
+    assert answer("unmark") is None
     assert list(tmp_path.iterdir()) == []
 
 

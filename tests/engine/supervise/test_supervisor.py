@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from magnetar.data.errors import UserError
 from magnetar.engine.supervise.launched_run import (
     Death,
     Launched,
@@ -36,6 +35,8 @@ starts = os.path.join(folder, "starts")
 count = os.path.getsize(starts) if os.path.exists(starts) else 0
 open(starts, "a").write(".")
 kind, _, value = plan[min(count, len(plan) - 1)].partition(":")
+if kind != "elsewhere":
+    open(os.path.join(folder, "logbook.md"), "a").write("- **start**\\n")
 if kind == "late":
     time.sleep(60)
 RANK = '''
@@ -98,12 +99,16 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     plan: list[str] = []
     monkeypatch.setattr(Supervisor, "_command", command)
 
-    def run(*words: str, signals: tuple[int, ...] = (), **options: Any) -> tuple[int, str, int]:
+    def run(
+        *words: str, signals: tuple[int, ...] = (), after: float | None = None, **options: Any
+    ) -> tuple[int, str, int]:
         plan[:] = [",".join(words)]
         (tmp_path / "run").mkdir(exist_ok=True)
         supervisor = Supervisor(Options(config, **{"backoff": 0.0} | options))
 
         def send() -> None:
+            if not signals:
+                return
             try:
                 wait_for(lambda: len(ranks_of(supervisor.run_id)) == 2)
                 time.sleep(0.7)
@@ -118,11 +123,11 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
                 raise
 
         sender = threading.Thread(target=send)
-        if signals:
-            sender.start()
+        if after is not None:
+            sender = threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM))
+        sender.start()
         status = supervisor.run()
-        if signals:
-            sender.join()
+        sender.join()
         assert run_processes(supervisor.run_id) == []
         starts = (tmp_path / "run" / "starts").stat().st_size
         return status, (tmp_path / "run" / "logbook.md").read_text(), starts
@@ -142,60 +147,75 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> Any:
     return found
 
 
-def test_a_run_that_finishes_is_started_once(supervise: Callable[..., Any]) -> None:
-    status, book, starts = supervise("finish")
-    assert (status, starts) == (0, 1)
-    assert book.endswith("**exit** finished\n")
+CASES: dict[str, tuple[list[str], dict[str, Any], tuple[int, int], list[str]]] = {
+    # name -> plan, options, (status, number of starts), what the logbook says
+    "a run that finishes is started once": (["finish"], {}, (0, 1), ["**exit** finished\n"]),
+    "ranks that have trained in another folder have not finished": (
+        *(["elsewhere"], {}, (1, 1)),
+        ["**give-up** the ranks have ended with status 0, and none has written into "],
+    ),
+    "the rank that was killed is named and the run starts again": (
+        *(["kill:1", "kill:0", "finish"], {}, (0, 3)),
+        [
+            "**restart** rank 1 was killed by SIGKILL. Going on after step 0 in 0 s",
+            "**restart** rank 0 was killed by SIGKILL.",
+            *("(restart 2 of 10 without a new checkpoint)", "**exit** finished"),
+        ],
+    ),
+    "restarts without progress are limited and progress counts": (
+        *(["kill:0", "save:4", "kill:0", "kill:0"], {"max_restarts": 2}, (1, 4)),
+        [
+            "after step 0 in 0 s (restart 1 of 2",
+            "after step 4 in 0 s (restart 1 of 2",
+            "**give-up** rank 0 was killed by SIGKILL. 2 restarts made no checkpoint beyond",
+            "step 4: mend the cause",
+        ],
+    ),
+    "bad input is not tried again": (
+        *(["status:2"], {}, (2, 1)),
+        ["**give-up** rank 0 ended with status 2: error: what is wrong. A restart"],
+    ),
+    "another status is a crash with its message": (
+        *(["status:3", "status:1", "finish"], {}, (0, 3)),
+        [
+            "**restart** rank 0 ended with status 3: error: what is wrong",
+            "**restart** rank 0 ended with status 1: error: what is wrong",
+        ],
+    ),
+    "ranks without a launcher are killed and the run starts again": (
+        *(["abandon", "finish"], {}, (0, 2)),
+        ["**restart** the launcher has ended before its ranks"],
+    ),
+    "a signal reaches the ranks and ends the supervision": (
+        *(["kill:nobody"], {"signals": (signal.SIGTERM,)}, (0, 1)),
+        ["**exit** stopped by SIGTERM\n"],
+    ),
+    "a second interrupt stops at once": (
+        *(["stop"], {"signals": (signal.SIGINT, signal.SIGINT)}, (130, 1)),
+        ["stopped at once by SIGINT: it came twice"],
+    ),
+    "a signal before there are ranks stops the start": (
+        *(["late"], {"after": 0.7}, (128 + signal.SIGTERM, 1)),
+        ["**exit** stopped at once by SIGTERM: no rank has begun"],
+    ),
+    "a signal while waiting ends the supervision": (
+        *(["kill:0"], {"backoff": 60.0, "after": 2.0}, (128 + signal.SIGTERM, 1)),
+        ["**exit** stopped by SIGTERM while waiting to restart"],
+    ),
+}
 
 
-def test_the_rank_that_was_killed_is_named_and_the_run_starts_again(
-    supervise: Callable[..., Any],
+@pytest.mark.parametrize("name", CASES)
+def test_each_end_of_a_start_has_its_consequence(
+    name: str, supervise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, book, starts = supervise("kill:1", "kill:0", "finish")
-    assert (status, starts) == (0, 3)
-    assert "**restart** rank 1 was killed by SIGKILL. Going on after step 0 in 0 s" in book
-    assert "**restart** rank 0 was killed by SIGKILL." in book
-    assert "(restart 2 of 10 without a new checkpoint)" in book
-    assert "**exit** finished" in book
-
-
-def test_restarts_without_progress_are_limited_and_progress_counts(
-    supervise: Callable[..., Any],
-) -> None:
-    status, book, starts = supervise("kill:0", "save:4", "kill:0", "kill:0", max_restarts=2)
-    assert (status, starts) == (1, 4)
-    assert book.count("(restart 1 of 2") == 2
-    assert "**give-up** rank 0 was killed by SIGKILL. 2 restarts made no checkpoint beyond" in book
-    assert "step 4: mend the cause" in book
-
-
-def test_bad_input_is_not_tried_again(supervise: Callable[..., Any]) -> None:
-    status, book, starts = supervise("status:2")
-    assert (status, starts) == (2, 1)
-    assert "**give-up** rank 0 ended with status 2: error: what is wrong. A restart" in book
-
-
-def test_another_status_is_a_crash_with_its_message(supervise: Callable[..., Any]) -> None:
-    status, book, starts = supervise("status:3", "status:1", "finish")
-    assert (status, starts) == (0, 3)
-    assert "**restart** rank 0 ended with status 3: error: what is wrong" in book
-    assert "**restart** rank 0 ended with status 1: error: what is wrong" in book
-
-
-def test_ranks_without_a_launcher_are_killed_and_the_run_starts_again(
-    supervise: Callable[..., Any],
-) -> None:
-    status, book, starts = supervise("abandon", "finish")
-    assert (status, starts) == (0, 2)
-    assert "**restart** the launcher has ended before its ranks" in book
-
-
-def test_a_signal_reaches_the_ranks_and_ends_the_supervision(
-    supervise: Callable[..., Any],
-) -> None:
-    status, book, starts = supervise("kill:nobody", signals=(signal.SIGTERM,))
-    assert (status, starts) == (0, 1)
-    assert book.endswith("**exit** stopped by SIGTERM\n")
+    monkeypatch.setenv("RANK", "no number")  # of a batch system around it
+    plan, options, ends, said = CASES[name]
+    status, book, starts = supervise(*plan, **options)
+    assert (status, starts) == ends
+    for text in said:
+        assert text in book
+    assert ("**exit** finished" in book) == (plan[-1] == "finish")
 
 
 def test_a_warning_reaches_the_ranks_that_listen_and_ends_no_other(
@@ -205,15 +225,6 @@ def test_a_warning_reaches_the_ranks_that_listen_and_ends_no_other(
     assert (status, starts) == (0, 1)
     assert "SIGUSR1 goes to 1 ranks" in capfd.readouterr().err
     assert "**exit** finished" in book
-
-
-def test_a_signal_before_there_are_ranks_stops_the_start(supervise: Callable[..., Any]) -> None:
-    timer = threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
-    status, book, starts = supervise("late")
-    timer.join()
-    assert (status, starts) == (128 + signal.SIGTERM, 1)
-    assert "**exit** stopped at once by SIGTERM: no rank has begun" in book
 
 
 def test_a_hostfile_that_becomes_wrong_is_bad_input(
@@ -227,23 +238,6 @@ def test_a_hostfile_that_becomes_wrong_is_bad_input(
     timer.join()
     assert (status, starts) == (2, 1)
     assert "**give-up** --hostfile" in book
-
-
-def test_a_second_interrupt_stops_at_once(supervise: Callable[..., Any]) -> None:
-    status, book, starts = supervise("stop", signals=(signal.SIGINT, signal.SIGINT))
-    assert (status, starts) == (130, 1)
-    assert "stopped at once by SIGINT: it came twice" in book
-
-
-def test_a_signal_while_waiting_ends_the_supervision(
-    supervise: Callable[..., Any], tmp_path: Path
-) -> None:
-    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
-    status, book, starts = supervise("kill:0", backoff=60.0)
-    timer.join()
-    assert (status, starts) == (128 + signal.SIGTERM, 1)
-    assert "**exit** stopped by SIGTERM while waiting to restart" in book
 
 
 def test_a_terminal_is_passed_on_and_so_is_its_width(tmp_path: Path) -> None:
@@ -300,15 +294,6 @@ def test_a_rank_whose_status_the_launcher_took_is_not_blamed_on_another(
     assert ending(run.status) in cause
 
 
-def test_a_hostfile_that_is_wrong_ends_before_anything_starts(
-    supervise: Callable[..., Any], tmp_path: Path
-) -> None:
-    hosts = tmp_path / "hosts"
-    hosts.write_text("node-1 slots=2\nnode-2\n")
-    with pytest.raises(UserError, match=r"hosts, line 2: 'node-2' is not `host slots=N`"):
-        supervise("finish", hostfile=hosts)
-
-
 @pytest.mark.slow
 def test_a_run_goes_on_by_itself_to_exactly_the_same_metrics(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "corpus")
@@ -318,16 +303,8 @@ def test_a_run_goes_on_by_itself_to_exactly_the_same_metrics(tmp_path: Path) -> 
     config = write_config(tmp_path, corpus, "run", changes)
     process = subprocess.Popen(
         [
-            *(
-                sys.executable,
-                "-m",
-                "magnetar.launchers.supervise",
-                "--backoff",
-                "0",
-                "--num_gpus",
-                "2",
-            ),
-            *("--deepspeed_config", str(config)),
+            *(sys.executable, "-m", "magnetar.launchers.supervise", "--backoff", "0"),
+            *("--num_gpus", "2", "--deepspeed_config", str(config)),
         ],
         cwd=ROOT,
         env=environment(),

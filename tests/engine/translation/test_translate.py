@@ -159,7 +159,7 @@ def cells(found) -> list[list[str]]:
 def test_few_directions_are_a_list_and_many_a_matrix() -> None:
     def of(directions: dict[tuple[str, str], float]) -> TranslationScores:
         scores = {d: DirectionScore(value, 2 * value, 7) for d, value in directions.items()}
-        return TranslationScores(scores, {}, "", Decoding(), 0)
+        return TranslationScores(scores, {}, "", Decoding(), 0, {}, {})
 
     (listed,) = translation_tables("title", of({("de", "en"): 10.0, ("en", "de"): 20.0}))
     assert cells(listed)[0] == ["de -> en", "en -> de", "mean"]

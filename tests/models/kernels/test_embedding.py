@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton", reason="needs Triton")
-
-from magnetar.models.kernels.embedding import EmbedTokens
 from magnetar.models.layers.embedding import Embedding
+from tests.machine import lacks
 
+if not lacks("triton"):
+    from magnetar.models.kernels.embedding import EmbedTokens
+
+pytestmark = pytest.mark.needs("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -24,9 +26,10 @@ def test_rows_and_gradients(d_model: int, frequent: bool) -> None:
     exact = weight.double().requires_grad_()
     ours = weight.to(DEVICE).requires_grad_()
     out, expected = EmbedTokens.apply(ours, tokens.to(DEVICE)), F.embedding(tokens, exact)
-    assert torch.equal(out.cpu().double(), expected)
+    assert torch.equal(out.cpu().double(), expected)  # rows are copied
     out.backward(upstream.to(DEVICE))
     expected.backward(upstream.double())
+    # Sums of up to 20 float32 numbers below 4: 20 * 2^-24 * 4 = 5e-6 at worst, a third in fact.
     torch.testing.assert_close(ours.grad.cpu().double(), exact.grad, rtol=1e-6, atol=2e-6)
     assert not ours.grad[11:].any()
 
@@ -51,4 +54,4 @@ def test_the_layer_waits_for_nothing_and_repeats_itself() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         gradients.append(layer.weight.grad)
-    assert torch.equal(*gradients)
+    assert torch.equal(*gradients)  # the kernel adds in one order

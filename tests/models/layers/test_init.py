@@ -127,6 +127,7 @@ def test_every_parameter_is_initialised_and_depends_on_the_seed_alone(
     assert states[0].keys() == states[1].keys()
     for name, first in states[0].items():
         assert not first.isnan().any(), f"{name} is not initialised"
+        # Both are drawn by the same calls.
         assert torch.equal(first, states[1][name]), f"{name} depends on torch's global generator"
 
 
@@ -145,6 +146,7 @@ def test_an_experts_weights_depend_on_its_global_index_and_not_on_the_layout(
         for name in stacked:
             stacked[name].insert(0, getattr(part, name))
     for name, tensors in stacked.items():
+        # Each expert has a generator of its own, which draws the same matrix.
         assert torch.equal(torch.cat(tensors), getattr(whole, name))
 
 

@@ -17,6 +17,7 @@ def test_zero_3_rounds_as_the_other_stages_do(bias: bool, monkeypatch: pytest.Mo
     gradients = torch.autograd.grad(plain.float().square().sum(), [x, *linear.parameters()])
     monkeypatch.setattr(F, "linear", zero3_linear_wrap)  # as deepspeed.zero.Init does
     under_zero_3 = linear(x)
+    # Both call addmm on the same matrices.
     assert torch.equal(under_zero_3, plain)
     others = torch.autograd.grad(under_zero_3.float().square().sum(), [x, *linear.parameters()])
     assert all(map(torch.equal, others, gradients))

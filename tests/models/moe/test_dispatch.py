@@ -11,9 +11,9 @@ from torch import Tensor
 
 from magnetar.models.moe.dispatch import (
     Choices,
+    GatherTokens,
     expert_capacity,
     expert_counts,
-    gather_tokens,
     gathered_choices,
     kept_choices,
     sort_assignments,
@@ -128,8 +128,8 @@ def test_a_tokens_gradients_are_summed_over_its_experts_and_not_by_atomics(top_k
     h = torch.randn(num_tokens, d_model).requires_grad_()
     order = torch.randperm(top_k * num_tokens)[: top_k * num_tokens - 5]
     upstream = torch.randn(len(order), d_model)
-    rows = gather_tokens(h, order, top_k)
-    assert torch.equal(rows, h[order % num_tokens])
+    rows = GatherTokens.apply(h, order, top_k)
+    assert torch.equal(rows, h[order % num_tokens])  # rows are copied
     rows.backward(upstream)
     expected = torch.zeros(num_tokens, d_model).index_add_(0, order % num_tokens, upstream)
     torch.testing.assert_close(h.grad, expected, rtol=1e-6, atol=1e-6)  # another order

@@ -171,5 +171,6 @@ def test_routed_padding_is_what_their_layers_do(gates: ModuleType) -> None:
     layer = build("xmoe", top_k=1, **keys).eval()
     gate = their_gate(gates, layer)
     x = tokens()
+    # Padding is routed, so the same operations run.
     assert torch.equal(layer(x, some_padding())[0], layer(x)[0])
     assert_equal_to(layer, gate, x)

@@ -27,6 +27,7 @@ def test_outputs_and_statistics_equal_those_of_one_rank(ranks: list, case: str) 
         one, two = rank["layers"][case, 1], rank["layers"][case, 2]
         torch.testing.assert_close(two["output"], one["output"], **ROUNDING)
         torch.testing.assert_close(two["uneven"], one["uneven"], **ROUNDING)
+        # Routing precedes the all-to-all: the same operations on the same tokens.
         for name in ("load", "dropped", "aux_loss", "z_loss", "entropy"):
             assert torch.equal(two[name], one[name]), name
         assert (one["dropped"] > 0) == ("capacity" in case)
@@ -64,6 +65,7 @@ def test_gradients_equal_those_of_one_rank(ranks: list, case: str) -> None:
                 expected = whole[0]["grads"][name][local] + whole[1]["grads"][name][local]
             else:
                 expected = whole[index]["grads"][name]
+            # Sums over up to 108 rows of numbers up to 10, in another order: 108 * 10 * 2^-24.
             torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
@@ -104,6 +106,7 @@ def test_two_ranks_compute_what_one_would_of_both_their_tokens(ranks: list, case
     (own + expected.aux_loss + expected.z_loss).backward()
     layers = [rank["layers"][case, 1] for rank in ranks]
     outputs = []
+    # From here on float32 against float64: a router, a LayerNorm, matrices, sums over 36 tokens.
     for index, layer in enumerate(layers):
         mask, out = programs.padding(case, index), layer["output"]
         outputs.append(out.flatten(0, 1) if mask is None else out[~mask])
@@ -149,6 +152,7 @@ def test_a_capacity_of_each_rank_drops_other_tokens(ranks: list) -> None:
 
 def test_initial_weights_are_equal_by_global_index(ranks: list) -> None:
     one, other = (rank["states"][0] for rank in ranks)
+    # Weights are drawn by name and index, by the same calls on each rank.
     assert all(torch.equal(one[name], other[name]) for name in one)
     spread = [global_names(rank["states"][1], 2 * index) for index, rank in enumerate(ranks)]
     assert set(spread[0]) | set(spread[1]) == set(one)

@@ -280,7 +280,8 @@ def test_a_damaged_config_is_named(tmp_path: Path, text: bytes | str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[]", "it has no key model with an object"),
+        ("[]", "it holds no object, { ... }"),
+        ("{}", "it has no key model with an object"),
         ({"num_layers": 0}, "model.num_layers=0: it should be greater than or equal to 1"),
         ({"num_layers": "two"}, 'model.num_layers="two": it should be a valid integer'),
         ({"moe": [1] * 90}, "1,...: it should be an object"),
@@ -288,7 +289,8 @@ def test_a_damaged_config_is_named(tmp_path: Path, text: bytes | str) -> None:
         ({"vocab_size": None}, "model.vocab_size is null, and must be a number"),
         ({"num_heads": 3}, "must be a multiple of num_heads=3"),
         ('{"model": {}}', "model.num_layers is missing"),
-        ("[" * 100_000, "its lists or objects nest too deeply"),
+        ('{"model": ' + "9" * 5000 + "}", "a number in it has thousands of digits"),
+        ("[" * 100_000, "nested more than 50 deep"),
     ],
     ids=lambda value: str(value)[:40],
 )
