@@ -107,7 +107,7 @@ def _draw_gradient_norms(panel: Any, runs: Runs) -> None:
         return
     ((run_dir, (train, _)),) = runs.items()
     _curve(panel, train, "grad_norm", label="before clipping", color="C2")
-    if threshold := _threshold(run_dir):
+    if threshold := _number(run_dir, "config.json", "gradient_clipping"):
         panel.axhline(threshold, color="gray", linestyle="--", label="threshold")
     panel.set_title("gradient norm")
     panel.set_ylim(bottom=0)
@@ -156,13 +156,25 @@ def _draw_load(panel: Any, runs: Runs) -> None:
     panel.legend(frameon=False)
 
 
+def _number(run_dir: Path, name: str, key: str) -> float | None:
+    """A positive number of one of a run's JSON files; None without one, which is said.
+
+    A curve needs neither file, so a damaged one does not keep it from being drawn.
+    """
+    file = run_dir / name
+    if not file.exists():
+        return None
+    try:
+        value = json.loads(file.read_bytes())[key]
+        if isinstance(value, int | float) and 0 <= value < math.inf:
+            return float(value)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
+        pass
+    print(f"warning: {file} has no {key}, so its line is not drawn", file=sys.stderr, flush=True)
+    return None
+
+
 def _unigram_loss(run_dir: Path) -> float | None:
     """Loss of the unigram model from summary.json; None before the run has ended."""
-    file = run_dir / "summary.json"
-    return math.log(json.loads(file.read_text())["unigram_perplexity"]) if file.is_file() else None
-
-
-def _threshold(run_dir: Path) -> float:
-    """Threshold of gradient clipping from config.json; 0 for none."""
-    file = run_dir / "config.json"
-    return json.loads(file.read_text())["gradient_clipping"] if file.is_file() else 0.0
+    perplexity = _number(run_dir, "summary.json", "unigram_perplexity")
+    return math.log(perplexity) if perplexity else None

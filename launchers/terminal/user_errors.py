@@ -40,6 +40,8 @@ _WAYS_OUT = {
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
     errno.ENOENT: "it is not there, or a folder of the path cannot be made; choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "a link of the path leads back to itself; remove it, or choose another path",
+    errno.EISDIR: "a folder has the name of a file that is to be written; choose another folder",
     errno.EIO: "the disk has failed to read or write; look into the system's log",
     errno.ESTALE: "the network's disk has gone; mount it again",
     errno.EMFILE: "raise the limit on open files (ulimit -n), or prepare fewer directions",

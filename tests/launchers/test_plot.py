@@ -42,6 +42,21 @@ def test_a_line_that_is_no_record_is_left_out_of_the_picture_with_a_word(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "key"), [("config.json", "gradient_clipping"), ("summary.json", "unigram_perplexity")]
+)
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"KEY": "0"}', '{"KEY": NaN}', "[" * 90_000])
+def test_a_damaged_file_costs_its_line_of_the_picture_alone(
+    name: str, key: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
+    (tmp_path / name).write_text(content.replace("KEY", key))
+    main([str(tmp_path)])
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    words = f"warning: {tmp_path / name} has no {key}, so its line is not drawn"
+    assert words in capsys.readouterr().err
+
+
 def test_several_runs_are_drawn_into_one_picture_that_must_be_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +100,6 @@ def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(RECORD)}\n")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     message = refusal(capsys, main, tmp_path)
     assert "run pip install 'magnetar[plot]' or pip install matplotlib" in message
