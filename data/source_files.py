@@ -116,14 +116,7 @@ def read_source(
     except UnicodeDecodeError as error:
         raise _not_utf8(path) from error
     except EOFError as error:
-        with path.open("rb") as raw:
-            kind = _other_kind(raw.read(HEAD_BYTES), path.suffix)
-        if "Dictionary" in str(error):
-            kind = "compressed with a dictionary: decompress it with zstd -d -D DICTIONARY"
-        raise UserError(
-            f"{path} is damaged or not what its suffix {path.suffix!r} says: {error}. "
-            + (f"It is {kind}" if kind else "Make it again, or leave it out")
-        ) from error
+        raise _damaged(path, error) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -265,6 +258,18 @@ def require_text(value: Any, key: str, where: str, way_out: str) -> str:
     return value
 
 
+def _damaged(path: Path, error: EOFError) -> UserError:
+    """The error for a file that cannot be decompressed."""
+    with path.open("rb") as raw:
+        kind = _other_kind(raw.read(HEAD_BYTES), path.suffix)
+    if "Dictionary" in str(error):
+        kind = "compressed with a dictionary: decompress it with zstd -d -D DICTIONARY"
+    return UserError(
+        f"{path} is damaged or not what its suffix {path.suffix!r} says: {error}. "
+        + (f"It is {kind}" if kind else "Make it again, or leave it out")
+    )
+
+
 def _other_kind(head: bytes, suffix: str = "") -> str:
     """The kind of a file that begins like this, and a way out; "" for text and for `suffix`."""
     kinds = [kind for start, kind in SIGNATURES.items() if head.startswith(start)]
@@ -325,15 +330,18 @@ def _not_utf8(path: Path) -> UserError:
     with path.open("rb") as raw:
         stream = _decompressed(path, raw)
         head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
-        for number, line in enumerate(stream, start=1):
-            try:
-                num_good += not line.decode().isascii()
-            except UnicodeDecodeError as error:
-                num_bad += 1
-                byte, at = line[error.start], offset + error.start
-                place = place or f"byte 0x{byte:02x} at offset {at} (line {number})"
-                seen.update(line)
-            offset += len(line)
+        try:
+            for number, line in enumerate(stream, start=1):
+                try:
+                    num_good += not line.decode().isascii()
+                except UnicodeDecodeError as error:
+                    num_bad += 1
+                    byte, at = line[error.start], offset + error.start
+                    place = place or f"byte 0x{byte:02x} at offset {at} (line {number})"
+                    seen.update(line)
+                offset += len(line)
+        except EOFError as error:  # the letters are wrong because of the damage behind them
+            return _damaged(path, error)
     if kind := _other_kind(head):
         return UserError(f"{path} is not text but {kind}")
     if wide := _wide_encoding(head):
