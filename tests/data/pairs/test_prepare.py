@@ -251,6 +251,13 @@ def test_a_file_is_not_both_trained_on_and_validated(config, table):
         prepare_pairs(replace(config, tables=(replace(table, valid=table.train),)))
 
 
+def test_a_file_of_two_tables_is_said(config, table, tmp_path, reporter, messages):
+    (tmp_path / "link.tsv").symlink_to(table.train)
+    again = TableConfig("again", str(tmp_path / "link.tsv"))
+    prepare_pairs(replace(config, tables=(table, again)), reporter)
+    assert any("train.tsv is read for each of the tables verses, again" in m for m in messages)
+
+
 def test_a_table_without_rows_is_a_message(config, tmp_path):
     write_tsv(tmp_path / "valid.tsv", [])
     with pytest.raises(UserError, match=r"valid\.tsv holds no row of table verses: fill it"):
