@@ -295,11 +295,12 @@ def _wide_encoding(head: bytes) -> str:
 
 
 def _conversion(path: Path, *options: str) -> str:
-    """The command that writes a file anew beside it, through iconv with each of some options."""
+    """A way out: the command that writes a file anew, through iconv with each of some options."""
     name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
     start = f"{COMPRESSIONS.get(path.suffix, 'cat')} {shlex.quote(str(path))}"
     steps = [start, *(f"iconv {option}" for option in options)]
-    return f"`{' | '.join(steps)} > {shlex.quote(str(path.with_name(f'utf8-{name}')))}`"
+    command = f"{' | '.join(steps)} > {shlex.quote(str(path.with_name(f'utf8-{name}')))}"
+    return f"`{command}`, and name the new file in place of this one"
 
 
 def _require_letters(path: Path, stream: io.BufferedReader) -> None:
@@ -355,9 +356,9 @@ def _not_utf8(path: Path) -> UserError:
         encoding = "latin1"
         if any(0x80 <= byte < 0xA0 for byte in seen):  # latin1 has no letters there
             encoding = "ENCODING" if seen & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else "cp1252"
-        what = "`iconv -l` lists" if encoding == "ENCODING" else "for Western European text"
         way_out = (
-            f"Convert it from the encoding that it was saved in, {what}: "
+            "Convert it from the encoding that it was saved in (iconv -l lists them"
+            f"{'' if encoding == 'ENCODING' else f'; {encoding} is Western European'}) with "
             f"{_conversion(path, f'-f {encoding} -t utf8')}"
         )
     return UserError(f"{path} is not UTF-8: {place}. {way_out}")
