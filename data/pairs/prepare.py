@@ -89,7 +89,7 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
         codec = _vocabulary(config, languages, reader, partial, reporter)
         stems = tokenise(
             _pieces(reader.rows("tokenising"), codec),
-            partial / codec.tokenizer.file_name,
+            codec.tokenizer,
             partial / "shards",
             config.workers,
             reporter,
