@@ -237,7 +237,7 @@ def instead_of(damaged: Path) -> str:
         complete = complete_checkpoints(damaged.parent.parent)
         others = [checkpoint.path for checkpoint in complete if checkpoint.path != damaged]
     newest = f": the newest complete one is {others[-1]}" if others else ""
-    return f"use another checkpoint{newest}"
+    return f"bring it back, readable and as it was saved, or use another checkpoint{newest}"
 
 
 def step_of(path: Path) -> int:
@@ -289,9 +289,7 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
         )
     checkpoint, problems = looked_at(folders[-1])
     if checkpoint is None:
-        complete = complete_checkpoints(run_dir)
-        way_out = f"the newest complete one is {complete[-1].path}" if complete else "none is whole"
-        raise UserError("\n  ".join([*problems, way_out]))
+        raise UserError("\n  ".join([*problems, instead_of(folders[-1])]))
     return checkpoint
 
 

@@ -99,7 +99,9 @@ def test_a_checkpoint_that_cannot_be_reached_is_named(
         assert "step_00000003" in str(refused.value)
     assert open_run(run, "step_00000003").step == 3  # as the message says
     shutil.rmtree(run / "checkpoints" / "step_00000003")
-    with pytest.raises(UserError, match="none is whole"):
+    with pytest.raises(
+        UserError, match="bring it back, readable and as it was saved, or use another checkpoint$"
+    ):
         newest_checkpoint(run)
     shutil.rmtree(newest) if newest.is_dir() else newest.unlink()
     newest.symlink_to(elsewhere)
