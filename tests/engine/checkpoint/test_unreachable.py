@@ -100,7 +100,7 @@ def test_a_checkpoint_that_cannot_be_reached_is_named(
     assert open_run(run, "step_00000003").step == 3  # as the message says
     shutil.rmtree(run / "checkpoints" / "step_00000003")
     with pytest.raises(
-        UserError, match="bring it back, readable and as it was saved, or use another checkpoint$"
+        UserError, match=r"bring it back, readable and as it was saved, or use another checkpoint$"
     ):
         newest_checkpoint(run)
     shutil.rmtree(newest) if newest.is_dir() else newest.unlink()
