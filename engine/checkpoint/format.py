@@ -294,11 +294,21 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or the link or the file that has its name. What a link names stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    """Remove a folder, or the link or the file that has its name. What a link names stays.
+
+    What cannot be removed is named on stderr. It costs space, and no checkpoint.
+    """
+    try:
+        if not path.name.startswith(PARTIAL):
+            # Renamed first: a kill in here must not leave half a checkpoint under its name.
+            path = path.rename(path.with_name(f"{PARTIAL}{path.name}"))
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        words = f"warning: {path} cannot be removed ({error.strerror}): remove it by hand"
+        print(words, file=sys.stderr, flush=True)
 
 
 def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> None:
@@ -318,8 +328,7 @@ def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> N
         kept += [path for path in others if path not in kept][len(kept) - keep :]
     for path in folders:
         if path not in kept:
-            # Renamed first: a kill in here must not leave half a checkpoint under its name.
-            remove(path.rename(path.with_name(f"{PARTIAL}{path.name}")))
+            remove(path)
 
 
 class CheckpointWriter:

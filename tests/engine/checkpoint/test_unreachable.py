@@ -16,6 +16,7 @@ from magnetar.engine.checkpoint.format import (
     checkpoint_folders,
     complete_checkpoints,
     newest_checkpoint,
+    remove,
     remove_old,
 )
 from magnetar.engine.checkpoint.open_run import open_run
@@ -151,6 +152,20 @@ def test_old_checkpoints_behind_links_are_removed_as_links_and_unreachable_ones_
     ]
     for name in ("step_00000001", "step_00000003"):
         assert (disk / name / MANIFEST).is_file()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_stays(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leftover = run / "checkpoints" / "partial_step_00000003"
+    leftover.mkdir()
+    (leftover / "rank_00000.safetensors").write_bytes(b"half")
+    remove_old(run, 5, 1, {5})
+    old = leftover.with_name("step_00000003")
+    assert f"warning: {old} cannot be removed (Directory not empty)" in capsys.readouterr().err
+    remove(leftover)  # as the next start does
+    remove_old(run, 5, 1, {5})
+    assert [path.name for path in old.parent.iterdir()] == ["step_00000005"]
 
 
 @pytest.mark.slow
