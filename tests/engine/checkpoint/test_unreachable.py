@@ -2,6 +2,7 @@
 
 A link leads to a disk that is not mounted or to itself, or a file has a folder's place."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,19 @@ def test_a_folder_of_checkpoints_that_cannot_be_read_holds_nobody_knows_what(
     folder.unlink()
     elsewhere.rename(folder)  # as the message says
     assert open_run(run).step == 5
+
+
+def test_a_run_folder_that_may_not_be_searched_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # root may search everything
+    with pytest.raises(
+        UserError, match=rf"^{run.parent} cannot be read \(Permission denied\): make"
+    ):
+        open_run(run.parent)
 
 
 def test_a_run_without_the_folder_has_no_checkpoint(tmp_path: Path) -> None:
