@@ -116,7 +116,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(shards: Path) -> None:
     second.unlink()
     with pytest.raises(
         ValueError,
-        match=r"00002.safetensors cannot be read \(No such file or directory\): make it readable, or copy",
+        match=r"00002.safetensors cannot be read \(No such file or directory\): make it",
     ):
         open_files(shards)
 
