@@ -190,7 +190,7 @@ def damaged_files(
     """
     lines = []
     for name, saved in list(checkpoint.manifest["files"].items())[part::num_parts]:
-        if problem := file_problem(checkpoint.path / name, saved, content):
+        if problem := _file_problem(checkpoint.path / name, saved, content):
             held = [tensor for tensor in checkpoint.shapes if name in checkpoint.files_of(tensor)]
             more = f" and {len(held) - 1} more tensors" if len(held) > 1 else ""
             what = f"{held[0]}{more}" if held else "nothing"
@@ -198,14 +198,8 @@ def damaged_files(
     return lines
 
 
-def file_problem(path: Path, saved: Mapping[str, Any], content: bool = True) -> str:
-    """What is wrong with a file, "" if nothing is.
-
-    Args:
-        path: The file.
-        saved: Its entry in the manifest: bytes and sha256.
-        content: True to compare the hash too.
-    """
+def _file_problem(path: Path, saved: Mapping[str, Any], content: bool) -> str:
+    """What is wrong with a file of bytes and sha256 as `saved`; "" if nothing is."""
     try:
         with path.open("rb") as file:  # it must be readable even if nobody reads it now
             size = os.fstat(file.fileno()).st_size
