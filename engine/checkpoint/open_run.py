@@ -342,7 +342,13 @@ def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None
         UserError: if the folder is none of these, a checkpoint is missing or has lost a file, or
             this version cannot read the model's config.
     """
-    if is_run(path) or not has_weights(path):
+    try:
+        are_weights = not is_run(path) and has_weights(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): make it readable, or name another folder"
+        ) from None
+    if not are_weights:
         return of_checkpoint(choose_checkpoint(path, checkpoint), path, data)
     if checkpoint is not None:
         raise UserError(
