@@ -5,6 +5,7 @@ import ctypes
 import logging
 import math
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from magnetar.data.errors import UserError
 from magnetar.engine.admin.profile import needs_profile, start_omegas
 from magnetar.engine.checkpoint.open_run import DTYPES
 from magnetar.engine.checkpoint.starting_weights import load_starting_weights, starts_from_weights
@@ -178,6 +180,34 @@ def trained_moe_class(zero_stage: int, moe: MoEConfig | None) -> type[MoE]:
     return moe_class(zero_stage, moe is None or moe.frozen != "router_and_experts")
 
 
+def missing_types() -> dict[str, str]:
+    """Types of weights that this rank's device does not compute in, with the reason and way out."""
+    accelerator = get_accelerator()
+    has = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    is_cpu = accelerator.device_name() == "cpu"
+    device = "CPU" if is_cpu else torch.cuda.get_device_name()
+    ways = [f"{name}.enabled=true" for name in has if has[name]] + ["neither, for float32"]
+    way_out = f"use {' or '.join(ways)}"
+    return {
+        name: f"the {device} of {socket.gethostname()} does not compute in {name}: {way_out}"
+        for name in has
+        if not has[name]
+    }
+
+
+def require_type(dtype: str) -> None:
+    """Refuse a type of weights that the device of any rank does not compute in.
+
+    Raises:
+        UserError: naming the key, the device and the way out.
+    """
+    missing: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(missing, missing_types())
+    for found in missing:
+        if dtype in found:
+            raise UserError(f"{dtype}.enabled=true: {found[dtype]}", on_every_rank=True)
+
+
 def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngine, SparseClip]:
     """The DeepSpeed engine of a resolved config, with SparseClip in place of its clipping.
 
@@ -187,7 +217,11 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
 
     Returns:
         The engine and its SparseClip.
+
+    Raises:
+        UserError: if a device does not compute in the type of the weights.
     """
+    require_type(config.dtype)
     with torch.device("cpu" if config.zero_stage == 3 else device):
         # The weights are drawn on the device in any case. With the CPU's generator ZeRO 3 would
         # start from other weights than the other stages.

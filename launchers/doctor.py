@@ -19,20 +19,23 @@ from magnetar.launchers.launch import (
     refuse_contradictions,
     underscored,
 )
-from magnetar.launchers.terminal.command_line import CommandParser, add_set_option, find_config
+from magnetar.launchers.terminal.command_line import (
+    CommandParser,
+    add_option,
+    add_set_option,
+    find_config,
+)
 from magnetar.launchers.terminal.user_errors import user_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with the fields of LaunchOptions."""
     parser = CommandParser(prog="magnetar doctor", description=__doc__)
-    parser.add_argument(
-        "--deepspeed_config", metavar="JSON", help="the run's JSON, or a shipped config's name"
-    )
+    add_option(parser, "--deepspeed_config JSON", "the run's JSON, or a shipped config's name")
     add_set_option(parser)
     add_launcher_options(parser, "magnetar.launchers.train")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what the ranks do
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_option(parser, "--measure SIZES", argparse.SUPPRESS)  # what the ranks do
+    add_option(parser, "--local_rank N", argparse.SUPPRESS, int)
     given = parser.parse_args(underscored(arguments))
     refuse_contradictions(parser, given)
     if given.master_port is not None and given.master_port >= 2**16:

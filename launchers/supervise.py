@@ -24,6 +24,7 @@ from magnetar.launchers.launch import (
 from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,
+    add_option,
     take_config,
     whole_number,
 )
@@ -35,28 +36,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> Options:
     """The command line; what is no option of ours or of the launcher's ends the program."""
     parser = CommandParser(prog="magnetar supervise", description=__doc__, allow_abbrev=False)
     add_config_options(parser)
-    add = parser.add_argument
+    add = partial(add_option, parser)
     add(
-        *("--max-restarts", "--max_restarts"),
-        type=partial(whole_number, least=0),
-        default=10,
-        metavar="N",
-        help="give up after N restarts with no new checkpoint between them (%(default)s)",
+        "--max-restarts --max_restarts N",
+        "give up after N restarts with no new checkpoint between them (%(default)s)",
+        *(partial(whole_number, least=0), 10),
     )
     add(
-        "--backoff",
-        type=_seconds,
-        default=5.0,
-        metavar="S",
-        help="seconds before a restart, doubled after each restart without progress (%(default)g)",
+        "--backoff S",
+        "seconds before a restart, doubled after each restart without progress (%(default)g)",
+        *(_seconds, 5.0),
     )
-    add(
-        *("--max-backoff", "--max_backoff"),
-        type=_seconds,
-        default=300.0,
-        metavar="S",
-        help="longest pause before a restart, in seconds (%(default)g)",
-    )
+    about = "longest pause before a restart, in seconds (%(default)g)"
+    add("--max-backoff --max_backoff S", about, _seconds, 300.0)
     add_launcher_options(parser, "magnetar.launchers.train")
     given = parser.parse_args(underscored(arguments))
     refuse_contradictions(parser, given)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from magnetar.data.errors import UserError
-from magnetar.engine.cluster.arguments import sealed
+from magnetar.engine.cluster.arguments import require_plain_surroundings, sealed
 
 # As DeepSpeed reads it, whose slots have any number of digits, and anything after them.
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})(?!\S)")
@@ -23,6 +23,7 @@ MOST_SLOTS = 9999  # of a machine
 _NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*", re.ASCII)
 _SLOTS = re.compile(r"[0-9]{1,4}(,[0-9]{1,4})*")
 _SECONDS_TO_ANSWER = 5
+_FOR_OTHER_MACHINES = ("--venv_script", "--enable_each_rank_log")  # paths that the launcher sends
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class LaunchOptions:
         """Host -> its slots that take part; none without a hostfile.
 
         Raises:
-            UserError: if the hostfile is wrong, or no slot is left.
+            UserError: if the hostfile is wrong, no slot is left, or shells of other machines would
+                change what they get.
         """
         if self.hostfile is None:
             return {}
@@ -76,6 +78,10 @@ class LaunchOptions:
             raise UserError(f"--hostfile {self.hostfile} has no slots: write slots=8, say")
         count = self.num_gpus
         chosen = list(slots.items())[: self.num_nodes]
+        if self.is_remote(chosen):
+            named = [word.partition("=") for word in self.passed]
+            handed_on = {name: value for name, _, value in named if name in _FOR_OTHER_MACHINES}
+            require_plain_surroundings({"--master_addr": self.master_addr, **handed_on})
         return {host: list(range(count)) if count else numbers for host, numbers in chosen}
 
     def is_remote(self, slots: Sized) -> bool:
@@ -103,9 +109,9 @@ class LaunchOptions:
 
     def training(self, settings: Sequence[str]) -> list[str]:
         """The launcher's arguments that name the program and its JSON."""
-        settings = [part for text in settings for part in ("--set", text)]
-        own = sealed(["--deepspeed_config", str(self.config or "JSON"), *settings])
-        return ["--module", "magnetar.launchers.train", *own]
+        words = ["--deepspeed_config", str(self.config or "JSON")]
+        words += [part for text in settings for part in ("--set", text)]
+        return ["--module", "magnetar.launchers.train", *sealed(words)]
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

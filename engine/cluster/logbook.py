@@ -13,10 +13,7 @@ NAME = "logbook.md"
 def write(run_dir: Path, event: str, text: str) -> None:
     """Append a line; the folder and the logbook are made where there are none.
 
-    Args:
-        run_dir: the run's folder.
-        event: one word, such as "resume".
-        text: what happened. Lines after its first become a list below it.
+    Lines of `text` after its first become a list below it.
 
     Raises:
         OSError: if it cannot be written.

@@ -31,11 +31,7 @@ _STORE_TIMEOUT = timedelta(seconds=30)
 
 
 def innermost_call(frame: FrameType | None) -> str:
-    """The place of a thread of ours, such as `all_reduce, called by engine/sparse_clip.py:95`.
-
-    Args:
-        frame: innermost frame of the thread.
-    """
+    """The place of a thread of ours, such as `all_reduce, called by engine/sparse_clip.py:95`."""
     collective = called = ""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -56,12 +52,7 @@ class Watchdog:
     """
 
     def __init__(self, run_dir: Path, limit: float | None) -> None:
-        """Prepare.
-
-        Args:
-            run_dir: the run's folder; its logbook reports a hang.
-            limit: seconds without progress after which a rank hangs; None: no limit.
-        """
+        """Prepare to report into the run's logbook after `limit` seconds without progress."""
         self.run_dir, self.limit = run_dir, limit
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.doing, self.since = "starting", time.monotonic()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magnetar.data.errors import MachineError
-from magnetar.engine.build import start_distributed
+from magnetar.engine.build import missing_types, start_distributed
 from magnetar.engine.cluster.hosts import path_of_programs
 from magnetar.engine.doctor.node import MARK
 
@@ -55,12 +55,7 @@ class Link(NamedTuple):
 
 
 def measure(sizes: Sizes, seconds: float) -> None:
-    """Measure the collectives on every rank; rank 0 prints the results.
-
-    Args:
-        sizes: sizes of the messages.
-        seconds: time limit after which this rank ends, even inside a collective.
-    """
+    """Measure the collectives on every rank, within a time limit; rank 0 prints the results."""
     signal.alarm(round(seconds))  # the default action ends the process even inside a collective
     device = start_distributed()
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -88,6 +83,7 @@ def measure(sizes: Sizes, seconds: float) -> None:
     results["rows_right"] = all(_gathered(bool((received == senders[:, None]).all())))
     results["all_to_all"] = [4 * per_rank * ep_size, _seconds(exchange), ep_size]
 
+    results["missing_types"] = _gathered(missing_types())
     results["links"] = _links(sizes.point_to_point_bytes, device)
     if rank == 0:
         print(f"{MARK}{json.dumps(results)}", flush=True)
@@ -183,12 +179,7 @@ def slow_links(links: Sequence[Link]) -> list[tuple[Link, float]]:
 
 
 def launch(launcher: Sequence[str], sizes: Sizes, seconds: float) -> dict[str, Any]:
-    """The measurements of all ranks, which are started by the deepspeed launcher.
-
-    Args:
-        launcher: command line of the deepspeed launcher, up to the module.
-        sizes: sizes of the messages.
-        seconds: time limit of the ranks.
+    """The measurements of all ranks, which the deepspeed launcher's command line starts.
 
     Raises:
         MachineError: if the ranks measured nothing; it has the end of their output.

@@ -6,13 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.launcher.runner import (
-    DEEPSPEED_ENVIRONMENT_NAME,
-    DEEPSPEED_ENVIRONMENT_PATHS,
-    EXPORT_ENVS,
-)
+from deepspeed.launcher.runner import EXPORT_ENVS
 
-from magnetar.data.errors import UserError
+from magnetar.engine.cluster.arguments import deepspeed_env
 
 # Variables that change a run and are not handed on, unless .deepspeed_env names them.
 _MATTER: tuple[str, ...] = ("CUDA_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "LD_")
@@ -47,36 +43,14 @@ def exports() -> Exports:
     variables = {
         name: text.strip() for name, text in environment.items() if name.startswith(prefixes)
     }
-    files: list[Path] = []
-    for folder in DEEPSPEED_ENVIRONMENT_PATHS:
-        file = Path(folder, DEEPSPEED_ENVIRONMENT_NAME)
-        if file.is_file() and file not in files:
-            files.append(file)
-            variables |= read_variables(file)
+    named, files = deepspeed_env()
+    variables |= named
     left_behind = [
         name
         for name in os.environ
         if name.startswith(_MATTER) and name not in variables and name not in _THE_LAUNCHERS_OWN
     ]
     return Exports(variables, files, sorted(left_behind))
-
-
-def read_variables(file: Path) -> dict[str, str]:
-    """The variables of a .deepspeed_env.
-
-    Raises:
-        UserError: if a line is not NAME=value. The launcher accepts no empty lines or comments.
-    """
-    variables = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
-        name, equals, text = line.partition("=")
-        if not equals or not name.strip().isidentifier():
-            raise UserError(
-                f"{file}, line {number}: {line!r} is not NAME=value, and DeepSpeed's launcher "
-                "takes neither empty lines nor comments: mend or remove the line"
-            )
-        variables[name.strip()] = text.strip()
-    return variables
 
 
 def of_nodes(slots: Mapping[str, Sequence[int]], address: str, port: int) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,9 @@ def examine(options: LaunchOptions) -> Examination:
     if is_remote and options.master_addr is None:
         address = address_of(first, options.ssh_port)
     wanted, numel = _wanted(config, Wanted(str(options.config), address=address, port=port))
-    exports = environment.exports()
+    exports = environment.exports() if is_remote else environment.Exports({}, [], [])
     machines = [Machine(name, len(numbers), is_remote) for name, numbers in slots.items()]
-    about = {
-        name: getattr(wanted, name) for name in ("config", "data", "run_dir", "address", "port")
-    }
-    ask(machines, about, exports.variables, options.ssh_port)
+    ask(machines, asdict(wanted), exports.variables, options.ssh_port)
     found = findings(machines, wanted)
     if options.hostfile is not None and not is_remote and not _is_this_machine(first):
         remedy = "add --force_multi to the launcher and to this command, or take its hostfile away"
@@ -114,7 +111,15 @@ def examine(options: LaunchOptions) -> Examination:
         result.skipped = "the ranks failed before the measurement"
         return result
     result.measured = measured
-    result.findings += _findings_of(measured, [m.name for m in machines for _ in range(m.slots)])
+    names = [machine.name for machine in machines for _ in range(machine.slots)]
+    result.findings += _findings_of(measured, names)
+    # A machine's ranks have equal devices, or the check of GPUs has said so.
+    missing = dict(zip(names, measured["missing_types"], strict=False))
+    for name, types in missing.items():
+        if config is not None and config.dtype in types:
+            text, _, remedy = types[config.dtype].partition(": ")
+            text = f"{config.dtype}.enabled=true, and {text}"
+            result.findings.append(Finding("problem", name, "GPUs", text, remedy))
     return result
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from magnetar.engine.cluster.arguments import exported
 from magnetar.engine.cluster.hosts import ssh_command
 from magnetar.engine.doctor import node
 
@@ -90,8 +91,7 @@ def _answer(
     program = "import sys; exec(sys.stdin.read(int(sys.argv[1])))"
     words = [sys.executable, "-c", program, str(len(source))]
     if machine.is_remote:
-        variables = "".join(f"export {name}={shlex.quote(v)}; " for name, v in exports.items())
-        there = f"{variables}cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
+        there = f"{exported(exports)}cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}"
         words = ssh_command(machine.name, ["sh", "-c", there], ssh_port)
         machine.command = shlex.join(ssh_command(machine.name, ["hostname"], ssh_port))
     try:

@@ -31,7 +31,7 @@ class RunProcess(NamedTuple):
     Attributes:
         pid: its id.
         rank: its rank; None for launchers, and for processes that a rank has started.
-        local_size: number of the run's ranks on this machine; 1 if its environment does not say.
+        local_size: number of ranks on this machine; 0 if rank is None.
     """
 
     pid: int
@@ -41,16 +41,18 @@ class RunProcess(NamedTuple):
 
 def run_processes(run_id: str) -> list[RunProcess]:
     """Every living process of the run on this machine that belongs to this user."""
-    found = {
-        process.pid: (process.info["ppid"], process.info["environ"])
-        for process in psutil.process_iter(["ppid", "environ"])
-        if process.pid != os.getpid() and (process.info["environ"] or {}).get(RUN_ID) == run_id
-    }
+    found: dict[int, tuple[int, dict[str, str]]] = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            variables = process.environ()
+            if variables.get(RUN_ID) == run_id and process.pid != os.getpid():
+                found[process.pid] = (process.ppid(), variables)
     processes = []
     for pid, (parent, variables) in found.items():
-        is_rank = "RANK" in variables and "RANK" not in found.get(parent, (0, {}))[1]
-        rank = int(variables["RANK"]) if is_rank else None
-        processes.append(RunProcess(pid, rank, int(variables.get("LOCAL_SIZE", 1))))
+        rank, local_size = None, 0
+        if "RANK" in variables and "RANK" not in found.get(parent, (0, {}))[1]:
+            rank, local_size = int(variables["RANK"]), int(variables.get("LOCAL_SIZE", 1))
+        processes.append(RunProcess(pid, rank, local_size))
     return processes
 
 
@@ -87,11 +89,7 @@ def _is_caught(pid: int, number: int) -> bool:
 
 
 def kill_processes(run_id: str, seconds: float = 10.0) -> int:
-    """Send SIGKILL to the rest of the run on this machine, stopped or not, until it is gone.
-
-    Returns:
-        Number of processes that did not end in time, for example because they wait for a disk.
-    """
+    """Kill what is left of the run here, stopped or not; the number that did not end in time."""
     until = time.monotonic() + seconds
     while left := run_processes(run_id):
         if time.monotonic() > until:
@@ -160,12 +158,10 @@ def killed_by(status: int | None) -> int | None:
 
 def ending(status: int | None) -> str:
     """A status in words; also the statuses that a shell gives for signals."""
-    if status is None:
-        return "ended"
     number = killed_by(status)
     if number is not None and number in set(signal.Signals):
         return f"was killed by {signal.Signals(number).name}"
-    return f"ended with status {status}"
+    return "ended" if status is None else f"ended with status {status}"
 
 
 class Launched:
@@ -176,13 +172,7 @@ class Launched:
     """
 
     def __init__(self, command: Sequence[str], run_id: str, wake: int) -> None:
-        """Start it.
-
-        Args:
-            command: command line of the launcher.
-            run_id: value of the variable that marks all of its processes.
-            wake: file descriptor that becomes readable when a signal has arrived.
-        """
+        """Start it; `run_id` marks its processes, `wake` is readable when a signal has arrived."""
         self.run_id = run_id
         self.deaths: list[Death] = []
         self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -195,9 +185,11 @@ class Launched:
         self._selector = selectors.DefaultSelector()
         self._on_event(wake, lambda _: os.read(wake, 4096))
         theirs = [self._stream(1), self._stream(2)]
+        variables = os.environ | {RUN_ID: run_id, "PATH": path_of_programs()}
+        variables.pop("RANK", None)  # a batch system's would make the launcher look like a rank
         self.process = subprocess.Popen(
             command,
-            env=os.environ | {RUN_ID: run_id, "PATH": path_of_programs()},
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=theirs[0],
             stderr=theirs[1],
@@ -324,9 +316,8 @@ class Launched:
         Deaths long after the first failure do not count: the launcher kills ranks that do not end
         by themselves.
         """
-        # The launcher may have waited for a rank before we could read its status. It then ends with
-        # the status of the rank that it looked at first, which must not count as unknown here: the
-        # echo of another rank would be taken for the cause.
+        # The launcher may wait for a rank before we can read its status, and ends with the status
+        # of the rank that it looked at first. Otherwise the echo of another would be blamed.
         known = [
             death._replace(name="a rank", status=self.process.returncode)
             if death.status is None and self.process.returncode

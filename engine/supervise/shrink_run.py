@@ -45,16 +45,11 @@ def wanted_layout(config: RunConfig) -> Layout:
 
 
 def fitting_layout(config: RunConfig, num_ranks: int) -> Layout:
-    """The layout nearest to the wanted one on at most `num_ranks` ranks.
+    """The layout nearest to the wanted one on at most `num_ranks` ranks, perhaps on fewer.
 
     The global batch size does not change. It is re-split: normally with micro-batches at most as
     large as requested; if results depend on the number of accumulation steps, that number is kept
     instead.
-
-    Args:
-        config: config that was checked with the wanted number of ranks.
-        num_ranks: number of ranks that exist. If the batch cannot be divided among them, fewer are
-            used.
 
     Raises:
         UserError: if the numbers of the run would change; it names the ways out.
@@ -95,20 +90,17 @@ def _cut(config: RunConfig, wanted: Layout, num_ranks: int) -> tuple[int, int] |
     return micro, share // micro
 
 
-def overrides_of(config: RunConfig, layout: Layout) -> list[str]:
-    """The `--set` arguments that turn a checked config into one of the layout."""
-    settings = [
-        f"{TRAIN}={config.deepspeed[TRAIN]}",
-        f"{MICRO}={layout.micro}",
-        f"{ACCUMULATION}={layout.accumulation}",
-    ]
+def _overrides(config: RunConfig, layout: Layout) -> dict[str, str]:
+    """The `--set` arguments that turn a checked config into one of the layout, by key."""
+    settings = {TRAIN: config.deepspeed[TRAIN], MICRO: layout.micro}
+    settings[ACCUMULATION] = layout.accumulation
     moe = config.model.moe
     if moe is not None:
         ways = ON_ONE_RANK if layout.ep_size == 1 else {}
         changed = {name: usual for name, usual in ways.items() if getattr(moe, name) != usual}
         changed["ep_size"] = layout.ep_size
-        settings += [f"{_MOE}.{name}={json.dumps(value)}" for name, value in changed.items()]
-    return settings
+        settings |= {f"{_MOE}.{name}": value for name, value in changed.items()}
+    return {key: f"{key}={json.dumps(value)}" for key, value in settings.items()}
 
 
 def fitted_settings(
@@ -116,11 +108,7 @@ def fitted_settings(
 ) -> tuple[Layout, list[str]]:
     """The layout on at most `num_ranks` ranks, and the `--set` arguments that make it.
 
-    Args:
-        path: path of the JSON.
-        settings: the user's `--set` arguments.
-        wanted_ranks: number of ranks that JSON and settings were written for.
-        num_ranks: number of ranks that exist.
+    JSON and settings were written for `wanted_ranks`.
 
     Raises:
         UserError: if the JSON is wrong, or allows no other number of ranks.
@@ -129,8 +117,8 @@ def fitted_settings(
     layout = fitting_layout(config, num_ranks)
     if layout == wanted_layout(config):
         return layout, list(settings)
-    own = overrides_of(config, layout)
-    replaced = {setting.partition("=")[0] for setting in own}
-    kept = [text for text in settings if text.partition("=")[0].strip() not in replaced]
-    load_config(path, [*kept, *own], layout.num_ranks)
-    return layout, [*kept, *own]
+    own = _overrides(config, layout)
+    kept = [text for text in settings if text.partition("=")[0].strip() not in own]
+    fitted = [*kept, *own.values()]
+    load_config(path, fitted, layout.num_ranks)
+    return layout, fitted

@@ -26,6 +26,7 @@ from magnetar.engine.supervise.launched_run import (
 from magnetar.engine.supervise.shrink_run import fitted_settings
 
 FINISHED, BAD_INPUT, CRASHED, INTERRUPTED = 0, 2, 1, 130
+_SECONDS_FOR_A_SHARED_DISK = 60.0  # until it shows what another machine has written, at most
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -153,6 +154,7 @@ class Supervisor:
             return CRASHED, f"no host of {self.options.hostfile} answers over ssh"
         self.hosts = set(place.slots) if place.is_remote else set()
         self._kill_left()  # of a start whose host did not answer then
+        before = self._book()
         launched = Launched(self._command(place, settings), self.run_id, self.wake)
         try:
             while launched.watch(0.5):
@@ -166,21 +168,42 @@ class Supervisor:
         finally:
             kill_processes(self.run_id)
             launched.close()
-        return self._outcome(launched, num_left)
+        return self._outcome(launched, num_left, before)
 
-    def _outcome(self, launched: Launched, num_left: int) -> tuple[int, str]:
+    def _outcome(self, launched: Launched, num_left: int, before: bytes) -> tuple[int, str]:
         status, cause = launched.status, launched.cause()
+        if status == 0 and num_left == 0 and self.stopping is not None:
+            return self._ended_well(f"stopped by {self.stopping.name}"), ""
         if status == 0 and num_left == 0:
-            how = "finished" if self.stopping is None else f"stopped by {self.stopping.name}"
-            saved = last_saved_step(self.run_dir)
-            self._say("exit", f"{how}; the newest checkpoint is of step {saved}" if saved else how)
-            return FINISHED, ""
+            give_up = time.monotonic() + _SECONDS_FOR_A_SHARED_DISK * bool(self.hosts)
+            while self._book() == before and time.monotonic() < give_up:
+                time.sleep(0.5)
+            if self._book() != before:
+                return self._ended_well("finished"), ""
+            self._say(
+                "give-up",
+                f"the ranks have ended with status 0, and none has written into {self.run_dir}: "
+                "they have trained in another folder. Give every machine the same JSON, and "
+                "training.run_dir on a disk that all of them and this one share",
+            )
+            return CRASHED, ""
         if self.stopping is not None:
             return self._stopped(f"by {self.stopping.name}, saving nothing: {cause}"), ""
         if status in (BAD_INPUT, INTERRUPTED):
             self._say("give-up", f"{cause}. A restart would not help")
             return status, ""
         return CRASHED, cause
+
+    def _ended_well(self, how: str) -> int:
+        saved = last_saved_step(self.run_dir)
+        self._say("exit", f"{how}; the newest checkpoint is of step {saved}" if saved else how)
+        return FINISHED
+
+    def _book(self) -> bytes:
+        """The logbook, to which each start adds a line."""
+        with suppress(OSError):
+            return (self.run_dir / logbook.NAME).read_bytes()
+        return b""
 
     def _fitted_place(self) -> tuple[Place, list[str]]:
         """The machines of the next start, and the settings that fit the run to them."""

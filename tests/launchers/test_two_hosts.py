@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +22,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         yield found
 
 
-def train(two: TwoHosts, config: Path, *arguments: str) -> str:
-    """Train on both hosts to the end of the command; what they print."""
-    command = two.launcher_command(
-        *("--module", "magnetar.launchers.train", "--deepspeed_config", str(config)), *arguments
-    )
+def finished(two: TwoHosts, command: list[str]) -> str:
+    """What a command on the first host and its ranks on both print until they end well."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -42,6 +40,29 @@ def train(two: TwoHosts, config: Path, *arguments: str) -> str:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     return output
+
+
+def train(two: TwoHosts, config: Path, *arguments: str) -> str:
+    """Train on both hosts by DeepSpeed's command; what they print."""
+    words = ("--module", "magnetar.launchers.train", "--deepspeed_config", str(config))
+    return finished(two, two.launcher_command(*words, *arguments))
+
+
+def test_values_of_any_characters_reach_both_hosts_as_given(two: TwoHosts, tmp_path: Path) -> None:
+    run_dir = tmp_path / "cost$3 (a)&;*%n'\"{b}"
+    config = write_config(tmp_path, make_corpus(tmp_path / "corpus"), "a config;$1")
+    settings = [
+        f"magnetar.training.run_dir={run_dir}",
+        'magnetar.training.lr_schedule={"type": "constant", "warmup_steps": 1}',
+        "magnetar.training.num_steps=2",
+    ]
+    command = [sys.executable, "-m", "magnetar.launchers.supervise", "--max-restarts", "0"]
+    command += ["--hostfile", str(two.hostfile), "--deepspeed_config", str(config)]
+    command += [word for text in settings for word in ("--set", text)]
+    output = finished(two, two.hosts[0].command(command))
+    assert "supervise: exit: finished; the newest checkpoint is of step 2" in output
+    assert [row["step"] for row in records(run_dir) if "loss" in row] == [1, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus", config.name, run_dir.name}
 
 
 def test_experts_on_two_hosts_train_like_one_rank(two: TwoHosts, tmp_path: Path) -> None:

@@ -1,14 +1,25 @@
 """The ranks' command line through the shells of other machines."""
 
+import os
 import shutil
 import subprocess
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from magnetar.data.errors import UserError
-from magnetar.engine.cluster.arguments import opened, require_plain_surroundings, sealed
+from magnetar.engine.cluster.arguments import (
+    deepspeed_env,
+    exported,
+    opened,
+    require_plain_surroundings,
+    sealed,
+)
+from magnetar.engine.cluster.hosts import LaunchOptions
 
 HARMFUL = ['{"a":[1,2]}', "cost$3_a", "a b", "", "a;b", "x(y)&*?", "~/x", "50%n", "'", '"', "=ls"]
 HARMFUL += ["`id`", "a\\b", "ä", "caf\udce9", "a\nb", "!x", "#x", "<x>", "a|b", "[a]"]
@@ -53,3 +64,67 @@ def test_folders_and_variables_that_a_shell_would_change_are_refused(
         require_plain_surroundings()
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0,eth 1")
     require_plain_surroundings()
+    with pytest.raises(UserError, match=r"--venv_script, 'my env/activate', goes to shells"):
+        require_plain_surroundings({"--master_addr": None, "--venv_script": "my env/activate"})
+
+
+@pytest.fixture
+def env_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "env"
+    monkeypatch.setenv("DS_ENV_FILE", str(file))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("A=b", "b"),
+        (" A = 4 ", "4"),
+        ("A=", ""),
+        ("A=b=c", "b=c"),
+        ("A=a b;c&d (e) * ~ 'f' #g", "a b;c&d (e) * ~ 'f' #g"),
+        ("A=$MAGNETAR_TEST/lib:${MAGNETAR_TEST}/bin", "/x/lib:/x/bin"),
+        ("A=Grüße", "Grüße"),
+    ],
+)
+def test_a_line_of_deepspeed_env_sets_what_the_launcher_sets(
+    env_file: Path, line: str, value: str
+) -> None:
+    env_file.write_text(f"{line}\n", encoding="utf-8")
+    require_plain_surroundings()
+    variables, files = deepspeed_env()
+    assert files == [env_file]
+    launcher = PDSHRunner(Namespace(user_args=[], user_script=""), "")
+    launcher.add_export(*line.split("=", maxsplit=1))
+    assert exported(variables) == "".join(f"export {k}={v}; " for k, v in launcher.exports.items())
+    program = f'{exported(variables)}printf %s "$A"'
+    done = subprocess.run(
+        ["sh", "-c", program], capture_output=True, env=os.environ | {"MAGNETAR_TEST": "/x"}
+    )
+    assert done.stdout.decode() == value
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        *((line, "is not NAME=value") for line in ("", "# c", "NAME", "=v", "export A=b", "A-B=c")),
+        *((line, "sets ") for line in ("RANK=0", "MASTER_PORT = 1", "PYTHON_MAGNETAR_RUN=x")),
+        *((line, "has a value that") for line in ('A="b c"', "A=`id`", "A=a\\b", "A=$(id)")),
+        *((line, "has a value that") for line in ("A=$3", "A=b$", "A=50%n", "A=${B:-c}", "A=\x01")),
+        ("A=\udce9", "not a text"),
+    ],
+)
+def test_a_line_that_would_not_arrive_is_refused_before_anything_starts(
+    env_file: Path, line: str, problem: str, tmp_path: Path
+) -> None:
+    env_file.write_bytes(f"A=b\n{line}\nC=d\n".encode(errors="surrogateescape"))
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=1\nb slots=1\n")
+    options = LaunchOptions(hostfile=hostfile)
+    with pytest.raises(UserError, match=problem) as raised:
+        options.slots()
+    assert str(raised.value).startswith(f"{env_file}")
+    if "not a text" not in problem:
+        assert f"{env_file}, line 2: " in str(raised.value)
+    env_file.write_text("A=b\nC=d\n")  # the way out
+    assert options.slots() == {"a": [0], "b": [0]}

@@ -1,6 +1,7 @@
 """What is started and concluded around the machines' reports."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ MEASURED: dict[str, Any] = {
     "sums_right": True,
     "rows_right": True,
     "links": [Link((0, 1), True, 9e9)],
+    "missing_types": [{}, {}],
 }
 
 
@@ -91,6 +93,25 @@ def test_wrong_numbers_and_slow_links_are_findings(
         ("warning", "c", "slow link: ranks 4 and 5 of c: 10.00 GB/s each way, others 90.00"),
     ]
     assert found.command.startswith("deepspeed --master_port 29500 --hostfile ")
+
+
+def test_a_machine_whose_device_lacks_the_type_of_the_weights_is_a_problem(
+    world_of: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"fp16": {"enabled": True}}
+    config = write_config(tmp_path, make_corpus(tmp_path / "corpus"), changes=changes)
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=1\nb slots=1\n")
+    missing = {"fp16": "the CPU of b does not compute in fp16: use bf16.enabled=true"}
+    told = {"links": [], "missing_types": [{}, missing]}
+    monkeypatch.setattr(examination, "launch", lambda *_: MEASURED | told)
+    options = LaunchOptions(config=config, hostfile=hostfile, master_addr="10.0.0.1")
+    (finding,) = examine(options).findings
+    assert finding[:3] == ("problem", "b", "GPUs")
+    assert finding.text == "fp16.enabled=true, and the CPU of b does not compute in fp16"
+    assert finding.remedy == "use bf16.enabled=true"
+    settings = ("fp16.enabled=false", "bf16.enabled=true")  # the way out
+    assert examine(replace(options, settings=settings)).findings == []
 
 
 def test_ranks_that_cannot_work_together_are_a_problem(

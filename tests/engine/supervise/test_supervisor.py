@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from magnetar.data.errors import UserError
 from magnetar.engine.supervise.launched_run import (
     Death,
     Launched,
@@ -36,6 +35,8 @@ starts = os.path.join(folder, "starts")
 count = os.path.getsize(starts) if os.path.exists(starts) else 0
 open(starts, "a").write(".")
 kind, _, value = plan[min(count, len(plan) - 1)].partition(":")
+if kind != "elsewhere":
+    open(os.path.join(folder, "logbook.md"), "a").write("- **start**\\n")
 if kind == "late":
     time.sleep(60)
 RANK = '''
@@ -149,6 +150,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> Any:
 CASES: dict[str, tuple[list[str], dict[str, Any], tuple[int, int], list[str]]] = {
     # name -> plan, options, (status, number of starts), what the logbook says
     "a run that finishes is started once": (["finish"], {}, (0, 1), ["**exit** finished\n"]),
+    "ranks that have trained in another folder have not finished": (
+        *(["elsewhere"], {}, (1, 1)),
+        ["**give-up** the ranks have ended with status 0, and none has written into "],
+    ),
     "the rank that was killed is named and the run starts again": (
         *(["kill:1", "kill:0", "finish"], {}, (0, 3)),
         [
@@ -201,12 +206,16 @@ CASES: dict[str, tuple[list[str], dict[str, Any], tuple[int, int], list[str]]] =
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_end_of_a_start_has_its_consequence(name: str, supervise: Callable[..., Any]) -> None:
+def test_each_end_of_a_start_has_its_consequence(
+    name: str, supervise: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "no number")  # of a batch system around it
     plan, options, ends, said = CASES[name]
     status, book, starts = supervise(*plan, **options)
     assert (status, starts) == ends
     for text in said:
         assert text in book
+    assert ("**exit** finished" in book) == (plan[-1] == "finish")
 
 
 def test_a_warning_reaches_the_ranks_that_listen_and_ends_no_other(
@@ -283,15 +292,6 @@ def test_a_rank_whose_status_the_launcher_took_is_not_blamed_on_another(
     run.lines = deque()
     assert run.cause() == cause
     assert ending(run.status) in cause
-
-
-def test_a_hostfile_that_is_wrong_ends_before_anything_starts(
-    supervise: Callable[..., Any], tmp_path: Path
-) -> None:
-    hosts = tmp_path / "hosts"
-    hosts.write_text("node-1 slots=2\nnode-2\n")
-    with pytest.raises(UserError, match=r"hosts, line 2: 'node-2' is not `host slots=N`"):
-        supervise("finish", hostfile=hosts)
 
 
 @pytest.mark.slow
