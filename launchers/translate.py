@@ -203,7 +203,7 @@ def _write(lines: Iterable[str], out: Path | None, num_before: int) -> None:
         if num_before:
             os.truncate(out, size)  # whole lines, as many as the message says
             raise UserError(
-                f"{out}: {error.strerror}: free some space, and translate the rest into another file"
+                f"{out}: {error.strerror}: free some space, and write the rest into another file"
             ) from None
         if out.is_file():  # or the same command would be refused
             out.unlink()
