@@ -27,6 +27,7 @@ from magnetar.engine.cluster.hosts import (
     path_of_programs,
     read_hostfile,
     require_known,
+    shell_words,
 )
 from magnetar.engine.config.schema import load_config
 from magnetar.launchers.terminal.command_line import (
@@ -106,6 +107,7 @@ def refuse_contradictions(parser: argparse.ArgumentParser, options: argparse.Nam
         parser.error("--include and --exclude contradict each other: use one of them")
     if (options.include or options.exclude) and (options.num_nodes or options.num_gpus):
         parser.error("--include and --exclude do not go with --num_nodes and --num_gpus")
+    shell_words("--launcher_args", options.launcher_args or "")
     if options.hostfile is None and _HOSTFILE.is_file():
         options.hostfile = _HOSTFILE
     if options.hostfile is not None:

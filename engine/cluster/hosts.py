@@ -220,9 +220,21 @@ def path_of_programs() -> str:
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+def shell_words(name: str, text: str) -> list[str]:
+    """The words of a variable or an option that holds a part of a command line.
+
+    Raises:
+        UserError: a quote in it does not end.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{name}={text}: {error}: end the quote, or leave it out") from None
+
+
 def ssh_command(host: str, words: Sequence[str], port: int | None = None) -> list[str]:
     """The ssh command that runs words on a host with pdsh's options, without a password prompt."""
-    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    options = shell_words("PDSH_SSH_ARGS_APPEND", os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     options += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SECONDS_TO_ANSWER}"]
     if port is not None:
         options += ["-p", str(port)]
