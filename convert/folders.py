@@ -92,10 +92,7 @@ def how_to_load(out: Path, architecture: str) -> list[str]:
 
 def how_to_train_on(config_file: Path, num_ranks: int) -> str:
     """The shell command that continues a run."""
-    return (
-        f"deepspeed --num_gpus {num_ranks} --module magnetar.launchers.train --deepspeed_config "
-        f"{shlex.quote(str(config_file))}"
-    )
+    return shlex.join(["magnetar", "train", str(config_file), "--num_gpus", str(num_ranks)])
 
 
 def how_to_start(weights: Path, model_keys: Mapping[str, Any]) -> str:

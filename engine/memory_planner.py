@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from magnetar.data.errors import UserError
-from magnetar.engine.cluster.rendezvous import launched_local_size
+from magnetar.engine.cluster.environment import launched_local_size
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import RunConfig, check_config

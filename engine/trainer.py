@@ -12,7 +12,7 @@ import torch
 from magnetar.data.atomic import write_atomically
 from magnetar.data.errors import UserError
 from magnetar.data.loader import RunData, TrainingBatches
-from magnetar.engine.build import build_engine, launched_rank, start_distributed
+from magnetar.engine.build import build_engine, start_distributed
 from magnetar.engine.checkpoint.format import Checkpoint
 from magnetar.engine.checkpoint.run_folder import (
     claim_run_folder,
@@ -21,6 +21,7 @@ from magnetar.engine.checkpoint.run_folder import (
 )
 from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint, newest_whole_checkpoint
 from magnetar.engine.cluster import logbook
+from magnetar.engine.cluster.environment import launched_rank
 from magnetar.engine.cluster.signals import Requests
 from magnetar.engine.cluster.start_times import StartTimes
 from magnetar.engine.cluster.watchdog import Watchdog

@@ -22,6 +22,7 @@ from rich.console import Console, RenderableType
 from magnetar.data.errors import UserError
 from magnetar.launchers.terminal.command_line import (
     AT_LEAST_1,
+    COUNT,
     LENGTH_PENALTY,
     CommandParser,
     add_option,
@@ -51,14 +52,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "a prepared folder (default: the run's own)",
     )
     add = partial(add_option, parser)
-    add("--batch-size N", "sequences at once (%(default)s)", int, 16, rule=AT_LEAST_1)
+    add("--batch-size N", "sequences at once (%(default)s)", int, 16, rule=COUNT)
     add("--sequences N", "only the first N sequences (default: all)", int, rule=AT_LEAST_1)
     add("--json", "print one JSON object")
     add = partial(add_option, parser.add_argument_group("for a run that translates"))
     add("--directions FROM-TO", "such as en-de (default: all)", nargs="+")
     what = "sentences of each direction (default: all)"
     add("--max-sentences N", what, int, rule=AT_LEAST_1)
-    add("--beam N", "hypotheses; 1: greedy (4)", int, rule=AT_LEAST_1)
+    add("--beam N", "hypotheses; 1: greedy (4)", int, rule=COUNT)
     add("--length-penalty A", "see magnetar translate (1.0)", float, rule=LENGTH_PENALTY)
     what = "new folder for en-de.translations.txt, en-de.references.txt and so on, for sacrebleu"
     add("--write-translations DIR", what, Path)
@@ -106,20 +107,23 @@ def _translations(options: argparse.Namespace, run: "SavedModel") -> Found:
         scores = evaluate_translation(run.translator, codec, texts, Decoding(**given), progress)
     if options.write_translations is not None:
         _write_translations(options.write_translations, texts, scores)
+    for warning in scores.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     tables = translation_tables(f"Validation split of {prepared.path}, {run.name}", scores)
     answer = {"sample": sample_words(options.max_sentences), **scores.to_dict()}
     return prepared.path, answer, [*tables, *signature_lines(scores)]
 
 
 def _write_translations(folder: Path, texts: "Texts", scores: "TranslationScores") -> None:
+    from magnetar.data.atomic import atomic_folder
     from magnetar.engine.translation.translate import one_line
 
-    folder.mkdir(parents=True)
-    for direction, (_, references) in texts.items():
-        sides = {"translations": scores.translations[direction], "references": references}
-        for name, lines in sides.items():
-            content = "".join(f"{one_line(line)}\n" for line in lines)
-            (folder / f"{'-'.join(direction)}.{name}.txt").write_text(content, encoding="utf-8")
+    with atomic_folder(folder) as made:
+        for direction, (_, references) in texts.items():
+            sides = {"translations": scores.translations[direction], "references": references}
+            for name, lines in sides.items():
+                content = "".join(f"{one_line(line)}\n" for line in lines)
+                (made / f"{'-'.join(direction)}.{name}.txt").write_text(content, encoding="utf-8")
 
 
 def _predictions(options: argparse.Namespace, run: "SavedModel") -> Found:

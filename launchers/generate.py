@@ -7,6 +7,7 @@ magnetar generate runs/quickstart < prompts.txt
 import argparse
 import io
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,9 +15,10 @@ from functools import partial
 from rich.console import Console
 
 from magnetar.data.errors import UserError
-from magnetar.data.text.lines import require_utf8
+from magnetar.data.text.lines import BYTE_ORDER_MARK, require_utf8
 from magnetar.launchers.terminal.command_line import (
     AT_LEAST_1,
+    COUNT,
     SEED,
     TOP_P,
     CommandParser,
@@ -43,23 +45,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = "draw among the likeliest tokens that make up this probability (%(default)s)"
     add("--top-p P", what, float, 0.95, rule=TOP_P)
     add("--seed N", "seed of the draw (%(default)s)", int, 0, rule=SEED)
-    add("--num-samples N", "texts per prompt (%(default)s)", int, 1, rule=AT_LEAST_1)
+    add("--num-samples N", "texts per prompt (%(default)s)", int, 1, rule=COUNT)
     options = parser.parse_args(arguments)
     if options.prompt is not None:
+        options.prompt = options.prompt.removeprefix(BYTE_ORDER_MARK)
         require_utf8(options.prompt, "--prompt", "give it in UTF-8")
         if not options.prompt.strip():
             raise UserError("--prompt is empty: give the beginning of a text to continue")
     return options
 
 
-def prompts_of(prompt: str | None) -> Iterator[str]:
-    """The one prompt, or each line of standard input that is not blank.
+def prompts_of(prompt: str | None) -> Iterator[tuple[str, str]]:
+    """The one prompt, or each line of standard input that is not blank, after what it is called.
 
     Raises:
         UserError: the input has none, or a line that is not UTF-8.
     """
     if prompt is not None:
-        yield prompt
+        yield "--prompt", prompt
         return
     if sys.stdin.isatty():
         print("one prompt a line; Ctrl-D ends", file=sys.stderr)
@@ -67,10 +70,12 @@ def prompts_of(prompt: str | None) -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # judged line by line
     for number, line in enumerate(sys.stdin, start=1):
-        require_utf8(line, f"line {number} of standard input", "save the prompts as UTF-8")
+        where = f"line {number} of standard input"
+        require_utf8(line, where, "save the prompts as UTF-8")
+        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
         if line.strip():
             num_prompts += 1
-            yield line.rstrip("\r\n")
+            yield where, line.rstrip("\r\n")
     if not num_prompts:
         raise UserError('no prompt: give --prompt "TEXT", or lines on standard input')
 
@@ -92,13 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if architecture != "decoder":
         raise UserError(
             f"{options.run} holds an {architecture.replace('_', '-')}, which continues no text: "
-            f"use `magnetar evaluate {options.run}`, or name the run of a decoder"
+            f"use `magnetar evaluate {shlex.quote(str(options.run))}`, or name the run of a decoder"
         )
     console = Console(highlight=False)
     tokenizer, model = run.tokenizer, run.model
     assert isinstance(model, Transformer)
-    for prompt in prompts_of(options.prompt):
+    for where, prompt in prompts_of(options.prompt):
         ids = tokenizer.encode(prompt)
+        if not ids:
+            raise UserError(
+                f"{where} has no token in this vocabulary, which drops all of its characters: give "
+                "a prompt with letters"
+            )
         tokens = sample(
             model,
             torch.tensor([ids] * options.num_samples, device=run.device),

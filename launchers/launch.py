@@ -10,14 +10,25 @@ Options may also be written with hyphens: --num-gpus.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from magnetar.data.errors import UserError
 from magnetar.engine.cluster.arguments import sealed
-from magnetar.engine.cluster.hosts import free_port
+from magnetar.engine.cluster.environment import refuse_other_launchers
+from magnetar.engine.cluster.hosts import (
+    MOST_SLOTS,
+    LaunchOptions,
+    free_port,
+    path_of_programs,
+    read_hostfile,
+    require_known,
+    shell_words,
+)
 from magnetar.engine.config.schema import load_config
 from magnetar.launchers.terminal.command_line import (
     CommandParser,
@@ -51,10 +62,12 @@ def add_launcher_options(parser: argparse.ArgumentParser, module: str) -> None:
     add("-i --include INCLUDE", "hosts and slots to use, such as node-1@node-2:0,2", str, "")
     add("-e --exclude EXCLUDE", "hosts and slots to leave out, in the same syntax", str, "")
     add("--num_nodes N", "only the first N hosts", positive)
-    add("--num_gpus --num_accelerators N", "ranks on each host", positive)
+    ranks = partial(whole_number, least=1, most=MOST_SLOTS)
+    add("--num_gpus --num_accelerators N", "ranks on each host", ranks)
+    port = partial(whole_number, least=1, most=2**16 - 1)
     add("--master_addr ADDRESS", "address of rank 0's machine (default: found)")
-    add("--master_port PORT", "port of rank 0's machine (default: a free one)", positive)
-    add("--ssh_port PORT", "port that ssh connects to", positive)
+    add("--master_port PORT", "port of rank 0's machine (default: a free one)", port)
+    add("--ssh_port PORT", "port that ssh connects to", port)
     add("--force_multi", "use ssh even for a single host")
     add("-q --quiet", "print only the launcher's errors")
     for name in FLAGS:
@@ -83,11 +96,30 @@ def handed_on(options: argparse.Namespace) -> list[str]:
 
 
 def refuse_contradictions(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End the program with status 2 if options choose the ranks in two ways."""
+    """Refuse what the launcher would read in another way, or not at all.
+
+    Options that choose the ranks in two ways end the program with status 2.
+
+    Raises:
+        UserError: --include, --exclude or --num_nodes do not fit the hostfile or the GPUs.
+    """
     if options.include and options.exclude:
         parser.error("--include and --exclude contradict each other: use one of them")
     if (options.include or options.exclude) and (options.num_nodes or options.num_gpus):
         parser.error("--include and --exclude do not go with --num_nodes and --num_gpus")
+    shell_words("--launcher_args", options.launcher_args or "")
+    if options.hostfile is None and _HOSTFILE.is_file():
+        options.hostfile = _HOSTFILE
+    if options.hostfile is not None:
+        hosts = read_hostfile(options.hostfile)
+        require_known(hosts, options.include, options.exclude)
+        if options.num_nodes and options.num_nodes > len(hosts):
+            raise UserError(
+                f"--num_nodes {options.num_nodes}: {options.hostfile} names {len(hosts)}: add "
+                "lines to it, or ask for no more"
+            )
+    elif options.num_nodes and options.num_nodes > 1:
+        raise UserError(f"--num_nodes {options.num_nodes} needs --hostfile, which names them")
 
 
 def parse_arguments(arguments: Sequence[str] | None, command: str) -> argparse.Namespace:
@@ -116,26 +148,51 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def _require_gpus(options: argparse.Namespace, num_gpus: int) -> None:
+    """Refuse GPUs of this machine that are not there, or named as DeepSpeed cannot read them."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if options.include or options.exclude:
+        if num_gpus == 0:
+            raise UserError(
+                "--include and --exclude choose GPUs, and this machine has none: use --num_gpus "
+                "for a number of processes, or --hostfile"
+            )
+        require_known({"localhost": num_gpus}, options.include, options.exclude)
+    elif num_gpus and options.num_gpus is None and not re.fullmatch(r"[\d,]*", devices):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={devices}: DeepSpeed's launcher reads numbers alone: use those "
+            "of nvidia-smi, such as 0,1"
+        )
+
+
 def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[str], dict[str, str]]:
     """The command line that starts DeepSpeed's launcher, and the variables that it adds.
 
     Raises:
-        UserError: the JSON is wrong, as far as that is known before the ranks start.
+        UserError: the JSON, the machines or the GPUs are wrong, as far as that is known before the
+            ranks start.
     """
     words = [sys.executable, "-m", "deepspeed.launcher.runner"]
     config = load_config(options.config, options.set)
+    if not options.no_ssh:
+        refuse_other_launchers(f"magnetar {command}")
     variables: dict[str, str] = {}
     num_ranks, port = options.num_gpus, options.master_port
-    is_here = options.hostfile is None and not _HOSTFILE.is_file()
-    if is_here and not options.include and not options.exclude:
+    if options.hostfile is None:
         num_gpus = _num_gpus()
+        _require_gpus(options, num_gpus)
         if num_gpus == 0:
             variables["DS_ACCELERATOR"] = "cpu"
             # The fewest that the model can be spread over as its JSON says.
             num_ranks = num_ranks or (config.model.moe.ep_size if config.model.moe else 1)
-        load_config(options.config, options.set, num_ranks or num_gpus)
-    if is_here:
+        if not options.include and not options.exclude:
+            load_config(options.config, options.set, num_ranks or num_gpus)
         port = port or free_port()
+    else:
+        names = ("hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_addr")
+        given = {name: getattr(options, name) for name in (*names, "force_multi")}
+        slots = LaunchOptions(**given, passed=tuple(handed_on(options))).slots()
+        load_config(options.config, options.set, sum(map(len, slots.values())))
     if options.log_level is None and not options.quiet:
         options.log_level = "error"  # DeepSpeed tells its whole command line otherwise
     given = {**vars(options), "num_gpus": num_ranks, "master_port": port}
@@ -153,10 +210,9 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
 def _start(command: str, arguments: Sequence[str] | None) -> NoReturn:
     """Become the launcher. Programs beside this Python, such as ninja, are found first."""
     words, variables = launcher_command(parse_arguments(arguments, command), command)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(words[0], words, {**os.environ, **variables, "PATH": path})
+    os.execvpe(words[0], words, {**os.environ, **variables, "PATH": path_of_programs()})
 
 
 @user_errors()

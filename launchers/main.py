@@ -1,12 +1,14 @@
 """The command `magnetar`: one program, a subcommand for each thing that it does."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from magnetar import __version__
 from magnetar.launchers.terminal.command_line import nearest
+from magnetar.launchers.terminal.user_errors import user_errors
 
 # name: function (of a module of this folder) that runs it, and what the overview says of it
 COMMANDS = {
@@ -45,6 +47,7 @@ def overview() -> str:
     )
 
 
+@user_errors()
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if words[0] == "--version":
         print(f"magnetar {__version__}")
         sys.exit(0)
+    os.environ.pop("LOCAL_RANK", None)  # left in a shell, it would silence messages as of a rank
     name, *rest = words
     if name not in COMMANDS:
         near = nearest(name, COMMANDS)

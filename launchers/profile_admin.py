@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from magnetar.launchers.terminal.defects import reports_in
+from magnetar.launchers.terminal.output import let_no_print_fail
 from magnetar.launchers.terminal.user_errors import user_errors
 from magnetar.launchers.train import launched_config, parse_arguments
 
@@ -16,11 +17,12 @@ from magnetar.launchers.train import launched_config, parse_arguments
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check everything, then join the other ranks, profile and print."""
+    let_no_print_fail()
     options = parse_arguments(arguments, "magnetar.launchers.profile_admin", __doc__)
     config, world_size = launched_config(options)
     from magnetar.engine.admin.measure import profile
     from magnetar.engine.admin.profile import profile_path, require_admin
-    from magnetar.engine.build import launched_rank
+    from magnetar.engine.cluster.environment import launched_rank
     from magnetar.engine.cluster.process_groups import leave_distributed
     from magnetar.engine.prepare_run import resolve_run
 

@@ -32,6 +32,15 @@ fail() {
   exit 2
 }
 
+# number NAME LEAST [MOST]: the variable NAME holds a whole number in this range.
+number() {
+  case ${!1-} in
+    '' | *[!0-9]* | ???????????*) fail "$1=${!1-} must be a whole number from $2: Slurm sets it, or you do" ;;
+  esac
+  [ $((10#${!1})) -ge "$2" ] && [ $((10#${!1})) -le "${3:-9999999999}" ] ||
+    fail "$1=${!1} must be a whole number from $2${3:+ to $3}: Slurm sets it, or you do"
+}
+
 # An address of the first node that the others can reach; names often mean 127.0.1.1 at home.
 first_address() {
   local name
@@ -53,13 +62,17 @@ if [ ! -f $script ]; then # no checkout: the installed package, since sbatch sta
   script=$room/slurm.sh
   [ -f "$script" ] || fail "$python has no magnetar: start it in Magnetar's folder, or install the package"
 fi
+number SLURM_JOB_ID 0
+[ -z "${SLURM_NNODES-}" ] || number SLURM_NNODES 1
+[ -z "${SLOTS-}" ] || number SLOTS 1 9999
 [ -n "${SLURM_JOB_NODELIST:-}" ] || fail "SLURM_JOB_NODELIST is not set, which Slurm does in a job"
 if [ -z "${MASTER_ADDR:-}" ]; then
   MASTER_ADDR=$(first_address) || true
   [ -n "$MASTER_ADDR" ] || fail "the first node of $SLURM_JOB_NODELIST has no address here: set MASTER_ADDR"
 fi
 export MASTER_ADDR
-export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + 10#$SLURM_JOB_ID % 12000))}
+number MASTER_PORT 1 65535
 
 if [ -z "${SLURM_STEP_ID:-}" ]; then # sbatch: the file itself, once
   # When a rank has failed the others end by themselves, with a status that says more than that of a
@@ -69,9 +82,15 @@ if [ -z "${SLURM_STEP_ID:-}" ]; then # sbatch: the file itself, once
 fi
 
 [ -n "${SLURM_STEP_TASKS_PER_NODE:-}" ] || fail "SLURM_STEP_TASKS_PER_NODE is not set, which srun does"
+part='[1-9][0-9]{0,3}(\(x[1-9][0-9]{0,4}\))?'
+[[ $SLURM_STEP_TASKS_PER_NODE =~ ^$part(,$part)*$ ]] ||
+  fail "SLURM_STEP_TASKS_PER_NODE=$SLURM_STEP_TASKS_PER_NODE is not tasks of nodes, such as 8(x2),4: srun sets it"
 # Tasks of each node: "8(x2),4" is 8 8 4.
 tasks=($(awk -v RS=, '{ n = split($0, part, /[(x)]+/)
   for (i = 0; i < (n > 1 ? part[2] : 1); i++) print part[1] }' <<< "$SLURM_STEP_TASKS_PER_NODE"))
+all=0
+for count in "${tasks[@]}"; do all=$((all + count)); done
+number SLURM_NODEID 0 $((${#tasks[@]} - 1))
 
 if [ "${tasks[0]}" -eq 1 ] && [ "${SLOTS:-1}" -gt 1 ]; then
   trap '' USR1 # it would end the launcher; ranks take it all the same
@@ -84,6 +103,10 @@ if [ "${tasks[0]}" -eq 1 ] && [ "${SLOTS:-1}" -gt 1 ]; then
   exit
 fi
 
+number SLURM_NTASKS $all $all
+number SLURM_PROCID 0 $((all - 1))
+number SLURM_LOCALID 0 $((tasks[SLURM_NODEID] - 1))
+number SLURM_NNODES ${#tasks[@]} ${#tasks[@]}
 devices=${CUDA_VISIBLE_DEVICES:-}
 if [ -n "$devices" ] && [ "$(tr ',' '\n' <<< "$devices" | wc -l)" -lt "${tasks[SLURM_NODEID]}" ]; then
   fail "a task sees GPUs $devices, and the node has ${tasks[SLURM_NODEID]} tasks: give each all of \

@@ -28,6 +28,7 @@ from magnetar.launchers.terminal.command_line import (
     take_config,
     whole_number,
 )
+from magnetar.launchers.terminal.output import let_no_print_fail
 from magnetar.launchers.terminal.user_errors import user_errors
 
 
@@ -68,6 +69,7 @@ def _seconds(text: str) -> float:
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Supervise; the status of the last start that was not restarted."""
+    let_no_print_fail()
     return Supervisor(parse_arguments(arguments)).run()
 
 

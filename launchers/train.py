@@ -7,7 +7,6 @@ deepspeed [--hostfile H] launchers/train.py --deepspeed_config JSON
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,10 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(_ROOM if (_ROOM / "magnetar").is_dir() else _ROOM.parent)
 
 from magnetar.engine.cluster.arguments import opened
+from magnetar.engine.cluster.environment import launched_world_size
 from magnetar.launchers.terminal.command_line import CommandParser, add_config_options, take_config
 from magnetar.launchers.terminal.defects import reports_in
+from magnetar.launchers.terminal.output import let_no_print_fail
 from magnetar.launchers.terminal.user_errors import user_errors
 
 if TYPE_CHECKING:
@@ -44,15 +45,14 @@ def launched_config(options: argparse.Namespace) -> "tuple[RunConfig, int]":
     """The run's config, checked for the ranks that were started with this one; their number."""
     from magnetar.engine.config.schema import load_config
 
-    # Set by deepspeed and torchrun, by Open MPI, by MPICH; by nobody for a single process.
-    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    world_size = next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    world_size = launched_world_size()
     return load_config(options.config, options.set, world_size), world_size
 
 
 @user_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check everything, then join the other ranks and train."""
+    let_no_print_fail()
     from magnetar.engine.cluster.start_times import StartTimes
 
     times = StartTimes()

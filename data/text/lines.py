@@ -19,7 +19,7 @@ def sentences_of(text: str | None, files: Sequence[Path]) -> list[str] | None:
     """
     if text is not None:
         require_utf8(text, "--text", "give it in UTF-8")
-        return text.split("\n")
+        return text.removeprefix(BYTE_ORDER_MARK).split("\n")
     if not files:
         return None
     found: list[str] = []

@@ -8,6 +8,7 @@ manifest.json                      sizes, checksums, and the settings that made 
 """
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,7 +192,8 @@ def read_manifest(path: Path) -> Manifest:
         )
     if not path.is_dir():
         raise UserError(
-            f"prepared folder {path} does not exist: run `magnetar prepare --out {path} ...` first"
+            f"prepared folder {path} does not exist: run `magnetar prepare --out "
+            f"{shlex.quote(str(path))} ...` first"
         )
     file = path / "manifest.json"
     if not file.is_file():

@@ -5,6 +5,7 @@ is asked for: first the config, then names and shapes of tensors, then the tenso
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -123,9 +124,10 @@ class SavedModel:
             UserError: if the model has learnt pairs, or the weights come from no run.
         """
         if self.has_learnt_pairs:
+            named = shlex.quote(str(self.named))
             raise UserError(
-                f"{self.named} has learnt sentence pairs: use `magnetar translate {self.named} "
-                f"--from A --to B`, or `magnetar evaluate {self.named}`"
+                f"{self.named} has learnt sentence pairs: use `magnetar translate {named} "
+                f"--from A --to B`, or `magnetar evaluate {named}`"
             )
         if self.run_config is None:
             raise UserError(
@@ -320,9 +322,10 @@ class SavedModel:
         is_encoder_decoder = self.config.architecture == "encoder_decoder"
         if not (self.has_learnt_pairs if self.about else is_encoder_decoder):
             use = "generate" if self.config.architecture == "decoder" else "evaluate"
+            command = shlex.join(["magnetar", use, str(self.named)])
             raise UserError(
                 f"{self.named} is no translation run: a model that translates has learnt sentence "
-                f"pairs (data.pairs): use `magnetar {use} {self.named}`, or name another run"
+                f"pairs (data.pairs): use `{command}`, or name another run"
             )
         languages = tagged_languages(self.tokenizer)
         if not languages:

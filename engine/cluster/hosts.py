@@ -15,10 +15,13 @@ from pathlib import Path
 from magnetar.data.errors import UserError
 from magnetar.engine.cluster.arguments import require_plain_surroundings, sealed
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")  # as DeepSpeed reads it
+# As DeepSpeed reads it, whose slots have any number of digits, and anything after them.
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,4})(?!\S)")
+MOST_SLOTS = 9999  # of a machine
 # What ssh and pdsh take for a host, and for nothing else: -oProxyCommand=... would be a command to
 # run here, exec:HOST another one, and node[1-4] four hosts where DeepSpeed counts one.
 _NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.-]*", re.ASCII)
+_SLOTS = re.compile(r"[0-9]{1,4}(,[0-9]{1,4})*")
 _SECONDS_TO_ANSWER = 5
 _FOR_OTHER_MACHINES = ("--venv_script", "--enable_each_rank_log")  # paths that the launcher sends
 
@@ -130,7 +133,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = _LINE.match(line)
         if match is None or match[1] in hosts:
             what = "is named twice" if match else "is not `host slots=N`"
-            raise UserError(f"--hostfile {path}, line {number}: {line!r} {what}: mend the line")
+            shown = line if len(line) < 80 else f"{line[:80]}..."
+            raise UserError(
+                f"--hostfile {path}, line {number}: {shown!r} {what}: mend the line; N is a "
+                f"whole number up to {MOST_SLOTS}"
+            )
         if _NAME.fullmatch(match[1]) is None:
             raise UserError(
                 f"--hostfile {path}, line {number}: {match[1]!r} is not the name of one host: use "
@@ -148,18 +155,57 @@ def chosen_slots(
 ) -> dict[str, list[int]]:
     """Host -> its slots that take part, as DeepSpeed reads --include and --exclude.
 
-    Unknown hosts in the two texts are ignored: they may have been removed from the hostfile since.
+    Hosts and slots that the hostfile has not are ignored: they may have been taken out of it since.
+    `require_known` refuses them at the beginning.
+
+    Raises:
+        UserError: a part of the text is not `HOST` or `HOST:SLOT,SLOT`.
     """
-    named: dict[str, list[int]] = {}
-    for part in filter(None, (include or exclude).split("@")):
-        host, _, numbers = part.partition(":")
-        given = map(int, numbers.split(",")) if numbers else range(hosts.get(host, 0))
-        named.setdefault(host, []).extend(given)
-    slots = {
-        host: [slot for slot in range(count) if (slot in named.get(host, ())) == bool(include)]
-        for host, count in hosts.items()
-    }
+    named = _named_slots(include, exclude)
+    slots: dict[str, list[int]] = {}
+    for host, count in hosts.items():
+        chosen = named.get(host, ()) or range(count if host in named else 0)
+        slots[host] = [slot for slot in range(count) if (slot in chosen) == bool(include)]
     return {host: left for host, left in slots.items() if left}
+
+
+def require_known(hosts: Mapping[str, int], include: str, exclude: str) -> None:
+    """Refuse --include or --exclude of hosts or slots that are not there.
+
+    Raises:
+        UserError: naming the option, the part and the hosts that there are.
+    """
+    option = "--include" if include else "--exclude"
+    for host, slots in _named_slots(include, exclude).items():
+        if host not in hosts:
+            raise UserError(f"{option}: no host {host!r} is there: name some of {', '.join(hosts)}")
+        for slot in slots:
+            if slot >= hosts[host]:
+                raise UserError(
+                    f"{option} {host}:{slot}: {host} has slots={hosts[host]}, numbered from 0: "
+                    "name one below that, or leave the slots out for all of them"
+                )
+
+
+def _named_slots(include: str, exclude: str) -> dict[str, list[int]]:
+    """Host -> its slots in the text of --include or --exclude; none for all of its slots."""
+    named: dict[str, list[int]] = {}
+    option = "--include" if include else "--exclude"
+    for part in (include or exclude).split("@") if include or exclude else ():
+        host, colon, numbers = part.partition(":")
+        if not _SLOTS.fullmatch(numbers if colon else "0") or not host:
+            raise UserError(
+                f"{option} {include or exclude!r}: {part!r} is not HOST or HOST:SLOT,SLOT, where a "
+                "slot is a whole number: write node-1@node-2:0,2, say"
+            )
+        slots = [int(number) for number in numbers.split(",")] if colon else []
+        if host in named and not (slots and named[host]):
+            raise UserError(
+                f"{option} {include or exclude!r} names {host!r} twice, once for all of its slots: "
+                "name it once"
+            )
+        named[host] = [*named.get(host, ()), *slots]
+    return named
 
 
 def free_port() -> int:
@@ -174,9 +220,21 @@ def path_of_programs() -> str:
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+def shell_words(name: str, text: str) -> list[str]:
+    """The words of a variable or an option that holds a part of a command line.
+
+    Raises:
+        UserError: a quote in it does not end.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{name}={text}: {error}: end the quote, or leave it out") from None
+
+
 def ssh_command(host: str, words: Sequence[str], port: int | None = None) -> list[str]:
     """The ssh command that runs words on a host with pdsh's options, without a password prompt."""
-    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    options = shell_words("PDSH_SSH_ARGS_APPEND", os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     options += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SECONDS_TO_ANSWER}"]
     if port is not None:
         options += ["-p", str(port)]

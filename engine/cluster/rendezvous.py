@@ -20,6 +20,7 @@ import psutil
 import torch.distributed as dist
 
 from magnetar.data.errors import MachineError, UserError
+from magnetar.engine.cluster.environment import launched_local_size, own_error
 
 _SCHEME = "magnetar"
 # A rank that was just killed may still hold the port for this long.
@@ -27,6 +28,7 @@ _SECONDS_FOR_THE_PORT = 10.0
 # Ranks start together, but a machine may have to read every package from a slow disk first.
 _TIME_TO_MEET = timedelta(minutes=10)
 _BACKLOG = 4096
+_WORLD_SIZE = "magnetar/world_size"  # key of the store
 
 
 _store: dist.TCPStore | None = None  # this rank's connection; on rank 0 also the server
@@ -62,32 +64,25 @@ def leave_rendezvous() -> None:
     _store = None
 
 
-def launched_local_size() -> int:
-    """Number of ranks on this machine by the environment; all ranks if it does not say.
-
-    deepspeed, torchrun, Open MPI and MPICH set it.
-    """
-    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-    found = next((os.environ[name] for name in names if name in os.environ), None)
-    return int(found or os.environ["WORLD_SIZE"])
-
-
 def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
     """The handler for torch.distributed: yields store, rank and world size."""
     global _store
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    is_ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if rank == 0 and is_ours:
         _store = _serve(host, port, world_size)
     else:
         try:
-            _store = dist.TCPStore(host, port, world_size, False, min(timeout, _TIME_TO_MEET))
+            _store = dist.TCPStore(host, port, None, False, min(timeout, _TIME_TO_MEET))
         except dist.DistError as error:
             raise MachineError(
                 f"rank {rank} on {socket.gethostname()} did not meet rank 0 at {host}:{port}: it "
                 "has not started, or it cannot be reached (a firewall, another network): "
                 f"{str(error).splitlines()[0]}"
             ) from None
+        if is_ours:
+            _require_own_place(_store, rank, world_size)
     _store.set_timeout(timeout)
     _choose_network(_store.host, _store.port)
     yield _store, rank, world_size
@@ -100,14 +95,41 @@ def _serve(host: str, port: int, world_size: int) -> dist.TCPStore:
     address, port = listener.getsockname()[:2]
     descriptor = listener.detach()  # it is the store's, which closes it
     try:
-        return dist.TCPStore(
-            address, port, world_size, True, _TIME_TO_MEET, master_listen_fd=descriptor
+        store = dist.TCPStore(
+            *(address, port, None, True, _TIME_TO_MEET), False, master_listen_fd=descriptor
         )
+        store.set(_WORLD_SIZE, str(world_size))
+        if world_size > 1:
+            store.wait([_place(rank) for rank in range(1, world_size)], _TIME_TO_MEET)
+        return store
     except dist.DistError as error:
         raise MachineError(
             f"not all {world_size} ranks reached {address}:{port} within "
             f"{_TIME_TO_MEET}: {str(error).splitlines()[0]}"
         ) from None
+
+
+def _place(rank: int) -> str:
+    return f"magnetar/rank_{rank}"
+
+
+def _require_own_place(store: dist.TCPStore, rank: int, world_size: int) -> None:
+    """Refuse a rank that another process has, or another number of ranks than rank 0's.
+
+    Raises:
+        UserError: naming the variable. Otherwise all ranks would wait for one that is not there.
+    """
+    theirs = int(store.get(_WORLD_SIZE))
+    if theirs != world_size:
+        raise own_error(
+            f"WORLD_SIZE={world_size} on rank {rank} and {theirs} on rank 0: start all ranks with "
+            "one launcher, or set one number"
+        )
+    if store.add(_place(rank), 1) > 1:
+        raise own_error(
+            f"RANK={rank} is that of another process, too: start all ranks with one launcher, or "
+            f"give each its own from 0 to {world_size - 1}"
+        )
 
 
 def _listening_socket(host: str, port: int, world_size: int) -> socket.socket:

@@ -1,5 +1,6 @@
 """Findings in the machines' reports, each with its remedy."""
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,7 +247,7 @@ def _jit(machines: Sequence[Machine], wanted: Wanted) -> _Found:
             f"{path} is {lock['seconds'] / 60:.0f} minutes old and no process holds it: every run "
             "that compiles this waits forever"
         )
-        yield machine, "problem", text, f"rm {path}"
+        yield machine, "problem", text, f"rm {shlex.quote(path)}"
     for machine in machines if wanted.compiles else ():
         told = machine.report["machine"] or {"programs": {}, "variables": {}}
         for program, package in (("ninja", "pip install ninja"), ("c++", "apt install g++")):

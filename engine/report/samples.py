@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,8 @@ def finish(
             console.print(each)
         for line in signature_lines(scores):
             console.print(line, soft_wrap=True, markup=False)
+        for warning in scores.warnings:
+            console.print(f"warning: {warning}", soft_wrap=True, markup=False)
         console.print()
     if texts:
         console.print(f"{title}\n", style="bold", markup=False)
@@ -157,14 +160,17 @@ def closing_lines(
         "metrics": f"{run_dir}/metrics.jsonl, {run_dir}/summary.json",
     }
     if has_tensorboard:
-        lines["curves"] = f"{programs}tensorboard --logdir {run_dir}/tensorboard"
-    if is_saved and architecture == "decoder":
-        lines["next"] = f'{programs}magnetar generate {run_dir} --prompt "My fellow citizens"'
-    elif is_saved and directions:
-        source, target = directions[0]
-        lines["next"] = f"{programs}magnetar translate {run_dir} --from {source} --to {target}"
-    elif is_saved:
-        lines["next"] = f"{programs}magnetar evaluate {run_dir}"
+        command = [f"{programs}tensorboard", "--logdir", f"{run_dir}/tensorboard"]
+        lines["curves"] = shlex.join(command)
+    if is_saved:
+        if architecture == "decoder":
+            command = ["generate", str(run_dir), "--prompt", "My fellow citizens"]
+        elif directions:
+            source, target = directions[0]
+            command = ["translate", str(run_dir), "--from", source, "--to", target]
+        else:
+            command = ["evaluate", str(run_dir)]
+        lines["next"] = shlex.join([f"{programs}magnetar", *command])
     return lines
 
 

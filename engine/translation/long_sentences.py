@@ -44,7 +44,7 @@ def fit(
     """Token ids of texts that are to be translated, none of more than max_len tokens.
 
     Args:
-        texts: one sentence each; an empty one, or one of spaces only, has no ids.
+        texts: one sentence each; one that is empty, or has no token of its own, has no ids.
         codec: the model's vocabulary.
         target: target language.
         max_len: positions of the encoder, with those of the tag and the end.
@@ -54,12 +54,14 @@ def fit(
     Raises:
         UserError: a sentence is longer and is to be refused, or the language is unknown.
     """
-    found = Fitted([], [], [])
+    found, nothing = Fitted([], [], []), codec.source_ids("", target)
     for number, text in enumerate(texts):
         text = text.strip()
         if not text:
             continue
         ids = codec.source_ids(text, target)
+        if ids == nothing:  # the vocabulary drops all of its characters
+            continue
         parts = [ids]
         if len(ids) > max_len:
             found.too_long.append(number)

@@ -169,6 +169,12 @@ class DirectionScore(NamedTuple):
     num_sentences: int
 
 
+def has_no_blanks(texts: Iterable[str]) -> bool:
+    """Whether most of the texts that are not empty are written without blanks."""
+    written = [text.strip() for text in texts if text.strip()]
+    return sum(len(text.split()) == 1 for text in written) * 2 > len(written)
+
+
 @dataclass(frozen=True)
 class TranslationScores:
     """Scores of translations.
@@ -181,6 +187,7 @@ class TranslationScores:
         num_truncated: number of sources that were longer than the model's positions.
         examples: the first source, its reference and its translation, by direction.
         translations: all translations, by direction.
+        warnings: sentences about directions whose BLEU says little.
     """
 
     directions: dict[tuple[str, str], DirectionScore]
@@ -190,6 +197,7 @@ class TranslationScores:
     num_truncated: int
     examples: dict[tuple[str, str], tuple[str, str, str]]
     translations: dict[tuple[str, str], list[str]]
+    warnings: Sequence[str] = ()
 
     @property
     def bleu(self) -> float:
@@ -266,14 +274,27 @@ def evaluate_translation(
     for (direction, number), translation in zip(owners, translations, strict=True):
         answers[direction][number] = one_line(codec.decode(translation.tokens))
     chrf, signatures = sacrebleu.CHRF(), dict[str, str]()
-    scores, examples = {}, {}
+    scores, examples, warnings = {}, {}, []
     for direction, (sources, references) in texts.items():
         found, tokenizer = answers[direction], bleu_tokenizer(direction[1])
+        if tokenizer == "13a" and has_no_blanks(references):
+            warnings.append(
+                f"BLEU of {'-'.join(direction)} says little: most references have no blanks, and "
+                f"its tokenizer 13a takes each for one word. Name the language {direction[1]!r} by "
+                "its code, such as zh, ja or th, when you prepare the pairs, or look at chrF"
+            )
         bleu = sacrebleu.BLEU(tokenize=tokenizer)
         values = [one.corpus_score(found, [list(references)]).score for one in (bleu, chrf)]
         scores[direction] = DirectionScore(values[0], values[1], len(sources))
         signatures[tokenizer] = str(bleu.get_signature())
         examples[direction] = sources[0], references[0], found[0]
     return TranslationScores(
-        scores, signatures, str(chrf.get_signature()), decoding, num_truncated, examples, answers
+        scores,
+        signatures,
+        str(chrf.get_signature()),
+        decoding,
+        num_truncated,
+        examples,
+        answers,
+        warnings,
     )

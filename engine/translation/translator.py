@@ -1,8 +1,10 @@
 """Lines through a translation model, window by window."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from magnetar.data.errors import UserError
 from magnetar.engine.checkpoint.open_run import SavedModel
 from magnetar.engine.translation.long_sentences import TooLong, fit, told
 from magnetar.engine.translation.translate import Decoding, joined, one_line, translate_ids
@@ -49,6 +51,8 @@ class Translator:
             ids.append(first + number + PARTS * seen[number])
             seen[number] += 1
         found = translate_ids(model, codec, fitted.ids, self.decoding, progress, ids)
+        if not all(math.isfinite(translation.score) for translation in found):
+            raise UserError("the model's logits are NaN or infinite: use an earlier checkpoint")
         for number, translation in zip(fitted.sentence, found, strict=True):
             parts[number].append(one_line(codec.decode(translation.tokens)))
         self.num_done += len(texts)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,6 +49,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
 Rule = tuple[Callable[[Any], bool], str]  # what holds of a value, and what it must be in words
 AT_LEAST_1: Rule = (lambda value: value >= 1, "at least 1")
+COUNT: Rule = (lambda value: 1 <= value < 2**31, "at least 1 and less than 2^31")  # of rows
 LENGTH_PENALTY: Rule = (
     lambda value: 0 <= value <= 10,  # what n tokens are raised to must stay a number
     "0 to 10: 0 compares plain probabilities, 1 those of a token",
@@ -168,14 +170,16 @@ def given_values(options: argparse.Namespace, names: Iterable[str]) -> dict[str,
     return {name: value for name, value in values.items() if value is not None}
 
 
-def whole_number(text: str, least: int) -> int:
-    """A whole number of at least `least`.
+def whole_number(text: str, least: int, most: int | None = None) -> int:
+    """A whole number of at least `least`, and no more than `most`.
 
     Raises:
         argparse.ArgumentTypeError: the text is anything else.
     """
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+    is_one = re.fullmatch("[0-9]{1,18}", text) is not None and int(text) >= least
+    if not is_one or (most is not None and int(text) > most):
+        range_ = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text} is no whole number {range_}")
     return int(text)
 
 

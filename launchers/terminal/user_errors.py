@@ -18,6 +18,7 @@ from magnetar.launchers.terminal.defects import (
     is_first_to_fail,
     write_report,
 )
+from magnetar.launchers.terminal.output import prepare_output
 
 
 def quiet_deepspeed() -> None:
@@ -70,15 +71,17 @@ def _ranks_have_joined() -> bool:
 
 
 def _say(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # nobody reads it: the status is all that is left to say
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int) -> NoReturn:
     if _ranks_have_joined():
         # Other ranks may wait in a collective, so the groups cannot be left in order, and Python's
         # own ending may abort: see engine.cluster.process_groups.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(status)
     raise SystemExit(status) from None
 
@@ -136,8 +139,13 @@ def user_errors() -> Iterator[None]:
     kills everybody as soon as one rank has ended, and that must not be the rank that prints. What
     concerns one rank alone (damaged data that it reads, no space on its disk) that rank prints.
     """
+    prepare_output()
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # of --help, say
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()  # or a closed pipe would be found when it is too late to say so
     except KeyboardInterrupt:
         _leave(130)

@@ -371,7 +371,9 @@ def drawn(log_probs: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         (B, 1) int64.
     """
-    logits = (log_probs.double() / sampling.temperature).log_softmax(-1)
+    # Below 0, so that no temperature divides all of them to infinity.
+    below = log_probs.double() - log_probs.amax(-1, keepdim=True)
+    logits = (below / sampling.temperature).log_softmax(-1)
     if sampling.top_p < 1:
         falling = logits.exp().sort(descending=True).values
         # Keep a token if those before it have not yet reached top_p: the first always stays.

@@ -6,6 +6,7 @@ Letters: B batch, T tokens of the prompt, V vocab_size.
 import torch
 from torch import Tensor
 
+from magnetar.data.errors import UserError
 from magnetar.models.layers.attention import Cache
 from magnetar.models.transformer import Transformer
 
@@ -46,6 +47,8 @@ def sample(
         if cache is None:
             unseen = tokens[:, -model.max_len :]
         logits = model(unseen, cache=cache).logits[:, -1].float()  # (B, V)
+        if not logits.amax(-1).isfinite().all():
+            raise UserError("the model's logits are NaN or infinite: use an earlier checkpoint")
         unseen = _draw(logits, temperature, top_p, generator)
         tokens = torch.cat([tokens, unseen], dim=1)
     model.train(was_training)
@@ -56,7 +59,10 @@ def _draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
     """(B, V) float32 -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    # In float64 and below 0, so that no temperature divides to infinity or by float32's zero.
+    logits = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).float()
+    probs, order = logits.softmax(-1).sort(descending=True, stable=True)
     # Keep a token if those before it have not yet reached top_p: the first always stays.
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    before = probs.cumsum(-1) - probs
+    probs = probs.masked_fill((before > 0) & (before >= top_p), 0.0)
     return order.gather(-1, probs.multinomial(1, generator=generator))

@@ -91,7 +91,10 @@ class Started(Exception):
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], dict[str, str]]]:
     """What `magnetar train` would become: the words after the module's name, and variables."""
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    # A hostfile's machines are looked for, and the folder is handed to their shells.
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(launch, "_num_gpus", lambda: 0)
     monkeypatch.setattr(launch, "free_port", lambda: 1234)
 
@@ -138,9 +141,13 @@ def test_what_a_shell_would_change_reaches_the_ranks_as_it_was_given(started: Ca
     assert (options.config, options.set) == (Path(QUICK), settings)
 
 
-def test_with_a_hostfile_the_hosts_and_the_launcher_decide(started: Callable) -> None:
-    words, variables = started("--deepspeed_config", QUICK, "-H", "hosts", "--include", "a@b")
-    assert words[:4] == ["--hostfile", "hosts", "--include", "a@b"]
+def test_with_a_hostfile_the_hosts_and_the_launcher_decide(
+    started: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\nc slots=1\n")
+    hosts = str(tmp_path / "hosts")
+    words, variables = started("--deepspeed_config", QUICK, "-H", hosts, "--include", "a@b")
+    assert words[:4] == ["--hostfile", hosts, "--include", "a@b"]
     assert "--num_gpus" not in words
     assert "--master_port" not in words
     assert variables == {}
@@ -158,6 +165,54 @@ def test_with_gpus_the_launcher_takes_all_of_them(
         started("quickstart")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--include a:0-1", "--include 'a:0-1': 'a:0-1' is not HOST or HOST:SLOT,SLOT"),
+        ("--include a:0.1", "'a:0.1' is not HOST"),
+        ("--include a:0,", "'a:0,' is not HOST"),
+        ("--include a:", "'a:' is not HOST"),
+        ("--include a@", "'' is not HOST"),
+        ("--include :0", "':0' is not HOST"),
+        ("--include a:x", "'a:x' is not HOST"),
+        ("--exclude a:-1", "--exclude 'a:-1': 'a:-1' is not HOST"),
+        ("--include a:2", "--include a:2: a has slots=2, numbered from 0: name one below that"),
+        ("--include a:99999999999999999999", "is not HOST or HOST:SLOT,SLOT"),
+        ("--include node-9", "--include: no host 'node-9' is there: name some of a, b"),
+        ("--exclude a@c", "--exclude: no host 'c' is there: name some of a, b"),
+        ("--include a@a:1", "names 'a' twice, once for all of its slots: name it once"),
+        ("--exclude a@b", "leave no slot of"),
+        ("--num_nodes 3", "--num_nodes 3: HOSTS names 2: add lines to it, or ask for no more"),
+    ],
+)
+def test_words_that_choose_ranks_are_checked_before_anything_starts(
+    arguments: str, words: str, started: Callable, tmp_path: Path
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=2\nb slots=2\n")
+    with pytest.raises(UserError) as raised:
+        started("quickstart", "--hostfile", str(hosts), *arguments.split())
+    assert words.replace("HOSTS", str(hosts)) in str(raised.value)
+    started("quickstart", "--hostfile", str(hosts), "--include", "a:0@b:1@a:1", "--force_multi")
+
+
+def test_gpus_of_this_machine_are_checked_too(
+    started: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="choose GPUs, and this machine has none: use --num_gpus"):
+        started("quickstart", "--include", "localhost:0")
+    with pytest.raises(UserError, match="--num_nodes 2 needs --hostfile"):
+        started("quickstart", "--num_nodes", "2")
+    monkeypatch.setattr(launch, "_num_gpus", lambda: 4)
+    started("quickstart", "--include", "localhost:0,3")
+    with pytest.raises(UserError, match=r"--include localhost:4: localhost has slots=4"):
+        started("quickstart", "--include", "localhost:4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES=GPU-8932f937: .* numbers alone"):
+        started("quickstart")
+    started("quickstart", "--num_gpus", "2")
+
+
 def test_profile_admin_starts_its_own_module(started: Callable) -> None:
     words, _ = started("quickstart", command="profile-admin")
     assert words[words.index("--module") + 1] == "magnetar.launchers.profile_admin"
@@ -171,7 +226,7 @@ def test_profile_admin_starts_its_own_module(started: Callable) -> None:
         ("quickstart --deepspeed_config b.json", "two JSONs, quickstart and b.json: give one"),
         ("quickstart --num-gpu 2", "--num-gpu 2: did you mean --num_gpus?"),
         ("quickstart --hostfil h", "did you mean --hostfile?"),
-        ("quickstart --num_gpus 0", "0 is no whole number from 1 on"),
+        ("quickstart --num_gpus 0", "0 is no whole number from 1 to 9999"),
         ("quickstart --module tests", "invalid choice: 'tests'"),
         ("quickstart -i a -e b", "contradict each other"),
         ("quickstart -i a --num_nodes 2", "do not go with --num_nodes and --num_gpus"),

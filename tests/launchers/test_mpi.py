@@ -86,6 +86,28 @@ def test_a_hostfile_of_deepspeed_becomes_one_of_mpich(fake_mpirun: Path, tmp_pat
     assert machines[:2] == ["node-1:8", "node-2:4"]
 
 
+def test_what_is_left_of_another_run_is_not_handed_on(
+    fake_mpirun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fake_mpirun / "mpirun").write_text("#!/bin/sh\nenv\n")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "7")
+    printed = mpi(fake_mpirun, "-n", "2").stdout
+    assert not {"RANK=7", "LOCAL_RANK=7", "WORLD_SIZE=7", "MASTER_ADDR=7"} & set(
+        printed.split("\n")
+    )
+    assert "MASTER_PORT=" in printed
+
+
+@pytest.mark.parametrize("port", ["no", "0", "65536", "-1"])
+def test_a_port_that_is_none_is_refused(fake_mpirun: Path, port: str) -> None:
+    command = [str(SCRIPT), "-n", "2"]
+    own = environment() | {"MASTER_PORT": port, "PATH": f"{fake_mpirun}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"error: MASTER_PORT={port} must be a whole number from 1 to 65535" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "lines", "message"),
     [
@@ -96,6 +118,8 @@ def test_a_hostfile_of_deepspeed_becomes_one_of_mpich(fake_mpirun: Path, tmp_pat
         (("--hostfile", "/missing"), None, "--hostfile /missing cannot be read"),
         (("--hostfile", "HOSTS"), "node-1 8\n", "a line of node-1 is not `node-1 slots=N`"),
         (("--hostfile", "HOSTS"), "node-1 slots=x\n", "a line of node-1 is not `node-1 slots=N`"),
+        (("--hostfile", "HOSTS"), "node-1 slots=08\n", "a line of node-1 is not `node-1 slots=N`"),
+        (("--hostfile", "HOSTS"), "node-1 slots=99999\n", "a line of node-1 is not `node-1 slots"),
         (("--hostfile", "HOSTS"), "# nobody\n", "names no host"),
         (("--hostfile", "HOSTS"), "-x slots=2\n", "-x is no name of a host"),
         (("--hostfile", "HOSTS"), "a;b slots=2\n", "a;b is no name of a host"),

@@ -88,6 +88,34 @@ def test_a_batch_job_starts_its_tasks_and_one_node_needs_no_network(programs: Pa
     assert json.loads(slurm(programs, alone).stdout)["MASTER_ADDR"] == "127.0.0.1"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("SLURM_JOB_ID", "job", "SLURM_JOB_ID=job must be a whole number from 0"),
+        ("SLURM_NNODES", "3.0", "SLURM_NNODES=3.0 must be a whole number from 1"),
+        ("SLURM_NNODES", "2", "SLURM_NNODES=2 must be a whole number from 3 to 3"),
+        ("SLURM_NODEID", "3", "SLURM_NODEID=3 must be a whole number from 0 to 2"),
+        ("SLURM_NTASKS", "", "SLURM_NTASKS= must be a whole number from 5"),
+        ("SLURM_NTASKS", "4", "SLURM_NTASKS=4 must be a whole number from 5 to 5"),
+        ("SLURM_PROCID", "-1", "SLURM_PROCID=-1 must be a whole number from 0"),
+        ("SLURM_PROCID", "5", "SLURM_PROCID=5 must be a whole number from 0 to 4"),
+        ("SLURM_LOCALID", "1", "SLURM_LOCALID=1 must be a whole number from 0 to 0"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2(x", "is not tasks of nodes, such as 8(x2),4"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2(x99999999999)", "is not tasks of nodes"),
+        ("MASTER_PORT", "no", "MASTER_PORT=no must be a whole number from 1"),
+        ("MASTER_PORT", "65536", "MASTER_PORT=65536 must be a whole number from 1 to 65535"),
+        ("SLOTS", "8x", "SLOTS=8x must be a whole number from 1"),
+    ],
+)
+def test_a_variable_that_is_no_number_of_its_kind_is_refused(
+    programs: Path, name: str, text: str, words: str
+) -> None:
+    done = slurm(programs, TASK | {name: text})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+
+
 def test_what_cannot_work_is_refused(programs: Path) -> None:
     done = slurm(programs, {})
     assert (done.returncode, done.stderr) == (

@@ -17,6 +17,13 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     [
         ("node-1 slots=2\nnode-1 slots=2\n", "line 2: 'node-1 slots=2' is named twice"),
         ("node-1\n", "line 1: 'node-1' is not `host slots=N`: mend the line"),
+        *(
+            (
+                f"a slots={text}\n",
+                "is not `host slots=N`: mend the line; N is a whole number up to 9999",
+            )
+            for text in ("9" * 20, "9" * 5000, "2x", "1.5", "-1", "٣")
+        ),
         ("-oProxyCommand=reboot slots=2\n", "'-oProxyCommand=reboot' is not the name of one host"),
         ("a slots=1\nexec:b slots=2\n", "line 2: 'exec:b' is not the name of one host: use"),
         ("node[1-4] slots=2\n", "'node[1-4]' is not the name of one host"),
@@ -52,6 +59,12 @@ def test_ssh_gets_what_pdsh_gets_and_never_asks(monkeypatch: pytest.MonkeyPatch)
     assert command[:3] == ["ssh", "-i", "a key"]
     assert "BatchMode=yes" in command
     assert command[-4:] == ["-p", "2222", "node-1", "echo 'two words'"]
+
+
+def test_a_quote_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-i 'a key")
+    with pytest.raises(UserError, match=r"PDSH_SSH_ARGS_APPEND=-i 'a key: No closing quotation: e"):
+        ssh_command("node-1", ["true"])
 
 
 def test_a_host_that_cannot_be_reached_prints_nothing(
