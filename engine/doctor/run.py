@@ -70,7 +70,9 @@ def examine(options: LaunchOptions) -> Examination:
     port = options.master_port or DEFAULT_PORT
     options = replace(options, master_port=port)
     count = options.num_gpus or get_accelerator().device_count()
-    slots = options.slots() or {socket.gethostname(): list(range(count))}
+    slots = options.slots(count)
+    if options.hostfile is None:
+        slots = {socket.gethostname(): slots["localhost"]}
     is_remote = options.is_remote(slots)
     config = None
     if options.config is not None:

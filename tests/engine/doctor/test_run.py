@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from magnetar.data.errors import MachineError
+from magnetar.data.errors import MachineError, UserError
 from magnetar.engine.cluster.hosts import LaunchOptions
 from magnetar.engine.doctor import bandwidth as world
 from magnetar.engine.doctor import run as examination
@@ -90,6 +90,18 @@ def test_machines_and_slots_are_chosen_as_the_launcher_chooses_them(
     assert [added["RANK"] for added in found.added] == ["0 to 0", "1 to 2"]
     ((command, _),) = world_of
     assert command[command.index("--include") + 1] == "a:1@c:0,1"
+
+
+def test_slots_of_this_machine_are_chosen_without_a_hostfile(
+    world_of: list[tuple[Any, ...]],
+) -> None:
+    options = LaunchOptions(include="localhost:0")
+    (machine,) = examine(options).machines
+    assert machine.slots == 1
+    ((command, _),) = world_of
+    assert command[-2:] == ["--include", "localhost:0"]
+    with pytest.raises(UserError, match="no host 'a' is there: name some of localhost"):
+        examine(replace(options, include="a"))
 
 
 def test_wrong_numbers_and_slow_links_are_findings(
