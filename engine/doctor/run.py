@@ -114,7 +114,8 @@ def examine(options: LaunchOptions) -> Examination:
         return result
     result.measured = measured
     names = [machine.name for machine in machines for _ in range(machine.slots)]
-    result.findings += _findings_of(measured, names, config and config.dtype)
+    dtype = config.dtype if config else None
+    result.findings += _findings_of(measured, names, dtype)
     return result
 
 
