@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from magnetar.data.errors import UserError
-from magnetar.engine.cluster.arguments import require_plain_surroundings, sealed
+from magnetar.engine.cluster.arguments import sealed
 from magnetar.engine.cluster.environment import refuse_other_launchers
 from magnetar.engine.cluster.hosts import (
     MOST_SLOTS,
@@ -27,6 +27,7 @@ from magnetar.engine.cluster.hosts import (
     path_of_programs,
     read_hostfile,
     require_known,
+    shell_words,
 )
 from magnetar.engine.config.schema import load_config
 from magnetar.launchers.terminal.command_line import (
@@ -106,6 +107,7 @@ def refuse_contradictions(parser: argparse.ArgumentParser, options: argparse.Nam
         parser.error("--include and --exclude contradict each other: use one of them")
     if (options.include or options.exclude) and (options.num_nodes or options.num_gpus):
         parser.error("--include and --exclude do not go with --num_nodes and --num_gpus")
+    shell_words("--launcher_args", options.launcher_args or "")
     if options.hostfile is None and _HOSTFILE.is_file():
         options.hostfile = _HOSTFILE
     if options.hostfile is not None:
@@ -187,12 +189,10 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
             load_config(options.config, options.set, num_ranks or num_gpus)
         port = port or free_port()
     else:
-        names = ("hostfile", "include", "exclude", "num_nodes", "num_gpus", "force_multi")
-        run = LaunchOptions(**{name: getattr(options, name) for name in names})
-        slots = run.slots()
+        names = ("hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_addr")
+        given = {name: getattr(options, name) for name in (*names, "force_multi")}
+        slots = LaunchOptions(**given, passed=tuple(handed_on(options))).slots()
         load_config(options.config, options.set, sum(map(len, slots.values())))
-        if run.is_remote(slots) and not options.no_ssh:
-            require_plain_surroundings()
     if options.log_level is None and not options.quiet:
         options.log_level = "error"  # DeepSpeed tells its whole command line otherwise
     given = {**vars(options), "num_gpus": num_ranks, "master_port": port}

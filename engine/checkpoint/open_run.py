@@ -317,9 +317,10 @@ class SavedModel:
         is_encoder_decoder = self.config.architecture == "encoder_decoder"
         if not (self.has_learnt_pairs if self.about else is_encoder_decoder):
             use = "generate" if self.config.architecture == "decoder" else "evaluate"
+            command = shlex.join(["magnetar", use, str(self.named)])
             raise UserError(
                 f"{self.named} is no translation run: a model that translates has learnt sentence "
-                f"pairs (data.pairs): use `magnetar {use} {self.named}`, or name another run"
+                f"pairs (data.pairs): use `{command}`, or name another run"
             )
         languages = tagged_languages(self.tokenizer)
         if not languages:
