@@ -11,6 +11,7 @@ Options may also be written with hyphens: --num-gpus.
 import argparse
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -47,11 +48,18 @@ VALUES = (
     "--enable_each_rank_log",
 )
 # Options of DeepSpeed's launcher that mean something to us, too.
-_TAKEN = (
-    *("hostfile", "include", "exclude", "num_nodes", "num_gpus"),
-    *("master_addr", "master_port", "ssh_port", "node_rank"),
-)
+_CHOOSING = ("include", "exclude", "num_nodes", "num_gpus")
+_TAKEN = ("hostfile", *_CHOOSING, "master_addr", "master_port", "ssh_port", "node_rank")
 _SPELT = (*(f"--{name}" for name in _TAKEN), "--num_accelerators", "--force_multi", "--no_ssh")
+# What --launcher may be, and the program by which DeepSpeed finds it.
+_BACKENDS = {
+    "pdsh": "pdsh",
+    "openmpi": "ompi_info",
+    "mpich": "mpirun",
+    "impi": "mpirun",
+    "mvapich": "mpiname",
+    "slurm": "sinfo",
+}
 _HOSTFILE = Path("/job/hostfile")  # the one that DeepSpeed reads if none is given
 
 
@@ -108,6 +116,14 @@ def refuse_contradictions(parser: argparse.ArgumentParser, options: argparse.Nam
     if (options.include or options.exclude) and (options.num_nodes or options.num_gpus):
         parser.error("--include and --exclude do not go with --num_nodes and --num_gpus")
     shell_words("--launcher_args", options.launcher_args or "")
+    if (launcher := (options.launcher or "pdsh").lower()) not in _BACKENDS:
+        raise UserError(f"--launcher {options.launcher} is unknown: use {', '.join(_BACKENDS)}")
+    chosen = [name for name in _CHOOSING if getattr(options, name)]
+    if chosen and launcher not in ("pdsh", "slurm"):
+        raise UserError(
+            f"--{chosen[0]} does not go with --launcher {launcher}, which takes all machines: "
+            "leave it out, or use pdsh"
+        )
     if options.hostfile is None and _HOSTFILE.is_file():
         options.hostfile = _HOSTFILE
     if options.hostfile is not None:
@@ -189,9 +205,15 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
             load_config(options.config, options.set, num_ranks or num_gpus)
         port = port or free_port()
     else:
-        names = ("hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_addr")
-        given = {name: getattr(options, name) for name in (*names, "force_multi")}
-        slots = LaunchOptions(**given, passed=tuple(handed_on(options))).slots()
+        names = ("hostfile", *_CHOOSING, "master_addr", "force_multi")
+        given = {name: getattr(options, name) for name in names}
+        run = LaunchOptions(**given, passed=tuple(handed_on(options)))
+        slots, backend = run.slots(), _BACKENDS[(options.launcher or "pdsh").lower()]
+        if run.is_remote(slots) and not options.no_ssh and shutil.which(backend) is None:
+            raise UserError(
+                f"--launcher {options.launcher or 'pdsh'} needs {backend} in PATH: install it, or "
+                f"use another of {', '.join(_BACKENDS)}"
+            )
         load_config(options.config, options.set, sum(map(len, slots.values())))
     if options.log_level is None and not options.quiet:
         options.log_level = "error"  # DeepSpeed tells its whole command line otherwise

@@ -97,6 +97,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], d
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(launch, "_num_gpus", lambda: 0)
     monkeypatch.setattr(launch, "free_port", lambda: 1234)
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "sinfo" else name)
 
     def call(*arguments: str, command: str = "train") -> tuple[list[str], dict[str, str]]:
         words, variables = launch.launcher_command(
@@ -182,6 +183,10 @@ def test_with_gpus_the_launcher_takes_all_of_them(
         ("--exclude a@c", "--exclude: no host 'c' is there: name some of a, b"),
         ("--include a@a:1", "names 'a' twice, once for all of its slots: name it once"),
         ("--exclude a@b", "leave no slot of"),
+        ("--launcher ssh", "--launcher ssh is unknown: use pdsh, openmpi, mpich"),
+        ("--launcher slurm", "--launcher slurm needs sinfo in PATH: install it, or use another"),
+        ("--launcher openmpi --include a", "--include does not go with --launcher openmpi"),
+        ("--launcher_args 'x", "--launcher_args='x: No closing quotation"),
         ("--num_nodes 3", "--num_nodes 3: HOSTS names 2: add lines to it, or ask for no more"),
     ],
 )
