@@ -279,6 +279,12 @@ def test_former_names_say_what_replaces_them_once() -> None:
     assert run("-c", "import launchers.plot").stderr == ""
 
 
+def test_a_local_rank_left_in_a_shell_silences_no_command() -> None:
+    done = run("-m", "magnetar", "train", "none.json", LOCAL_RANK="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: none.json does not exist")
+
+
 def test_a_command_is_named_after_its_module() -> None:
     assert command_of("prepare_data") == "magnetar prepare"
     for function, _ in COMMANDS.values():
