@@ -60,6 +60,7 @@ _BACKENDS = {
     "mvapich": "mpiname",
     "slurm": "sinfo",
 }
+_DEVICES = re.compile(r"([0-9]+(,[0-9]+)*)?")
 _HOSTFILE = Path("/job/hostfile")  # the one that DeepSpeed reads if none is given
 
 
@@ -174,7 +175,7 @@ def _require_gpus(options: argparse.Namespace, num_gpus: int) -> None:
                 "for a number of processes, or --hostfile"
             )
         require_known({"localhost": num_gpus}, options.include, options.exclude)
-    elif num_gpus and options.num_gpus is None and not re.fullmatch(r"[\d,]*", devices):
+    elif num_gpus and options.num_gpus is None and not _DEVICES.fullmatch(devices):
         raise UserError(
             f"CUDA_VISIBLE_DEVICES={devices}: DeepSpeed's launcher reads numbers alone: use those "
             "of nvidia-smi, such as 0,1"
@@ -193,6 +194,7 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
     if not options.no_ssh:
         refuse_other_launchers(f"magnetar {command}")
     variables: dict[str, str] = {}
+    slots: dict[str, list[int]] = {}
     num_ranks, port = options.num_gpus, options.master_port
     if options.hostfile is None:
         num_gpus = _num_gpus()
@@ -215,6 +217,12 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
                 f"use another of {', '.join(_BACKENDS)}"
             )
         load_config(options.config, options.set, sum(map(len, slots.values())))
+    num_hosts, node_rank = max(1, len(slots)), options.node_rank
+    if options.no_ssh and (node_rank is None or node_rank >= num_hosts):
+        raise UserError(
+            f"--no_ssh needs --node_rank, the place of this machine from 0 to {num_hosts - 1}: "
+            f"give one in place of {node_rank}"
+        )
     if options.log_level is None and not options.quiet:
         options.log_level = "error"  # DeepSpeed tells its whole command line otherwise
     given = {**vars(options), "num_gpus": num_ranks, "master_port": port}

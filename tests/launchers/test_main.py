@@ -183,6 +183,11 @@ def test_with_gpus_the_launcher_takes_all_of_them(
         ("--exclude a@c", "--exclude: no host 'c' is there: name some of a, b"),
         ("--include a@a:1", "names 'a' twice, once for all of its slots: name it once"),
         ("--exclude a@b", "leave no slot of"),
+        (
+            "--no_ssh --node_rank 2",
+            "--no_ssh needs --node_rank, the place of this machine from",
+        ),
+        ("--no_ssh", "from 0 to 1: give one in place of None"),
         ("--launcher ssh", "--launcher ssh is unknown: use pdsh, openmpi, mpich"),
         ("--launcher slurm", "--launcher slurm needs sinfo in PATH: install it, or use another"),
         ("--launcher openmpi --include a", "--include does not go with --launcher openmpi"),
@@ -212,9 +217,10 @@ def test_gpus_of_this_machine_are_checked_too(
     started("quickstart", "--include", "localhost:0,3")
     with pytest.raises(UserError, match=r"--include localhost:4: localhost has slots=4"):
         started("quickstart", "--include", "localhost:4")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
-    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES=GPU-8932f937: .* numbers alone"):
-        started("quickstart")
+    for devices in ("GPU-8932f937", "0,,1", "0,"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={devices}: .* numbers alone"):
+            started("quickstart")
     started("quickstart", "--num_gpus", "2")
 
 
