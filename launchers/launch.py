@@ -35,7 +35,6 @@ from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,
     add_option,
-    positive,
     take_config,
     whole_number,
 )
@@ -70,8 +69,8 @@ def add_launcher_options(parser: argparse.ArgumentParser, module: str) -> None:
     add("-H --hostfile HOSTFILE", "the machines, a line `NAME slots=N` each", Path)
     add("-i --include INCLUDE", "hosts and slots to use, such as node-1@node-2:0,2", str, "")
     add("-e --exclude EXCLUDE", "hosts and slots to leave out, in the same syntax", str, "")
-    add("--num_nodes N", "only the first N hosts", positive)
     ranks = partial(whole_number, least=1, most=MOST_SLOTS)
+    add("--num_nodes N", "only the first N hosts", ranks)
     add("--num_gpus --num_accelerators N", "ranks on each host", ranks)
     port = partial(whole_number, least=1, most=2**16 - 1)
     add("--master_addr ADDRESS", "address of rank 0's machine (default: found)")
