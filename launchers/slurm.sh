@@ -106,7 +106,7 @@ fi
 number SLURM_NTASKS $all $all
 number SLURM_PROCID 0 $((all - 1))
 number SLURM_LOCALID 0 $((tasks[SLURM_NODEID] - 1))
-number SLURM_NNODES ${#tasks[@]} ${#tasks[@]}
+number SLURM_NNODES ${#tasks[@]}
 devices=${CUDA_VISIBLE_DEVICES:-}
 if [ -n "$devices" ] && [ "$(tr ',' '\n' <<< "$devices" | wc -l)" -lt "${tasks[SLURM_NODEID]}" ]; then
   fail "a task sees GPUs $devices, and the node has ${tasks[SLURM_NODEID]} tasks: give each all of \
