@@ -35,7 +35,7 @@ fail() {
 # number NAME LEAST [MOST]: the variable NAME holds a whole number in this range.
 number() {
   case ${!1-} in
-    '' | *[!0-9]* | ???????????*) fail "$1=${!1-} must be a whole number from $2: Slurm sets it, or you do" ;;
+    '' | *[!0-9]* | 0?* | ???????????*) fail "$1=${!1-} must be a whole number from $2: Slurm sets it, or you do" ;;
   esac
   [ $((10#${!1})) -ge "$2" ] && [ $((10#${!1})) -le "${3:-9999999999}" ] ||
     fail "$1=${!1} must be a whole number from $2${3:+ to $3}: Slurm sets it, or you do"
