@@ -145,7 +145,9 @@ def user_errors() -> Iterator[None]:
     try:
         try:
             yield
-        except SystemExit:  # of --help, say
+        except SystemExit as ending:  # of --help, say
+            if isinstance(ending.__context__, BrokenPipeError):  # it is rich that ends
+                _leave_closed_pipe()
             sys.stdout.flush()
             raise
         sys.stdout.flush()  # or a closed pipe would be found when it is too late to say so
