@@ -9,6 +9,7 @@ docs/translation.md shows both. Stopped runs resume: give the same command again
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -32,10 +33,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
     """
     parser = CommandParser(prog="magnetar prepare-pairs", description=__doc__)
     add = parser.add_argument
-    add(
+    add_many = partial(add, action="append", default=[])
+    add_many(
         "--table",
-        action="append",
-        default=[],
         metavar="NAME=TRAIN[,VALID]",
         help="globs of .tsv or .jsonl [.gz .xz .zst], either may be empty; again for each corpus",
     )
@@ -48,10 +48,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
         help="a language of n characters gives n^(1/T) of what the vocabulary learns from "
         "(default %(default)s)",
     )
-    add(
+    add_many(
         "--columns",
-        action="append",
-        default=[],
         metavar="[NAME=]en,de",
         help="languages to read, of every table or of one (default: every column but id)",
     )
@@ -61,10 +59,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreparePairsConfi
         metavar="all|en-de,de-en",
         help="all: of an n-way table every one, of a long table those that it lists (default)",
     )
-    add(
+    add_many(
         "--weight",
-        action="append",
-        default=[],
         metavar="NAME=W",
         help="how many times each pair of a table counts when training draws (default 1)",
     )
