@@ -64,13 +64,13 @@ def plot(run_dirs: Sequence[Path], out: Path) -> None:
 def _figure(num_panels: int) -> tuple[Any, Any]:
     """A figure, and its panels in rows of two or three."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure
     except ImportError as error:
         raise missing_package("a picture", "matplotlib", "plot") from error
 
     columns = 2 + num_panels % 2
     rows = -(-num_panels // columns)
-    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in panels[num_panels:]:
         unused.remove()
