@@ -1,13 +1,12 @@
 """The picture of a run, or of several: loss, gradient norm, routing and BLEU over its steps."""
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from magnetar.data.errors import UserError, missing_package
+from magnetar.data.errors import UserError, missing_package, read_json_object
 from magnetar.engine import metrics
 
 Record = metrics.Record
@@ -158,11 +157,24 @@ def _draw_load(panel: Any, runs: Runs) -> None:
 
 def _unigram_loss(run_dir: Path) -> float | None:
     """Loss of the unigram model from summary.json; None before the run has ended."""
-    file = run_dir / "summary.json"
-    return math.log(json.loads(file.read_text())["unigram_perplexity"]) if file.is_file() else None
+    perplexity = _number_in(run_dir / "summary.json", "unigram_perplexity")
+    return math.log(perplexity) if perplexity else None
 
 
 def _threshold(run_dir: Path) -> float:
     """Threshold of gradient clipping from config.json; 0 for none."""
-    file = run_dir / "config.json"
-    return json.loads(file.read_text())["gradient_clipping"] if file.is_file() else 0.0
+    return _number_in(run_dir / "config.json", "gradient_clipping") or 0.0
+
+
+def _number_in(file: Path, key: str) -> float | None:
+    """A number of a run's JSON; None if there is no such file, or a damaged one, which is said."""
+    if not file.exists():
+        return None
+    try:
+        value = read_json_object(file).get(key)
+        if not isinstance(value, int | float) or not 0 <= value <= 1e300:
+            raise ValueError(f"{key} is no number from 0 on")
+    except (OSError, ValueError) as error:
+        print(f"warning: {file} is left out of the picture: {error}", file=sys.stderr, flush=True)
+        return None
+    return value
