@@ -95,9 +95,11 @@ check: lint
 test: $(INSTALLED)
 	$(PYTEST) --durations=10
 
-# Tests that compare bits or types: every file that compares whole tensors or names a type.
-BITS = $(shell grep -rlE --include='test_*.py' \
-  'torch\.(equal|bfloat16|float16)|array_equal|assert_close|as_param|(bf|fp)16' tests)
+# Tests that compare bits or types: every file that compares whole tensors or names a type. Those of
+# whole commands are left out: they take long, and what they start is what the others compare.
+BITS = $(filter-out tests/benchmarks/% tests/faults/% tests/launchers/%, \
+  $(shell grep -rlE --include='test_*.py' \
+  'torch\.(equal|bfloat16|float16)|array_equal|assert_close|as_param|(bf|fp)16' tests))
 # Slow ones of them, in which ranks train in each type.
 GUARDED := tests/engine/test_guarded_runs.py::test_bad_gradients_change_nothing_and_many_lead_around_their_batches
 RESUMED := tests/engine/optim/test_adam.py::test_a_run_in_small_groups_is_resumed_with_the_same_bits

@@ -32,6 +32,7 @@ from typing import Any
 
 from benchmarks.layer_profile import SYNCHRONISATIONS, traced, within
 from benchmarks.measurement import (
+    NO_RUN,
     argument_parser,
     fill_in,
     git_commit,
@@ -184,7 +185,7 @@ def config_of(options: argparse.Namespace, run: str, ranks: int) -> Any:
     vocab_size = config.model.vocab_size or RANDOM_VOCAB_SIZE
     values = sparse_config(config, options.experts, vocab_size=vocab_size).to_dict()
     values["train_batch_size"] *= ranks
-    values["magnetar"]["training"]["run_dir"] = str(Path(os.devnull, "run"))  # holds nothing
+    values["magnetar"]["training"]["run_dir"] = NO_RUN
     moe = values["magnetar"]["model"]["moe"]
     if options.capacity is not None:
         moe |= {"dispatch": "capacity", "capacity_factor": options.capacity}

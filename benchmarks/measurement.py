@@ -19,6 +19,7 @@ from magnetar.data.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 LAYOUTS = Path(__file__).with_name("layouts.json")
+NO_RUN = "/nonexistent/run"  # a folder without checkpoints, for what only trains a few steps
 PACKAGES = (
     *("torch", "triton", "deepspeed", "torchscale", "transformers", "megatron-core"),
     "transformer-engine",

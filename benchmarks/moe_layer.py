@@ -194,7 +194,6 @@ class Runner:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         out, aux_loss = self.forward()
-        saved = torch.cuda.memory_allocated() - before
         self.backward(out, aux_loss)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
@@ -202,7 +201,6 @@ class Runner:
         gradients = sum(t.numel() * t.element_size() for t in tensors)
         self.free_gradients()
         return {
-            "bytes_after_forward": saved,
             "peak_bytes": peak,
             "gradient_bytes": gradients,
             "peak_activation_bytes": peak - gradients,
@@ -339,17 +337,12 @@ def summary(milliseconds: list[float], layer: Layer) -> dict[str, Any]:
 
 
 def add_ratios(results: list[dict[str, Any]]) -> None:
-    """Time per useful FLOP over that of the eager and of the compiled yardstick beside it."""
+    """Time per useful FLOP over that of the yardstick beside it."""
     measured = {(r["routing"], r["name"]): r for r in results if r["status"] == "measured"}
     for (routing, name), record in measured.items():
-        yardstick = CONTENDERS[name].yardstick
-        for key, other in (
-            ("ratio", yardstick),
-            ("ratio_to_compiled", f"{yardstick}_compiled"),
-        ):
-            if dense := measured.get((routing, other)):
-                per_flop = record["median_ms"] / record["useful_flops"]
-                record[key] = per_flop / (dense["median_ms"] / dense["useful_flops"])
+        if dense := measured.get((routing, CONTENDERS[name].yardstick)):
+            per_flop = record["median_ms"] / record["useful_flops"]
+            record["ratio"] = per_flop / (dense["median_ms"] / dense["useful_flops"])
 
 
 def measure(options: argparse.Namespace, names: list[str], shapes: list[Shape]) -> dict[str, Any]:
@@ -378,7 +371,6 @@ def measure(options: argparse.Namespace, names: list[str], shapes: list[Shape]) 
         **{key: getattr(options, key) for key in SIZES},
         "rounds": options.repeats,
         "steps_a_round": options.steps,
-        "l2_flushed": False,
         "contenders": {
             name: {key: getattr(CONTENDERS[name], key) for key in ABOUT} for name in names
         },

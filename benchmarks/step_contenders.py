@@ -27,7 +27,7 @@ from magnetar.models.cost import flops_per_token
 from magnetar.models.layers.feed_forward import FeedForward
 from magnetar.models.layers.norms import NORM_STYLES, Depths
 from magnetar.models.losses import IGNORE_INDEX
-from magnetar.models.transformer import MAX_VERSIONS, build_model
+from magnetar.models.transformer import build_model
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")  # nothing is logged
 
@@ -184,23 +184,18 @@ def cost(config: RunConfig) -> float:
 
 
 def build_magnetar(
-    config: RunConfig, device: torch.device, *, dense: bool = False, compiled: str = ""
+    config: RunConfig, device: torch.device, *, dense: bool = False, compiled: bool = False
 ) -> Trainee:
-    """This project's model in the engine of `magnetar train`; compiled "blocks" or "model"."""
+    """This project's model in the engine of `magnetar train`, its blocks under torch.compile."""
     if dense:
         config = dense_config(config)
-    if compiled == "blocks":
+    if compiled:
         values = config.to_dict()
         values["magnetar"]["training"]["compile"] = True
         config = checked(values)
     engine, sparse_clip = build_engine(config, device)
     guards = Guards(engine, sparse_clip, config.guards, Requests())
     num_parameters = count(engine.module)
-    if compiled == "model":  # but for the output, whose loop is this project's own
-        torch._dynamo.config.recompile_limit = MAX_VERSIONS
-        output = engine.module.output
-        output.forward = torch.compiler.disable(output.forward)
-        engine.module.compile()
     weights, seed = loss_weights(config.model.moe, config.training), config.training.seed
 
     def step(batch: Sequence[MicroBatch], number: int) -> Tensor:
@@ -345,15 +340,9 @@ def build_torchscale(config: RunConfig, device: torch.device) -> Trainee:
 CONTENDERS = {
     "dense_compiled": StepContender(
         "dense of equal useful FLOPs, its blocks under torch.compile",
-        partial(build_magnetar, dense=True, compiled="blocks"),
+        partial(build_magnetar, dense=True, compiled=True),
         is_dense=True,
         default=("cuda",),
-    ),
-    "dense_compiled_whole": StepContender(
-        "dense of equal useful FLOPs, the whole model under torch.compile",
-        partial(build_magnetar, dense=True, compiled="model"),
-        is_dense=True,
-        default=(),
     ),
     "dense": StepContender(
         "dense of equal useful FLOPs", partial(build_magnetar, dense=True), is_dense=True
@@ -361,7 +350,7 @@ CONTENDERS = {
     "ours": StepContender("Magnetar, X-MoE", build_magnetar, is_ours=True),
     "ours_compiled": StepContender(
         "Magnetar, X-MoE, its dense parts under torch.compile",
-        partial(build_magnetar, compiled="blocks"),
+        partial(build_magnetar, compiled=True),
         is_ours=True,
         default=("cuda",),
     ),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.layers import NotInstalled
-from benchmarks.measurement import failure
+from benchmarks.measurement import NO_RUN, failure
 from benchmarks.step_contenders import CONTENDERS, Trainee, checked
 from magnetar.data.loader import open_data
 from magnetar.engine.build import start_distributed
@@ -82,7 +82,7 @@ class Runner:
     def __init__(self, job: Job) -> None:
         """Build it; NotInstalled where a package is not there."""
         # The run's own folder may hold a checkpoint, which the engine would start from.
-        job.values["magnetar"]["training"]["run_dir"] = str(Path(os.devnull, "run"))
+        job.values["magnetar"]["training"]["run_dir"] = NO_RUN
         config = checked(job.values)
         self.device = start_distributed()
         torch.manual_seed(config.training.seed)

@@ -336,7 +336,8 @@ def chosen_configs(options: argparse.Namespace) -> list[RunConfig]:
     vocab_size = config.model.vocab_size or RANDOM_VOCAB_SIZE
     if options.data is not None:
         data = open_prepared(options.data)
-        vocab_size = fitting_vocab_size(config.model.vocab_size, data.vocab_size, False, data.path)
+        of_data = data.manifest.vocab_size
+        vocab_size = fitting_vocab_size(config.model.vocab_size, of_data, False, data.path)
     return [sparse_config(config, count, vocab_size=vocab_size) for count in options.experts]
 
 

@@ -30,7 +30,7 @@ from magnetar.models.weights.load_save import tensor_shapes
 
 # An expert's parameter -> the dense network's. Matrices of experts are transposed: (d_model, d_ff)
 # there, (d_ff, d_model) in a Linear.
-_DENSE = {
+DENSE = {
     "w1": "w1.weight",
     "b1": "w1.bias",
     "w3": "w3.weight",
@@ -40,7 +40,7 @@ _DENSE = {
     "w2": "w2.weight",
     "b2": "w2.bias",
 }
-_EXPERT = {dense: expert for expert, dense in _DENSE.items()}
+_EXPERT = {dense: expert for expert, dense in DENSE.items()}
 _EXPERT_NAME = re.compile(r"(.*\.ffn)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)")
 _DENSE_NAME = re.compile(r"(.*\.ffn)\.(" + "|".join(map(re.escape, _EXPERT)) + ")")
 _GATE_NAME = re.compile(r"(.*\.ffn\.deepspeed_moe\.gate)\.(.+)")
@@ -62,7 +62,7 @@ class Place(NamedTuple):
     def name(self, expert: int | None) -> str:
         """The name of the tensor with the same role in an expert, or in the dense network."""
         if expert is None:
-            return f"{self.ffn}.{_DENSE[self.parameter]}"
+            return f"{self.ffn}.{DENSE[self.parameter]}"
         return f"{self.ffn}.deepspeed_moe.experts.deepspeed_experts.{expert}.{self.parameter}"
 
 

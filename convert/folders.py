@@ -121,32 +121,19 @@ def write_folder(
     config: ModelConfig,
     tensors: LazyTensors,
     rows: Sequence[tuple[str, str]],
-    *,
-    shard_bytes: int | None = None,
-    about: Mapping[str, Any] | None = None,
-    other_files: Mapping[str, bytes] | None = None,
+    **further: Any,
 ) -> list[str]:
     """A report in lines, after `write_weights` with progress on a terminal.
 
-    The report has the rows, which are labels and texts, and the Python that loads the folder. See
-    `write_weights` for the rest.
-
-    Raises:
-        UserError: if the folder holds something, or the disk does not hold what was written.
+    Args:
+        out: new folder.
+        config: config of the model.
+        tensors: tensors of the model.
+        rows: what the report says before the Python that loads the folder: labels and texts.
+        further: shard_bytes, about and other_files of `write_weights`.
     """
     tensors, warnings = checked_numbers(tensors)
-    try:
-        write_weights(
-            out,
-            config,
-            tensors,
-            shard_bytes=shard_bytes,
-            about=about,
-            other_files=other_files,
-            watch=watched,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    write_weights(out, config, tensors, watch=watched, **further)
     inputs = "source, target" if config.architecture == "encoder_decoder" else "tokens"
     return [
         *aligned([*rows, *warning_rows(warnings)]),

@@ -62,8 +62,10 @@ class File:
 
 @dataclass(frozen=True)
 class TensorFound:
-    """A tensor of the whole model: its states (weight, and the optimizer's moments), the names of
-    its files, the hash of its weights, and sqrt(mean(weight^2)).
+    """A tensor of the whole model.
+
+    Its states are its weight and the optimizer's moments. The hash is that of its weights, and the
+    RMS is sqrt(mean(weight^2)).
     """
 
     name: str
@@ -85,8 +87,10 @@ class Group:
 
 @dataclass(frozen=True)
 class MoELayer:
-    """A MoE layer: the router's temperature, if it learns one, and the smallest, mean and largest
-    L2 norm over all parameters of an expert.
+    """A MoE layer.
+
+    The router may learn no temperature. The norms are the smallest, mean and largest L2 norm over
+    all parameters of an expert.
     """
 
     name: str

@@ -18,6 +18,7 @@ from magnetar.models.config import ModelConfig
 from magnetar.models.weights.files import LazyTensors, Spec
 from magnetar.models.weights.load_save import tensor_shapes
 
+_MOST_DIGITS = 10  # of an index, since Python reads no number of thousands of digits
 _LAYER_NAME = re.compile(r"((?:encoder\.|decoder\.)?)blocks\.(\d+)\.(.+)")
 
 
@@ -93,7 +94,7 @@ def _chosen_layers(config: ModelConfig, layers: dict[str, str | None]) -> dict[s
 def _indices(option: str, text: str, depth: int) -> list[int]:
     parts = text.split(",")
     rule = f"give indices from 0 to {depth - 1}, rising, with commas between them, such as 0,2,4"
-    if not all(part.strip().isdecimal() for part in parts):
+    if not all(part.strip().isdecimal() and len(part) < _MOST_DIGITS for part in parts):
         raise UserError(f"{option} {text} is no list of layers: {rule}")
     indices = [int(part) for part in parts]
     for index in indices:

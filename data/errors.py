@@ -83,7 +83,8 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
     except ValueError as error:
         if "integer string conversion" not in str(error):
             raise
-        raise ValueError("a number in it has thousands of digits") from None
+        words = "a number in it has thousands of digits: is one repeated by mistake?"
+        raise ValueError(words) from None
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         pairs = [list(v.values()) if isinstance(v, dict) else v for v in level]

@@ -157,9 +157,17 @@ class TextData(RunData):
         self.sample_words = f"{options.seq_len} tokens"
         self.asked_tokens = "masked tokens" if options.architecture == "encoder" else "tokens"
         self.tokens_per_step = options.train_batch_size * options.seq_len
-        asked = objective(options.architecture, options.masking, self.vocab_size)
-        self.train = PackedLM(prepared.train, options.seq_len, asked)
-        self.valid = PackedLM(prepared.valid, options.seq_len, asked)
+        self._objective = objective(options.architecture, options.masking, self.vocab_size)
+
+    @cached_property
+    def train(self) -> PackedLM:
+        """The training windows."""
+        return PackedLM(self.prepared.train, self.options.seq_len, self._objective)
+
+    @cached_property
+    def valid(self) -> PackedLM:
+        """The validation windows, which are all that evaluation needs."""
+        return PackedLM(self.prepared.valid, self.options.seq_len, self._objective)
 
     def micro_batch(self, step: int, micro_step: int, rank: int, world_size: int) -> Batch:
         """Windows in the order of the seed."""
@@ -231,7 +239,6 @@ class PairData(RunData):
         self.sample_words = f"{self.pairs.bin_tokens:,} places for pairs"
         self.directions = prepared.directions("valid")
         self.run_files = (prepared.manifest.tokenizer_file,)  # all that translating needs
-
         self.train = PairBatches(prepared, self.pairs, options.train_batch_size, options.seed)
         self.valid = ValidBins(prepared, self.pairs, options.eval_sequences)
 
@@ -293,9 +300,11 @@ def open_data(path: Path, options: DataOptions) -> RunData:
         UserError: the folder is missing, damaged or of the other kind, or holds too little.
     """
     prepared = open_folder(path, holds_pairs=options.pairs is not None)
-    if isinstance(prepared, Prepared):
-        return TextData(prepared, options)
-    return PairData(prepared, options)
+    if not isinstance(prepared, Prepared):
+        return PairData(prepared, options)
+    data = TextData(prepared, options)
+    _ = data.train, data.valid  # made now, so that a split that is too short is refused here
+    return data
 
 
 def open_folder(path: Path, holds_pairs: bool) -> Prepared | PreparedPairs:

@@ -182,7 +182,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_manifest(path: Path, model: type[AnyManifest], command: str) -> AnyManifest:
+def manifest_of(path: Path, model: type[AnyManifest], command: str) -> AnyManifest:
     """The manifest of a prepared folder.
 
     Args:

@@ -116,14 +116,7 @@ def read_source(
     except UnicodeDecodeError as error:
         raise _not_utf8(path) from error
     except EOFError as error:
-        with path.open("rb") as raw:
-            kind = _other_kind(raw.read(HEAD_BYTES), path.suffix)
-        if "Dictionary" in str(error):
-            kind = "compressed with a dictionary: decompress it with zstd -d -D DICTIONARY"
-        raise UserError(
-            f"{path} is damaged or not what its suffix {path.suffix!r} says: {error}. "
-            + (f"It is {kind}" if kind else "Make it again, or leave it out")
-        ) from error
+        raise _damaged(path, error) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -265,6 +258,18 @@ def require_text(value: Any, key: str, where: str, way_out: str) -> str:
     return value
 
 
+def _damaged(path: Path, error: EOFError) -> UserError:
+    """The error for a file that cannot be decompressed."""
+    with path.open("rb") as raw:
+        kind = _other_kind(raw.read(HEAD_BYTES), path.suffix)
+    if "Dictionary" in str(error):
+        kind = "compressed with a dictionary: decompress it with zstd -d -D DICTIONARY"
+    return UserError(
+        f"{path} is damaged or not what its suffix {path.suffix!r} says: {error}. "
+        + (f"It is {kind}" if kind else "Make it again, or leave it out")
+    )
+
+
 def _other_kind(head: bytes, suffix: str = "") -> str:
     """The kind of a file that begins like this, and a way out; "" for text and for `suffix`."""
     kinds = [kind for start, kind in SIGNATURES.items() if head.startswith(start)]
@@ -290,11 +295,12 @@ def _wide_encoding(head: bytes) -> str:
 
 
 def _conversion(path: Path, *options: str) -> str:
-    """The command that writes a file anew beside it, through iconv with each of some options."""
+    """A way out: the command that writes a file anew, through iconv with each of some options."""
     name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
     start = f"{COMPRESSIONS.get(path.suffix, 'cat')} {shlex.quote(str(path))}"
     steps = [start, *(f"iconv {option}" for option in options)]
-    return f"`{' | '.join(steps)} > {shlex.quote(str(path.with_name(f'utf8-{name}')))}`"
+    command = f"{' | '.join(steps)} > {shlex.quote(str(path.with_name(f'utf8-{name}')))}"
+    return f"`{command}`, and name the new file in place of this one"
 
 
 def _require_letters(path: Path, stream: io.BufferedReader) -> None:
@@ -325,15 +331,18 @@ def _not_utf8(path: Path) -> UserError:
     with path.open("rb") as raw:
         stream = _decompressed(path, raw)
         head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
-        for number, line in enumerate(stream, start=1):
-            try:
-                num_good += not line.decode().isascii()
-            except UnicodeDecodeError as error:
-                num_bad += 1
-                byte, at = line[error.start], offset + error.start
-                place = place or f"byte 0x{byte:02x} at offset {at} (line {number})"
-                seen.update(line)
-            offset += len(line)
+        try:
+            for number, line in enumerate(stream, start=1):
+                try:
+                    num_good += not line.decode().isascii()
+                except UnicodeDecodeError as error:
+                    num_bad += 1
+                    byte, at = line[error.start], offset + error.start
+                    place = place or f"byte 0x{byte:02x} at offset {at} (line {number})"
+                    seen.update(line)
+                offset += len(line)
+        except EOFError as error:  # the letters are wrong because of the damage behind them
+            return _damaged(path, error)
     if kind := _other_kind(head):
         return UserError(f"{path} is not text but {kind}")
     if wide := _wide_encoding(head):
@@ -347,9 +356,9 @@ def _not_utf8(path: Path) -> UserError:
         encoding = "latin1"
         if any(0x80 <= byte < 0xA0 for byte in seen):  # latin1 has no letters there
             encoding = "ENCODING" if seen & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else "cp1252"
-        what = "`iconv -l` lists" if encoding == "ENCODING" else "for Western European text"
         way_out = (
-            f"Convert it from the encoding that it was saved in, {what}: "
+            "Convert it from the encoding that it was saved in (iconv -l lists them"
+            f"{'' if encoding == 'ENCODING' else f'; {encoding} is Western European'}) with "
             f"{_conversion(path, f'-f {encoding} -t utf8')}"
         )
     return UserError(f"{path} is not UTF-8: {place}. {way_out}")

@@ -23,7 +23,7 @@ from magnetar.data.errors import UserError
 from magnetar.engine.admin.profile import needs_profile, start_omegas
 from magnetar.engine.checkpoint.open_run import DTYPES
 from magnetar.engine.checkpoint.starting_weights import load_starting_weights, starts_from_weights
-from magnetar.engine.cluster.environment import launched_local_size
+from magnetar.engine.cluster.environment import launched_local_size, require_device
 from magnetar.engine.cluster.rendezvous import use_rendezvous
 from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import LRSchedule, RunConfig
@@ -92,8 +92,10 @@ def start_distributed() -> torch.device:
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     # DeepSpeed uses this port under MPI only.
     port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
-    deepspeed.init_distributed(verbose=False, init_method=use_rendezvous(), distributed_port=port)
     accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        require_device(accelerator.device_count())
+    deepspeed.init_distributed(verbose=False, init_method=use_rendezvous(), distributed_port=port)
     if accelerator.device_name() == "cpu":
         keep_freed_memory()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launched_local_size()))

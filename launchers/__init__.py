@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 
 def command_of(module: str) -> str:
@@ -17,7 +18,10 @@ def _tell_new_name() -> None:
     typed = [word for word in sys.orig_argv if word.startswith(f"{__name__}.")]
     if typed and rank == "0":
         new = command_of(typed[0].removeprefix(f"{__name__}."))
-        print(f"{typed[0]} will go in the next release: use `{new}`", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads it
+            print(
+                f"{typed[0]} will go in the next release: use `{new}`", file=sys.stderr, flush=True
+            )
 
 
 if __name__ == "launchers":  # a checkout's folder, not magnetar.launchers

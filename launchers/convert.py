@@ -77,10 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _layout(options: argparse.Namespace) -> "Layout":
     from magnetar.engine.config.schema import Layout
 
-    for name in ("world_size", "ep_size", "gpu_memory"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{option_of(name)} {value} must be more than 0")
     if options.gpu_memory == math.inf:
         raise UserError("--gpu-memory inf holds everything: give a GPU's GiB, or leave it out")
     return Layout(options.world_size, options.ep_size, options.stage)
@@ -166,10 +162,12 @@ def _reshard(command: argparse.ArgumentParser) -> None:
     _add_source(command, f"{_A_RUN}or a checkpoint's")
     _add_out(command, "RUN", shards=False)
     add = partial(add_option, command)
-    add("--world-size N", "ranks", int, required=True)
-    add("--ep-size N", "magnetar.model.moe.ep_size", int, 1)
+    more_than_0 = (lambda value: value > 0, "more than 0")
+    add("--world-size N", "ranks", int, required=True, rule=more_than_0)
+    add("--ep-size N", "magnetar.model.moe.ep_size", int, 1, rule=more_than_0)
     add("--zero-stage N", "zero_optimization.stage", int, 0, dest="stage")
-    add("--gpu-memory GIB", "refuse what a GPU of this size cannot hold", float)
+    what = "refuse what a GPU of this size cannot hold"
+    add("--gpu-memory GIB", what, float, rule=more_than_0)
 
 
 @_command("average", "average.average", "the mean of several checkpoints' weights")

@@ -115,14 +115,15 @@ def _translations(options: argparse.Namespace, run: "SavedModel") -> Found:
 
 
 def _write_translations(folder: Path, texts: "Texts", scores: "TranslationScores") -> None:
+    from magnetar.data.atomic import atomic_folder
     from magnetar.engine.translation.translate import one_line
 
-    folder.mkdir(parents=True)
-    for direction, (_, references) in texts.items():
-        sides = {"translations": scores.translations[direction], "references": references}
-        for name, lines in sides.items():
-            content = "".join(f"{one_line(line)}\n" for line in lines)
-            (folder / f"{'-'.join(direction)}.{name}.txt").write_text(content, encoding="utf-8")
+    with atomic_folder(folder) as made:
+        for direction, (_, references) in texts.items():
+            sides = {"translations": scores.translations[direction], "references": references}
+            for name, lines in sides.items():
+                content = "".join(f"{one_line(line)}\n" for line in lines)
+                (made / f"{'-'.join(direction)}.{name}.txt").write_text(content, encoding="utf-8")
 
 
 def _predictions(options: argparse.Namespace, run: "SavedModel") -> Found:

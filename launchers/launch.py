@@ -11,6 +11,7 @@ Options may also be written with hyphens: --num-gpus.
 import argparse
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from magnetar.data.errors import UserError
-from magnetar.engine.cluster.arguments import require_plain_surroundings, sealed
+from magnetar.engine.cluster.arguments import sealed
 from magnetar.engine.cluster.environment import refuse_other_launchers
 from magnetar.engine.cluster.hosts import (
     MOST_SLOTS,
@@ -27,13 +28,13 @@ from magnetar.engine.cluster.hosts import (
     path_of_programs,
     read_hostfile,
     require_known,
+    shell_words,
 )
 from magnetar.engine.config.schema import load_config
 from magnetar.launchers.terminal.command_line import (
     CommandParser,
     add_config_options,
     add_option,
-    positive,
     take_config,
     whole_number,
 )
@@ -46,11 +47,19 @@ VALUES = (
     "--enable_each_rank_log",
 )
 # Options of DeepSpeed's launcher that mean something to us, too.
-_TAKEN = (
-    *("hostfile", "include", "exclude", "num_nodes", "num_gpus"),
-    *("master_addr", "master_port", "ssh_port", "node_rank"),
-)
+_CHOOSING = ("include", "exclude", "num_nodes", "num_gpus")
+_TAKEN = ("hostfile", *_CHOOSING, "master_addr", "master_port", "ssh_port", "node_rank")
 _SPELT = (*(f"--{name}" for name in _TAKEN), "--num_accelerators", "--force_multi", "--no_ssh")
+# What --launcher may be, and the program by which DeepSpeed finds it.
+_BACKENDS = {
+    "pdsh": "pdsh",
+    "openmpi": "ompi_info",
+    "mpich": "mpirun",
+    "impi": "mpirun",
+    "mvapich": "mpiname",
+    "slurm": "sinfo",
+}
+_DEVICES = re.compile(r"([0-9]+(,[0-9]+)*)?")
 _HOSTFILE = Path("/job/hostfile")  # the one that DeepSpeed reads if none is given
 
 
@@ -60,8 +69,8 @@ def add_launcher_options(parser: argparse.ArgumentParser, module: str) -> None:
     add("-H --hostfile HOSTFILE", "the machines, a line `NAME slots=N` each", Path)
     add("-i --include INCLUDE", "hosts and slots to use, such as node-1@node-2:0,2", str, "")
     add("-e --exclude EXCLUDE", "hosts and slots to leave out, in the same syntax", str, "")
-    add("--num_nodes N", "only the first N hosts", positive)
     ranks = partial(whole_number, least=1, most=MOST_SLOTS)
+    add("--num_nodes N", "only the first N hosts", ranks)
     add("--num_gpus --num_accelerators N", "ranks on each host", ranks)
     port = partial(whole_number, least=1, most=2**16 - 1)
     add("--master_addr ADDRESS", "address of rank 0's machine (default: found)")
@@ -106,6 +115,15 @@ def refuse_contradictions(parser: argparse.ArgumentParser, options: argparse.Nam
         parser.error("--include and --exclude contradict each other: use one of them")
     if (options.include or options.exclude) and (options.num_nodes or options.num_gpus):
         parser.error("--include and --exclude do not go with --num_nodes and --num_gpus")
+    shell_words("--launcher_args", options.launcher_args or "")
+    if (launcher := (options.launcher or "pdsh").lower()) not in _BACKENDS:
+        raise UserError(f"--launcher {options.launcher} is unknown: use {', '.join(_BACKENDS)}")
+    chosen = [name for name in _CHOOSING if getattr(options, name)]
+    if chosen and launcher not in ("pdsh", "slurm"):
+        raise UserError(
+            f"--{chosen[0]} does not go with --launcher {launcher}, which takes all machines: "
+            "leave it out, or use pdsh"
+        )
     if options.hostfile is None and _HOSTFILE.is_file():
         options.hostfile = _HOSTFILE
     if options.hostfile is not None:
@@ -156,7 +174,7 @@ def _require_gpus(options: argparse.Namespace, num_gpus: int) -> None:
                 "for a number of processes, or --hostfile"
             )
         require_known({"localhost": num_gpus}, options.include, options.exclude)
-    elif num_gpus and options.num_gpus is None and not re.fullmatch(r"[\d,]*", devices):
+    elif num_gpus and options.num_gpus is None and not _DEVICES.fullmatch(devices):
         raise UserError(
             f"CUDA_VISIBLE_DEVICES={devices}: DeepSpeed's launcher reads numbers alone: use those "
             "of nvidia-smi, such as 0,1"
@@ -175,6 +193,7 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
     if not options.no_ssh:
         refuse_other_launchers(f"magnetar {command}")
     variables: dict[str, str] = {}
+    slots: dict[str, list[int]] = {}
     num_ranks, port = options.num_gpus, options.master_port
     if options.hostfile is None:
         num_gpus = _num_gpus()
@@ -187,12 +206,22 @@ def launcher_command(options: argparse.Namespace, command: str) -> tuple[list[st
             load_config(options.config, options.set, num_ranks or num_gpus)
         port = port or free_port()
     else:
-        names = ("hostfile", "include", "exclude", "num_nodes", "num_gpus", "force_multi")
-        run = LaunchOptions(**{name: getattr(options, name) for name in names})
-        slots = run.slots()
+        names = ("hostfile", *_CHOOSING, "master_addr", "force_multi")
+        given = {name: getattr(options, name) for name in names}
+        run = LaunchOptions(**given, passed=tuple(handed_on(options)))
+        slots, backend = run.slots(), _BACKENDS[(options.launcher or "pdsh").lower()]
+        if run.is_remote(slots) and not options.no_ssh and shutil.which(backend) is None:
+            raise UserError(
+                f"--launcher {options.launcher or 'pdsh'} needs {backend} in PATH: install it, or "
+                f"use another of {', '.join(_BACKENDS)}"
+            )
         load_config(options.config, options.set, sum(map(len, slots.values())))
-        if run.is_remote(slots) and not options.no_ssh:
-            require_plain_surroundings()
+    num_hosts, node_rank = max(1, len(slots)), options.node_rank
+    if options.no_ssh and (node_rank is None or node_rank >= num_hosts):
+        raise UserError(
+            f"--no_ssh needs --node_rank, the place of this machine from 0 to {num_hosts - 1}: "
+            f"give one in place of {node_rank}"
+        )
     if options.log_level is None and not options.quiet:
         options.log_level = "error"  # DeepSpeed tells its whole command line otherwise
     given = {**vars(options), "num_gpus": num_ranks, "master_port": port}

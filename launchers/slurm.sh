@@ -35,7 +35,7 @@ fail() {
 # number NAME LEAST [MOST]: the variable NAME holds a whole number in this range.
 number() {
   case ${!1-} in
-    '' | *[!0-9]* | ???????????*) fail "$1=${!1-} must be a whole number from $2: Slurm sets it, or you do" ;;
+    '' | *[!0-9]* | 0?* | ???????????*) fail "$1=${!1-} must be a whole number from $2: Slurm sets it, or you do" ;;
   esac
   [ $((10#${!1})) -ge "$2" ] && [ $((10#${!1})) -le "${3:-9999999999}" ] ||
     fail "$1=${!1} must be a whole number from $2${3:+ to $3}: Slurm sets it, or you do"
@@ -106,7 +106,7 @@ fi
 number SLURM_NTASKS $all $all
 number SLURM_PROCID 0 $((all - 1))
 number SLURM_LOCALID 0 $((tasks[SLURM_NODEID] - 1))
-number SLURM_NNODES ${#tasks[@]} ${#tasks[@]}
+number SLURM_NNODES ${#tasks[@]}
 devices=${CUDA_VISIBLE_DEVICES:-}
 if [ -n "$devices" ] && [ "$(tr ',' '\n' <<< "$devices" | wc -l)" -lt "${tasks[SLURM_NODEID]}" ]; then
   fail "a task sees GPUs $devices, and the node has ${tasks[SLURM_NODEID]} tasks: give each all of \

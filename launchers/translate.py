@@ -10,6 +10,7 @@ pauses for a moment. Ctrl-C keeps what has come out, and says how many lines tha
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -167,7 +168,7 @@ def _translate_all(options: argparse.Namespace, translator: "Translator") -> Non
             task = bar.add_task("", total=total)
             for window in windows:
                 found = translator.lines(window, lambda more, _: bar.advance(task, more))
-                _write(found, options.out, "ab" if num_written else "wb")
+                _write(found, options.out, num_written)
                 num_written = translator.num_done
     except KeyboardInterrupt:
         print(f"stopped: {_written(num_written, options.out)}", file=sys.stderr)
@@ -177,7 +178,7 @@ def _translate_all(options: argparse.Namespace, translator: "Translator") -> Non
             raise
         raise UserError(f"{error}; {_written(num_written, options.out)}") from error
     if not num_written:
-        _write([], options.out, "wb")
+        _write([], options.out, 0)
     if said := translator.told():
         print(said, file=sys.stderr)
 
@@ -187,18 +188,26 @@ def _written(num_lines: int, out: Path | None) -> str:
     return f"{num_lines:,} lines are translated and written{where}"
 
 
-def _write(lines: Iterable[str], out: Path | None, mode: str) -> None:
+def _write(lines: Iterable[str], out: Path | None, num_before: int) -> None:
     content = "".join(f"{line}\n" for line in lines).encode()
-    if out is not None:
-        try:
-            with out.open(mode) as file:
-                file.write(content)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(out)) from None  # writing names no file
+    if out is None:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
         return
-    sys.stdout.flush()
-    sys.stdout.buffer.write(content)
-    sys.stdout.buffer.flush()
+    size = out.stat().st_size if num_before else 0
+    try:
+        with out.open("ab" if num_before else "wb") as file:
+            file.write(content)
+    except OSError as error:
+        if num_before:
+            os.truncate(out, size)  # whole lines, as many as the message says
+            raise UserError(
+                f"{out}: {error.strerror}: free some space, and write the rest into another file"
+            ) from None
+        if out.is_file():  # or the same command would be refused
+            out.unlink()
+        raise OSError(error.errno, error.strerror, str(out)) from None  # writing names no file
 
 
 if __name__ == "__main__":

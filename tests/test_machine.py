@@ -79,7 +79,7 @@ def test_the_imitations_run_what_compares_bits_or_types() -> None:
     paths = {path.partition("::")[0] for path in listed.stdout.split()}
     models = ("test_transformer", "moe/test_two_ranks", "moe/test_all_to_all", "layers/test_norms")
     assert paths > {f"tests/models/{name}.py" for name in models}
-    assert paths > {f"tests/convert/test_{name}.py" for name in ("export", "shrink", "reshard")}
+    assert paths > {f"tests/convert/test_{name}.py" for name in ("export", "shrink", "experts")}
     assert paths > {"tests/engine/optim/test_adam.py", "tests/engine/checkpoint/test_save_load.py"}
     assert [path for path in paths if not (ROOT / path).exists()] == []
 

@@ -165,7 +165,6 @@ def translate(
     keys, notes = model_keys(architecture, resolved, source)
     model = _Model(path, tensors, _stacks(tensors, outer, architecture), resolved, [])
     _check_tables(model)
-    _check_xpos(model, checkpoint)
     embeddings, copies = _embedding_keys(model)
     # fairseq adds sines where neither a table nor an option says otherwise.
     has_sines = is_fairseqs and not options.get("no_token_positional_embeddings")
@@ -173,6 +172,7 @@ def translate(
     config = checked_model(
         {**keys, **embeddings, **positions}, f"{source}: its options make no model of Magnetar's"
     )
+    _check_xpos(config, model, checkpoint)
     made = _make_tensors(config, model, copies)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"})
     if dtypes:
@@ -225,8 +225,8 @@ def _outer_prefix(tensors: Iterable[str], path: Path) -> str:
     for name in tensors:
         if not name.startswith(first):
             raise UserError(
-                f"{path}: {name} is not under {first} as the model's layers are, so it belongs to "
-                "another module: take it out of the file"
+                f"{path}: {name} is not under {first} as the model's layers are: call it "
+                f"{first}{name} if it is the model's, and take it out of the file if it is not"
             )
     return first
 
@@ -290,7 +290,7 @@ def _check_tables(model: _Model) -> None:
                 )
 
 
-def _check_xpos(model: _Model, checkpoint: Checkpoint) -> None:
+def _check_xpos(config: ModelConfig, model: _Model, checkpoint: Checkpoint) -> None:
     """Compare the table of xPos, which TorchScale reads from the file and Magnetar computes."""
     rounded: dict[str, float] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -301,15 +301,14 @@ def _check_xpos(model: _Model, checkpoint: Checkpoint) -> None:
                 f"{model.path}: {name} belongs to xPos, and by the options xpos_rel_pos is false: "
                 "give xpos_rel_pos=true with --config, or this model's own options"
             )
-        side = model.stacks[-1].side
-        width = model.options[f"{side}_embed_dim"] // model.options[f"{side}_attention_heads"]
+        width = config.d_model // config.num_heads
         # zeta of arXiv 2212.10554, as TorchScale computes it.
         expected = (torch.arange(0, width, 2) + 0.4 * width) / (1.4 * width)
         if tensor.shape != expected.shape:
             raise UserError(
                 f"{model.path}: {name} is of shape {tuple(tensor.shape)}, and of heads of width "
                 f"{width}, as the options have them, it is {tuple(expected.shape)}: give the "
-                f"{side}_attention_heads that the model was built with"
+                f"{model.stacks[-1].side}_attention_heads that the model was built with"
             )
         error = ((tensor.float() - expected) / expected).abs().max().item()
         if not error < _LARGEST_ROUNDING:

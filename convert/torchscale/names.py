@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from magnetar.convert.experts import DENSE, place_of
+
 # Learned positions start at this row in TorchScale, as in fairseq with its padding index of 1.
 FIRST_POSITION = 2
 # What a state dict may hold beside weights: fairseq's version numbers and its device marker, the
@@ -52,15 +54,6 @@ _RENAMED = {
     ),
 }
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "kv_proj": ("k_proj", "v_proj")}
-_OF_AN_EXPERT = {
-    "w1": "fc1.weight",
-    "b1": "fc1.bias",
-    "w2": "fc2.weight",
-    "b2": "fc2.bias",
-    "norm_weight": "ffn_layernorm.weight",
-    "norm_bias": "ffn_layernorm.bias",
-}
-_EXPERT = re.compile(r"(blocks\.\d+)\.ffn\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)")
 
 
 class Stack(NamedTuple):
@@ -109,14 +102,13 @@ def recipe(name: str, shape: tuple[int, ...], stack: Stack) -> Recipe:
         stack: stack that the tensor belongs to.
     """
     name = name.removeprefix(stack.ours)
-    expert = _EXPERT.fullmatch(name)
-    if expert is not None:
-        block, index, part = expert.groups()
-        layer = block.replace("blocks", "layers")
-        source = f"{stack.theirs}{layer}.moe_layer.experts.{index}.{_OF_AN_EXPERT[part]}"
-        is_matrix = len(shape) == 2
-        return Recipe({source: shape[::-1] if is_matrix else shape}, transposed=is_matrix)
+    place = place_of(name)
+    is_expert = place is not None and place.expert is not None
+    if place is not None and is_expert:  # TorchScale's experts are networks like the dense one
+        name = name.removesuffix(place.parameter) + DENSE[place.parameter]
     source = stack.theirs + _renamed(name, stack.side)
+    if is_expert and len(shape) == 2:
+        return Recipe({source: shape[::-1]}, transposed=True)
     if name == "positions.weight":
         rows, width = shape
         return Recipe({source: (rows + FIRST_POSITION, width)}, first_row=FIRST_POSITION)

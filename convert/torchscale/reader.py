@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from magnetar.convert.torchscale.names import NOT_WEIGHTS, XPOS
-from magnetar.data.errors import UserError, parse_json
+from magnetar.data.errors import UserError, read_json_object
 
 # Keys that only fairseq writes beside "args" and "model".
 _FAIRSEQ_KEYS = ("cfg", "extra_state", "optimizer_history")
@@ -349,16 +349,13 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
 def read_options(path: Path) -> dict[str, Any]:
     """The options that a JSON file holds."""
     try:
-        options = parse_json(path.read_bytes())
+        return read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: give the JSON with the model's options") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder: give the JSON with the model's options") from None
     except ValueError as error:
-        raise UserError(f'{path}: {error}: write the options as {{"decoder_layers": 6}}') from None
-    if not isinstance(options, dict):
         raise UserError(
-            f"{path}: holds a {type(options).__name__}, not options by name, such as "
+            f"{path}: is no JSON of options ({error}): write them by name as UTF-8, such as "
             '{"decoder_layers": 6}'
-        )
-    return options
+        ) from None

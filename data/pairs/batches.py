@@ -38,6 +38,7 @@ from magnetar.data.text.packed_lm import (
 LENGTH_MULTIPLE = 8  # of padded lengths: what tensor cores like, and few shapes
 MAX_ROUND_PAIRS = 1 << 20
 FloatArray = npt.NDArray[np.float64]
+SmallArray = npt.NDArray[np.int32]
 TooLong = Literal["drop", "truncate", "refuse"]
 
 
@@ -216,14 +217,6 @@ def cut_bins(cells: IntArray, counts: IntArray, bin_tokens: int) -> IntArray:
     return np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int64)
 
 
-class _Round(NamedTuple):
-    """A planned round: its pairs in the order of the bins, and the start of each bin."""
-
-    streams: npt.NDArray[np.int32]
-    pairs: npt.NDArray[np.int32]
-    starts: IntArray
-
-
 class _Bins:
     """What training and validation have in common.
 
@@ -336,18 +329,18 @@ class PairBatches(_Bins):
         assert 0 <= index < self.bins
         return self._batch(*self.pair_indices(step * self.bins + index))
 
-    def pair_indices(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    def pair_indices(self, number: int) -> tuple[SmallArray, SmallArray]:
         """Stream and pair of each row of a bin, (R,) each. Bins are numbered from 0."""
         # Rounds are only counted up to this bin, which takes no shuffling; one is planned.
         while self._first_bins[-1] <= number:
             num_bins = len(self._starts(len(self._first_bins) - 1)) - 1
             self._first_bins.append(self._first_bins[-1] + num_bins)
         which = int(np.searchsorted(self._first_bins, number, side="right")) - 1
-        plan = self._plan(which)
+        streams, pairs, starts = self._plan(which)
         place = number - self._first_bins[which]
-        chosen = int(sample_order(place, len(plan.starts) - 1, self.seed + which))
-        rows = slice(plan.starts[chosen], plan.starts[chosen + 1])
-        return plan.streams[rows], plan.pairs[rows]
+        chosen = int(sample_order(place, len(starts) - 1, self.seed + which))
+        rows = slice(starts[chosen], starts[chosen + 1])
+        return streams[rows], pairs[rows]
 
     def _starts(self, which: int) -> IntArray:
         """The start of each bin of a round among its pairs."""
@@ -362,7 +355,8 @@ class PairBatches(_Bins):
         start, stop = (np.floor(self._rates * n + 0.5).astype(np.int64) for n in (which, which + 1))
         return start.tolist(), stop.tolist()
 
-    def _planned(self, which: int) -> _Round:
+    def _planned(self, which: int) -> tuple[SmallArray, SmallArray, IntArray]:
+        """Stream and pair of each row of a round in the order of the bins; starts of the bins."""
         cells, streams, pairs = [], [], []
         for s, (start, stop) in enumerate(zip(*self._places(which), strict=True)):
             found, of_cells = self._streams[s].drawn(start, stop, self._key(s))
@@ -373,7 +367,7 @@ class PairBatches(_Bins):
         # Pairs of a cell in an order of their own, so that directions mix in a bin.
         words = mixed(np.arange(len(of_cell), dtype=np.uint64) + mixed(self._key(-1 - which)))
         order = np.lexsort((words, of_cell))
-        return _Round(of_stream[order], of_pair[order], self._starts(which))
+        return of_stream[order], of_pair[order], self._starts(which)
 
     def _key(self, stream: int) -> WordArray:
         seed = mixed(np.array([self.seed % 2**64], dtype=np.uint64))

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from magnetar.data.errors import UserError
 from magnetar.data.pairs.codec import Codec, check_language
-from magnetar.data.prepared_folder import read_manifest, remedy, require_size, require_vocabulary
+from magnetar.data.prepared_folder import manifest_of, remedy, require_size, require_vocabulary
 from magnetar.data.text.packed_lm import IntArray
 from magnetar.data.text.token_files import SPLITS, Record, SplitRecord, TokenSplit
 from magnetar.data.text.tokenizer import load_tokenizer
@@ -224,7 +224,7 @@ def open_pairs(path: Path) -> PreparedPairs:
     wanted = MOST_OPEN_FILES if most == resource.RLIM_INFINITY else min(MOST_OPEN_FILES, most)
     if limit != resource.RLIM_INFINITY and limit < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-    manifest = read_manifest(path, PairsManifest, "magnetar prepare-pairs")
+    manifest = manifest_of(path, PairsManifest, "magnetar prepare-pairs")
     require_vocabulary(path, manifest)
     return PreparedPairs(
         path,

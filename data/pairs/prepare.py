@@ -85,10 +85,11 @@ def prepare_pairs(config: PreparePairsConfig, reporter: Reporter = SILENT) -> Pa
             reporter.message(
                 "no table has a validation file, which training needs: --table NAME=TRAIN,VALID"
             )
+        _report_shared(files, reporter)
         codec = _vocabulary(config, languages, reader, partial, reporter)
         stems = tokenise(
             _pieces(reader.rows("tokenising"), codec),
-            partial / codec.tokenizer.file_name,
+            codec.tokenizer,
             partial / "shards",
             config.workers,
             reporter,
@@ -159,6 +160,20 @@ def _files(config: PreparePairsConfig) -> Files:
             "trained on"
         )
     return files
+
+
+def _report_shared(files: Files, reporter: Reporter) -> None:
+    """Say which files are in several tables, whose pairs may count as often."""
+    tables: dict[tuple[int, int], dict[str, Path]] = {}
+    for (name, _), paths in files.items():
+        for path in paths:
+            tables.setdefault(same_file(path), {})[name] = path
+    for named in tables.values():
+        if len(named) > 1:
+            reporter.message(
+                f"warning: {next(iter(named.values()))} is read for each of the tables "
+                f"{', '.join(named)}: its pairs count as often, unless --dedupe drops them"
+            )
 
 
 def _settings(config: PreparePairsConfig, files: Files) -> dict[str, Any]:

@@ -76,9 +76,7 @@ def prepare(config: PrepareConfig, reporter: Reporter = SILENT) -> Manifest:
     def fill(partial: Path) -> Manifest:
         tokenizer = _vocabulary(config, sources, partial, reporter)
         pieces = _split_pieces(config, sources, "tokenising", reporter)
-        # The user's own file, if there is one, so that a message names it.
-        vocabulary = config.tokenizer or partial / tokenizer.file_name
-        stems = tokenise(pieces, vocabulary, partial / "shards", config.workers, reporter)
+        stems = tokenise(pieces, tokenizer, partial / "shards", config.workers, reporter)
         return Manifest(
             tokenizer_file=tokenizer.file_name,
             tokenizer_fingerprint=tokenizer.fingerprint,

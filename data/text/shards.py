@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from magnetar.data.atomic import atomic_file, write_atomically
+from magnetar.data.errors import UserError
 from magnetar.data.prepared_folder import Reporter, read_json
 from magnetar.data.text.corpus import Piece
 from magnetar.data.text.token_files import SPLITS, SplitRecord, token_dtype
@@ -28,6 +29,8 @@ from magnetar.data.text.tokenizer import Tokenizer, load_tokenizer
 SHARD_CHARS = 4 << 20
 COPY_BYTES = 1 << 24
 SHOWN_LETTERS = 5
+# File and fingerprint of the vocabulary, the stem of a shard's files, and its text.
+Todo = tuple[tuple[Path, str], Path, list[Piece]]
 COUNTS = ("num_tokens", "num_documents", "num_bytes")
 PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
@@ -51,12 +54,12 @@ def _shards(
             yield f"{split}-{counts[split]:06}", open_shards[split]
 
 
-def tokenise_shard(vocabulary: Path, stem: Path, pieces: list[Piece]) -> None:
+def tokenise_shard(vocabulary: tuple[Path, str], stem: Path, pieces: list[Piece]) -> None:
     """Write STEM.bin (ids), STEM.ends (ends of documents, uint64) and then STEM.json (sizes).
 
     The record is written last: if it exists, the other two files are complete.
     """
-    tokenizer = _cached_tokenizer(vocabulary)
+    tokenizer = _cached_tokenizer(*vocabulary)
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     blocks, ends = [], []
     num_tokens = 0
@@ -95,14 +98,17 @@ def _is_finished(stem: Path) -> bool:
 
 
 @functools.cache
-def _cached_tokenizer(path: Path) -> Tokenizer:
+def _cached_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
     """The tokenizer of a file, loaded once in each process."""
-    return load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"{path} has changed since it was first read: run the same command again")
+    return tokenizer
 
 
 def tokenise(
     pieces: Iterator[tuple[str, Piece]],
-    vocabulary: Path,
+    tokenizer: Tokenizer,
     folder: Path,
     workers: int,
     reporter: Reporter,
@@ -112,7 +118,7 @@ def tokenise(
 
     Args:
         pieces: all pieces of text, each with the name of its split.
-        vocabulary: a file for `load_tokenizer`.
+        tokenizer: the vocabulary; each process loads its file.
         folder: the folder of the shards, which are found again after an interruption.
         workers: number of processes; 1 works in this process.
         reporter: callbacks for what a person is told.
@@ -124,7 +130,7 @@ def tokenise(
     stems: dict[str, list[Path]] = {split: [] for split in splits}
     num_kept = 0
 
-    def todo() -> Iterator[tuple[Path, Path, list[Piece]]]:
+    def todo() -> Iterator[Todo]:
         nonlocal num_kept
         for name, shard in _shards(pieces, splits):
             stem = folder / name
@@ -133,7 +139,7 @@ def tokenise(
             if _is_finished(stem):
                 num_kept += 1
             else:
-                yield vocabulary, stem, shard
+                yield (tokenizer.path, tokenizer.fingerprint), stem, shard
 
     if workers == 1:
         for arguments in todo():
@@ -163,7 +169,7 @@ def _report_unspelt(split: str, stems: list[Path], reporter: Reporter) -> None:
         )
 
 
-def _in_processes(todo: Iterator[tuple[Path, Path, list[Piece]]], workers: int) -> None:
+def _in_processes(todo: Iterator[Todo], workers: int) -> None:
     """Tokenise shards in worker processes."""
     # Spawned, not forked: the parent holds threads of the tokenizer libraries.
     context = multiprocessing.get_context("spawn")

@@ -18,9 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-import magnetar.data.prepared_folder
 from magnetar.data.errors import UserError
-from magnetar.data.prepared_folder import remedy, require_size, require_vocabulary
+from magnetar.data.prepared_folder import (
+    manifest_of,
+    remedy,
+    require_size,
+    require_vocabulary,
+)
 from magnetar.data.text.tokenizer import Tokenizer, TokenizerFile, load_tokenizer
 
 SPLITS = ("train", "valid")
@@ -211,7 +215,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         UserError: if the folder is missing, is a file, or was not made by `magnetar prepare`.
     """
-    return magnetar.data.prepared_folder.read_manifest(path, Manifest, "magnetar prepare")
+    return manifest_of(path, Manifest, "magnetar prepare")
 
 
 def open_prepared(path: Path) -> Prepared:

@@ -6,7 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -159,13 +159,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return ids
 
     def _encoded(self, text: str) -> tokenizers.Encoding:
-        try:
+        with _refused(f"{self.path} cannot encode the text"):
             return self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library raises nothing more special
-            raise UserError(
-                f"{self.path} cannot encode the text: {error}. Give another --tokenizer, or train "
-                "one with --vocab-size"
-            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Other special tokens are read: text may have spelt them."""
@@ -183,6 +178,23 @@ class HuggingFaceTokenizer(Tokenizer):
             if i != self._unknown:
                 spelt.update(range(*place))
         return "".join(letter for at, letter in enumerate(text) if at not in spelt)
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Make a message of whatever the libraries raise: bare exceptions, and panics, which are none.
+
+    Raises:
+        UserError: if something is raised.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(
+            f"{what}: {error}. Give another --tokenizer, or train one with --vocab-size"
+        ) from error
 
 
 def _spans(encoding: tokenizers.Encoding) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -235,19 +247,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         UserError: if the file is missing or damaged, or has no end-of-document token.
     """
     file = _vocabulary_file(path)
-    try:
+    with _refused(f"{file} is not a vocabulary that can be used here"):
         if file.suffix == ".model":
             return SentencePieceTokenizer(file.read_bytes(), file)
         if merges := dict(GPT2_FILES).get(file.name):
             return HuggingFaceTokenizer(_gpt2_json(file, file.with_name(merges)), file)
         return HuggingFaceTokenizer(file.read_bytes(), file)
-    except UserError:
-        raise
-    except Exception as error:  # both libraries raise bare RuntimeError and Exception
-        raise UserError(
-            f"{file} is not a vocabulary that can be used here: {error}. Give another --tokenizer, "
-            "or train one with --vocab-size"
-        ) from error
 
 
 def trained_before(file: Path) -> Tokenizer | None:

@@ -190,7 +190,7 @@ def damaged_files(
     """
     lines = []
     for name, saved in list(checkpoint.manifest["files"].items())[part::num_parts]:
-        if problem := file_problem(checkpoint.path / name, saved, content):
+        if problem := _file_problem(checkpoint.path / name, saved, content):
             held = [tensor for tensor in checkpoint.shapes if name in checkpoint.files_of(tensor)]
             more = f" and {len(held) - 1} more tensors" if len(held) > 1 else ""
             what = f"{held[0]}{more}" if held else "nothing"
@@ -198,14 +198,8 @@ def damaged_files(
     return lines
 
 
-def file_problem(path: Path, saved: Mapping[str, Any], content: bool = True) -> str:
-    """What is wrong with a file, "" if nothing is.
-
-    Args:
-        path: The file.
-        saved: Its entry in the manifest: bytes and sha256.
-        content: True to compare the hash too.
-    """
+def _file_problem(path: Path, saved: Mapping[str, Any], content: bool) -> str:
+    """What is wrong with a file of bytes and sha256 as `saved`; "" if nothing is."""
     try:
         with path.open("rb") as file:  # it must be readable even if nobody reads it now
             size = os.fstat(file.fileno()).st_size
@@ -237,7 +231,7 @@ def instead_of(damaged: Path) -> str:
         complete = complete_checkpoints(damaged.parent.parent)
         others = [checkpoint.path for checkpoint in complete if checkpoint.path != damaged]
     newest = f": the newest complete one is {others[-1]}" if others else ""
-    return f"use another checkpoint{newest}"
+    return f"bring it back, readable and as it was saved, or use another checkpoint{newest}"
 
 
 def step_of(path: Path) -> int:
@@ -289,18 +283,26 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint:
         )
     checkpoint, problems = looked_at(folders[-1])
     if checkpoint is None:
-        complete = complete_checkpoints(run_dir)
-        way_out = f"the newest complete one is {complete[-1].path}" if complete else "none is whole"
-        raise UserError("\n  ".join([*problems, way_out]))
+        raise UserError("\n  ".join([*problems, instead_of(folders[-1])]))
     return checkpoint
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or the link or the file that has its name. What a link names stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    """Remove a folder, or the link or the file that has its name. What a link names stays.
+
+    What cannot be removed is named on stderr. It costs space, and no checkpoint.
+    """
+    try:
+        if not path.name.startswith(PARTIAL):
+            # Renamed first: a kill in here must not leave half a checkpoint under its name.
+            path = path.rename(path.with_name(f"{PARTIAL}{path.name}"))
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        words = f"warning: {path} cannot be removed ({error.strerror}): remove it by hand"
+        print(words, file=sys.stderr, flush=True)
 
 
 def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> None:
@@ -320,8 +322,7 @@ def remove_old(run_dir: Path, step: int, keep: int, whole: Collection[int]) -> N
         kept += [path for path in others if path not in kept][len(kept) - keep :]
     for path in folders:
         if path not in kept:
-            # Renamed first: a kill in here must not leave half a checkpoint under its name.
-            remove(path.rename(path.with_name(f"{PARTIAL}{path.name}")))
+            remove(path)
 
 
 class CheckpointWriter:

@@ -317,9 +317,10 @@ class SavedModel:
         is_encoder_decoder = self.config.architecture == "encoder_decoder"
         if not (self.has_learnt_pairs if self.about else is_encoder_decoder):
             use = "generate" if self.config.architecture == "decoder" else "evaluate"
+            command = shlex.join(["magnetar", use, str(self.named)])
             raise UserError(
                 f"{self.named} is no translation run: a model that translates has learnt sentence "
-                f"pairs (data.pairs): use `magnetar {use} {self.named}`, or name another run"
+                f"pairs (data.pairs): use `{command}`, or name another run"
             )
         languages = tagged_languages(self.tokenizer)
         if not languages:
@@ -342,7 +343,13 @@ def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None
         UserError: if the folder is none of these, a checkpoint is missing or has lost a file, or
             this version cannot read the model's config.
     """
-    if is_run(path) or not has_weights(path):
+    try:
+        are_weights = not is_run(path) and has_weights(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): make it readable, or name another folder"
+        ) from None
+    if not are_weights:
         return of_checkpoint(choose_checkpoint(path, checkpoint), path, data)
     if checkpoint is not None:
         raise UserError(

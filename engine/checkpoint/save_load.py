@@ -282,7 +282,8 @@ def newest_whole_checkpoint(run_dir: Path) -> Checkpoint | None:
         lines = [
             f"{run_dir / CHECKPOINTS}: no checkpoint is whole:",
             *problems,
-            "bring the files back, or train anew in another training.run_dir",
+            "bring the files back, readable and as they were saved, or train anew in another "
+            "training.run_dir",
         ]
         raise UserError("\n  ".join(lines), on_every_rank=True)
     return None

@@ -96,6 +96,22 @@ def _slurm_tasks() -> int:
     return next((_number(name, 1) for name in names if name in os.environ), 1)
 
 
+def require_device(num_devices: int) -> None:
+    """Refuse a rank for which this machine shows no GPU.
+
+    Raises:
+        UserError: naming LOCAL_RANK and the GPUs.
+    """
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if int(local_rank) >= num_devices:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown})"
+        raise own_error(
+            f"LOCAL_RANK={local_rank} needs a GPU of its own, and this process sees {num_devices}"
+            f"{seen}: start fewer ranks on this machine, or show each rank all of its GPUs"
+        )
+
+
 def refuse_other_launchers(command: str) -> None:
     """Refuse to start ranks from several processes of mpirun or srun at once.
 

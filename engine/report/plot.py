@@ -1,12 +1,13 @@
 """The picture of a run, or of several: loss, gradient norm, routing and BLEU over its steps."""
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from magnetar.data.errors import UserError, missing_package, read_json_object
+from magnetar.data.errors import UserError, missing_package
 from magnetar.engine import metrics
 
 Record = metrics.Record
@@ -106,7 +107,7 @@ def _draw_gradient_norms(panel: Any, runs: Runs) -> None:
         return
     ((run_dir, (train, _)),) = runs.items()
     _curve(panel, train, "grad_norm", label="before clipping", color="C2")
-    if threshold := _threshold(run_dir):
+    if threshold := _number(run_dir, "config.json", "gradient_clipping"):
         panel.axhline(threshold, color="gray", linestyle="--", label="threshold")
     panel.set_title("gradient norm")
     panel.set_ylim(bottom=0)
@@ -155,26 +156,25 @@ def _draw_load(panel: Any, runs: Runs) -> None:
     panel.legend(frameon=False)
 
 
-def _unigram_loss(run_dir: Path) -> float | None:
-    """Loss of the unigram model from summary.json; None before the run has ended."""
-    perplexity = _number_in(run_dir / "summary.json", "unigram_perplexity")
-    return math.log(perplexity) if perplexity else None
+def _number(run_dir: Path, name: str, key: str) -> float | None:
+    """A positive number of one of a run's JSON files; None without one, which is said.
 
-
-def _threshold(run_dir: Path) -> float:
-    """Threshold of gradient clipping from config.json; 0 for none."""
-    return _number_in(run_dir / "config.json", "gradient_clipping") or 0.0
-
-
-def _number_in(file: Path, key: str) -> float | None:
-    """A number of a run's JSON; None if there is no such file, or a damaged one, which is said."""
+    A curve needs neither file, so a damaged one does not keep it from being drawn.
+    """
+    file = run_dir / name
     if not file.exists():
         return None
     try:
-        value = read_json_object(file).get(key)
-        if not isinstance(value, int | float) or not 0 <= value <= 1e300:
-            raise ValueError(f"{key} is no number from 0 on")
-    except (OSError, ValueError) as error:
-        print(f"warning: {file} is left out of the picture: {error}", file=sys.stderr, flush=True)
-        return None
-    return value
+        value = json.loads(file.read_bytes())[key]
+        if isinstance(value, int | float) and 0 <= value < math.inf:
+            return float(value)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
+        pass
+    print(f"warning: {file} has no {key}, so its line is not drawn", file=sys.stderr, flush=True)
+    return None
+
+
+def _unigram_loss(run_dir: Path) -> float | None:
+    """Loss of the unigram model from summary.json; None before the run has ended."""
+    perplexity = _number(run_dir, "summary.json", "unigram_perplexity")
+    return math.log(perplexity) if perplexity else None

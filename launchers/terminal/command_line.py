@@ -183,11 +183,6 @@ def whole_number(text: str, least: int, most: int | None = None) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on; see `whole_number`."""
-    return whole_number(text, 1)
-
-
 def terminal_bar(text: str, shown: bool = True) -> Progress:
     """A bar on a terminal's standard error; nothing elsewhere."""
     console = Console(stderr=True)

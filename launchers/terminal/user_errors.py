@@ -40,6 +40,8 @@ _WAYS_OUT = {
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
     errno.ENOENT: "it is not there, or a folder of the path cannot be made; choose another path",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "a link of the path leads back to itself; remove it, or choose another path",
+    errno.EISDIR: "a folder has the name of a file that is to be written; choose another folder",
     errno.EIO: "the disk has failed to read or write; look into the system's log",
     errno.ESTALE: "the network's disk has gone; mount it again",
     errno.EMFILE: "raise the limit on open files (ulimit -n), or prepare fewer directions",
@@ -143,7 +145,9 @@ def user_errors() -> Iterator[None]:
     try:
         try:
             yield
-        except SystemExit:  # of --help, say
+        except SystemExit as ending:  # of --help, say
+            if isinstance(ending.__context__, BrokenPipeError):  # it is rich that ends
+                _leave_closed_pipe()
             sys.stdout.flush()
             raise
         sys.stdout.flush()  # or a closed pipe would be found when it is too late to say so

@@ -203,7 +203,7 @@ class AllToAll:
         The caller keeps both tensors until it has waited for the work. On a GPU only the current
         stream waits.
         """
-        send, recv = reversed(self.row_counts) if back else self.row_counts
+        send, recv = self.row_counts[::-1] if back else self.row_counts
         work: dist.Work = self.comm.all_to_all_single(
             received[: recv.remote],
             rows[: send.remote],

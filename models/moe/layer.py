@@ -154,6 +154,7 @@ class SparseFeedForward(nn.Module):
             block_counts = kept_block_counts(experts, num_experts)  # (E, blocks)
             send_counts = block_counts.sum(1)  # (E,)
             stats = stats._replace(dropped=(routing.load.sum() - send_counts.sum()).float())
+        assert block_counts is not None
         # The counts start to travel now, and arrive while the rows are sorted and gathered.
         all_to_all = self._all_to_all(send_counts)
         offsets, counts, row_of, assignment_of = sorted_positions(

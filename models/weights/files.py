@@ -257,9 +257,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _open(path: Path) -> Any:
     try:
+        path.open("rb").close()  # safetensors says "No such file" of every one that it cannot open
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        problem = "No such file" if isinstance(error, FileNotFoundError) else error
+    except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({problem}): copy it again, or convert it again"
+            f"{path} cannot be read ({error.strerror}): make it readable, or copy it again"
+        ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): copy it again, or convert it again"
         ) from error

@@ -144,7 +144,11 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         config = ModelConfig.model_validate_json(json.dumps(about["model"]))
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is null, and must be a number")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}): make it readable, or copy it again"
+        ) from error
+    except ValueError as error:
         problem = first_problem(error, "model") if isinstance(error, ValidationError) else error
         raise UserError(
             f"{file} does not describe a model ({problem}): convert it again"

@@ -42,7 +42,7 @@ def test_results_and_picture_are_written_and_drawn_again(
     main([*TINY, "--experts", "4,8", "--only", only, "--out", str(out)])
     found = json.loads(out.read_text())
     assert (found["tokens"], found["experts"], found["top_k"]) == (64, [4, 8], 2)
-    assert {"hardware", "versions", "commit", "date", "l2_flushed"} <= set(found)
+    assert {"hardware", "versions", "commit", "date"} <= set(found)
     assert len(found["results"]) == len(only.split(",")) * 2 * len(ROUTINGS)
     by_name = {(r["experts"], r["routing"], r["name"]): r for r in found["results"]}
     for (experts, routing, name), record in by_name.items():

@@ -2,13 +2,22 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.convert.conversions import Refusal, refusal
+
 REASON = "not installed; to run this: pip install --no-deps torchscale==0.3.0"
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """A function of a command line: the one message with which it ends, with status 2."""
+    return partial(refusal, capsys)
 
 
 @pytest.fixture(scope="module")

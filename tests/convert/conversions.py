@@ -103,7 +103,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def assert_refused(
-    capsys: pytest.CaptureFixture[str],
+    refused: Refusal,
     command: str,
     tmp_path: Path,
     model: dict[str, Any],
@@ -112,7 +112,7 @@ def assert_refused(
 ) -> None:
     """A command refuses a model of these keys with these words, and leaves nothing behind."""
     save_random(tmp_path / "source", **model)
-    said = refusal(capsys, command, tmp_path / "source", "--out", tmp_path / "made", *options)
+    said = refused(command, tmp_path / "source", "--out", tmp_path / "made", *options)
     for message in messages:
         assert message in said
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -18,6 +18,7 @@ from magnetar.models.weights.load_save import load_model, load_weights
 from tests.convert.checkpoints import run_config, write_checkpoint
 from tests.convert.conversions import (
     BOTH,
+    Refusal,
     assert_close,
     assert_refused,
     config,
@@ -26,7 +27,6 @@ from tests.convert.conversions import (
     folder_logits,
     logits,
     pasted,
-    refusal,
     save_random,
 )
 
@@ -186,9 +186,7 @@ def test_the_mean_is_summed_in_more_digits_than_it_is_kept_in(tmp_path: Path) ->
     assert not torch.equal(experts.b1.sum(0) / 7, expected), "the test tells the two apart"
 
 
-def test_layers_with_other_numbers_of_experts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layers_with_other_numbers_of_experts(tmp_path: Path, refused: Refusal) -> None:
     sparse = save_random(tmp_path / "moe", moe={"num_experts": [2, 5], "every": 2})
     convert("densify", tmp_path / "moe", "--out", tmp_path / "mean", "--mean")
     tensors = load_weights(tmp_path / "mean")[1]
@@ -196,7 +194,7 @@ def test_layers_with_other_numbers_of_experts(
         b1 = sparse.blocks[layer].ffn.deepspeed_moe.experts.b1
         expected = b1.double().mean(0).float()  # exact as above, and rounded once
         assert torch.equal(tensors[f"blocks.{layer}.ffn.w1.bias"], expected)
-    said = refusal(capsys, "densify", tmp_path / "moe", "--out", tmp_path / "a", "--expert", 2)
+    said = refused("densify", tmp_path / "moe", "--out", tmp_path / "a", "--expert", 2)
     assert "are 0 to 1" in said
 
 
@@ -275,11 +273,6 @@ def test_the_line_for_training_can_be_pasted(
     ids=str,
 )
 def test_what_would_be_another_function_or_no_model_is_refused(
-    command: str,
-    tmp_path: Path,
-    model: dict,
-    options: tuple,
-    messages: list[str],
-    capsys: pytest.CaptureFixture[str],
+    command: str, tmp_path: Path, model: dict, options: tuple, messages: list[str], refused: Refusal
 ) -> None:
-    assert_refused(capsys, command, tmp_path, model, options, messages)
+    assert_refused(refused, command, tmp_path, model, options, messages)

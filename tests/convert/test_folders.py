@@ -7,7 +7,7 @@ import pytest
 from magnetar.convert.folders import require_new
 from magnetar.data.errors import UserError
 from tests.convert.checkpoints import write_checkpoint
-from tests.convert.conversions import contents, refusal, save_random
+from tests.convert.conversions import Refusal, contents, save_random
 
 OPTIONS: dict[str, tuple[object, ...]] = {
     "reshard": ("--world-size", 2),
@@ -39,16 +39,10 @@ def run(tmp_path: Path) -> Path:
     ],
 )
 def test_nothing_is_written_among_checkpoints(
-    command: str,
-    place: str,
-    folder: str,
-    what: str,
-    run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, place: str, folder: str, what: str, run: Path, tmp_path: Path, refused: Refusal
 ) -> None:
     out = run / place
-    said = refusal(capsys, command, tmp_path / "other", "--out", out, *OPTIONS[command])
+    said = refused(command, tmp_path / "other", "--out", out, *OPTIONS[command])
     assert f"{out}: {run / folder} is {what}" in said
     assert "name a folder outside it with --out" in said
     assert not out.exists()
@@ -56,14 +50,14 @@ def test_nothing_is_written_among_checkpoints(
 
 @pytest.mark.parametrize("command", [name for name in OPTIONS if name != "import-torchscale"])
 def test_nothing_is_written_into_what_is_converted(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, refused: Refusal
 ) -> None:
     source = tmp_path / "source"
     save_random(source)
     before = contents(source)
     (tmp_path / "link").symlink_to(source)
     for out in (source / "deep" / "mine", tmp_path / "link" / "mine"):
-        said = refusal(capsys, command, source, "--out", out, *OPTIONS[command])
+        said = refused(command, source, "--out", out, *OPTIONS[command])
         assert f"{out}: {source} is what is converted: name a folder outside it" in said
     assert contents(source) == before
 
@@ -82,7 +76,7 @@ def test_a_moved_checkpoint_is_no_place(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", OPTIONS)
 def test_a_place_where_nothing_can_be_is_named_and_left_alone(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, refused: Refusal
 ) -> None:
     file, full = tmp_path / "thesis.txt", tmp_path / "full"
     full.mkdir()
@@ -102,7 +96,7 @@ def test_a_place_where_nothing_can_be_is_named_and_left_alone(
         (file, f"{file} exists and is not an empty folder: name another one with --out"),
         *((a, f"{a} is a link to {b}: name that, or another one") for a, b in links.items()),
     ):
-        said = refusal(capsys, command, tmp_path / "other", "--out", out, *OPTIONS[command])
+        said = refused(command, tmp_path / "other", "--out", out, *OPTIONS[command])
         assert message in said
     assert sorted(tmp_path.iterdir()) == sorted([file, full, *links])
     assert file.read_text() == (full / "mine").read_text() == "years of work"

@@ -120,9 +120,7 @@ def test_the_run_is_the_targets(tmp_path: Path) -> None:
     text = "\n".join(lines)
     assert f"read      {source.path}, 2 ranks, ep_size 1, ZeRO 0" in text
     assert "step_00000005, 4 ranks, ep_size 2, ZeRO 2, 4 files, read back and compared" in text
-    assert (
-        f"deepspeed --num_gpus 4 --module magnetar.launchers.train --deepspeed_config {out}" in text
-    )
+    assert f"train on  magnetar train {out / 'config.json'} --num_gpus 4" in text
 
 
 def test_a_checkpoint_that_was_moved_has_the_name_of_its_step_and_no_curve(tmp_path: Path) -> None:

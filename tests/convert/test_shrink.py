@@ -9,6 +9,7 @@ from magnetar.models.layers.norms import Depths, deepnorm_alpha
 from magnetar.models.weights.load_save import load_model, load_weights, save_weights, tensor_shapes
 from tests.convert.conversions import (
     BOTH,
+    Refusal,
     assert_refused,
     contents,
     convert,
@@ -128,6 +129,7 @@ def test_layers_keep_their_numbers_of_experts(
         ({}, ("--layers", "1,1"), ["--layers 1,1 does not rise"]),
         ({}, ("--layers", "0,x"), ["--layers 0,x is no list of layers", "such as 0,2,4"]),
         ({}, ("--layers", ""), ["is no list of layers"]),
+        ({}, ("--layers", "0," + "1" * 5000), ["is no list of layers"]),
         (
             {"moe": MOE},
             ("--layers", "0,2"),
@@ -157,10 +159,6 @@ def test_layers_keep_their_numbers_of_experts(
     ],
 )
 def test_layers_that_are_not_there_or_do_not_fit_are_refused(
-    tmp_path: Path,
-    model: dict,
-    options: tuple,
-    messages: list[str],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, model: dict, options: tuple, messages: list[str], refused: Refusal
 ) -> None:
-    assert_refused(capsys, "shrink", tmp_path, model, options, messages)
+    assert_refused(refused, "shrink", tmp_path, model, options, messages)

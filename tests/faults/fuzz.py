@@ -315,11 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(options.workers, fork) as pool:
             judge = partial(outcome_of_worker, world=world, limit=options.limit)
-            outcomes = list(pool.map(judge, cases))
+            outcomes = []
+            for number, found in enumerate(pool.map(judge, cases)):
+                outcomes.append(found)
+                if found.verdict not in GOOD:
+                    print(f"case {number}, {cases[number].kind}: {found.verdict}", flush=True)
     result = summary(cases, outcomes)
     print(f"{table(result['cases'])}\n{result['different_messages']} different messages")
-    for failure in result["failures"]:
-        print(f"case {failure['case']}, {failure['kind']}: {failure['verdict']}")
     if options.out:
         about = {"benchmark": "fuzz", "commit": git_commit(), "versions": versions()}
         about |= {

@@ -79,7 +79,7 @@ def test_training_and_validation_loss_fall(run: Run) -> None:
     found = records(run.folder)
     losses = [record["loss"] for record in found if "loss" in record]
     before, after = (record["valid_loss"] for record in found if "valid_loss" in record)
-    vocab_size = open_prepared(run.corpus).vocab_size
+    vocab_size = open_prepared(run.corpus).manifest.vocab_size
     assert before == pytest.approx(math.log(vocab_size), abs=0.1)
     assert sum(losses[-5:]) / 5 < losses[0] - run.gain
     assert after < before - run.gain

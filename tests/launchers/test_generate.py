@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from magnetar.data.errors import UserError
+from magnetar.data.text.tokenizer import SentencePieceTokenizer
 from magnetar.launchers.generate import main, prompts_of
 from tests.launchers.conftest import refusal
 from tests.ranks import ROOT
@@ -53,10 +54,39 @@ def test_a_line_that_is_not_utf8_is_named(errors: str, monkeypatch: pytest.Monke
     content = io.BytesIO("café\n\n".encode() + "café\n".encode("latin-1"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content, encoding="utf-8", errors=errors))
     prompts = prompts_of(None)
-    assert next(prompts) == "café"
+    assert next(prompts) == ("line 1 of standard input", "café")
     rule = r"line 3 of standard input is not UTF-8 at character 4: save the prompts as UTF-8"
     with pytest.raises(UserError, match=rule):
         next(prompts)
+
+
+@pytest.mark.slow
+def test_a_prompt_that_the_vocabulary_drops_is_named(
+    trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As SentencePiece's rules nmt_nfkc do; a vocabulary of our own drops nothing.
+    encode = SentencePieceTokenizer.encode
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "encode", lambda self, text: encode(self, text.strip("\u200b"))
+    )
+    message = refusal(capsys, main, trained.folder, "--tokens", 1, "--prompt", "\u200b\u200b")
+    assert "error: --prompt has no token in this vocabulary" in message
+    monkeypatch.setattr("sys.stdin", io.StringIO("the\n\u200b\nour\n"))
+    with pytest.raises(SystemExit) as ended:
+        main([str(trained.folder), "--tokens", "1"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("the")
+    assert "error: line 2 of standard input has no token in this vocabulary" in printed.err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = io.BytesIO(b"\xef\xbb\xbfthe\r\n\xef\xbb\xbf\nour\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content, encoding="latin-1"))
+    assert next(prompt for _, prompt in prompts_of(None)) == "the"
+    assert "--prompt is empty" in refusal(capsys, main, "runs/none", "--prompt", "\ufeff")
 
 
 @pytest.mark.slow
@@ -101,6 +131,7 @@ def test_piped_output_is_the_text_and_nothing_else(trained) -> None:
         (["--top-p", "0"], "--top-p 0 must be more than 0 and at most 1"),
         (["--top-p", "1.5"], "--top-p 1.5 must be more than 0 and at most 1"),
         (["--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["--num-samples", "1" + "0" * 20], "must be at least 1 and less than 2^31"),
         ([], "run folder runs/none does not exist"),
     ],
 )

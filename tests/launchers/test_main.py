@@ -97,6 +97,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], d
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(launch, "_num_gpus", lambda: 0)
     monkeypatch.setattr(launch, "free_port", lambda: 1234)
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "sinfo" else name)
 
     def call(*arguments: str, command: str = "train") -> tuple[list[str], dict[str, str]]:
         words, variables = launch.launcher_command(
@@ -182,6 +183,15 @@ def test_with_gpus_the_launcher_takes_all_of_them(
         ("--exclude a@c", "--exclude: no host 'c' is there: name some of a, b"),
         ("--include a@a:1", "names 'a' twice, once for all of its slots: name it once"),
         ("--exclude a@b", "leave no slot of"),
+        (
+            "--no_ssh --node_rank 2",
+            "--no_ssh needs --node_rank, the place of this machine from",
+        ),
+        ("--no_ssh", "from 0 to 1: give one in place of None"),
+        ("--launcher ssh", "--launcher ssh is unknown: use pdsh, openmpi, mpich"),
+        ("--launcher slurm", "--launcher slurm needs sinfo in PATH: install it, or use another"),
+        ("--launcher openmpi --include a", "--include does not go with --launcher openmpi"),
+        ("--launcher_args 'x", "--launcher_args='x: No closing quotation"),
         ("--num_nodes 3", "--num_nodes 3: HOSTS names 2: add lines to it, or ask for no more"),
     ],
 )
@@ -193,7 +203,7 @@ def test_words_that_choose_ranks_are_checked_before_anything_starts(
     with pytest.raises(UserError) as raised:
         started("quickstart", "--hostfile", str(hosts), *arguments.split())
     assert words.replace("HOSTS", str(hosts)) in str(raised.value)
-    started("quickstart", "--hostfile", str(hosts), "--include", "a:0@b:1@a:1", "--force_multi")
+    started("quickstart", "--hostfile", str(hosts), "--include", "a:0@a:1", "--force_multi")
 
 
 def test_gpus_of_this_machine_are_checked_too(
@@ -207,9 +217,10 @@ def test_gpus_of_this_machine_are_checked_too(
     started("quickstart", "--include", "localhost:0,3")
     with pytest.raises(UserError, match=r"--include localhost:4: localhost has slots=4"):
         started("quickstart", "--include", "localhost:4")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
-    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES=GPU-8932f937: .* numbers alone"):
-        started("quickstart")
+    for devices in ("GPU-8932f937", "0,,1", "0,"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={devices}: .* numbers alone"):
+            started("quickstart")
     started("quickstart", "--num_gpus", "2")
 
 
@@ -272,6 +283,12 @@ def test_former_names_say_what_replaces_them_once() -> None:
         assert run("-m", module, "--help", RANK="1").stderr == ""
     assert run("-m", "magnetar.launchers.plot", "--help").stderr == ""
     assert run("-c", "import launchers.plot").stderr == ""
+
+
+def test_a_local_rank_left_in_a_shell_silences_no_command() -> None:
+    done = run("-m", "magnetar", "train", "none.json", LOCAL_RANK="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: none.json does not exist")
 
 
 def test_a_command_is_named_after_its_module() -> None:

@@ -93,7 +93,7 @@ def test_a_batch_job_starts_its_tasks_and_one_node_needs_no_network(programs: Pa
     [
         ("SLURM_JOB_ID", "job", "SLURM_JOB_ID=job must be a whole number from 0"),
         ("SLURM_NNODES", "3.0", "SLURM_NNODES=3.0 must be a whole number from 1"),
-        ("SLURM_NNODES", "2", "SLURM_NNODES=2 must be a whole number from 3 to 3"),
+        ("SLURM_NNODES", "2", "SLURM_NNODES=2 must be a whole number from 3"),
         ("SLURM_NODEID", "3", "SLURM_NODEID=3 must be a whole number from 0 to 2"),
         ("SLURM_NTASKS", "", "SLURM_NTASKS= must be a whole number from 5"),
         ("SLURM_NTASKS", "4", "SLURM_NTASKS=4 must be a whole number from 5 to 5"),

@@ -10,7 +10,11 @@ from magnetar.launchers.terminal.command_line import CONFIGS
 from tests.runs import write_config
 
 
-def test_what_one_typed_before_is_understood() -> None:
+def test_what_one_typed_before_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text("a slots=2\nb slots=2\n")
     module = "--module magnetar.launchers.train"
     before = f"--hostfile hosts --include a:0@b {module} --deepspeed_config x.json"
     found = parse_arguments([*before.split(), "--set", "a=1", "-q", "--set", "b=2"])
@@ -34,7 +38,7 @@ def test_what_one_typed_before_is_understood() -> None:
         ("--include a --exclude b --hostfile h", "contradict each other"),
         ("--include a --num_gpus 2 --hostfile h", "do not go with --num_nodes and --num_gpus"),
         ("--include a", "need --hostfile"),
-        ("--num_gpus 0", "0 is no whole number from 1 on"),
+        ("--num_gpus 0", "0 is no whole number from 1 to 9999"),
         ("--max-restarts x", "x is no whole number from 0 on"),
         ("--backoff soon", "soon is no number of seconds"),
         ("--backoff nan", "nan is no number of seconds"),

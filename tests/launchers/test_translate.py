@@ -1,5 +1,6 @@
 """magnetar translate."""
 
+import errno
 import io
 import os
 import signal
@@ -259,6 +260,28 @@ def test_an_output_that_cannot_be_written_is_named(
 ) -> None:
     message = refusal(capsys, main, folder, *TO_ENGLISH, "--text", "Meer", "--out", "/dev/full")
     assert "/dev/full: No space left on device" in message
+
+
+@pytest.mark.parametrize("num_before", [0, 8])
+def test_a_full_disk_leaves_what_is_whole_and_nothing_that_blocks_the_next_start(
+    num_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    if num_before:
+        translate._write(["whole"] * num_before, out, 0)
+
+    class Full(io.BytesIO):
+        def write(self, content: bytes) -> int:  # type: ignore[override]
+            with open(out, "ab") as file:
+                file.write(content[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", lambda *_: Full())
+    with pytest.raises((OSError, UserError), match="No space left on device"):
+        translate._write(["more"], out, num_before)
+    monkeypatch.undo()
+    assert out.exists() == (num_before > 0)
+    assert not num_before or out.read_bytes() == b"whole\n" * num_before
 
 
 @pytest.mark.parametrize("more", [("--beam", 1), ("--sample", "--seed", 4)])

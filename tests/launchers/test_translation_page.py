@@ -64,5 +64,5 @@ def test_the_examples_are_read_and_counted_as_the_page_says(tmp_path, monkeypatc
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     own = table.splitlines()[-1].split()
     assert [line[:3] + line[4:] for line in shown if line[:1] == ["own"]] == [own[:3] + own[4:]]
-    directions = open_pairs(tmp_path / "out").tables[1:4]
+    directions = open_pairs(tmp_path / "out").manifest.tables[1:4]
     assert [table.name for table in directions] == ["long.en-de", "long.pt-br-en", "rows"]

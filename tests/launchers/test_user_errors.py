@@ -48,6 +48,8 @@ def test_only_the_first_rank_of_a_machine_prints_what_concerns_all(
         (errno.ENOTDIR, "choose another folder"),
         (errno.ENOENT, "choose another path"),
         (errno.ENAMETOOLONG, "choose a shorter name"),
+        (errno.ELOOP, "leads back to itself; remove it"),
+        (errno.EISDIR, "choose another folder"),
         (errno.EIO, "the disk has failed"),
         (errno.ESTALE, "mount it again"),
         (errno.EFBIG, "raise the limit on the size of a file (ulimit -f)"),

@@ -248,13 +248,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of x (A, F), bias, gain and shift (E, F each) from that of h (A, F)."""
     num_rows, d_ff = x.shape
+    norm = activation.gain is not None
     grad_x = torch.empty_like(x)
     grid, options = _launch(num_rows, d_ff, activation, offsets, backward=True)
     # A row of sums for each tile: of bias and, with a norm, of gain and shift.
-    num_sums = 1 if activation.gain is None else 3
-    partial = torch.empty(num_sums, grid[0], d_ff, dtype=torch.float32, device=x.device)
-    absent = (None,) * (3 - num_sums)
+    partial = torch.empty(3 if norm else 1, grid[0], d_ff, dtype=torch.float32, device=x.device)
+    of_norm = partial[1:] if norm else (None, None)
     inputs = (grad.contiguous(), x, activation.bias, activation.gain, means, scales)
-    _backward_kernel[grid](*inputs, grad_x, *partial, *absent, offsets, d_ff, **options)
+    _backward_kernel[grid](*inputs, grad_x, partial[0], *of_norm, offsets, d_ff, **options)
     sums = sum_tiles(partial, offsets, TILE_ROWS, activation.bias.dtype)
-    return grad_x, *sums, *absent
+    return grad_x, sums[0], sums[1] if norm else None, sums[2] if norm else None

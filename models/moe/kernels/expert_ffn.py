@@ -65,7 +65,7 @@ class ExpertFFN(torch.autograd.Function):
         (E,) int32 are the ends of the experts' rows; with it offsets is None, and the rows are
         sorted as models.moe.all_to_all says. `name` is the activation's, `eps` the LayerNorm's.
         """
-        inputs, segments = rows, ()
+        inputs, segments = rows, None
         if all_to_all is not None:
             rows = rows.contiguous()
             segments = segments_of(all_to_all.recv_counts(), all_to_all.rank)
@@ -75,17 +75,17 @@ class ExpertFFN(torch.autograd.Function):
                 all_to_all.start(rows, received).wait()
             inputs, offsets = rows.new_empty(recv.remote + recv.own, rows.size(1)), segments.offsets
             move_segments(all_to_all, segments, inputs, received, rows, arriving=True)
+        assert offsets is not None
         x = _grouped_mm(inputs, w1, offsets)  # (R, F)
         h, means, scales = activation.forward(x, Activation(name, b1, gain, shift, eps), offsets)
         out = _grouped_mm(h, w2, offsets)  # (R, D)
-        if all_to_all is not None:
+        if all_to_all is not None and segments is not None:
             y, to_send, out = out, torch.empty_like(received), torch.empty_like(rows)
             move_segments(all_to_all, segments, y, to_send, out, arriving=False, bias=b2)
             with all_to_all.timed("time_salltoall"):
                 all_to_all.start(to_send, out, back=True).wait()
-        ctx.save_for_backward(
-            inputs, w1, b1, gain, shift, w2, b2, offsets, x, h, means, scales, *segments
-        )
+        parameters = (w1, b1, gain, shift, w2, b2)
+        ctx.save_for_backward(inputs, *parameters, offsets, x, h, means, scales, *(segments or ()))
         ctx.all_to_all, ctx.name, ctx.eps = all_to_all, name, eps
         return out
 

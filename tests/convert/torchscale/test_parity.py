@@ -161,6 +161,26 @@ def test_norms_and_attention_positions_keep_their_logits(
     assert_same_logits(theirs, ours, architecture, batch(architecture))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("architecture", SIDES)
+def test_what_16_bits_have_rounded_is_read_as_it_is_but_for_the_table_of_xpos(
+    architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """With the exact table TorchScale has the same logits."""
+    options = full_options(architecture, {"xpos_rel_pos": True, "xpos_scale_base": 8})
+    theirs, _ = build(architecture, options)
+    tables = {name: table.clone() for name, table in theirs.named_buffers() if "xpos" in name}
+    assert tables
+    ours = imported(tmp_path, theirs.to(dtype), options)
+    theirs.float()
+    inputs = batch(architecture)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        assert_same_logits(theirs, ours, architecture, inputs)
+    for name, table in tables.items():
+        theirs.get_buffer(name).copy_(table)
+    assert_same_logits(theirs, ours, architecture, inputs)
+
+
 @pytest.mark.parametrize("split_position", [0, 7, 24])
 def test_both_pools_of_a_multiway_encoder_are_imported(split_position: int, tmp_path: Path) -> None:
     options = full_options("encoder", {"multiway": True, "layernorm_embedding": True})
@@ -203,6 +223,22 @@ def test_sparse_models_keep_their_logits(
     config.moe_second_expert_policy = "all"
     ours = imported(tmp_path, theirs, vars(config))
     assert_same_logits(theirs, ours, architecture, batch(architecture))
+
+
+@pytest.mark.parametrize("d_ff", [47, 50])
+@pytest.mark.usefixtures("one_rank")
+def test_experts_of_a_width_that_no_grouped_product_takes_keep_their_logits(
+    d_ff: int, tmp_path: Path
+) -> None:
+    options = full_options("decoder", MOE[0]) | {
+        "decoder_ffn_embed_dim": d_ff,
+        "moe_freq": 1,
+        "moe_expert_count": 4,
+        "moe_eval_capacity_token_fraction": 1.0,
+    }
+    theirs, _ = build("decoder", options)
+    ours = imported(tmp_path, theirs, options)
+    assert_same_logits(theirs, ours, "decoder", batch("decoder"))
 
 
 @pytest.mark.parametrize("moe", MOE, ids=name_of)

@@ -203,10 +203,18 @@ def test_that_training_needs_a_validation_file_is_said(config, table, reporter, 
         ({"workers": 0}, r"workers=0 must be at least 1"),
         ({"filter": PairFilter(max_length_ratio=0.5)}, r"max_length_ratio=0\.5 must be at least 1"),
         ({"filter": PairFilter(max_length=2)}, r"max_length=2 must be at least 3"),
+        ({"train": ""}, r"no table has a training file.*use --tokenizer DIR"),
+        ({"valid": "train.tsv"}, r"train\.tsv is named for training and for validation"),
+        ({"tables": 2}, r"--table verses is given twice"),
         ({"vocab_size": None, "tokenizer": "."}, r"so \S+ is not a prepared folder"),
     ],
 )
-def test_bad_settings_are_named_with_a_way_out(config, table, tmp_path, changes, message):
+def test_bad_settings_are_named_with_a_way_out(
+    config, table, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    if changes.get("tables"):
+        changes = {"tables": (table,) * changes["tables"]}
     of_table = {key: changes[key] for key in changes if key in ("name", "train", "valid", "weight")}
     of_table |= {key: changes[key] for key in changes if key == "columns"}
     if of_table:
@@ -216,16 +224,6 @@ def test_bad_settings_are_named_with_a_way_out(config, table, tmp_path, changes,
     with pytest.raises(UserError, match=message):
         prepare_pairs(replace(config, **changes))
     assert not [*tmp_path.glob("out*")]
-
-
-def test_a_table_given_twice_is_a_message(config, table):
-    with pytest.raises(UserError, match=r"--table verses is given twice"):
-        prepare_pairs(replace(config, tables=(table, table)))
-
-
-def test_a_vocabulary_without_training_text_is_a_message(config, table):
-    with pytest.raises(UserError, match=r"no table has a training file.*use --tokenizer DIR"):
-        prepare_pairs(replace(config, tables=(replace(table, train=""),)))
 
 
 def test_languages_without_any_training_text_are_a_message(config, tmp_path):
@@ -246,9 +244,11 @@ def test_empty_cells_do_not_make_a_shard_without_end(monkeypatch):
     ] * 10
 
 
-def test_a_file_is_not_both_trained_on_and_validated(config, table):
-    with pytest.raises(UserError, match=r"train\.tsv is named for training and for validation"):
-        prepare_pairs(replace(config, tables=(replace(table, valid=table.train),)))
+def test_a_file_of_two_tables_is_said(config, table, tmp_path, reporter, messages):
+    (tmp_path / "link.tsv").symlink_to(table.train)
+    again = TableConfig("again", str(tmp_path / "link.tsv"))
+    prepare_pairs(replace(config, tables=(table, again)), reporter)
+    assert any("train.tsv is read for each of the tables verses, again" in m for m in messages)
 
 
 def test_a_table_without_rows_is_a_message(config, tmp_path):

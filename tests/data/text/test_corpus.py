@@ -305,7 +305,7 @@ def test_a_bad_byte_among_much_utf_8_is_left_out_and_the_rest_stays(tmp_path):
     assert texts(tmp_path / "utf8-a.txt") == [WESTERN + "bd\n" + WESTERN]
 
 
-@pytest.mark.parametrize("content", [b"\0" * 5000, "\u65e5\u672c\n".encode("shift-jis")])
+@pytest.mark.parametrize("content", [b"\0" * 5000, "\u65e5\u672c\u3001\n".encode("shift-jis")])
 def test_an_encoding_that_cannot_be_guessed_is_not_guessed(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)

@@ -161,6 +161,14 @@ def test_a_vocabulary_without_an_end_of_document_is_refused(gpt2_folder, tmp_pat
         load_tokenizer(tmp_path)
 
 
+def test_a_panic_of_the_library_is_a_message(tmp_path):
+    pair = {"vocab": {"</s>": 0, "a": 1, "b": 2, "ab": 3}, "merges": [["a", "b"]]}
+    model = {"type": "BPE", **pair, "continuing_subword_prefix": "##"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a vocabulary that can be used"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_sentencepiece_model_without_an_end_of_document_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["one two three four"] * 50),

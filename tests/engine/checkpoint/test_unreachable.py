@@ -2,6 +2,7 @@
 
 A link leads to a disk that is not mounted or to itself, or a file has a folder's place."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from magnetar.engine.checkpoint.format import (
     checkpoint_folders,
     complete_checkpoints,
     newest_checkpoint,
+    remove,
     remove_old,
 )
 from magnetar.engine.checkpoint.open_run import open_run
@@ -79,6 +81,19 @@ def test_a_folder_of_checkpoints_that_cannot_be_read_holds_nobody_knows_what(
     assert open_run(run).step == 5
 
 
+def test_a_run_folder_that_may_not_be_searched_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # root may search everything
+    with pytest.raises(
+        UserError, match=rf"^{run.parent} cannot be read \(Permission denied\): make"
+    ):
+        open_run(run.parent)
+
+
 def test_a_run_without_the_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint_folders(tmp_path) == checkpoint_folders(tmp_path / "none") == []
 
@@ -99,7 +114,9 @@ def test_a_checkpoint_that_cannot_be_reached_is_named(
         assert "step_00000003" in str(refused.value)
     assert open_run(run, "step_00000003").step == 3  # as the message says
     shutil.rmtree(run / "checkpoints" / "step_00000003")
-    with pytest.raises(UserError, match="none is whole"):
+    with pytest.raises(
+        UserError, match=r"bring it back, readable and as it was saved, or use another checkpoint$"
+    ):
         newest_checkpoint(run)
     shutil.rmtree(newest) if newest.is_dir() else newest.unlink()
     newest.symlink_to(elsewhere)
@@ -149,6 +166,20 @@ def test_old_checkpoints_behind_links_are_removed_as_links_and_unreachable_ones_
     ]
     for name in ("step_00000001", "step_00000003"):
         assert (disk / name / MANIFEST).is_file()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_stays(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leftover = run / "checkpoints" / "partial_step_00000003"
+    leftover.mkdir()
+    (leftover / "rank_00000.safetensors").write_bytes(b"half")
+    remove_old(run, 5, 1, {5})
+    old = leftover.with_name("step_00000003")
+    assert f"warning: {old} cannot be removed (Directory not empty)" in capsys.readouterr().err
+    remove(leftover)  # as the next start does
+    remove_old(run, 5, 1, {5})
+    assert [path.name for path in old.parent.iterdir()] == ["step_00000005"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,11 @@ import time
 import pytest
 
 from magnetar.data.errors import UserError
-from magnetar.engine.cluster.environment import launched_world_size, refuse_other_launchers
+from magnetar.engine.cluster.environment import (
+    launched_world_size,
+    refuse_other_launchers,
+    require_device,
+)
 from tests.ranks import ROOT, free_port
 
 KINDS = ("RANK", "LOCAL", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI_", "MPI_", "SLURM_")
@@ -111,6 +115,13 @@ def test_what_contradicts_itself_is_refused_by_the_rank_that_has_it(
         launched_world_size()
     assert words in str(raised.value)
     assert "LOCAL_RANK" not in os.environ, "or only the first rank of a machine would print"
+
+
+def test_a_rank_without_a_gpu_is_refused(use) -> None:
+    use(OURS | {"CUDA_VISIBLE_DEVICES": "3"})
+    require_device(2)
+    with pytest.raises(UserError, match=r"LOCAL_RANK=1 needs .* sees 1 \(CUDA_VISIBLE_DEVICES=3\)"):
+        require_device(1)
 
 
 def test_a_launcher_is_not_started_by_another(use) -> None:

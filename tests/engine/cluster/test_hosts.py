@@ -61,6 +61,12 @@ def test_ssh_gets_what_pdsh_gets_and_never_asks(monkeypatch: pytest.MonkeyPatch)
     assert command[-4:] == ["-p", "2222", "node-1", "echo 'two words'"]
 
 
+def test_a_quote_that_does_not_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-i 'a key")
+    with pytest.raises(UserError, match=r"PDSH_SSH_ARGS_APPEND=-i 'a key: No closing quotation: e"):
+        ssh_command("node-1", ["true"])
+
+
 def test_a_host_that_cannot_be_reached_prints_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

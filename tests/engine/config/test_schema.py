@@ -211,6 +211,8 @@ WRONG = [
     ("magnetar.data.masking.replace", "t5", ['"bert", "mask"']),
     ("magnetar.model.output_projection", False, ["nothing to tie", "tie_embeddings false"]),
     ("magnetar.training.z_loss_weight", -1.0, ["at least 0"]),
+    ("magnetar.training.label_smoothing", 1.0, ["a number, at least"]),
+    ("magnetar.training.label_smoothing", -0.1, ["a number, at least"]),
     ("magnetar.model.moe.router_z_loss_weight", -1.0, ["at least 0"]),
     ("activation_checkpointing", {"profile": True}, ["set that to true, or remove the section"]),
     ("magnetar.training.log_every", 0, ["at least 1"]),
@@ -346,12 +348,6 @@ def test_sparse_clip_needs_a_threshold(absent: bool) -> None:
     assert "set gradient_clipping (1.0, say), or magnetar.sparse_clip.enabled=false" in found
 
 
-def test_two_precisions_contradict() -> None:
-    (found,) = messages(quickstart(bf16__enabled=True, fp16__enabled=True))
-    assert found.startswith("bf16.enabled=true and fp16.enabled=true")
-    assert "keep one" in found
-
-
 @pytest.mark.parametrize(
     ("precision", "reason"), [("bf16", "Adam's counter"), ("fp16", "never scales the loss")]
 )
@@ -383,19 +379,84 @@ def test_bf16_accumulates_in_float32_or_bf16(accumulate: str | None, stage: int)
     assert messages(set_path(raw, "data_types.grad_accum_dtype", accumulate)) == []
 
 
-def test_bf16_does_not_accumulate_in_fp16() -> None:
-    raw = quickstart(bf16__enabled=True, data_types__grad_accum_dtype="fp16")
-    (found,) = messages(raw)
-    assert found == (
-        'data_types.grad_accum_dtype="fp16" does not go with weights in bf16: use "bf16" or "fp32"'
-    )
-
-
 def test_ep_size_divides_the_ranks() -> None:
     (found,) = messages(quickstart(magnetar__model__moe__ep_size=4, train_batch_size=12), 6)
     assert found.startswith("magnetar.model.moe.ep_size=4 must divide the 6 ranks")
     assert "ep_size [1, 2], or 4 or 8 ranks" in found
     assert messages(quickstart(magnetar__model__moe__ep_size=4), None) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        (
+            {"bf16.enabled": True, "fp16.enabled": True},
+            ["bf16.enabled=true and fp16.enabled=true", "keep one"],
+        ),
+        (
+            {"bf16.enabled": True, "data_types.grad_accum_dtype": "fp16"},
+            [
+                'data_types.grad_accum_dtype="fp16" does not go with weights in bf16: use "bf16" '
+                'or "fp32"'
+            ],
+        ),
+        (
+            {"bf16.enabled": True, "magnetar.model.d_model": 132},
+            ["magnetar.model.d_model=132 must be a multiple of 8", "use 136"],
+        ),
+        (
+            {"magnetar.training.eval_translations": 8},
+            ["magnetar.training.eval_translations=8 needs magnetar.data.pairs", "prepare pairs"],
+        ),
+        (
+            {"magnetar.model.output_projection": False, "magnetar.model.tie_embeddings": False},
+            ["magnetar.model.output_projection=false leaves training without logits"],
+        ),
+        (
+            {
+                "magnetar.model.architecture": "encoder",
+                "magnetar.model.multiway": True,
+                "magnetar.model.moe": None,
+            },
+            ["magnetar.model.multiway=true needs two modalities", "remove it"],
+        ),
+        (
+            {"magnetar.training.independent_weight_decay": True, "optimizer.type": "Adam"},
+            [
+                "magnetar.training.independent_weight_decay=true needs optimizer.type",
+                'use type "AdamW", or remove it',
+            ],
+        ),
+        (
+            {"magnetar.training.compile": True, "zero_optimization.stage": 3},
+            ["magnetar.training.compile=true contradicts zero_optimization.stage=3"],
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_sections_that_contradict_each_other_are_named(keys: dict, parts: list[str]) -> None:
+    raw = quickstart()
+    for path, value in keys.items():
+        raw = set_path(raw, path, value)
+    (line,) = messages(raw)
+    assert line.startswith(parts[0])
+    assert parts[-1] in line
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"magnetar__training__independent_weight_decay": True},
+        {
+            "magnetar__training__activation_checkpointing": True,
+            "activation_checkpointing": {"profile": True},
+        },
+        {"magnetar__training__compile": True, "zero_optimization__stage": 2},
+    ],
+    ids=str,
+)
+def test_what_goes_together_is_accepted(keys: dict) -> None:
+    assert messages(quickstart(**keys)) == []
 
 
 def test_all_problems_are_listed_at_once() -> None:
@@ -522,13 +583,6 @@ def test_every_key_has_a_description_and_a_kind() -> None:
     walk(ConfigFile)
 
 
-def test_half_precision_experts_need_widths_of_eight() -> None:
-    raw = set_path(quickstart(bf16__enabled=True), "magnetar.model.d_model", 132)
-    (line,) = messages(raw)
-    assert "magnetar.model.d_model=132 must be a multiple of 8" in line
-    assert "use 136" in line
-
-
 def test_a_dense_model_may_have_any_width_and_any_reduction() -> None:
     raw = set_path(quickstart(), "magnetar.model.moe", None)
     raw = set_path(raw, "magnetar.model.d_ff", 510)
@@ -647,51 +701,14 @@ def test_what_contradicts_pairs_is_named_with_a_way_out(
         assert part in line
 
 
+def test_pairs_may_be_translated_as_the_run_goes_on() -> None:
+    assert messages(translating(magnetar__training__eval_translations=8)) == []
+
+
 def test_targets_of_pairs_have_a_length_of_their_own() -> None:
     assert messages(translating(magnetar__model__max_target_len=100)) == []
     longest = translating(magnetar__model__max_target_len=385)
     assert "385 target tokens: use at least 513" in messages(longest)[0]
-
-
-def test_only_pairs_are_translated() -> None:
-    assert messages(translating(magnetar__training__eval_translations=8)) == []
-    (line,) = messages(quickstart(magnetar__training__eval_translations=8))
-    assert line.startswith("magnetar.training.eval_translations=8 needs magnetar.data.pairs")
-    assert "prepare pairs" in line
-
-
-@pytest.mark.parametrize("value", [1.0, -0.1])
-def test_label_smoothing_leaves_some_of_the_label(value: float) -> None:
-    (line,) = messages(quickstart(magnetar__training__label_smoothing=value))
-    assert line.startswith(f"magnetar.training.label_smoothing={value} must be a number, at least")
-
-
-def test_a_model_without_logits_is_not_trained() -> None:
-    raw = quickstart(magnetar__model__output_projection=False)
-    (line,) = messages(set_path(raw, "magnetar.model.tie_embeddings", False))
-    assert line.startswith("magnetar.model.output_projection=false leaves training without logits")
-
-
-def test_a_model_of_two_modalities_is_not_trained_on_text() -> None:
-    raw = masked(magnetar__model__multiway=True, magnetar__model__moe=None)
-    (line,) = messages(raw)
-    assert line.startswith("magnetar.model.multiway=true needs two modalities")
-    assert "remove it" in line
-
-
-def test_independent_weight_decay_needs_adam_w() -> None:
-    raw = quickstart(magnetar__training__independent_weight_decay=True)
-    assert messages(raw) == []
-    (line,) = messages(set_path(raw, "optimizer.type", "Adam"))
-    assert line.startswith("magnetar.training.independent_weight_decay=true needs optimizer.type")
-    assert 'use type "AdamW", or remove it' in line
-
-
-def test_activation_checkpointing_is_configured_only_where_it_is_on() -> None:
-    raw = quickstart(activation_checkpointing={"profile": True})
-    assert messages(set_path(raw, "magnetar.training.activation_checkpointing", True)) == []
-    (line,) = messages(raw)
-    assert line.startswith("activation_checkpointing={...} says how")
 
 
 @pytest.mark.parametrize(

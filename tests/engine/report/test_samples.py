@@ -1,7 +1,12 @@
+import shlex
+
+import pytest
 from rich.console import Console
 
 from magnetar.data.text.packed_lm import IGNORE_INDEX
-from magnetar.engine.report.samples import evaluation_table, filled_in_text
+from magnetar.engine.config.schema import TrainingConfig
+from magnetar.engine.report import samples
+from magnetar.engine.report.samples import RunTotals, evaluation_table, filled_in_text
 
 PIECES = ["the", " sea", " is", " wide", " ", "r", ""]  # the last one ends a document
 
@@ -51,3 +56,17 @@ def test_only_models_with_bits_per_byte_have_the_column() -> None:
     assert "bits per byte" not in without
     assert without.splitlines()[-2].split() == ["after", "1.0000", "20.00", "1.000"]
     assert with_bits.splitlines()[-2].split() == ["after", "1.0000", "20.00", "1.000", "1.500"]
+
+
+@pytest.mark.parametrize("directions", [[], [("en", "de")]])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
+def test_commands_to_copy_are_one_word_a_value(
+    architecture: str, directions: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, programs = "my run;echo $x", "a b/bin/"
+    monkeypatch.setattr(samples, "programs_folder", lambda: programs)
+    training = TrainingConfig.model_construct(run_dir=folder, save_every=2)
+    lines = samples.closing_lines(training, architecture, directions, RunTotals(1, 1, 1, 0), True)
+    assert shlex.split(lines["next"])[0] == f"{programs}magnetar"
+    assert shlex.split(lines["next"])[2] == folder
+    assert shlex.split(lines["curves"])[2] == f"{folder}/tensorboard"

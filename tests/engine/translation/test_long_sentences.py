@@ -24,6 +24,13 @@ def test_what_fits_is_left_as_it_is_and_what_is_empty_left_out(codec: Codec) -> 
     assert (found.sentence, found.too_long) == ([0, 3], [])
 
 
+def test_what_the_vocabulary_drops_is_empty(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = codec.tokenizer.encode
+    monkeypatch.setattr(codec.tokenizer, "encode", lambda text: encode(text.strip("\u200b")))
+    found = fit(["\u200b", "Meer", "\u200b\u200b"], codec, "de", 40, "refuse")
+    assert found.sentence == [1]
+
+
 def test_a_long_sentence_is_split_into_parts_that_fit(codec: Codec) -> None:
     found = fit(["Meer", LONG, "Meer"], codec, "de", 24, "split")
     assert found.too_long == [1]

@@ -192,6 +192,20 @@ def test_bleu_has_the_words_of_the_language(language: str, tokenizer: str) -> No
     assert bleu_tokenizer(language) == tokenizer
 
 
+@pytest.mark.parametrize("language", ["Chinese", "chi", "mandarin", "jp"])
+def test_a_language_without_blanks_that_no_code_names_is_warned_of(
+    language: str, model: EncoderDecoder, codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(codec._tag_ids, language, codec.tag_id("zh"))
+    monkeypatch.setattr(codec, "languages", (*codec.languages, language))
+    scores = evaluate_translation(model, codec, {("en", language): TEXTS["en", "zh"]})
+    assert scores.bleu_signatures.keys() == {"13a"}
+    (warning,) = scores.warnings
+    assert f"BLEU of en-{language} says little: most references have no blanks" in warning
+    assert bleu_tokenizer("zh") == "zh", "the way out"
+    assert evaluate_translation(model, codec, TEXTS).warnings == []
+
+
 def test_parts_are_joined_as_the_language_is_written() -> None:
     assert joined(["One.", "Two."], "en") == "One. Two."
     assert joined(["一。", "二。"], "zh-TW") == "一。二。"

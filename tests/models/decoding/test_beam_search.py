@@ -420,6 +420,13 @@ def test_draws_follow_the_probabilities_inside_the_nucleus(
         assert counts[token] / draws == pytest.approx(probs[token] / mass, abs=0.0125)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(5e-324), Sampling(1e-30), Sampling(1.0, 5e-324)])
+def test_tiny_temperatures_and_shares_take_the_likeliest_token(sampling: Sampling) -> None:
+    log_probs = torch.tensor([[-3.0, -0.7, -0.9, -torch.inf], [-200.0, -90.0, -95.0, -91.0]])
+    tokens = drawn(log_probs, uniform(torch.arange(2), 4, 0), sampling)
+    assert tokens.tolist() == [[1], [1]]
+
+
 def test_a_draw_depends_on_seed_and_sentence_and_not_on_the_batch() -> None:
     model, lengths = build("moe"), [5, 5, 3, 7]
     ids = torch.tensor([4, 9, 2, 7])

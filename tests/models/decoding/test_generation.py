@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from magnetar.data.errors import UserError
 from magnetar.models.config import ModelConfig
 from magnetar.models.decoding.generation import _draw, sample
 from magnetar.models.transformer import Transformer, empty_model
@@ -118,6 +119,35 @@ def test_draws_follow_the_distribution_inside_the_nucleus(temperature: float, to
         expected = probs[token] / mass
         # Four standard deviations of a binomial share: below 4 * 0.5 / sqrt(20000) = 0.0142.
         assert counts[token] / draws == pytest.approx(expected, abs=0.0142)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-30, 1e-6])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-50, 1.0])
+def test_tiny_temperatures_and_shares_are_the_limit(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([[0.3, 80.0, -1000.0, 79.0], [-5.0, -70.0, -71.0, -80.0]])
+    generator = torch.Generator().manual_seed(0)
+    for given in ((temperature, 1.0), (1.0, top_p / 2), (temperature, top_p)):
+        if given[1] == 1.0 and given[0] == 1.0:
+            continue
+        found = _draw(logits, *given, generator).flatten().tolist()
+        assert found == [1, 0] or given == (1.0, 0.5)
+    huge = _draw(logits, 1e308, 1.0, generator)
+    assert huge.shape == (2, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_logits_are_no_numbers_says_so(
+    model: Transformer, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = model.forward
+
+    def damaged(*given: object, **keys: object) -> object:
+        output = forward(*given, **keys)
+        return output._replace(logits=output.logits + value)
+
+    monkeypatch.setattr(model, "forward", damaged)
+    with pytest.raises(UserError, match=r"logits are NaN or infinite: use an earlier checkpoint"):
+        sample(model, prompt(2), 2)
 
 
 def test_text_stays_in_the_nucleus_of_the_models_own_distribution(model: Transformer) -> None:

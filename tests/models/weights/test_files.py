@@ -115,7 +115,8 @@ def test_a_shard_that_is_missing_or_cut_is_named(shards: Path) -> None:
             open_files(shards)
     second.unlink()
     with pytest.raises(
-        ValueError, match=r"00002.safetensors cannot be read \(No such file\): copy"
+        ValueError,
+        match=r"00002.safetensors cannot be read \(No such file or directory\): make it",
     ):
         open_files(shards)
 

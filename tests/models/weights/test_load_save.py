@@ -310,6 +310,25 @@ def test_a_damaged_config_is_described_by_its_key_and_rule(
     assert not any(inner in message for inner in ("input_value", "https:", "'str' object"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_heads", 1), ("activation", "relu"), ("norm_eps", 1e-3), ("dropout", 0.5), ("about", 1)],
+)
+def test_a_config_that_is_not_what_was_written_is_refused(
+    key: str, value: object, tmp_path: Path
+) -> None:
+    file = saved(tmp_path / "weights") / CONFIG_FILE
+    keys = json.loads(file.read_text())
+    (keys if key == "about" else keys["model"])[key] = value
+    file.write_text(json.dumps(keys))
+    with pytest.raises(ValueError, match=rf"{file} is not what was written \(its own sha256") as no:
+        load_model(file.parent)
+    assert 'remove the entry "config.json" of its key sha256' in str(no.value)
+    del keys["sha256"][CONFIG_FILE]  # as the message says, and as older versions wrote it
+    file.write_text(json.dumps(keys))
+    load_model(file.parent)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "header"])
 def test_a_damaged_file_of_tensors_is_named(tmp_path: Path, damage: str) -> None:
     folder = saved(tmp_path / "weights")
