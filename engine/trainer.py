@@ -9,12 +9,12 @@ import deepspeed.comm as dist
 import torch
 
 from magnetar.data.atomic import write_atomically
-from magnetar.data.errors import UserError
+from magnetar.data.errors import UserError, read_json_object
 from magnetar.data.loader import RunData
 from magnetar.engine.build import build_engine, early_end, start_distributed
 from magnetar.engine.checkpoint.exported_run import TrainerEntry
 from magnetar.engine.checkpoint.format import Checkpoint
-from magnetar.engine.checkpoint.run_folder import claim_run_folder, differing, flat_keys
+from magnetar.engine.checkpoint.run_folder import claim_run_folder, differing
 from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint, newest_whole_checkpoint
 from magnetar.engine.cluster import logbook
 from magnetar.engine.cluster.environment import launched_rank
@@ -333,8 +333,7 @@ def write_config(config: RunConfig, data: RunData) -> None:
     run_dir, now = Path(config.training.run_dir), config.to_dict()
     file = run_dir / "config.json"
     if file.is_file():
-        there = dict(flat_keys(json.loads(file.read_text())))
-        changes = differing(there, dict(flat_keys(now)))
+        changes = differing(read_json_object(file), now)
         if changes:
             lines = [f"{key}: {old} -> {new}" for key, old, new in changes]
             logbook.write(run_dir, "change", "\n".join(["the JSON:", *lines]))
