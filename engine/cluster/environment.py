@@ -46,7 +46,9 @@ def launched_world_size() -> int:
         UserError: a variable is missing, is no number, or contradicts another.
     """
     try:
-        return _world_size()
+        world_size = _world_size()
+        _check_what_others_read()
+        return world_size
     except UserError as error:
         raise own_error(str(error)) from None
 
@@ -85,7 +87,28 @@ def _world_size() -> int:
             f"srun has started {outer} tasks, and RANK is not set: start launchers/slurm.sh in "
             "place of magnetar.launchers.train, or give --ntasks 1"
         )
+    for name in _LOCAL_SIZES:
+        if name in os.environ:
+            _number(name, 1, 1)
     return 1
+
+
+def _check_what_others_read() -> None:
+    """Refuse what DeepSpeed and gloo would end with a traceback for, whoever has set it."""
+    theirs, is_mpi = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE" in os.environ
+    if theirs in os.environ and ("LOCAL_RANK" in os.environ or not is_mpi):
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        if _number(theirs, 0) != int(local_rank):
+            raise UserError(
+                f"{theirs}={os.environ[theirs]} is left of another run, for this process is local "
+                f"rank {local_rank}: unset it"
+            )
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in (known := [interface for _, interface in socket.if_nameindex()]):
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME names {name}, which is no network interface of this machine: "
+                f"use one of {', '.join(known)}, or unset it"
+            )
 
 
 def _slurm_tasks() -> int:

@@ -104,6 +104,11 @@ def without(variables: dict[str, str], name: str) -> dict[str, str]:
         (SLURM, "srun has started 4 tasks, and RANK is not set: start launchers/slurm.sh"),
         (SLURM | {"SLURM_NTASKS": "four"}, "SLURM_NTASKS=four must be a whole number"),
         (SLURM | OURS | {"RANK": "0", "WORLD_SIZE": "1"}, "unset what is left of another run"),
+        ({"LOCAL_SIZE": "1.0"}, "LOCAL_SIZE=1.0 must be a whole number from 1 to 1"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": ""}, "OMPI_COMM_WORLD_LOCAL_RANK= must be a whole number"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "this process is local rank 0: unset it"),
+        (OURS | {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}, "this process is local rank 1: unset it"),
+        ({"GLOO_SOCKET_IFNAME": "lo,nowhere9"}, "names nowhere9, which is no network interface"),
     ],
     ids=str,
 )
