@@ -107,7 +107,8 @@ def read_source(
     try:
         with path.open("rb") as raw:
             stream, position = _decompressed(path, raw), 0
-            _require_letters(path, stream)
+            if ".parquet" not in path.suffixes:
+                _require_letters(path, stream)
             for found in parse(stream):
                 yield found
                 position, before = max(position, raw.tell()), position
@@ -291,7 +292,10 @@ def _wide_encoding(head: bytes) -> str:
     for encoding, two in (("utf32le", places[2:]), ("utf32be", places[:2])):
         if min(two) > nearly_all:
             return encoding
-    return "utf16le" if places[1] + places[3] > places[0] + places[2] else "utf16be"
+    first, second = places[0] + places[2], places[1] + places[3]
+    if max(first, second) < 2 * min(first, second):
+        return ""  # NULs anywhere: no text
+    return "utf16le" if second > first else "utf16be"
 
 
 def _conversion(path: Path, *options: str) -> str:
@@ -306,7 +310,7 @@ def _conversion(path: Path, *options: str) -> str:
 def _require_letters(path: Path, stream: io.BufferedReader) -> None:
     """Refuse text of 16 or 32 bits a letter that is valid UTF-8, with a NUL beside every letter."""
     head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
-    if head.startswith(b"PAR1") or head.count(0) <= len(head) * MOST_NULS:
+    if head.count(0) <= len(head) * MOST_NULS:
         return
     if kind := _other_kind(head):
         raise UserError(f"{path} is not text but {kind}")
@@ -315,7 +319,10 @@ def _require_letters(path: Path, stream: io.BufferedReader) -> None:
             f"{path} begins with nothing but NUL bytes, as after a power loss: make it again, or "
             "leave it out"
         )
-    options = [f"-f {_wide_encoding(head)} -t utf8"]
+    encoding = _wide_encoding(head)
+    if not encoding:
+        raise UserError(f"{path} has NUL bytes among its letters, so it is no text: leave it out")
+    options = [f"-f {encoding} -t utf8"]
     if head.startswith(("\xff\xfe".encode(), "\xfe\xff".encode())):
         options = ["-f utf8 -t latin1", "-f utf16 -t utf8"]  # somebody has taken it for latin1
     raise UserError(

@@ -144,19 +144,22 @@ class HuggingFaceTokenizer(Tokenizer):
         """A piece of the model that spells the end of document is cut in two."""
         if self._eats_blank and text.startswith(" "):
             text = " " + text
-        found = self._encoded(text)
-        if self.eos_id not in found.ids:
-            return found.ids
-        cuts = [start + 1 for i, (start, _) in _spans(found) if i == self.eos_id]
-        parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
-        ids = [i for part in parts for i in self._encoded(part).ids]
+        ids = [i for _, found in self._parts(text) for i in found.ids]
         if self.eos_id in ids:
             raise UserError(
-                f"{self.path} makes the end of a document of text that only spells it, near "
-                f"{text[max(0, cuts[0] - 20) : cuts[0] + 20]!r}: give another --tokenizer, or "
-                "train one with --vocab-size"
+                f"{self.path} makes the end of a document of text that only spells it: give "
+                "another --tokenizer, or train one with --vocab-size"
             )
         return ids
+
+    def _parts(self, text: str) -> list[tuple[str, tokenizers.Encoding]]:
+        """A text and its tokens, cut within every piece that is the end of document."""
+        found = self._encoded(text)
+        if self.eos_id not in found.ids:
+            return [(text, found)]
+        cuts = [start + 1 for i, (start, _) in _spans(found) if i == self.eos_id]
+        parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
+        return [(part, self._encoded(part)) for part in parts]
 
     def _encoded(self, text: str) -> tokenizers.Encoding:
         with _refused(f"{self.path} cannot encode the text"):
@@ -173,11 +176,14 @@ class HuggingFaceTokenizer(Tokenizer):
             return ""
         if self._unknown is None:  # letters are left out, and the places of tokens are wrong then
             return "".join(filter(self._is_left_out, text))
-        spelt = set[int]()
-        for i, place in _spans(self._encoded(text)):
-            if i != self._unknown:
-                spelt.update(range(*place))
-        return "".join(letter for at, letter in enumerate(text) if at not in spelt)
+        lost = ""
+        for part, found in self._parts(text):
+            spelt = set[int]()
+            for i, place in _spans(found):
+                if i != self._unknown:
+                    spelt.update(range(*place))
+            lost += "".join(letter for at, letter in enumerate(part) if at not in spelt)
+        return lost
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def test_a_file_with_several_names_is_read_once(tmp_path, monkeypatch):
     names = ["text.txt", f"{tmp_path}/text.txt", "./*.txt", f"../{tmp_path.name}/text.txt"]
     found = matching_files([*names, "folder/t*.txt", "**/soft.txt"], FORMATS)
     assert sorted(path.read_text() for path in found) == ["text", "text"]
-    assert {path.resolve().name for path in found} == {"copy.txt", "hard.txt"}
+    assert [path.name for path in found].count("copy.txt") == 1
 
 
 def test_a_glob_without_files_is_named(tmp_path):
@@ -305,11 +305,15 @@ def test_a_bad_byte_among_much_utf_8_is_left_out_and_the_rest_stays(tmp_path):
     assert texts(tmp_path / "utf8-a.txt") == [WESTERN + "bd\n" + WESTERN]
 
 
-@pytest.mark.parametrize("content", [b"\0" * 5000, "\u65e5\u672c\u3001\n".encode("shift-jis")])
+@pytest.mark.parametrize(
+    "content", [b"\0" * 5000, b"ab\0cd\0\0e" * 99, "\u65e5\u672c\u3001\n".encode("shift-jis")]
+)
 def test_an_encoding_that_cannot_be_guessed_is_not_guessed(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"nothing but NUL bytes|iconv -f ENCODING -t utf8"):
+    with pytest.raises(
+        UserError, match=r"nothing but NUL|NUL bytes among|iconv -f ENCODING -t utf8"
+    ):
         list(read_pieces([path]))
 
 
