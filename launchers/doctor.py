@@ -38,8 +38,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_option(parser, "--local_rank N", argparse.SUPPRESS, int)
     given = parser.parse_args(underscored(arguments))
     refuse_contradictions(parser, given)
-    if given.master_port is not None and given.master_port >= 2**16:
-        parser.error(f"--master_port={given.master_port} must be from 1 to 65535")
     if given.set and given.deepspeed_config is None:
         parser.error("--set overrides keys of a JSON: give --deepspeed_config, too")
     given.config = None if given.deepspeed_config is None else find_config(given.deepspeed_config)

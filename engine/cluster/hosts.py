@@ -58,21 +58,25 @@ class LaunchOptions:
     force_multi: bool = False
     passed: tuple[str, ...] = ()
 
-    def slots(self) -> dict[str, list[int]]:
-        """Host -> its slots that take part; none without a hostfile.
+    def slots(self, num_here: int = 0) -> dict[str, list[int]]:
+        """Host -> its slots that take part; without a hostfile "localhost" has `num_here`.
 
         Raises:
             UserError: if the hostfile is wrong, no slot is left, or shells of other machines would
                 change what they get.
         """
-        if self.hostfile is None:
+        if self.hostfile is None and num_here == 0:
             return {}
-        hosts = read_hostfile(self.hostfile)
+        hosts = {"localhost": num_here}
+        if self.hostfile is None:
+            require_known(hosts, self.include, self.exclude)
+        else:
+            hosts = read_hostfile(self.hostfile)
         slots = chosen_slots(hosts, self.include, self.exclude)
         if not slots and (self.include or self.exclude):
             raise UserError(
                 f"--include {self.include!r} and --exclude {self.exclude!r} leave no slot of "
-                f"{self.hostfile}: name some of {', '.join(hosts)}"
+                f"{self.hostfile or 'this machine'}: name some of {', '.join(hosts)}"
             )
         if not slots:
             raise UserError(f"--hostfile {self.hostfile} has no slots: write slots=8, say")
@@ -99,7 +103,9 @@ class LaunchOptions:
         words = [*self.passed, "--master_port", str(self.master_port or free_port())]
         words += ["--ssh_port", str(self.ssh_port)] if self.ssh_port else []
         if self.hostfile is None:
-            return words + (["--num_gpus", str(self.num_gpus)] if self.num_gpus else [])
+            given = {"--num_gpus": self.num_gpus, "--include": self.include}
+            given["--exclude"] = self.exclude
+            return words + [str(word) for pair in given.items() if pair[1] for word in pair]
         words += ["--hostfile", str(self.hostfile)]
         named = "@".join(f"{host}:{','.join(map(str, there))}" for host, there in slots.items())
         words += ["--include", named] if slots else []

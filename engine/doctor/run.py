@@ -70,7 +70,9 @@ def examine(options: LaunchOptions) -> Examination:
     port = options.master_port or DEFAULT_PORT
     options = replace(options, master_port=port)
     count = options.num_gpus or get_accelerator().device_count()
-    slots = options.slots() or {socket.gethostname(): list(range(count))}
+    slots = options.slots(count)
+    if options.hostfile is None:
+        slots = {socket.gethostname(): slots["localhost"]}
     is_remote = options.is_remote(slots)
     config = None
     if options.config is not None:
@@ -112,14 +114,8 @@ def examine(options: LaunchOptions) -> Examination:
         return result
     result.measured = measured
     names = [machine.name for machine in machines for _ in range(machine.slots)]
-    result.findings += _findings_of(measured, names)
-    # A machine's ranks have equal devices, or the check of GPUs has said so.
-    missing = dict(zip(names, measured["missing_types"], strict=False))
-    for name, types in missing.items():
-        if config is not None and config.dtype in types:
-            text, _, remedy = types[config.dtype].partition(": ")
-            text = f"{config.dtype}.enabled=true, and {text}"
-            result.findings.append(Finding("problem", name, "GPUs", text, remedy))
+    dtype = config.dtype if config else None
+    result.findings += _findings_of(measured, names, dtype)
     return result
 
 
@@ -177,8 +173,16 @@ def _sizes(config: RunConfig | None, dense_numel: int, on_gpus: bool) -> Sizes:
     return Sizes(reduced, min(exchanged, largest), usual, moe.ep_size)
 
 
-def _findings_of(measured: dict[str, Any], names: Sequence[str]) -> list[Finding]:
+def _findings_of(
+    measured: dict[str, Any], names: Sequence[str], dtype: str | None
+) -> list[Finding]:
     found = []
+    # A machine's ranks have equal devices, or the check of GPUs has said so.
+    for name, missing in dict(zip(names, measured["missing_types"], strict=False)).items():
+        if dtype in missing:
+            text, _, remedy = missing[dtype].partition(": ")
+            text = f"{dtype}.enabled=true, and {text}"
+            found.append(Finding("problem", name, "GPUs", text, remedy))
     for key, what in (("sums_right", "all-reduce"), ("rows_right", "all-to-all")):
         if not measured[key]:
             text = f"{what} gives wrong numbers"

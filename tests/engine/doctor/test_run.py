@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from magnetar.data.errors import MachineError
+from magnetar.data.errors import MachineError, UserError
 from magnetar.engine.cluster.hosts import LaunchOptions
 from magnetar.engine.doctor import bandwidth as world
 from magnetar.engine.doctor import run as examination
@@ -73,6 +73,35 @@ def test_a_single_remote_host_is_not_where_the_launcher_starts(
     assert (found.num_problems, world_of, found.skipped) == (1, [], "mend the problems above first")
     hostfile.write_text("127.0.0.1 slots=2\n")
     assert examine(LaunchOptions(hostfile=hostfile)).num_problems == 0
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"include": "c@a:1"}, {"exclude": "b@a:0"}, {"include": "a:1@c:0,1"}]
+)
+def test_machines_and_slots_are_chosen_as_the_launcher_chooses_them(
+    world_of: list[tuple[Any, ...]], tmp_path: Path, chosen: dict[str, str]
+) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=2\nb slots=2\nc slots=2\n")
+    found = examine(LaunchOptions(hostfile=hostfile, master_addr="10.0.0.1", **chosen))  # type: ignore[arg-type]
+    assert [(one.name, one.slots, one.is_remote) for one in found.machines] == [
+        *(("a", 1, True), ("c", 2, True))
+    ]
+    assert [added["RANK"] for added in found.added] == ["0 to 0", "1 to 2"]
+    ((command, _),) = world_of
+    assert command[command.index("--include") + 1] == "a:1@c:0,1"
+
+
+def test_slots_of_this_machine_are_chosen_without_a_hostfile(
+    world_of: list[tuple[Any, ...]],
+) -> None:
+    options = LaunchOptions(include="localhost:0")
+    (machine,) = examine(options).machines
+    assert machine.slots == 1
+    ((command, _),) = world_of
+    assert command[-2:] == ["--include", "localhost:0"]
+    with pytest.raises(UserError, match="no host 'a' is there: name some of localhost"):
+        examine(replace(options, include="a"))
 
 
 def test_wrong_numbers_and_slow_links_are_findings(
