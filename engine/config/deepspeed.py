@@ -162,12 +162,9 @@ class DataTypesConfig(StrictModel):
     """Type in which gradients accumulate. null: the type of the weights."""
 
 
-class _Switched(StrictModel):
+class _FileMonitor(StrictModel):
     enabled: bool = False
-    """Whether it is on."""
-
-
-class _FileMonitor(_Switched):
+    """Whether metrics are written."""
     output_path: str = ""
     """Folder. Empty: one in the run's folder."""
     job_name: str = "DeepSpeedJobName"
@@ -182,9 +179,11 @@ class CsvConfig(_FileMonitor):
     """CSV files, one for each metric."""
 
 
-class WandbConfig(_Switched):
+class WandbConfig(StrictModel):
     """Weights & Biases (its package must be installed)."""
 
+    enabled: bool = False
+    """Whether metrics are sent."""
     group: str | None = None
     """Group of runs."""
     team: str | None = None
@@ -193,9 +192,11 @@ class WandbConfig(_Switched):
     """Project."""
 
 
-class CometConfig(_Switched):
+class CometConfig(StrictModel):
     """Comet (its package must be installed)."""
 
+    enabled: bool = False
+    """Whether metrics are sent."""
     samples_log_interval: Count = 100
     """Samples between two submissions."""
     project: str | None = None
@@ -212,9 +213,11 @@ class CometConfig(_Switched):
     """Whether the experiment is an old one, a new one or either. null: Comet's default."""
 
 
-class CommsLoggerConfig(_Switched):
+class CommsLoggerConfig(StrictModel):
     """Times of the collective operations."""
 
+    enabled: bool = False
+    """Whether they are recorded."""
     prof_all: bool = True
     """Whether every operation is recorded. false: those in prof_ops."""
     prof_ops: list[str] = Field(default=[])
@@ -225,9 +228,11 @@ class CommsLoggerConfig(_Switched):
     """Whether the calling function is named too."""
 
 
-class FlopsProfilerConfig(_Switched):
+class FlopsProfilerConfig(StrictModel):
     """DeepSpeed's profile of one training step."""
 
+    enabled: bool = False
+    """Whether a step is profiled."""
     recompute_fwd_factor: NonNegative = 0.0
     """Share of the forward pass that is recomputed."""
     profile_step: Count = 1
