@@ -94,7 +94,7 @@ def _world_size() -> int:
 
 
 def _check_what_others_read() -> None:
-    """Refuse what DeepSpeed and gloo would end with a traceback for, whoever has set it."""
+    """Refuse variables for which DeepSpeed and gloo would end with a traceback."""
     theirs, is_mpi = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE" in os.environ
     if theirs in os.environ and ("LOCAL_RANK" in os.environ or not is_mpi):
         local_rank = os.environ.get("LOCAL_RANK", "0")

@@ -6,6 +6,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -326,28 +327,30 @@ def compressed(draw: st.DrawFn, text: bytes, suffix: str) -> bytes:
 
 
 def field_cases(number: int, seed: int, world: Path) -> list[Case]:
-    """Cases of each of the four kinds, alike."""
-    quarter = -(-number // 4)
-    config, cases = sound_config(), []
-    for _, variables in drawn({"environment": environments()}, quarter, seed):
-        files = {"run.json": config}
-        cases.append(Case("the environment", TRAIN, ARGUMENTS, files, environment=variables))
+    """Cases of each of the four kinds in turn."""
+    quarter, config = -(-number // 4), sound_config()
+    environment = [
+        Case("the environment", TRAIN, ARGUMENTS, {"run.json": config}, environment=variables)
+        for _, variables in drawn({"environment": environments()}, quarter, seed)
+    ]
+    tokenizers = []
     for kind, value in drawn(_tokenizers(), quarter, seed):
         name = "tokenizer.json" if kind in tokenizer_jsons() else "foreign.model"
-        cases.append(_tokenized(kind, {f"tok/{name}": value}, f"tok/{name}"))
-    base = world / "base" / "run"
+        tokenizers.append(_tokenized(kind, {f"tok/{name}": value}, f"tok/{name}"))
+    base, runs = world / "base" / "run", []
     sound = {f"run/{p.relative_to(base)}": p.read_bytes() for p in base.rglob("*") if p.is_file()}
     for kind, (name, value, command) in drawn(run_strategies(base), quarter, seed):
         files = {k: v for k, v in sound.items() if not f"{k}/".startswith(f"run/{name}/")}
         files |= {"run.json": config, f"run/{name}": value}
-        cases.append(Case(f"run: {kind}", *RUN_COMMANDS[command], files))
+        runs.append(Case(f"run: {kind}", *RUN_COMMANDS[command], files))
     texts = {f"text.txt.{suffix}": compressed(raw_files()["text.txt"], suffix) for suffix in CODECS}
+    streams = []
     for name, value in drawn(texts, quarter, seed):
         whole = decompressed(name.rpartition(".")[2], value)
         documents = sum(map(bool, map(bytes.strip, whole.split(b"\n")))) if whole else 0
         case = _tokenized(name, {f"raw/{name}": value}, TOKENS, f"raw/{name}")
-        cases.append(case._replace(documents=documents))
-    return cases
+        streams.append(case._replace(documents=documents))
+    return list(chain(*zip(environment, tokenizers, runs, streams, strict=True)))
 
 
 def _tokenizers() -> dict[str, st.SearchStrategy[bytes]]:

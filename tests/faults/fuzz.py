@@ -2,6 +2,7 @@
 
     python -m tests.faults.fuzz --configs 2000 --files 500 --out benchmarks/results/fuzz.json
     python -m tests.faults.fuzz --configs 2000 --files 500 --only 17  # a case again
+    python -m tests.faults.fuzz --configs 0 --files 0 --field 3000  # what users' machines do
 
 Each JSON of ds_configs/, cut down to two steps of a tiny model, is changed in one to three places
 or damaged as text. Files of prepared folders and raw text are damaged too. A launcher's real `main`
