@@ -83,12 +83,12 @@ def _tables(
     found: list[TableConfig] = []
     for table in tables:
         name, is_named, files = table.partition("=")
-        splits = files.split(",")
-        if not is_named or len(splits) > 2:
+        train, *valid = files.split(",")
+        if not is_named or len(valid) > 1:
             raise UserError(
                 f"--table {table} is not NAME=TRAIN,VALID: use bible=train.tsv,valid.tsv, say"
             )
-        found.append(TableConfig(name, *splits))
+        found.append(TableConfig(name, train, "".join(valid)))
     for value in all_columns:
         name, is_named, languages = value.rpartition("=")
         _change(found, name if is_named else None, "--columns", columns=_list(languages))

@@ -109,8 +109,8 @@ class Stream:
         part = np.bincount(self._pattern[:rest], minlength=len(self._sizes))
         return passes * self._sizes + part
 
-    def drawn(self, start: int, stop: int, key: WordArray) -> tuple[IntArray, IntArray]:
-        """The pairs at places start to stop - 1 of the stream and their cells, as int64."""
+    def drawn(self, start: int, stop: int, key: WordArray) -> tuple[IntArray, SmallArray]:
+        """The pairs at places start to stop - 1 of the stream, and their cells."""
         blocks = [np.empty(0, dtype=np.int64)]
         size = len(self)
         for number in range(start // size, -(-stop // size)):
@@ -357,7 +357,7 @@ class PairBatches(_Bins):
 
     def _planned(self, which: int) -> tuple[SmallArray, SmallArray, IntArray]:
         """Stream and pair of each row of a round in the order of the bins; starts of the bins."""
-        cells, streams, pairs = [], [], []
+        cells, streams, pairs = list[SmallArray](), list[SmallArray](), list[SmallArray]()
         for s, (start, stop) in enumerate(zip(*self._places(which), strict=True)):
             found, of_cells = self._streams[s].drawn(start, stop, self._key(s))
             pairs.append(found.astype(np.int32))

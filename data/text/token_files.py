@@ -107,7 +107,8 @@ class TokenSplit:
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each document, its end included: (num_documents,) int64."""
-        return np.diff(np.asarray(self.document_starts).astype(np.int64))
+        starts = np.asarray(self.document_starts).astype(np.int64)
+        return starts[1:] - starts[:-1]
 
     @cached_property
     def unchecked(self) -> Callable[[int], npt.NDArray[Any]]:
