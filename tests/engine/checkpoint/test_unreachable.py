@@ -200,7 +200,8 @@ def test_every_rank_falls_back_and_names_or_refuses(run: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_run_does_not_start_over_beside_checkpoints_that_it_cannot_reach(tmp_path: Path) -> None:
-    config = write_config(tmp_path, make_corpus(tmp_path))
+    one_rank = {"magnetar.model.moe.ep_size": 1}
+    config = write_config(tmp_path, make_corpus(tmp_path), changes=one_rank)
     assert launch(config, ranks=1).returncode == 0
     run, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
     before = records(run)
