@@ -101,10 +101,10 @@ def mean_of(sources: Sequence[SavedModel]) -> LazyTensors:
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def read(name: str) -> Tensor:
-        total = sources[0].tensors.read(name).double()
+        total = sources[0].tensors.read(name).to(torch.float64, copy=True)
         for source in sources[1:]:
             total += source.tensors.read(name)
-        return (total / len(sources)).to(specs[name].dtype)
+        return total.div_(len(sources)).to(specs[name].dtype)
 
     shapes = sources[0].tensors.specs
     specs = {name: Spec(dtype_of(name), spec.shape) for name, spec in shapes.items()}

@@ -210,10 +210,10 @@ def _densified(sparse: LazyTensors, config: ModelConfig, expert: int | None) -> 
         if sources == [name]:
             return sparse.read(name)
         # Summed in float64: equal experts give the expert itself, to the last bit.
-        total = sparse.read(sources[0]).double()
+        total = sparse.read(sources[0]).to(torch.float64, copy=True)
         for source in sources[1:]:
-            total = total + sparse.read(source)
-        return _turned((total / len(sources)).to(specs[name].dtype))
+            total += sparse.read(source)
+        return _turned(total.div_(len(sources)).to(specs[name].dtype))
 
     specs = {
         name: Spec(sparse.specs[sources_of(name)[0]].dtype, tuple(shape))

@@ -130,7 +130,7 @@ def test_a_checkpoint_that_was_moved_has_the_name_of_its_step_and_no_curve(tmp_p
     out = tmp_path / "an out"
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "config.json"]
     assert written_in(out).path.name == "step_00000005"
-    assert shlex.split(lines[-1])[-2:] == ["--deepspeed_config", str(out / "config.json")]
+    assert shlex.split(lines[-1])[-3:] == [str(out / "config.json"), "--num_gpus", "2"]
 
 
 def test_there_and_back_is_the_same(tmp_path: Path) -> None:
