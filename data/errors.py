@@ -98,7 +98,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, from whatever program.
 
     Raises:
-        ValueError: as from `parse_json`, or if it holds another value.
+        ValueError: what `parse_json` raises, or the file holds another value.
         OSError: if the file cannot be read.
     """
     value = parse_json(path.read_bytes())
