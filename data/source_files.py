@@ -320,11 +320,11 @@ def _require_letters(path: Path, stream: io.BufferedReader) -> None:
             "leave it out"
         )
     encoding = _wide_encoding(head)
-    if not encoding:
-        raise UserError(f"{path} has NUL bytes among its letters, so it is no text: leave it out")
     options = [f"-f {encoding} -t utf8"]
     if head.startswith(("\xff\xfe".encode(), "\xfe\xff".encode())):
         options = ["-f utf8 -t latin1", "-f utf16 -t utf8"]  # somebody has taken it for latin1
+    elif not encoding:
+        raise UserError(f"{path} has NUL bytes among its letters, so it is no text: leave it out")
     raise UserError(
         f"{path} is not UTF-8: it has NUL bytes beside its letters. Convert it with "
         f"{_conversion(path, *options)}"

@@ -175,7 +175,9 @@ def _parquet_texts(path: Path, text_key: str, stream: IO[bytes]) -> Iterator[str
             f"{path}, row {number}: {text_key!r} is not UTF-8 at byte {error.start + 1} of the "
             "row's text: mend the row where the file is made, or leave it out there"
         ) from error
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not pyarrow's
+            raise
         where = f", after row {number}" if number else ""
         raise UserError(
             f"{path} is not a Parquet file, or is damaged{where}: {error}. Make it again"
