@@ -399,18 +399,25 @@ class CheckpointWriter:
         manifest = {"format": FORMAT, **about, "files": files, "tensors": tensors}
         manifest["sha256"] = manifest_digest(manifest)
         write_atomically(self.partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        self._make_way()
+        replaced = self._make_way()
         rename_durably(self.partial, self.final)
+        if replaced is not None:
+            remove(replaced)
         return read_checkpoint(self.final)
 
-    def _make_way(self) -> None:
-        """Remove a checkpoint of the same step, saved before a resume. Rename anything else."""
+    def _make_way(self) -> Path | None:
+        """Rename what has the checkpoint's name.
+
+        Returns:
+            A checkpoint of the same step, saved before a resume, which is to be removed. A kill
+            must not leave half of it under its name, so it has another one. None: nothing, or
+            something that is no checkpoint and stays.
+        """
         path = self.final
         if not os.path.lexists(path):
-            return
+            return None
         if path.is_dir() and not path.is_symlink() and all(map(_is_ours, path.iterdir())):
-            shutil.rmtree(path)
-            return
+            return path.rename(path.with_name(f"{PARTIAL}replaced_{path.name}"))
         count = 1
         while os.path.lexists(aside := path.with_name(f"other_{count}_{path.name}")):
             count += 1
@@ -421,6 +428,7 @@ class CheckpointWriter:
             file=sys.stderr,
             flush=True,
         )
+        return None
 
     def abandon(self) -> None:
         """Remove the partial folder."""

@@ -187,7 +187,8 @@ class TrainingConfig(StrictModel):
     less memory, a third more work, the same numbers. It may change when a run goes on."""
     compile: bool = False
     """Whether torch.compile compiles attention, norms and dense networks: about 10 % more tokens a
-    second on a GPU, a minute before the first step, and other rounding. Not with ZeRO 3."""
+    second on a GPU, a minute before the first step, and other rounding. Not with ZeRO 3. It may
+    change when a run goes on, which then has other last digits."""
     lr_schedule: LRSchedule
     """Learning rate over the steps."""
     log_every: Count = 10

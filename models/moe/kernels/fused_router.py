@@ -5,8 +5,8 @@ Letters: N tokens, E experts, K top_k, B blocks of BLOCK_TOKENS tokens.
     scores (N, E) -> experts (N, K), weights (N, K), and sums over the tokens
 
 The kernels compute what models.moe.router.route does with second_expert "all", and the sums of
-models.moe.layer. They use float32 and no atomic additions: each block of tokens writes its own
-sums, which are added in a fixed order, so two runs give the same bits.
+models.moe.router.RoutingStats. They use float32 and no atomic additions: each block of tokens
+writes its own sums, which are added in a fixed order, so two runs give the same bits.
 """
 
 # Triton evaluates the annotations of a kernel's arguments and knows none for pointers.

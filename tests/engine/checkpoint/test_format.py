@@ -283,6 +283,26 @@ def test_the_same_step_is_saved_again_over_a_damaged_one(tmp_path: Path) -> None
     assert [path.name for path in path.parent.iterdir()] == ["step_00000005"]
 
 
+def test_a_kill_while_a_step_is_replaced_leaves_the_new_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_checkpoint(tmp_path, 5).path
+    (path / "rank_00000.safetensors").write_bytes(b"the old one")
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("magnetar.engine.checkpoint.format.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(tmp_path, 5)
+    assert damaged_files(newest_checkpoint(tmp_path)) == []
+    assert sorted(folder.name for folder in path.parent.iterdir()) == [
+        "partial_replaced_step_00000005",
+        "step_00000005",
+    ]
+
+
 def test_what_is_no_checkpoints_is_moved_aside_when_its_step_is_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
