@@ -13,7 +13,7 @@ stored as one such table for each of its directions.
 import hashlib
 import resource
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -141,7 +141,8 @@ class PreparedPairs:
 
     path: Path
     manifest: PairsManifest
-    tables: dict[str, list[TablePairs]]  # by split: its pairs by table and direction, if any
+    # By split: its pairs by table and direction, if any. Arrays cannot be compared at once.
+    tables: dict[str, list[TablePairs]] = field(compare=False, repr=False)
 
     @property
     def languages(self) -> tuple[str, ...]:
