@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,7 +87,17 @@ while any(rank.poll() is None for rank in ranks):
 
 
 @pytest.fixture
-def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def heard_interrupts() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and a supervisor leaves it so; tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def supervise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard_interrupts: None
+) -> Callable[..., Any]:
     """Supervise starts of a plan; the status, the logbook's lines, the number of starts."""
     config = tmp_path / "run.json"
     keys = {"magnetar.training.run_dir": str(tmp_path / "run"), "magnetar.data.path": "x"}
@@ -119,7 +129,8 @@ def supervise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
                         # Two signals that Python has not handled yet are one.
                         wait_for(lambda number=number: supervisor.stopping == number)
             except AssertionError:
-                kill_processes(supervisor.run_id)  # otherwise the supervisor waits for ever
+                supervisor.stopping = signal.SIGTERM  # otherwise it starts again, for ever
+                kill_processes(supervisor.run_id)
                 raise
 
         sender = threading.Thread(target=send)
