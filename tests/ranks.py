@@ -1,6 +1,7 @@
 """Runs a function on several real ranks (processes joined by gloo, or NCCL on GPUs)."""
 
 import importlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
+SECONDS_AFTER_FAILURE = 10.0  # until the other ranks are killed
 # Ranks are forked from a process that has imported what they need: importing DeepSpeed takes longer
 # than most of them work. It has no threads yet, and inherits what tests/conftest.py has set.
 FORKED = multiprocessing.get_context("forkserver")
@@ -43,8 +45,10 @@ def run_processes(
     environments: list[dict[str, str]],
     timeout: float = 300,
     fresh: bool = False,
-) -> list[tuple[int, str]]:
+) -> list[tuple[int | None, str]]:
     """Status and output of `python -m module` in each of several environments.
+
+    When one has failed, the others are killed a little later; their status is None.
 
     Args:
         module: the module.
@@ -69,23 +73,25 @@ def run_processes(
                 given = (module, arguments, environment, str(output))
                 processes.append(FORKED.Process(target=_run_module, args=given))
                 processes[-1].start()
-        end = time.monotonic() + timeout
+        end, grace = time.monotonic() + timeout, math.inf
         try:
-            statuses = [_status(process, end) for process in processes]
+            while None in (statuses := [_status(process) for process in processes]):
+                if any(statuses):  # as the launcher does, which asks no longer
+                    grace = min(grace, time.monotonic() + SECONDS_AFTER_FAILURE)
+                if time.monotonic() > grace:
+                    break
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(module, timeout)
+                time.sleep(0.02)
         finally:
             for process in processes:
                 process.kill()
         return [(s, path.read_text()) for s, path in zip(statuses, outputs, strict=True)]
 
 
-def _status(process: Any, end: float) -> int:
-    left = max(0.0, end - time.monotonic())
-    if isinstance(process, subprocess.Popen):
-        return process.wait(left)
-    process.join(left)
-    if process.exitcode is None:
-        raise subprocess.TimeoutExpired(process.name, left)
-    return process.exitcode
+def _status(process: Any) -> int | None:
+    """The exit status of a process; None while it runs."""
+    return process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
 
 
 def _run_module(module: str, arguments: list[str], environment: dict[str, str], out: str) -> None:
@@ -114,7 +120,7 @@ def run_on_ranks(
         environments = [os.environ | own for own in rank_variables(world_size)]
         found = run_processes("tests.ranks", [target, folder], environments, timeout, fresh)
         for rank, (status, output) in enumerate(found):
-            if status != 0:
+            if status:
                 raise AssertionError(f"rank {rank} ended with {status}:\n{output}")
         return [
             pickle.loads(Path(folder, f"result_{rank}").read_bytes()) for rank in range(world_size)
