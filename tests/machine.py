@@ -1,7 +1,7 @@
 """What this machine has, so that each test can name what it needs and be skipped alone.
 
-`@pytest.mark.needs("fp16")` names it for a test; `as_param` and `runnable` do so for the cases of
-a program that runs many in one process group. MAGNETAR_TEST_WITHOUT="fp16 triton" imitates a
+`@pytest.mark.needs("fp16")` names it for a test; `as_param` and `is_runnable` do so for the cases
+of a program that runs many in one process group. MAGNETAR_TEST_WITHOUT="fp16 triton" imitates a
 machine without some of it: the probe says no, and whoever uses it all the same fails (`imitate`).
 Each process of a test has one thread: with tensors of a few kilobytes several only wait for each
 other. MAGNETAR_TEST_THREADS=2 gives it two.
