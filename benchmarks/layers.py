@@ -240,8 +240,11 @@ def build_deepspeed(shape: Shape) -> Layer:
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import logger
 
+    from magnetar.engine.build import without_shm_op
+
     logger.setLevel(logging.WARNING)
     join_process_group(shape.device)
+    without_shm_op()
     deepspeed.init_distributed(auto_mpi_discovery=False)
     with drawn_as(shape):
         expert = nn.Sequential(

@@ -63,6 +63,16 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def without_shm_op() -> None:
+    """Keep `deepspeed.init_distributed` from compiling a C++ op that only inference uses.
+
+    That takes 48 seconds, and a process killed meanwhile leaves a lock file on which every later
+    job hangs.
+    """
+    # The attribute `deepspeed.comm.torch` is torch itself, so the module comes from sys.modules.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
 def start_distributed() -> torch.device:
     """This rank's device, once the launcher's process group is joined, or one of a single rank.
 
@@ -79,10 +89,7 @@ def start_distributed() -> torch.device:
     )
     # The device is the right one, by set_device below.
     warnings.filterwarnings("ignore", r"barrier\(\): using the device under", UserWarning)
-    # DeepSpeed would compile a C++ op here that only inference uses. That takes 48 seconds, and a
-    # process killed meanwhile leaves a lock file on which every later job hangs. The module must
-    # be reached through sys.modules, since the attribute `deepspeed.comm.torch` is torch itself.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    without_shm_op()
     # Set before CUDA is first used. A heap of fixed segments soon has no contiguous place for the
     # gradients of a layer's experts.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

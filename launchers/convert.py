@@ -279,3 +279,7 @@ def _fold_admin(command: argparse.ArgumentParser) -> None:
     """
     add_option(command, "source", f"{_A_RUN}or a folder of weights", Path)
     _add_out(command, shards=False)
+
+
+if __name__ == "__main__":
+    main()

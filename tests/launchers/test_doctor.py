@@ -129,7 +129,7 @@ def test_this_machine_alone_is_measured(config: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_gpus", "0"], "0 is no whole number from 1 on"),
+        (["--num_gpus", "0"], "0 is no whole number from 1 to 9999"),
         (["--master_port", "70000"], "70000 is no whole number from 1 to 65535"),
         (["--include", "a", "--exclude", "b"], "--include and --exclude contradict each other"),
         (["--set", "a=b"], "--set overrides keys of a JSON: give --deepspeed_config"),

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,6 +66,18 @@ def test_a_misspelt_command_is_refused_with_the_nearest(
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ends([name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: magnetar {name} ")
+
+
+@pytest.mark.parametrize("name", sorted({entry[0].split(":")[0] for entry in COMMANDS.values()}))
+def test_every_module_of_a_command_runs_as_a_program(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = f"magnetar.launchers.{'train' if name == 'launch' else name}"
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(module, run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: ")
 
 
 def test_a_shipped_config_is_found_by_its_name_and_a_file_by_its_path(
