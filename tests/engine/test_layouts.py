@@ -145,7 +145,8 @@ def test_every_layout_gives_the_same_losses(curves: Curves, variant: str) -> Non
     assert len(others) == {"X-MoE, softmax, top-2": 11 + 5}.get(variant, 3)
     assert reference[-1] < reference[0] - 0.05, "the model must learn, or nothing is compared"
     for losses in others:
-        # float32 sums in another order, amplified by 20 steps of Adam.
+        # float32 sums in another order, amplified by 20 steps of Adam: docs/invariance.md has up
+        # to 9e-6 nats for 50, where no routing is tied.
         assert losses == pytest.approx(reference, rel=0, abs=2e-5)
 
 

@@ -224,6 +224,7 @@ def test_a_step_without_any_target_has_losses_of_0() -> None:
 
 def test_losses_without_weight_are_not_minimised() -> None:
     result, engine, losses = fake_step(LossWeights())
+    # Two micro-batches, and float32 as above.
     assert engine.minimised == pytest.approx([2 * loss for loss in losses["loss"]], rel=1e-6)
     assert float(result.z_loss) == 0
 

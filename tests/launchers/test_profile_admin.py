@@ -82,6 +82,7 @@ def test_a_profile_is_made_trained_from_and_folded_away(tmp_path: Path, corpus: 
     tokens = torch.arange(32).view(1, 32)
     with torch.no_grad():
         expected = model(tokens).logits
+        # Logits around 1; a gain that was multiplied before is now multiplied after a sum.
         torch.testing.assert_close(folded(tokens).logits, expected, rtol=0, atol=1e-5)
     again = run(*convert, str(out), "--out", str(tmp_path / "twice"))
     assert again.returncode == 2

@@ -62,6 +62,7 @@ def test_files_standard_input_and_one_sentence_give_the_same(
     stdin(monkeypatch, content + b"\n")
     assert translated(capfdbinary, folder, *TO_ENGLISH, *more) == from_file
     small = ("--batch-size", 1, "--out", out)
+    # Other batches round otherwise, by 1e-6 of a score: only a tie could change a word.
     assert translated(capfdbinary, folder, file, *TO_ENGLISH, *more, *small) == []
     assert out.read_bytes().decode().splitlines() == from_file
     out.unlink()

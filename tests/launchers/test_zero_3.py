@@ -51,4 +51,5 @@ def test_a_run_under_zero_3_is_evaluated_in_one_process(
     evaluate.main([str(runs["nothing_whole"]), "--json"])
     found = json.loads(capsys.readouterr().out)
     expected = json.loads((runs["nothing_whole"] / "summary.json").read_text())
+    # The same weights; float32 sums of one process and of two.
     assert found["loss"] == pytest.approx(expected["validation_after"]["loss"], rel=1e-5)

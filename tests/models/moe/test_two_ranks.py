@@ -12,7 +12,8 @@ from tests.models import brute_force, programs
 from tests.models.programs import CASES, NUM_EXPERTS
 from tests.ranks import run_on_ranks
 
-# The same float32 numbers through matmuls of other sizes, which sum in another order.
+# The same float32 numbers through matmuls of other sizes, which sum in another order (see
+# OTHER_ORDER in test_layer.py).
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -106,7 +107,8 @@ def test_two_ranks_compute_what_one_would_of_both_their_tokens(ranks: list, case
     (own + expected.aux_loss + expected.z_loss).backward()
     layers = [rank["layers"][case, 1] for rank in ranks]
     outputs = []
-    # From here on float32 against float64: a router, a LayerNorm, matrices, sums over 36 tokens.
+    # From here on float32 against float64: a router, a LayerNorm, matrices, and for losses and
+    # gradients sums over up to 36 tokens, 36 * 2^-24 = 2e-6 of their size, which is up to 10.
     for index, layer in enumerate(layers):
         mask, out = programs.padding(case, index), layer["output"]
         outputs.append(out.flatten(0, 1) if mask is None else out[~mask])
