@@ -10,7 +10,7 @@ from magnetar.engine.config.schema import load_config
 from magnetar.launchers.main import COMMANDS, main
 from tests.ranks import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("[!.]*/README.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # A page is written by hand and answers a task, so it begins with the command that does it.
 TASKS = (

@@ -128,7 +128,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             that would start something other than the run.
     """
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text"
         raise UserError(f"--hostfile {path} cannot be read ({reason}): check the path") from None

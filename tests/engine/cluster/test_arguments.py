@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -128,3 +129,67 @@ def test_a_line_that_would_not_arrive_is_refused_before_anything_starts(
         assert f"{env_file}, line 2: " in str(raised.value)
     env_file.write_text("A=b\nC=d\n")  # the way out
     assert options.slots() == {"a": [0], "b": [0]}
+
+
+VALUES = [
+    "$HOME",
+    "${HOME}",
+    "$",
+    "{",
+    "}",
+    "(",
+    ")",
+    "`",
+    "'",
+    '"',
+    "\\",
+    "!",
+    "%",
+    "%n",
+    "%h",
+    "~",
+]
+VALUES += [
+    "*",
+    "?",
+    "[a]",
+    ";",
+    "&",
+    "|",
+    "<",
+    "#",
+    "=",
+    ",",
+    " ",
+    "  ",
+    "b",
+    "1",
+    "$1",
+    "$$",
+    "ü",
+    "\t",
+]
+
+
+@given(st.lists(st.sampled_from(VALUES), max_size=5).map("".join))
+def test_any_value_of_deepspeed_env_is_refused_or_arrives(value: str) -> None:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "env")
+        patch.setenv("DS_ENV_FILE", str(file))
+        file.write_text(f"A={value}\n", encoding="utf-8")
+        try:
+            variables, _ = deepspeed_env()
+        except UserError:
+            return
+        launcher = PDSHRunner(Namespace(user_args=[], user_script=""), "")
+        launcher.add_export("A", value.strip())
+        program = "".join(f"export {k}={v}; " for k, v in launcher.exports.items())
+        assert program == exported(variables)
+        done = subprocess.run(
+            ["sh", "-c", f'{program}printf %s "$A"'],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HOME": "/x"},
+        )
+        wanted = value.strip().replace("${HOME}", "/x").replace("$HOME/a", "/x/a")
+        assert (done.stdout, done.stderr) == (wanted, "")

@@ -1,9 +1,35 @@
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from deepspeed.launcher import runner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from magnetar.data.errors import UserError
-from magnetar.engine.cluster.hosts import chosen_slots, on_hosts, read_hostfile, ssh_command
+from magnetar.engine.cluster.hosts import (
+    chosen_slots,
+    on_hosts,
+    read_hostfile,
+    require_known,
+    ssh_command,
+)
+
+PIECES = ["a", "b-1", "me@c", "slots=", "slots", "=", "2", "0", "007", "-1", "9999", "10000", "٣"]
+PIECES += [" ", "  ", "\t", "\n", "\n\n", "\r\n", "#", ":", ",", "@", "\x0b", "\x85", "\ufeff", "ü"]
+SOUND = ["a slots=2\n", "b-1 slots=4 # big\n", "  me@c\tslots=007\n", "# none\n", "\n"]
+HOSTFILES = st.lists(st.sampled_from(SOUND * 3 + PIECES), max_size=8).map("".join)
+NODES = ["a", "b-1", "a:0", "b-1:1,3", "b-1:3,1", "c", "a:9", "a:", "a:x", ":", "", "a:0,0", "a:-0"]
+
+
+def outcome(function: Callable[..., Any], *given: Any) -> Any:
+    """What a function returns; None if it refuses."""
+    with suppress(ValueError, UserError):
+        return function(*given)
+    return None
 
 
 def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
@@ -42,6 +68,31 @@ def test_a_wrong_line_is_named(text: str, words: str, tmp_path: Path) -> None:
 def test_a_missing_hostfile_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--hostfile .*none cannot be read \(No such file"):
         read_hostfile(tmp_path / "none")
+
+
+@given(HOSTFILES)
+def test_any_hostfile_is_refused_or_read_as_deepspeed_reads_it(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "hosts")
+        file.write_bytes(text.encode())
+        found = outcome(read_hostfile, file)
+        if found is not None:
+            assert list(found.items()) == list(runner.fetch_hostfile(str(file)).items())
+
+
+@given(st.lists(st.sampled_from(NODES), min_size=1, max_size=3).map("@".join), st.booleans())
+def test_any_choice_is_refused_or_made_as_deepspeed_makes_it(text: str, includes: bool) -> None:
+    hosts = {"a": 2, "b-1": 4}
+    texts = (text, "") if includes else ("", text)
+
+    def ours() -> Mapping[str, list[int]]:
+        require_known(hosts, *texts)
+        return chosen_slots(hosts, *texts)
+
+    pool = {host: list(range(count)) for host, count in hosts.items()}
+    if text and (found := outcome(ours)) is not None:
+        theirs = runner.parse_resource_filter(pool, *texts)
+        assert found == {host: sorted(slots) for host, slots in theirs.items()}
 
 
 def test_slots_are_included_and_excluded_as_deepspeed_does() -> None:
