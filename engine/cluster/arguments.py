@@ -29,7 +29,7 @@ _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
 def sealed(words: Sequence[str]) -> list[str]:
     """The words; or one option that holds them, if a shell would change any of them."""
-    if all(map(_PLAIN.fullmatch, words)):
+    if _OPTION not in words and all(map(_PLAIN.fullmatch, words)):
         return list(words)
     text = json.dumps(list(words)).encode()
     return [_OPTION, base64.urlsafe_b64encode(text).decode().rstrip("=")]
