@@ -9,6 +9,7 @@ import copy
 import json
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -43,7 +44,7 @@ from magnetar.engine.checkpoint.save_load import part_name
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
 from magnetar.engine.config.schema import Layout, RunConfig
 from magnetar.engine.memory_planner import GIB, nearest_layout, parameters_of, problems_of
-from magnetar.engine.metrics import keep_records_up_to
+from magnetar.engine.metrics import keep_records_up_to, read_records
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.files import LazyTensors, as_type, grouped
 from magnetar.models.weights.load_save import CONFIG_FILE
@@ -196,6 +197,8 @@ def _write_run(
         if source.checkpoint is not None and metrics.is_file():  # the curve up to the checkpoint
             shutil.copyfile(metrics, folder / metrics.name)
             keep_records_up_to(folder / metrics.name, about["step"])
+            if words := read_records(metrics)[2]:
+                print(f"warning: {words}", file=sys.stderr, flush=True)
     return Checkpoint(out / place, written.manifest)
 
 

@@ -32,11 +32,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         rename_durably(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         # An error of an open file has no name; another file's has its own.
         if error.errno is None or error.filename not in (None, str(partial)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from magnetar.data.atomic import atomic_file
 from magnetar.data.errors import UserError, missing_package
 from magnetar.engine import metrics
 
@@ -41,7 +42,7 @@ def plot(run_dirs: Sequence[Path], out: Path) -> None:
         out: file of the picture; its suffix chooses the format.
 
     Raises:
-        UserError: a run has not written any training record.
+        UserError: a run has not written any training record, or the suffix is no picture's.
     """
     runs = {run_dir: read_records(run_dir) for run_dir in run_dirs}
     drawers = [_draw_losses, _draw_gradient_norms]
@@ -51,6 +52,9 @@ def plot(run_dirs: Sequence[Path], out: Path) -> None:
     if any(_translated(valid) for _, valid in runs.values()):
         drawers.append(_draw_bleu)
     figure, panels = _figure(len(drawers))
+    suffix, known = out.suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise UserError(f"--out {out}: no picture is called .{suffix}: use {', '.join(known)}")
     for draw, panel in zip(drawers, panels, strict=True):
         draw(panel, runs)
         panel.set_xlabel("step")
@@ -58,7 +62,8 @@ def plot(run_dirs: Sequence[Path], out: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_xlim(left=0)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+    with atomic_file(out) as file:
+        figure.savefig(file, dpi=110, format=suffix)
 
 
 def _figure(num_panels: int) -> tuple[Any, Any]:

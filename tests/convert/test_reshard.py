@@ -96,10 +96,13 @@ def test_layers_with_other_numbers_of_experts_are_each_divided(tmp_path: Path) -
     assert message.endswith("--world-size 4 --ep-size 2 --zero-stage 1")
 
 
-def test_the_run_is_the_targets(tmp_path: Path) -> None:
+def test_the_run_is_the_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"tensorboard": {"enabled": True, "output_path": str(tmp_path / "run")}}
     source = write_checkpoint(tmp_path / "run", world_size=2, changes=changes)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text("no record\n" + metrics.read_text())
     lines = reshard(source.path, tmp_path / "new" / "out", Layout(4, 2, 2), None)
+    assert f"{metrics}: line 1 is no record and is left out" in capsys.readouterr().err
     out = tmp_path / "new" / "out"
     manifest = written_in(out).manifest
     assert manifest["layout"] == {"world_size": 4, "ep_size": 2, "zero_stage": 2}

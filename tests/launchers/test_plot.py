@@ -57,6 +57,19 @@ def test_a_damaged_file_costs_its_line_of_the_picture_alone(
     assert words in capsys.readouterr().err
 
 
+def test_a_suffix_of_no_picture_is_refused_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
+    message = refusal(capsys, main, tmp_path, "--out", tmp_path / "curves.txt")
+    assert "curves.txt: no picture is called .txt: use " in message
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    for name in ("curves.PDF", "curves"):  # a way out, and PNG is the usual one
+        main([str(tmp_path), "--out", str(tmp_path / name)])
+    assert (tmp_path / "curves").read_bytes().startswith(PNG)
+    assert (tmp_path / "curves.PDF").read_bytes().startswith(b"%PDF")
+
+
 def test_several_runs_are_drawn_into_one_picture_that_must_be_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
