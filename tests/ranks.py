@@ -103,9 +103,9 @@ def _run_module(module: str, arguments: list[str], environment: dict[str, str], 
         os.dup2(file, stream)
     os.chdir(ROOT)
     if os.environ.get("MAGNETAR_TEST_WITHOUT"):  # a program of users' takes nothing away itself
-        from tests.machine import imitate
+        from tests.machine import take_away
 
-        imitate()
+        take_away()  # it has as many threads as a user's
     sys.argv = [module, *arguments]
     sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
