@@ -220,8 +220,13 @@ def gradients_accumulate_in_a_fitting_type(
 def experts_fit_grouped_matmuls(model: ModelConfig, bf16: Any, fp16: Any) -> Problems:
     """A row of a grouped matrix product is a multiple of 16 bytes."""
     multiple = 8 if _on(bf16) or _on(fp16) else 4
-    for name, width in (("d_model", model.d_model), ("d_ff", model.d_ff)):
-        if model.moe is not None and width % multiple:
+    if model.moe is None:
+        return
+    widths = {"d_model": model.d_model, "d_ff": model.d_ff}
+    if model.moe.expert_d_ff is not None:
+        widths = {"d_model": model.d_model, "moe.expert_d_ff": model.moe.expert_d_ff}
+    for name, width in widths.items():
+        if width % multiple:
             yield problem(
                 f"magnetar.model.{name}",
                 width,

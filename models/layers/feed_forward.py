@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnetar.models.layers.init import RandomSource
+from magnetar.models.layers.norms import layer_norm
 
 
 class Linear(nn.Linear):
@@ -22,6 +23,12 @@ class Linear(nn.Linear):
         """(..., d_in) -> (..., d_out)."""
         flat = x.reshape(-1, self.in_features)
         return F.linear(flat, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+
+
+def zero_bias(linear: nn.Module) -> None:
+    """Set the bias of a linear layer to 0, if it has one."""
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
 
 
 class WideLinear(nn.Linear):
@@ -57,6 +64,8 @@ class FeedForward(nn.Module):
         gain: float,
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
+        norm_type: str = "layernorm",
+        bias: bool = True,
     ) -> None:
         """Build the network.
 
@@ -68,15 +77,19 @@ class FeedForward(nn.Module):
             gain: initial gain of all matrices.
             norm_eps: epsilon of the LayerNorm.
             activation_dropout: probability of dropping an activation in training.
+            norm_type: kind of the norm, see `layer_norm`.
+            bias: whether matrices and a LayerNorm have biases.
         """
         super().__init__()
         self.gain = gain
         self.activation = ACTIVATIONS[activation]
-        self.w1 = Linear(d_model, d_ff)
-        self.w3 = Linear(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
+        self.w1 = Linear(d_model, d_ff, bias)
+        self.w3 = Linear(d_model, d_ff, bias) if activation in GATED_ACTIVATIONS else None
         self.dropout = nn.Dropout(activation_dropout)
-        self.inner_norm = nn.LayerNorm(d_ff, norm_eps) if inner_norm else nn.Identity()
-        self.w2 = Linear(d_ff, d_model)
+        self.inner_norm = (
+            layer_norm(d_ff, norm_eps, norm_type, bias) if inner_norm else nn.Identity()
+        )
+        self.w2 = Linear(d_ff, d_model, bias)
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal with `gain`; biases 0."""
@@ -84,7 +97,7 @@ class FeedForward(nn.Module):
             linear = getattr(self, name)
             if linear is not None:
                 source.xavier_normal_(linear.weight.data, f"{name}.weight", self.gain)
-                nn.init.zeros_(linear.bias)
+                zero_bias(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

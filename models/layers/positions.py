@@ -40,10 +40,10 @@ def fairseq_sinusoidal_table(num_positions: int, d_model: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _angles(positions: Tensor, width: int) -> Tensor:
-    """positions (T,) -> (T, width / 2) float64: p / 10000^(2i / width)."""
+def _angles(positions: Tensor, width: int, theta: float = 10000.0) -> Tensor:
+    """positions (T,) -> (T, width / 2) float64: p / theta^(2i / width)."""
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-    return positions.double().unsqueeze(-1) / 10000.0**exponents
+    return positions.double().unsqueeze(-1) / theta**exponents
 
 
 class Rotary(nn.Module):
@@ -54,11 +54,21 @@ class Rotary(nn.Module):
     the distance; zeta_i = (2i / d + 0.4) / 1.4.
     """
 
-    def __init__(self, d_head: int, max_len: int, scale_base: float | None) -> None:
-        """Build the tables of all positions; scale_base None is plain rotary."""
+    def __init__(
+        self, d_head: int, max_len: int, scale_base: float | None, theta: float = 10000.0
+    ) -> None:
+        """Build the tables of all positions.
+
+        Args:
+            d_head: d, even.
+            max_len: number of positions.
+            scale_base: distance over which xPos decays; None is plain rotary.
+            theta: base of the frequencies; pair i turns by theta^(-2i / d) from one position to
+                the next.
+        """
         super().__init__()
         positions = torch.arange(max_len)
-        angles = _angles(positions, d_head)
+        angles = _angles(positions, d_head, theta)
         scale = torch.ones_like(angles)
         if scale_base is not None:
             zeta = (torch.arange(0, d_head, 2, dtype=torch.float64) / d_head + 0.4) / 1.4
