@@ -10,6 +10,7 @@ magnetar convert densify runs/moe --out dense/lm --mean
 magnetar convert shrink runs/lm --out small/lm --layers 0,2,4
 magnetar convert import-torchscale decoder.pt --config decoder.json --out imported/lm
 magnetar convert import-torchscale checkpoint_last-shared.pt --out imported/moe
+magnetar convert from-hf downloaded/Qwen3-0.6B --out imported/qwen3
 magnetar convert fold-admin runs/admin --out folded/admin
 """
 
@@ -269,6 +270,17 @@ def _import_torchscale(command: argparse.ArgumentParser) -> None:
     what += "needed if the checkpoint holds only tensors"
     add_option(command, "--config FILE", what, Path)
     add_option(command, "--trust", "let the file run code: only for files of your own")
+
+
+@_command("from-hf", "huggingface.convert.from_hf", "a decoder of the transformers package")
+def _from_hf(command: argparse.ArgumentParser) -> None:
+    """Write a Llama, Qwen3, Qwen3-MoE, OLMoE, Mixtral, GPT-2 or OPT model with the same logits.
+
+    magnetar.models.weights.load_save.load_model and magnetar generate load the folder, and training
+    starts from it (magnetar.training.init_from).
+    """
+    add_option(command, "path", "what save_pretrained has written", Path, metavar="folder")
+    _add_out(command)
 
 
 @_command("fold-admin", "fold_admin.fold_admin", "a trained Admin model as a plain Post-LN one")

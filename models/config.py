@@ -58,9 +58,9 @@ class ModelKeys(StrictModel):
     bias: bool = True
     """Whether the matrices of attention, feed-forward networks and experts, and LayerNorms, have
     biases."""
-    activation: Literal["gelu", "relu", "swish", "swiglu"] = "gelu"
-    """Activation of the feed-forward networks. `swiglu`: swish(w1 x) * (w3 x), with a third matrix
-    (arXiv 2002.05202)."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "swish", "swiglu"] = "gelu"
+    """Activation of the feed-forward networks. `gelu_tanh`: GPT-2's approximation of gelu.
+    `swiglu`: swish(w1 x) * (w3 x), with a third matrix (arXiv 2002.05202)."""
     positions: Literal["learned", "sinusoidal", "sinusoidal_fairseq", "none"] | None = None
     """Positions added to the embedding. null: `none` if attention_positions is set, else `learned`.
     `sinusoidal`: the Transformer paper's. `sinusoidal_fairseq`: fairseq's, for imported weights."""

@@ -14,6 +14,7 @@ from magnetar.convert.folders import checked_model, require_new, write_folder
 from magnetar.convert.huggingface.names import NOT_WEIGHTS, recipe
 from magnetar.convert.huggingface.options import model_keys
 from magnetar.data.errors import UserError, read_json_object
+from magnetar.data.text.tokenizer import load_tokenizer
 from magnetar.models.config import ModelConfig
 from magnetar.models.weights.files import LazyTensors, Spec, open_files
 from magnetar.models.weights.load_save import CONFIG_FILE, tensor_shapes
@@ -36,8 +37,27 @@ def from_hf(path: Path, out: Path, shard_bytes: int | None) -> list[str]:
             f"{file} cannot be read ({error}): name a folder that save_pretrained has written"
         ) from None
     config, tensors = translate(options, open_files(path), str(path))
-    rows = [("was", f"{options['model_type']} of transformers"), ("wrote", str(out))]
-    return write_folder(out, config, tensors, rows, shard_bytes=shard_bytes)
+    files, remark = _vocabulary(path, config)
+    rows = [
+        ("was", f"{options['model_type']} of transformers"),
+        ("is", f"{config.architecture}, norm {config.norm}, {config.norm_type}"),
+        ("vocabulary", remark),
+        ("wrote", str(out)),
+    ]
+    return write_folder(out, config, tensors, rows, shard_bytes=shard_bytes, other_files=files)
+
+
+def _vocabulary(path: Path, config: ModelConfig) -> tuple[dict[str, bytes], str]:
+    """Name and content of the model's tokenizer file, and its place or why there is none."""
+    try:
+        tokenizer = load_tokenizer(path)
+    except UserError as error:
+        return {}, f"not copied: {error}"
+    assert config.vocab_size is not None
+    if tokenizer.vocab_size > config.vocab_size:
+        entries = f"{tokenizer.vocab_size} entries for {config.vocab_size} rows of the embedding"
+        return {}, f"not copied: {tokenizer.path} has {entries}"
+    return {tokenizer.file_name: tokenizer.file_content}, f"{tokenizer.path}"
 
 
 def translate(
@@ -57,8 +77,9 @@ def translate(
     config = checked_model(keys, f"{path}: its options make no model of Magnetar's")
     shapes = tensor_shapes(config)
     recipes = {name: recipe(name, options["model_type"], config) for name in shapes}
+    stored = _with_prefix(tensors, recipes["embedding.weight"].sources[0])
     sources = {source for each in recipes.values() for source in each.sources}
-    for name in tensors.specs:
+    for name in stored.specs:
         # Tied models of earlier versions hold the output's copy of the embedding.
         is_tied_copy = config.tie_embeddings and name == "lm_head.weight"
         if name not in sources and not is_tied_copy and not NOT_WEIGHTS.fullmatch(name):
@@ -67,9 +88,9 @@ def translate(
     for name, shape in shapes.items():
         parts = []
         for source in recipes[name].sources:
-            if source not in tensors.specs:
+            if source not in stored.specs:
                 raise UserError(f"{path}: {source} is missing: copy the folder again")
-            spec = tensors.specs[source]
+            spec = stored.specs[source]
             parts.append(torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
         try:
             made = recipes[name].make(parts)
@@ -84,6 +105,15 @@ def translate(
         specs[name] = Spec(made.dtype, tuple(shape))
 
     def read(name: str) -> Tensor:
-        return recipes[name].make([tensors.read(source) for source in recipes[name].sources])
+        return recipes[name].make([stored.read(source) for source in recipes[name].sources])
 
     return config, LazyTensors(specs, read)
+
+
+def _with_prefix(tensors: LazyTensors, embedding: str) -> LazyTensors:
+    """The tensors under their names in a model with an output, if they come from one without."""
+    prefix = embedding.partition(".")[0] + "."
+    if embedding in tensors.specs or embedding.removeprefix(prefix) not in tensors.specs:
+        return tensors
+    specs = {prefix + name: spec for name, spec in tensors.specs.items()}
+    return LazyTensors(specs, lambda name: tensors.read(name.removeprefix(prefix)))

@@ -15,9 +15,10 @@ from magnetar.convert.experts import place_of
 from magnetar.models.config import ModelConfig
 
 # Tables that follow from the config, which some versions have stored.
-NOT_WEIGHTS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+NOT_WEIGHTS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias)")
 
 _LLAMA = {
+    "blocks": "model.layers.",
     "embedding": "model.embed_tokens",
     "final_norm": "model.norm",
     "output": "lm_head",
@@ -41,7 +42,35 @@ _MIXTRAL = _LLAMA | {
     "experts.w2": "block_sparse_moe.experts.{expert}.w2",
     "experts.w3": "block_sparse_moe.experts.{expert}.w3",
 }
-_NAMES = {"mixtral": _MIXTRAL}  # by model_type; others have Llama's names
+_GPT2 = {
+    "blocks": "transformer.h.",
+    "embedding": "transformer.wte",
+    "positions": "transformer.wpe",
+    "final_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attention_residual.norm": "ln_1",
+    "ffn_residual.norm": "ln_2",
+    "attention.qkv_proj": "attn.c_attn",
+    "attention.out_proj": "attn.c_proj",
+    "ffn.w1": "mlp.c_fc",
+    "ffn.w2": "mlp.c_proj",
+}
+_OPT = {
+    "blocks": "model.decoder.layers.",
+    "embedding": "model.decoder.embed_tokens",
+    "positions": "model.decoder.embed_positions",
+    "final_norm": "model.decoder.final_layer_norm",
+    "output": "lm_head",
+    "attention_residual.norm": "self_attn_layer_norm",
+    "ffn_residual.norm": "final_layer_norm",
+    "attention.qkv_proj": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "attention.out_proj": "self_attn.out_proj",
+    "ffn.w1": "fc1",
+    "ffn.w2": "fc2",
+}
+_NAMES = {"gpt2": _GPT2, "mixtral": _MIXTRAL, "opt": _OPT}  # by model_type; others: _LLAMA
+_TRANSPOSED = ("c_attn", "c_fc", "c_proj")  # matrices that GPT-2 stores as (d_in, d_out)
+_FIRST_POSITION = {"opt": 2}  # row of the first position, by model_type
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -54,12 +83,14 @@ class Recipe:
         turned: number of the first sources whose heads are put into rotary's order.
         head_dim: width of a head.
         transposed: whether the result is transposed.
+        first_row: index of the first row that is taken.
     """
 
     sources: tuple[str, ...]
     turned: int = 0
     head_dim: int = 0
     transposed: bool = False
+    first_row: int = 0
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensor, from those of `sources`."""
@@ -68,6 +99,7 @@ class Recipe:
             for index, tensor in enumerate(tensors)
         ]
         made = torch.cat(parts) if len(parts) > 1 else parts[0]
+        made = made[self.first_row :]
         return made.t().contiguous() if self.transposed else made
 
 
@@ -90,7 +122,7 @@ def recipe(name: str, model_type: str, config: ModelConfig) -> Recipe:
     """
     names, prefix, expert = _NAMES.get(model_type, _LLAMA), "", None
     if in_block := _IN_BLOCK.fullmatch(name):
-        prefix, rest = f"model.layers.{in_block[1]}.", in_block[2]
+        prefix, rest = f"{names['blocks']}{in_block[1]}.", in_block[2]
     else:
         rest = name
     place = place_of(name)
@@ -104,5 +136,7 @@ def recipe(name: str, model_type: str, config: ModelConfig) -> Recipe:
         tuple(f"{prefix}{source}.{parameter}" for source in sources),
         turned if config.is_rotary else 0,
         config.head_width,
-        transposed=expert is not None,
+        transposed=expert is not None
+        or (parameter == "weight" and sources[0].endswith(_TRANSPOSED)),
+        first_row=_FIRST_POSITION.get(model_type, 0) if module == "positions" else 0,
     )

@@ -28,12 +28,20 @@ _WITHOUT_EFFECT = {
     "problem_type",
     "return_dict",
     "router_aux_loss_coef",
+    "task_specific_params",
     "torch_dtype",
     "transformers_version",
     "use_cache",
 }
 _REQUIRED = object()
-_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "swish",
+    "swish": "swish",
+}
 
 
 class Options:
@@ -67,7 +75,7 @@ class Options:
         return default
 
     def require(self, name: str, *allowed: Any) -> None:
-        """Refuse a key with a value other than these, the first of which is its default."""
+        """Refuse a key with a value other than these; the first is that of a missing key."""
         value = self.take(name, allowed[0])
         if value not in allowed:
             self.refuse(name, value, f"must be {' or '.join(map(repr, allowed))}")
@@ -82,7 +90,8 @@ class Options:
     def require_all_read(self) -> None:
         """Refuse the first key that nobody has read, unless it has no effect."""
         for name, value in self._values.items():
-            if name not in self._read | _WITHOUT_EFFECT and not name.startswith("_"):
+            known = name in self._read | _WITHOUT_EFFECT or name.startswith(("_", "summary_"))
+            if not known:
                 self.refuse(name, value, "is a key that this conversion does not understand")
 
 
@@ -107,8 +116,13 @@ def model_keys(values: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 
 def _with_rotary(options: Options, theta: float = 10000.0) -> dict[str, Any]:
-    """The keys of every decoder with rotary positions and RMSNorm; theta is the usual rope_theta."""
-    options.require("hidden_act", *_ACTIVATIONS)
+    """The keys of every decoder with rotary positions and RMSNorm.
+
+    Args:
+        options: keys of the config.
+        theta: rope_theta of a config without one.
+    """
+    options.require("hidden_act", "silu", "swish")
     if options.take("use_sliding_window", True):
         options.require("sliding_window", None)
     else:
@@ -210,10 +224,70 @@ def _experts(options: Options, name: str, normalized: bool) -> dict[str, Any]:
     }
 
 
+def _gpt2(options: Options) -> dict[str, Any]:
+    d_model, length = options.take("n_embd"), options.take("n_positions")
+    options.require("n_ctx", length)
+    options.require("scale_attn_weights", True)
+    for name in (
+        "scale_attn_by_inverse_layer_idx",
+        "reorder_and_upcast_attn",
+        "add_cross_attention",
+    ):
+        options.require(name, False)
+    dropout = options.take("resid_pdrop")
+    options.require("embd_pdrop", dropout)
+    return {
+        "vocab_size": options.take("vocab_size"),
+        "num_layers": options.take("n_layer"),
+        "d_model": d_model,
+        "d_ff": options.take("n_inner", None) or 4 * d_model,
+        "num_heads": options.take("n_head"),
+        "max_seq_len": length,
+        "norm": "pre",
+        "norm_eps": options.take("layer_norm_epsilon"),
+        "activation": _activation(options),
+        "dropout": float(dropout),
+        "attention_dropout": float(options.take("attn_pdrop")),
+        "tie_embeddings": options.take("tie_word_embeddings", True),
+    }
+
+
+def _opt(options: Options) -> dict[str, Any]:
+    """The keys of an OPT model, whose dropout leaves the embeddings out and ours does not."""
+    d_model = options.take("hidden_size")
+    options.require("word_embed_proj_dim", d_model)
+    for name in ("enable_bias", "layer_norm_elementwise_affine"):
+        options.require(name, True)
+    options.require("_remove_final_layer_norm", False)
+    options.require("layerdrop", 0.0)
+    options.take("init_std")  # of no effect on trained weights
+    return {
+        "vocab_size": options.take("vocab_size"),
+        "num_layers": options.take("num_hidden_layers"),
+        "d_model": d_model,
+        "d_ff": options.take("ffn_dim"),
+        "num_heads": options.take("num_attention_heads"),
+        "max_seq_len": options.take("max_position_embeddings"),
+        "norm": "pre" if options.take("do_layer_norm_before", True) else "post",
+        "activation": _activation(options),
+        "dropout": float(options.take("dropout")),
+        "attention_dropout": float(options.take("attention_dropout", 0.0)),
+        "tie_embeddings": options.take("tie_word_embeddings", True),
+    }
+
+
+def _activation(options: Options) -> str:
+    """The activation of a feed-forward network without a gate."""
+    options.require("activation_function", *_ACTIVATIONS)
+    return _ACTIVATIONS[options.take("activation_function")]
+
+
 FAMILIES: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "gpt2": _gpt2,
     "llama": _llama,
     "mixtral": _mixtral,
     "olmoe": _olmoe,
+    "opt": _opt,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
 }

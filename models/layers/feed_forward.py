@@ -4,6 +4,7 @@ Letters: D d_model, F d_ff.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class WideLinear(nn.Linear):
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "swish": F.silu,
     "swiglu": F.silu,

@@ -16,6 +16,8 @@ from magnetar.models.layers.feed_forward import ACTIVATIONS, GATED_ACTIVATIONS
 from magnetar.models.layers.init import RandomSource
 from magnetar.models.moe.all_to_all import AllToAll
 
+# Those of moe/kernels/activation.py, which needs Triton.
+_KERNEL_ACTIVATIONS = ("gelu", "relu", "swish")
 PARAMETERS = ("w1", "b1", "w3", "b3", "norm_weight", "norm_bias", "w2", "b2")
 
 
@@ -110,7 +112,8 @@ class Experts(nn.Module):
         dropout = self.activation_dropout if self.training else 0.0
         has_kernels = kernels.usable(rows) and self._can_be_grouped(rows)
         has_parts = self.b2 is not None and not (self.inner_norm and self.is_rms)
-        return has_kernels and has_parts and not self.gated and dropout == 0
+        is_known = self.activation_name in _KERNEL_ACTIVATIONS
+        return has_kernels and has_parts and is_known and dropout == 0
 
     def _can_be_grouped(self, rows: Tensor) -> bool:
         """Whether torch._grouped_mm takes them: rows of whole 16 bytes, and no float64."""

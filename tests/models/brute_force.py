@@ -45,7 +45,12 @@ def swish(h: Tensor) -> Tensor:
     return h / (1 + torch.exp(-h))
 
 
-ACTIVATIONS = {"gelu": gelu, "relu": relu, "swish": swish, "swiglu": swish}
+def gelu_tanh(h: Tensor) -> Tensor:
+    """Gelu by the hyperbolic tangent (arXiv 1606.08415, sec. 2)."""
+    return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "swish": swish, "swiglu": swish}
 
 
 def layer_norm(

@@ -137,7 +137,7 @@ HEADS: dict[str, dict[str, object]] = {
 FACTORS: dict[str, tuple] = {
     "architecture": ARCHITECTURES,
     "norm": NORMS,
-    "activation": ("gelu", "relu", "swish", "swiglu"),
+    "activation": ("gelu", "gelu_tanh", "relu", "swish", "swiglu"),
     "kind": tuple(POSITIONS),
     "norm_type": ("layernorm", "rmsnorm"),
     "bias": (False, True),

@@ -26,6 +26,8 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": LENGTH}
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
 EXPERTS = {"num_experts_per_tok": 2, "num_hidden_layers": 2}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
@@ -55,6 +57,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "OLMoE": ("Olmoe", EXPERTS | {"num_experts": 5, "num_experts_per_tok": 3}),
     "OLMoE, normalized": ("Olmoe", EXPERTS | {"num_experts": 5, "norm_topk_prob": True}),
+    "GPT-2": ("GPT2", GPT2),
+    "GPT-2, untied, relu": (
+        "GPT2",
+        GPT2 | {"tie_word_embeddings": False, "activation_function": "relu", "n_inner": 40},
+    ),
+    "OPT": ("OPT", OPT),
+    "OPT, post": ("OPT", OPT | {"do_layer_norm_before": False, "activation_function": "gelu"}),
     "Mixtral": ("Mixtral", EXPERTS | {"num_local_experts": 4}),
 }
 # Sums of up to 48 products through four layers, in another order than theirs: float32 rounds each
@@ -65,8 +74,10 @@ TOLERANCE = 1e-5
 def build(case: str) -> nn.Module:
     """The model with random weights, norms too, so that each of them matters."""
     name, options = CASES[case]
-    config = getattr(transformers, f"{name}Config")(**SIZES | options)
-    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    config_class = getattr(transformers, f"{name}Config")
+    known = config_class().to_dict()
+    config = config_class(**{k: v for k, v in SIZES.items() if k in known} | options)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
