@@ -163,8 +163,9 @@ def _rope_theta(options: Options, theta: float) -> float:
 
 def _llama(options: Options) -> dict[str, Any]:
     keys = _with_rotary(options)
-    bias = options.take("attention_bias", False)
-    options.require("mlp_bias", bias)
+    bias, other = options.take("attention_bias", False), options.take("mlp_bias", False)
+    if bias != other:
+        options.refuse("attention_bias", bias, f"must be that of mlp_bias, {other!r}")
     return keys | {"bias": bias}
 
 
@@ -235,7 +236,8 @@ def _gpt2(options: Options) -> dict[str, Any]:
     ):
         options.require(name, False)
     dropout = options.take("resid_pdrop")
-    options.require("embd_pdrop", dropout)
+    if options.take("embd_pdrop") != dropout:
+        options.refuse("resid_pdrop", dropout, "must be embd_pdrop")
     return {
         "vocab_size": options.take("vocab_size"),
         "num_layers": options.take("n_layer"),

@@ -593,9 +593,13 @@ def test_num_parameters_equals_a_count(keys: dict) -> None:
 
 @pytest.mark.parametrize("seq_len", [4, 64])
 @pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("heads", [{}, {"head_dim": 6}], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_flops_equal_the_ones_that_torch_counts(architecture: str, tie: bool, seq_len: int) -> None:
-    cfg = config(architecture=architecture, max_seq_len=64, num_layers=3, tie_embeddings=tie)
+def test_flops_equal_the_ones_that_torch_counts(
+    architecture: str, heads: dict, tie: bool, seq_len: int
+) -> None:
+    sizes = {"max_seq_len": 64, "num_layers": 3, "tie_embeddings": tie} | heads
+    cfg = config(architecture=architecture, **sizes)
     model = build_model(cfg, seed=0)
     tokens = token_ids(2, seq_len)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
