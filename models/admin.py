@@ -202,9 +202,9 @@ def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
                 weight *= factor.unsqueeze(-1)  # (L, D, F)
         shared = module.shared
         if shared is not None:
-            for linear in (shared.w1, shared.w3, shared.weight_proj):
-                if linear is not None:
-                    linear.weight *= factor
+            for matrix in (shared.w1, shared.w3, shared.weight_proj):
+                if matrix is not None:
+                    matrix.weight *= factor
         return
     for name in ("qkv_proj", "q_proj"):
         if hasattr(module, name):

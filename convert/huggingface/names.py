@@ -120,16 +120,14 @@ def recipe(name: str, model_type: str, config: ModelConfig) -> Recipe:
         model_type: model_type of the transformers config.
         config: config of the model.
     """
-    names, prefix, expert = _NAMES.get(model_type, _LLAMA), "", None
-    if in_block := _IN_BLOCK.fullmatch(name):
-        prefix, rest = f"{names['blocks']}{in_block[1]}.", in_block[2]
-    else:
-        rest = name
+    names, prefix = _NAMES.get(model_type, _LLAMA), ""
+    module, _, parameter = name.rpartition(".")
+    if in_block := _IN_BLOCK.fullmatch(module):
+        prefix, module = f"{names['blocks']}{in_block[1]}.", in_block[2]
     place = place_of(name)
-    if place is not None and place.expert is not None:
-        expert, module, parameter = place.expert, f"experts.{place.parameter}", "weight"
-    else:
-        module, _, parameter = rest.rpartition(".")
+    expert = None if place is None else place.expert
+    if place is not None and expert is not None:
+        module, parameter = f"experts.{place.parameter}", "weight"
     sources = names[module].format(expert=expert).split()
     turned = {"attention.qkv_proj": 2, "attention.q_norm": 1, "attention.k_norm": 1}.get(module, 0)
     return Recipe(
