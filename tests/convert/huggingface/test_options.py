@@ -134,8 +134,10 @@ def random_tensors(options: dict[str, Any]) -> dict[str, Tensor]:
     for name, shape in tensor_shapes(config).items():
         made = recipe(name, options["model_type"], config)
         sizes = [shape[0]]
-        if name.endswith("qkv_proj.weight") and len(made.sources) == 3:
-            sizes = [config.head_width * n for n in (config.num_heads, *2 * [config.num_kv_heads])]
+        if len(made.sources) == 3:
+            num_kv_heads = config.num_kv_heads or config.num_heads
+            heads = (config.num_heads, num_kv_heads, num_kv_heads)
+            sizes = [config.head_width * number for number in heads]
         for source, rows in zip(made.sources, sizes, strict=True):
             size = (rows + made.first_row, *shape[1:])
             found[source] = torch.randn(size[::-1] if made.transposed else size)
