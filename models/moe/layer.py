@@ -19,9 +19,9 @@ Two paths compute the same function. `_uses_kernels` chooses between them in eac
     order       choice-major                 token-major
 
 The kernel path runs on an NVIDIA GPU with Triton if nothing is drawn at random (jitter,
-second_expert, capacity_order "random"), the activation is gelu, relu or swish and not dropped,
-normalize_weights is not "after_dropping", experts have biases and no RMSNorm, and top_k and
-num_experts are small enough. Rows of d_model and d_ff must be whole 16 bytes, and no float64.
+second_expert, capacity_order "random"), normalize_weights is not "after_dropping", and top_k and
+num_experts are small enough. Its experts have biases, no RMSNorm, and an activation gelu, relu or
+swish that is not dropped. Rows of d_model and d_ff must be whole 16 bytes, and no float64.
 Otherwise, and always on a CPU, the plain path runs. On a GPU its experts still use expert_ffn if
 they can.
 
