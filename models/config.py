@@ -17,6 +17,38 @@ Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 
 
+class RopeScalingConfig(StrictModel):
+    """Slower rotary frequencies, for more positions than a model was first trained with."""
+
+    factor: float = Field(ge=1)
+    """Divisor of the frequencies."""
+    original_max_seq_len: Length | None = None
+    """Positions that the model was first trained with. null: every frequency is divided. Otherwise
+    only those of pairs of numbers that turn seldom within so many positions (Llama 3.1)."""
+    low_freq_factor: Positive = 1.0
+    """Turns up to which a pair's frequency is divided by the whole factor. Only with
+    original_max_seq_len."""
+    high_freq_factor: Positive = 4.0
+    """Turns from which a pair keeps its frequency. Between the two the share that is kept grows
+    linearly. Only with original_max_seq_len."""
+
+    @model_validator(mode="after")
+    def _frequencies_fit(self) -> "RopeScalingConfig":
+        if self.original_max_seq_len is None:
+            for name in ("low_freq_factor", "high_freq_factor"):
+                if getattr(self, name) != RopeScalingConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} belongs to original_max_seq_len, which is "
+                        "null: leave it out, or give original_max_seq_len"
+                    )
+        elif self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must exceed "
+                f"low_freq_factor={self.low_freq_factor}: use {2 * self.low_freq_factor}, say"
+            )
+        return self
+
+
 class ModelKeys(StrictModel):
     """The keys that most models need."""
 
@@ -75,6 +107,8 @@ class ModelKeys(StrictModel):
     rope_theta: Positive = 10000.0
     """Base of the frequencies of `rotary` and `xpos`: pair i of a head turns by
     rope_theta^(-2i / head_dim) from one position to the next."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Slower frequencies of `rotary` and `xpos`. null: those of rope_theta alone."""
     xpos_scale_base: Positive = 512.0
     """Distance, in tokens, over which `xpos` decays."""
     dropout: Share = 0.0
@@ -188,6 +222,11 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
                 "cross_attention_inner_norm=false belongs to norm 'subln' in architecture "
                 f"'encoder_decoder', not to norm {self.norm!r} in {self.architecture!r}: leave it "
                 "out"
+            )
+        if self.rope_scaling is not None and not self.is_rotary:
+            wrong.append(
+                "rope_scaling belongs to attention_positions 'rotary', but attention_positions is "
+                f"{self.attention_positions!r}: leave it out, or use attention_positions 'rotary'"
             )
         if self.qk_norm_over != "head" and not self.qk_norm:
             wrong.append(

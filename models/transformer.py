@@ -19,6 +19,7 @@ from magnetar.models.layers.init import RandomSource
 from magnetar.models.layers.multiway import per_modality
 from magnetar.models.layers.norms import NORM_STYLES, Depths, layer_norm
 from magnetar.models.layers.positions import (
+    FrequencyScaling,
     RelativeBias,
     Rotary,
     fairseq_sinusoidal_table,
@@ -149,7 +150,11 @@ class Transformer(nn.Module):
         self.rotary: Rotary | None = None
         if config.is_rotary:
             base = None if config.attention_positions == "rotary" else config.xpos_scale_base
-            self.rotary = Rotary(config.head_width, self.max_len, base, config.rope_theta)
+            given, scaling = config.rope_scaling, None
+            if given is not None:
+                turns = (given.low_freq_factor, given.high_freq_factor)
+                scaling = FrequencyScaling(given.factor, given.original_max_seq_len, *turns)
+            self.rotary = Rotary(config.head_width, self.max_len, base, config.rope_theta, scaling)
         self.relative_bias: RelativeBias | None = None
         self.cross_relative_bias: RelativeBias | None = None
         if config.is_relative:

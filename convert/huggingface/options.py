@@ -34,6 +34,17 @@ _WITHOUT_EFFECT = {
     "use_cache",
 }
 _REQUIRED = object()
+# Their keys of each rope_type, with ours.
+_ROPE_KEYS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_seq_len",
+    },
+}
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -142,23 +153,32 @@ def _with_rotary(options: Options, theta: float = 10000.0) -> dict[str, Any]:
         "bias": False,
         "activation": "swiglu",
         "attention_positions": "rotary",
-        "rope_theta": _rope_theta(options, theta),
+        **_rope(options, theta),
         "attention_dropout": float(options.take("attention_dropout", 0.0)),
         "tie_embeddings": options.take("tie_word_embeddings", False),
     }
 
 
-def _rope_theta(options: Options, theta: float) -> float:
-    """The base of the rotary frequencies, from the names of version 5 or of earlier ones."""
+def _rope(options: Options, theta: float) -> dict[str, Any]:
+    """The keys of rotary positions, from the names of version 5 or of earlier ones."""
     theta = options.take("rope_theta", theta)
-    options.require("rope_scaling", None)
-    rope = options.take("rope_parameters", None) or {}
+    old, new = (options.take(key, None) or {} for key in ("rope_scaling", "rope_parameters"))
+    rope = {name: value for name, value in {**old, **new}.items() if name != "type"}
+    theta = rope.pop("rope_theta", theta)
+    kind = rope.pop("rope_type", old.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        options.refuse("rope_type", kind, f"must be one of {', '.join(_ROPE_KEYS)}")
+    keys = _ROPE_KEYS[kind]
     for name, value in rope.items():
-        if name == "rope_theta":
-            theta = value
-        elif (name, value) != ("rope_type", "default"):
-            options.refuse(f"rope_parameters.{name}", value, 'needs rope_type "default" alone')
-    return float(theta)
+        if name not in keys:
+            options.refuse(f"rope_parameters.{name}", value, f"does not belong to rope_type {kind}")
+    missing = [name for name in keys if name not in rope]
+    if missing:
+        options.refuse("rope_type", kind, f"needs {missing[0]}")
+    scaling = {keys[name]: value for name, value in rope.items()}
+    lengths = {"original_max_seq_len": int}
+    scaling = {name: lengths.get(name, float)(value) for name, value in scaling.items()}
+    return {"rope_theta": float(theta), "rope_scaling": scaling or None}
 
 
 def _llama(options: Options) -> dict[str, Any]:

@@ -69,6 +69,31 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_ways_out(
             {"attention_positions": "rotary"},
         ),
         (
+            {"rope_scaling": {"factor": 2.0}},
+            "rope_scaling belongs to attention_positions 'rotary', but attention_positions is ",
+            {"attention_positions": "rotary"},
+        ),
+        (
+            {
+                "attention_positions": "rotary",
+                "rope_scaling": {
+                    "factor": 2.0,
+                    "original_max_seq_len": 9,
+                    "low_freq_factor": 5.0,
+                },
+            },
+            "high_freq_factor=4.0 must exceed low_freq_factor=5.0: use 10.0, say",
+            {"rope_scaling": {"factor": 2.0, "original_max_seq_len": 9}},
+        ),
+        (
+            {
+                "attention_positions": "rotary",
+                "rope_scaling": {"factor": 2.0, "low_freq_factor": 0.5},
+            },
+            "low_freq_factor=0.5 belongs to original_max_seq_len, which is null: leave it out",
+            {"rope_scaling": {"factor": 2.0}},
+        ),
+        (
             {"qk_norm_over": "all_heads"},
             "qk_norm_over='all_heads' belongs to qk_norm true: leave it out, or use qk_norm true",
             {"qk_norm": True},

@@ -1,6 +1,7 @@
 """What of a transformers model is refused, and with which words; and what reads the folder."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,6 @@ def config_of(options: dict[str, Any]) -> ModelConfig:
         (LLAMA, "hidden_act", "gelu"),
         (LLAMA, "attention_bias", True),  # without mlp_bias
         (LLAMA, "is_encoder_decoder", True),
-        (LLAMA, "rope_scaling", {"type": "linear", "factor": 2.0}),
         (LLAMA, "quantization_config", {"bits": 4}),
         (LLAMA, "final_logit_softcapping", 30.0),
         (LLAMA, "sliding_window", 4),
@@ -107,13 +107,31 @@ def test_an_option_without_a_counterpart_is_refused_by_its_key(
     assert "convert another model" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["rope_type", "factor"])
-def test_scaled_rotary_frequencies_are_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0}, "rope_type='yarn' must be one of default, linear,"),
+        ({"type": "dynamic", "factor": 2.0}, "rope_type='dynamic' must be one of"),
+        ({"factor": 2.0}, "rope_parameters.factor=2.0 does not belong to rope_type default"),
+        ({"rope_type": "linear"}, "rope_type='linear' needs factor"),
+        ({"rope_type": "linear", "factor": 2.0, "mscale": 1.0}, "rope_parameters.mscale=1.0 does"),
+    ],
+)
+def test_other_rotary_frequencies_are_refused(rope: dict, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        config_of(LLAMA | {"rope_scaling": rope})
+
+
+def test_rotary_frequencies_are_read_from_both_versions_of_the_file() -> None:
     rope = {"rope_theta": 5e5, "rope_type": "default"}
     assert config_of(LLAMA | {"rope_parameters": rope}).rope_theta == 5e5
-    assert config_of(LLAMA | {"rope_theta": 3e5}).rope_theta == 3e5
-    with pytest.raises(UserError, match=rf"rope_parameters\.{name}='yarn'"):
-        config_of(LLAMA | {"rope_parameters": rope | {name: "yarn"}})
+    assert config_of(LLAMA | {"rope_theta": 3e5, "rope_scaling": None}).rope_theta == 3e5
+    old = LLAMA | {"rope_theta": 3e5, "rope_scaling": {"type": "linear", "factor": 2}}
+    new = LLAMA | {
+        "rope_parameters": {"rope_theta": 3e5, "rope_type": "linear", "factor": 2.0},
+    }
+    assert config_of(old) == config_of(new)
+    assert config_of(old).rope_scaling is not None
 
 
 def test_a_missing_key_is_named_and_windows_that_are_off_mean_nothing() -> None:

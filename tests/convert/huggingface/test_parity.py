@@ -26,6 +26,15 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+# Of its four pairs one keeps its frequency, one is slow, and two lie between.
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 0.2,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 14,
+}
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": LENGTH}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
 EXPERTS = {"num_experts_per_tok": 2, "num_hidden_layers": 2}
@@ -40,6 +49,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 4,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
         },
+    ),
+    "Llama 3.1": ("Llama", {"rope_parameters": LLAMA_3}),
+    "Llama, positions interpolated": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e3, "factor": 3.0}},
     ),
     "Qwen3": ("Qwen3", {"head_dim": 12, "rms_norm_eps": 1e-3}),
     "Qwen3-MoE": (
