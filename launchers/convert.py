@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magnetar.data.errors import UserError
-from magnetar.launchers.terminal.command_line import CommandParser, add_option, option_of
+from magnetar.launchers.terminal.command_line import COUNT, CommandParser, add_option, option_of
 from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
@@ -71,6 +71,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in inspect.signature(function).parameters
     }
     for line in function(**values):
+        print(line)
+
+
+@user_errors()
+def branch(arguments: Sequence[str] | None = None) -> None:
+    """Write the folder of a run that starts from a step of another run, with a decaying rate.
+
+    magnetar branch runs/lm --at 40000 --decay 5000 --out runs/lm_cooled
+    """
+    parser = CommandParser(prog="magnetar branch", description=inspect.getdoc(branch))
+    about = 'a run\'s folder, with schedule "constant" or "wsd"'
+    add_option(parser, "run", about, Path)
+    add = partial(add_option, parser, kind=int, required=True, rule=COUNT)
+    add("--at STEP", "the step of one of its checkpoints")
+    add("--decay N", "steps in which the rate falls; they end the new run")
+    _add_out(parser, "RUN", shards=False)
+    options = parser.parse_args(arguments)
+    quiet_deepspeed()
+    from magnetar.convert.run_folders import branch as write_branch
+
+    for line in write_branch(options.run, options.out, options.at, options.decay):
         print(line)
 
 

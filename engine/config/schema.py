@@ -156,7 +156,7 @@ class LRSchedule(_KeysOfAKind):
 
     type: Literal["polynomial", "inverse_sqrt", "constant", "cosine", "wsd"]
     """Shape after the warm-up. `polynomial`: falls to end_lr at total_steps. `cosine`: the same
-    along half a cosine (arXiv 1608.03983). `wsd`: stays, and falls to end_lr in the last decay_steps
+    along half a cosine (arXiv 1608.03983). `wsd`: stays, and falls to end_lr in the decay_steps
     before total_steps (arXiv 2404.06395). `inverse_sqrt`: lr * sqrt(warmup_steps / step).
     `constant`: stays."""
     warmup_steps: WholeNumber
