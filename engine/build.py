@@ -36,6 +36,7 @@ from magnetar.engine.optim.adam import (
     small_groups,
     take_client_optimizer,
 )
+from magnetar.engine.optim.ema import keep_ema
 from magnetar.engine.sparse_clip import SparseClip
 from magnetar.engine.zero import (
     device_of_build,
@@ -274,6 +275,9 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
     )
     if is_8_bit:
         check_lengths(tensor for _, tensor in tensors_of_optimizer(engine))
+    if config.training.ema_decay is not None:
+        tensors = [tensor for _, tensor in tensors_of_optimizer(engine)]
+        keep_ema(engine.basic_optimizer, tensors, config.training.ema_decay)
     if config.training.compile:
         compile_blocks(model)
     sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from magnetar.engine.checkpoint.format import WEIGHT, evenly_cut
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.optim.adam import MOMENTS, Moment, moments, round_to_8_bits
+from magnetar.engine.optim.ema import ema_of
 from magnetar.models.moe.deepspeed import join_expert_groups, moe_class
 from magnetar.models.moe.experts import Experts
 from magnetar.models.moe.layer import MoE
@@ -182,7 +183,7 @@ def shares(engine: Any) -> Iterator[Share]:
         if not parameter.requires_grad or optimizer is engine.basic_optimizer:
             start, weights = _kept_weights(parameter)
             values: dict[str, Moment] = {WEIGHT: weights}
-            values |= moments(engine.basic_optimizer.state.get(parameter, {}))
+            values |= _further_states(engine, parameter)
             saved = (start, start + len(weights))
             if not is_sharded(parameter):
                 saved = _own_part(parameter)
@@ -242,9 +243,15 @@ def _flat_groups(optimizer: Any) -> list[Tensor]:
 
 
 def _states(engine: Any, flat: Tensor, start: int, numel: int) -> dict[str, Moment]:
-    """Views of the master weights and the moments of a stretch of a flat buffer."""
-    states = {WEIGHT: flat.data} | moments(engine.basic_optimizer.state.get(flat, {}))
+    """Views of the master weights and the other states of a stretch of a flat buffer."""
+    states = {WEIGHT: flat.data} | _further_states(engine, flat)
     return {name: value.narrow(0, start, numel) for name, value in states.items()}
+
+
+def _further_states(engine: Any, tensor: Tensor) -> dict[str, Moment]:
+    """The moments of a tensor of the optimizer, and its EMA if there is one."""
+    optimizer = engine.basic_optimizer
+    return moments(optimizer.state.get(tensor, {})) | ema_of(optimizer, tensor)
 
 
 def adam_step(engine: Any) -> int:

@@ -214,6 +214,7 @@ def _export(command: argparse.ArgumentParser) -> None:
     _add_source(command)
     add = partial(add_option, command)
     add("--checkpoint NAME", "such as step_00000400 (default: the newest)")
+    add("--ema", "the average of the weights (training.ema_decay)")
     what = "the vocabulary or its folder, if it is no longer where the run read it"
     add("--tokenizer PATH", what, Path)
     what = "float32 is what was saved, to the last bit (%(default)s)"

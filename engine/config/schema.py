@@ -226,6 +226,10 @@ class TrainingConfig(StrictModel):
     independent_weight_decay: bool = False
     """Whether weights shrink by weight_decay times the schedule's factor alone, and not times the
     learning rate as well (arXiv 2309.14322). Only with optimizer `AdamW`."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay d of an exponential moving average of the weights, which becomes d * average + (1 - d)
+    * weights after each update. It is in the checkpoints, and the option --ema of commands that
+    read a run uses it. null: none."""
     activation_checkpointing: bool = False
     """Whether the backward pass keeps only the input of each layer and computes the layer again:
     less memory, a third more work, the same numbers. It may change when a run goes on."""
