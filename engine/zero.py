@@ -32,6 +32,7 @@ from magnetar.engine.checkpoint.format import WEIGHT, evenly_cut
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.optim.adam import MOMENTS, Moment, moments, round_to_8_bits
 from magnetar.engine.optim.ema import ema_of
+from magnetar.engine.optim.lion import Lion
 from magnetar.models.moe.deepspeed import join_expert_groups, moe_class
 from magnetar.models.moe.experts import Experts
 from magnetar.models.moe.layer import MoE
@@ -265,16 +266,18 @@ def start_adam(engine: Any, step: int) -> None:
     Values that are then written into the shards reach the optimizer with `finish_adam`.
     """
     adam = engine.basic_optimizer
-    is_torchs = isinstance(adam, torch.optim.Adam)
+    names = MOMENTS[:1] if isinstance(adam, Lion) else MOMENTS
     for group, flat in tensors_of_optimizer(engine):
         if "optim_bits" in group:
             adam.make_states(group, flat, step)
             continue
-        adam.state[flat] = {
-            # DeepSpeed's own Adams count in Python; PyTorch's fused one, beside the states.
-            "step": torch.tensor(float(step), device=flat.device) if is_torchs else step,
-            **{state: torch.zeros_like(flat.data) for state in MOMENTS},
-        }
+        count: int | Tensor = step  # Lion and DeepSpeed's own Adams count in Python
+        if isinstance(adam, torch.optim.Adam):  # PyTorch's fused one, beside the states
+            count = torch.tensor(float(step), device=flat.device)
+        elif isinstance(adam, torch.optim.RAdam):  # on the host
+            count = torch.tensor(float(step))
+        states = {state: torch.zeros_like(flat.data) for state in names}
+        adam.state[flat] = {"step": count, **states}
 
 
 def finish_adam(engine: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from magnetar.engine.config.batch_sizes import BatchSizes, batch_problems, multiples_near
-from magnetar.engine.config.deepspeed import EIGHT_BIT, DataTypesConfig
+from magnetar.engine.config.deepspeed import EIGHT_BIT, LION, RADAM, AdamParams, DataTypesConfig
 from magnetar.engine.config.errors import Problem, problem, shown
 from magnetar.models.config import ModelConfig
 
@@ -77,6 +77,22 @@ CONTRADICTIONS = (
         lambda optimizer: optimizer.type == EIGHT_BIT and optimizer.params.torch_adam,
         f"contradicts optimizer.type={_8BIT}, which is bitsandbytes' own: remove it, or use type "
         '"AdamW"',
+    ),
+    Contradiction(
+        "optimizer.params.torch_adam",
+        lambda optimizer: (
+            optimizer.type in (RADAM, LION) and optimizer.params.torch_adam is not None
+        ),
+        'belongs to types "Adam" and "AdamW", not to "{optimizer.type}", which has one '
+        "implementation: remove it",
+    ),
+    Contradiction(
+        "optimizer.params.eps",
+        lambda optimizer: (
+            optimizer.type == LION
+            and optimizer.params.eps != AdamParams.model_fields["eps"].default
+        ),
+        'says nothing with optimizer.type="Lion", whose update has no denominator: remove it',
     ),
     Contradiction(
         "zero_optimization.offload_optimizer.device",

@@ -14,14 +14,13 @@ from magnetar.data.errors import MachineError, UserError
 from magnetar.data.loader import open_folder
 from magnetar.engine.cluster.hosts import LaunchOptions, address_of
 from magnetar.engine.config.batch_sizes import MICRO
-from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import RunConfig, load_config
 from magnetar.engine.doctor import environment
 from magnetar.engine.doctor.bandwidth import Sizes, launch, slow_links
 from magnetar.engine.doctor.checks import Finding, Wanted, findings
 from magnetar.engine.doctor.ssh_probe import Machine, ask
 from magnetar.engine.memory_planner import parameters_of
-from magnetar.engine.optim.adam import uses_torchs_adam
+from magnetar.engine.optim.adam import uses_deepspeeds_adam
 
 DEFAULT_PORT = 29500
 _SECONDS = 120.0  # time limit of the measurement
@@ -147,7 +146,7 @@ def _wanted(config: RunConfig | None, wanted: Wanted) -> tuple[Wanted, int]:
     on_host = config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
     has_ema = config.training.ema_decay is not None
     compiles = ""
-    if section["type"] != EIGHT_BIT and not uses_torchs_adam(section):
+    if uses_deepspeeds_adam(section):
         compiles = "CPUAdam" if on_host.get("device") == "cpu" else "FusedAdam or CPUAdam"
     wanted = replace(
         wanted,

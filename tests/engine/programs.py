@@ -198,6 +198,64 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
     return results
 
 
+def clipped_beside_unclipped(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, Any]]:
+    """Of each case, how a step and several steps differ from the same ones without clipping.
+
+    Returns:
+        coefficient: that of the first step.
+        moments: state -> the largest error of the state after the first step from the unclipped
+            one times the coefficient (its square for exp_avg_sq), as a share of the largest number.
+        update: the same of the first update.
+        difference: largest difference of a weight after all steps.
+    """
+    results = []
+    for changes in cases:
+        runs = []
+        for threshold in (changes["gradient_clipping"], 1e30):
+            engine, clip, config = start(changes | {"gradient_clipping": threshold})
+            found = [states_of(engine)]
+            coefficients = []
+            for step in range(num_steps):
+                take_step(engine, config, step)
+                coefficients.append(float(clip.coefficient))
+                found.append(states_of(engine))
+            runs.append((coefficients, found))
+            engine.destroy()
+        (coefficients, clipped), (ones, unclipped) = runs
+        assert set(ones) == {1.0}
+        first = coefficients[0]
+        factors = {"exp_avg": first, "exp_avg_sq": first**2, "update": first}
+        errors = {}
+        for state, factor in factors.items():
+            one, other = (
+                run[1]["weight"] - run[0]["weight"] if state == "update" else run[1].get(state)
+                for run in (clipped, unclipped)
+            )
+            if one is not None:
+                errors[state] = float((one - factor * other).abs().max() / one.abs().max())
+        last = clipped[-1]["weight"] - unclipped[-1]["weight"]
+        results.append(
+            {
+                "coefficient": first,
+                "update": errors.pop("update"),
+                "moments": errors,
+                "difference": float(last.abs().max()),
+            }
+        )
+    return results
+
+
+def states_of(engine: Any) -> dict[str, torch.Tensor]:
+    """All that this rank keeps of each state, float64, one parameter behind the other."""
+    from magnetar.engine.zero import shares
+
+    found: dict[str, list[torch.Tensor]] = {}
+    for share in shares(engine):
+        for state, values in share.values.items():
+            found.setdefault(state, []).append(values.double().clone())
+    return {state: torch.cat(values) for state, values in found.items()}
+
+
 def record_raw_gradients(model: torch.nn.Module) -> dict[str, tuple[int, torch.Tensor]]:
     """Filled during backward: name -> (E, 0 if dense; float64 sum of this rank's gradients)."""
     raw: dict[str, tuple[int, torch.Tensor]] = {}
