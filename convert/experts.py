@@ -170,6 +170,12 @@ def densify(path: Path, out: Path, expert: int | None, shard_bytes: int | None) 
     moe = source.config.moe
     if moe is None:
         raise UserError(f"{path} is dense already: name a model with MoE layers")
+    if moe.shared_d_ff is not None or moe.expert_d_ff not in (None, source.config.d_ff):
+        raise UserError(
+            f"{path} has moe.shared_d_ff={moe.shared_d_ff} and moe.expert_d_ff={moe.expert_d_ff}, "
+            f"and one dense network has d_ff={source.config.d_ff} alone: name a model without "
+            "shared experts whose experts are as wide as its dense layers"
+        )
     fewest = min(moe.expert_counts)
     if expert is not None and not 0 <= expert < fewest:
         raise UserError(

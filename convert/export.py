@@ -37,6 +37,7 @@ def export(
     out: Path,
     *,
     checkpoint: str | None = None,
+    ema: bool = False,
     tokenizer: Path | None = None,
     dtype: str = "float32",
     shard_bytes: int | None = None,
@@ -47,11 +48,12 @@ def export(
         path: a run's folder, a checkpoint's, or a folder of weights, which is written anew.
         out: new folder.
         checkpoint: name of the checkpoint; None: the newest complete one.
+        ema: True for the average of the weights.
         tokenizer: path of the vocabulary, if it is no longer where the run found it.
         dtype: type of the written weights, a key of DTYPES; float32 is what was saved, bit by bit.
         shard_bytes: largest size of a file, see `write_files`.
     """
-    source = open_whole(path, out, checkpoint)
+    source = open_whole(path, out, checkpoint, ema)
     about = _about(source)
     files: dict[str, bytes]
     if source.checkpoint is None and tokenizer is None:
@@ -69,6 +71,7 @@ def export(
     size = sum(spec.num_bytes for spec in tensors.specs.values())
     rows = [
         ("exported", str(source.path) + (f", step {step}" if step is not None else "")),
+        *([("weights", "their average, by magnetar.training.ema_decay")] if ema else []),
         ("tensors", f"{len(tensors.specs)}, {size:,} bytes of {dtype}"),
     ]
     lines = write_folder(

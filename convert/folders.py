@@ -77,19 +77,22 @@ def _taken_by(folder: Path, source: Path | None) -> str | None:
     return None
 
 
-def open_whole(path: Path, out: Path, checkpoint: str | None = None) -> SavedModel:
+def open_whole(
+    path: Path, out: Path, checkpoint: str | None = None, ema: bool = False
+) -> SavedModel:
     """A model to convert whose files are what was saved, and a free place for the result.
 
     Args:
         path: Folder of a run, of a checkpoint, or of weights.
         out: Folder to make; see `require_new`.
         checkpoint: Name of the run's checkpoint. None for the newest one.
+        ema: True for the average of the weights.
 
     Raises:
         UserError: See `open_run`; or a file is damaged, or the folder holds something.
     """
     require_new(out, path)
-    source = open_run(path, checkpoint)
+    source = open_run(path, checkpoint, ema=ema)
     source.require_whole()
     return source
 

@@ -31,6 +31,7 @@ from magnetar.engine.checkpoint.format import (
 from magnetar.engine.checkpoint.open_run import SavedModel, is_run, of_checkpoint, open_run
 from magnetar.engine.config.schema import Layout
 from magnetar.engine.optim.adam import MOMENTS
+from magnetar.engine.optim.ema import EMA
 from magnetar.engine.report.progress import table
 from magnetar.models.cost import in_words, num_parameters
 from magnetar.models.weights.files import digest
@@ -291,7 +292,7 @@ def shown(contents: Contents, with_tensors: bool) -> list[RenderableType]:
     about = {"path": contents.path, **contents.about, "tensors": f"{contents.num_tensors:,}"}
     found = {state for tensor in contents.tensors for state in tensor.states}
     if found:
-        about["states"] = ", ".join(state for state in (WEIGHT, *MOMENTS) if state in found)
+        about["states"] = ", ".join(state for state in (WEIGHT, *MOMENTS, EMA) if state in found)
     width = max(map(len, about))
     parts: list[RenderableType] = [
         Text("\n".join(f"{name:<{width}}  {text}" for name, text in about.items()) + "\n")

@@ -1,4 +1,4 @@
-"""Run folders with one checkpoint: one that is cut for other ranks, and one of exported weights.
+"""Run folders with one checkpoint: cut for other ranks, with a decaying rate, of exported weights.
 
 `magnetar train` reads any checkpoint in any layout. Resharding is for ranks without a shared disk,
 so that each machine needs only the files of its own ranks: rank r's files hold its experts and its
@@ -7,6 +7,7 @@ share of the rest. It also tells beforehand whether a layout can hold the model.
 
 import copy
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -36,13 +37,14 @@ from magnetar.engine.checkpoint.format import (
     Checkpoint,
     CheckpointWriter,
     Piece,
+    complete_checkpoints,
     evenly_cut,
     require_whole,
 )
-from magnetar.engine.checkpoint.open_run import SavedModel, open_run
+from magnetar.engine.checkpoint.open_run import SavedModel, of_checkpoint, open_run
 from magnetar.engine.checkpoint.save_load import part_name
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
-from magnetar.engine.config.schema import Layout, RunConfig
+from magnetar.engine.config.schema import Layout, RunConfig, check_config
 from magnetar.engine.memory_planner import GIB, nearest_layout, parameters_of, problems_of
 from magnetar.engine.metrics import keep_records_up_to, read_records
 from magnetar.models.config import ModelConfig
@@ -93,23 +95,63 @@ def reshard(path: Path, out: Path, layout: Layout, gpu_memory: float | None) -> 
         )
     _ = source.tensors  # names and shapes first: comparing hashes takes longer
     config = _config_in(_config_for(checkpoint, source.config, layout, gpu_memory), out)
-    require_whole(checkpoint)
-    parts: dict[str, list[Stretch]] = {}
-    for rank in range(layout.world_size):
-        stretches = stretches_of_rank(checkpoint.shapes, layout, rank)
-        for number, group in enumerate(_files(checkpoint, stretches)):
-            name = part_name(rank)
-            parts[name if number == 0 else name.replace(".", f"_{number:05d}.")] = group
-    dropped = ("format", "files", "tensors", "sha256")
-    about = {key: value for key, value in checkpoint.manifest.items() if key not in dropped}
-    about |= {"layout": layout._asdict(), "config": config}
-    written = _write_run(out, source, checkpoint, parts, about, config)
-    files = f"{len(parts)} file{'s' * (len(parts) > 1)}"
+    written, num_files = _write_cut(out, source, checkpoint, layout, config)
+    files = f"{num_files} file{'s' * (num_files > 1)}"
     there, here = (Layout.stored(one.manifest).in_words() for one in (checkpoint, written))
     return aligned(
         [
             ("read", f"{checkpoint.path}, {there}"),
             ("wrote", f"{written.path}, {here}, {files}, read back and compared"),
+            ("train on", _how_to_train_on(out, layout.world_size)),
+        ]
+    )
+
+
+def branch(path: Path, out: Path, at: int, decay: int) -> list[str]:
+    """A report in lines, after writing a run's folder whose rate decays from a step of another run.
+
+    The new run equals one with schedule `wsd` whose decay begins after that step, to the last bit.
+
+    Args:
+        path: a run with schedule `constant`, or `wsd`, whose shape and end of the decay stay.
+        out: the new run's folder.
+        at: step of the checkpoint that it starts from.
+        decay: number of steps of the decay, which ends the new run.
+    """
+    require_new(out, path)
+    found = {checkpoint.step: checkpoint for checkpoint in complete_checkpoints(path)}
+    if at not in found:
+        there = f"use {' or '.join(map(str, found))}" if found else "it has none: name another run"
+        raise UserError(f"--at {at}: {path} has no complete checkpoint of that step: {there}")
+    source = of_checkpoint(found[at], path)
+    _ = source.tensors  # names and shapes first: comparing hashes takes longer
+    assert source.run_config is not None  # a checkpoint has one
+    training = source.run_config.training
+    schedule = training.lr_schedule
+    if schedule.type not in ("constant", "wsd"):
+        raise UserError(
+            f"{path} has magnetar.training.lr_schedule.type={json.dumps(schedule.type)}, which "
+            'changes the rate at every step: a decay begins in a run of type "constant" or "wsd"'
+        )
+    first, last = schedule.warmup_steps, math.inf
+    if schedule.decay_steps is not None:
+        last = (schedule.total_steps or training.num_steps) - schedule.decay_steps
+    if not first <= at <= last:
+        steps = f"from step {first} on" if last == math.inf else f"from step {first} to {last}"
+        raise UserError(f"--at {at}: {path} has its full learning rate {steps}: use such a step")
+    config = _config_in(source.run_config.to_dict(), out)
+    section = config["magnetar"]["training"]
+    section["num_steps"] = at + decay
+    section["lr_schedule"] |= {"type": "wsd", "total_steps": at + decay, "decay_steps": decay}
+    checked, problems = check_config(config)
+    assert checked is not None, problems
+    layout = Layout.stored(found[at].manifest)
+    written, _ = _write_cut(out, source, found[at], layout, checked.to_dict())
+    return aligned(
+        [
+            ("read", str(found[at].path)),
+            ("wrote", f"{written.path}, read back and compared"),
+            ("decays", f"from step {at + 1} to step {at + decay}, the last one"),
             ("train on", _how_to_train_on(out, layout.world_size)),
         ]
     )
@@ -154,6 +196,35 @@ def import_weights(path: Path, out: Path) -> list[str]:
             ("train on", _how_to_train_on(out, _num_ranks(config))),
         ]
     )
+
+
+def _write_cut(
+    out: Path,
+    source: SavedModel,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    config: dict[str, Any],
+) -> tuple[Checkpoint, int]:
+    """A whole checkpoint cut for a layout in its final place, and the number of its files.
+
+    Args:
+        out: the run's folder.
+        source: what is converted.
+        checkpoint: its checkpoint.
+        layout: layout of the ranks that will train.
+        config: content of config.json.
+    """
+    require_whole(checkpoint)
+    parts: dict[str, list[Stretch]] = {}
+    for rank in range(layout.world_size):
+        stretches = stretches_of_rank(checkpoint.shapes, layout, rank)
+        for number, group in enumerate(_files(checkpoint, stretches)):
+            name = part_name(rank)
+            parts[name if number == 0 else name.replace(".", f"_{number:05d}.")] = group
+    dropped = ("format", "files", "tensors", "sha256")
+    about = {key: value for key, value in checkpoint.manifest.items() if key not in dropped}
+    about |= {"layout": layout._asdict(), "config": config}
+    return _write_run(out, source, checkpoint, parts, about, config), len(parts)
 
 
 def _write_run(

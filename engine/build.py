@@ -36,6 +36,7 @@ from magnetar.engine.optim.adam import (
     small_groups,
     take_client_optimizer,
 )
+from magnetar.engine.optim.ema import keep_ema
 from magnetar.engine.sparse_clip import SparseClip
 from magnetar.engine.zero import (
     device_of_build,
@@ -141,9 +142,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[[int], float]:
     """The function from an optimizer step (from 0) to the multiplier of the learning rate.
 
-    Warm-up is linear and reaches the full rate at step `warmup_steps - 1`. After it the rate is
+    Warm-up is a line from warmup_start_lr that reaches the full rate at step `warmup_steps - 1`.
+    After it the rate is
 
         polynomial     end_lr + (lr - end_lr) * (1 - t)^power, t the share of total_steps done
+        cosine         end_lr + (lr - end_lr) * (1 + cos(pi t)) / 2
+        wsd            lr, then end_lr + (lr - end_lr) * (1 - u) or (1 - sqrt(u)), u the share of
+                       decay_steps done
         inverse_sqrt   lr * sqrt(warmup_steps / (step + 1))
         constant       lr
 
@@ -151,25 +156,34 @@ def lr_factor(schedule: LRSchedule, base_lr: float, num_steps: int) -> Callable[
     """
     total_steps = schedule.total_steps or num_steps
     warmup_steps = max(1, schedule.warmup_steps)
+    start, end = schedule.warmup_start_lr / base_lr, schedule.end_lr / base_lr
+    begin = total_steps - schedule.decay_steps if schedule.decay_steps else warmup_steps
+
+    def remaining(progress: float) -> float:
+        """The share of the way from end_lr to lr that is left after a share of the fall."""
+        if schedule.type == "polynomial":
+            return (1 - progress) ** schedule.power
+        if schedule.type == "cosine":
+            return (1 + math.cos(math.pi * progress)) / 2
+        return 1 - (progress if schedule.decay == "linear" else math.sqrt(progress))
 
     def factor(step: int) -> float:
         if step + 1 < warmup_steps:
-            return (step + 1) / warmup_steps
+            return start + (1 - start) * (step + 1) / warmup_steps
         if schedule.type == "inverse_sqrt":
             return math.sqrt(warmup_steps / (step + 1))
-        if schedule.type == "constant":
-            return 1.0
-        progress = (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps)
-        end = (schedule.end_lr or 0.0) / base_lr
-        return end + (1 - end) * max(0.0, 1 - progress) ** (schedule.power or 1.0)
+        if schedule.type == "constant" or step < begin:
+            return 1.0  # exactly, since a branch of a constant rate equals one of wsd
+        progress = min(1.0, (step + 1 - begin) / max(1, total_steps - begin))
+        return end + (1 - end) * remaining(progress)
 
     return factor
 
 
 def early_end(schedule: LRSchedule, num_steps: int) -> str:
     """What a schedule that ends before the run does to the other steps; "" if it does not."""
-    total_steps, end_lr = schedule.total_steps or num_steps, schedule.end_lr or 0.0
-    if schedule.type != "polynomial" or total_steps >= num_steps:
+    total_steps, end_lr = schedule.total_steps or num_steps, schedule.end_lr
+    if not schedule.ends or total_steps >= num_steps:
         return ""
     rate = f"end_lr={end_lr:g}" if end_lr else "a learning rate of 0, so they change nothing"
     return (
@@ -261,6 +275,9 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
     )
     if is_8_bit:
         check_lengths(tensor for _, tensor in tensors_of_optimizer(engine))
+    if config.training.ema_decay is not None:
+        tensors = [tensor for _, tensor in tensors_of_optimizer(engine)]
+        keep_ema(engine.basic_optimizer, tensors, config.training.ema_decay)
     if config.training.compile:
         compile_blocks(model)
     sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)

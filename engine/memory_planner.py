@@ -16,6 +16,7 @@ states, which are all ranks or, for experts, those that hold the same experts.
 | 2 | w P | g P/n | 4 P/n | 8 P/n |
 | 3 | w P/n, and w P of those up to stage3_param_persistence_threshold | g P/n | 4 P/n | 8 P/n |
 
+Lion has one moment, of 4 bytes. An EMA of the weights (training.ema_decay) counts as one more.
 Moments of 8 bits (`optimizer.type` AdamW8bit) take 2 bytes and 1/32 more for their scales, not 8.
 bf16 that accumulates in float32 under ZeRO 1 keeps both kinds of gradients, (2 + 4) P. With
 offload_optimizer, master weights and moments are in the host's memory. The summed gradients are
@@ -34,7 +35,7 @@ from torch import nn
 from magnetar.data.errors import UserError
 from magnetar.engine.cluster.environment import launched_local_size
 from magnetar.engine.config.batch_sizes import ACCUMULATION, MICRO, TRAIN
-from magnetar.engine.config.deepspeed import EIGHT_BIT
+from magnetar.engine.config.deepspeed import EIGHT_BIT, LION
 from magnetar.engine.config.schema import Layout, RunConfig, check_config
 from magnetar.engine.optim.adam import BLOCK, MIN_8BIT_SIZE, takes_8_bits
 from magnetar.models.config import ModelConfig, on_one_rank
@@ -44,7 +45,7 @@ from magnetar.models.transformer import empty_model
 
 GIB = 2**30
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_MASTER_BYTES, _MOMENTS_BYTES = 4, 8
+_MASTER_BYTES, _MOMENT_BYTES = 4, 4
 
 
 class Parameter(NamedTuple):
@@ -110,6 +111,8 @@ def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_siz
     min_8bit_size = math.inf
     if section["type"] == EIGHT_BIT:
         min_8bit_size = section["params"].get("min_8bit_size", MIN_8BIT_SIZE)
+    num_moments = 1 if section["type"] == LION else 2
+    num_averages = config.training.ema_decay is not None
     weights = gradients = master = moments = 0
     for numel, is_experts, trains, own_numel, is_embedding in parameters:
         ranks = world_size // ep_size if is_experts else world_size
@@ -129,9 +132,10 @@ def memory_of_rank(parameters: Sequence[Parameter], config: RunConfig, world_siz
         if not offloads:
             master += _MASTER_BYTES * share if stage else 0
             if takes_8_bits(own_numel, is_embedding, min_8bit_size):
-                moments += 2 * share + _MOMENTS_BYTES * -(-share // BLOCK)  # two scales a block
+                moments += 2 * share + 2 * _MOMENT_BYTES * -(-share // BLOCK)  # two scales a block
             else:
-                moments += _MOMENTS_BYTES * share
+                moments += num_moments * _MOMENT_BYTES * share
+            moments += num_averages * _MOMENT_BYTES * share
     return Memory(weights, gradients, master, moments)
 
 

@@ -59,7 +59,7 @@ def resolve_run(config: RunConfig, world_size: int) -> tuple[RunConfig, RunData]
         config.model.vocab_size, data.vocab_size, config.data.masking is not None, data.path
     )
     schedule = resolved["magnetar"]["training"]["lr_schedule"]
-    if schedule["type"] == "polynomial" and schedule["total_steps"] is None:
+    if config.training.lr_schedule.ends and schedule["total_steps"] is None:
         # Written down, so that a longer run cannot bend the schedule of the steps already done.
         schedule["total_steps"] = config.training.num_steps
     require_monitor_packages(resolved)

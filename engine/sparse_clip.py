@@ -30,7 +30,9 @@ from torch import Tensor
 from magnetar.data.errors import UserError
 from magnetar.engine.deepspeed_engine import DeepSpeedEngine
 
-KNOWN_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "BlockwiseAdamW"}
+KNOWN_OPTIMIZERS = {
+    *("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "BlockwiseAdamW", "RAdam", "Lion")
+}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from magnetar.engine.checkpoint.format import WEIGHT, evenly_cut
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.optim.adam import MOMENTS, Moment, moments, round_to_8_bits
+from magnetar.engine.optim.ema import ema_of
+from magnetar.engine.optim.lion import Lion
 from magnetar.models.moe.deepspeed import join_expert_groups, moe_class
 from magnetar.models.moe.experts import Experts
 from magnetar.models.moe.layer import MoE
@@ -182,7 +184,7 @@ def shares(engine: Any) -> Iterator[Share]:
         if not parameter.requires_grad or optimizer is engine.basic_optimizer:
             start, weights = _kept_weights(parameter)
             values: dict[str, Moment] = {WEIGHT: weights}
-            values |= moments(engine.basic_optimizer.state.get(parameter, {}))
+            values |= _further_states(engine, parameter)
             saved = (start, start + len(weights))
             if not is_sharded(parameter):
                 saved = _own_part(parameter)
@@ -242,9 +244,15 @@ def _flat_groups(optimizer: Any) -> list[Tensor]:
 
 
 def _states(engine: Any, flat: Tensor, start: int, numel: int) -> dict[str, Moment]:
-    """Views of the master weights and the moments of a stretch of a flat buffer."""
-    states = {WEIGHT: flat.data} | moments(engine.basic_optimizer.state.get(flat, {}))
+    """Views of the master weights and the other states of a stretch of a flat buffer."""
+    states = {WEIGHT: flat.data} | _further_states(engine, flat)
     return {name: value.narrow(0, start, numel) for name, value in states.items()}
+
+
+def _further_states(engine: Any, tensor: Tensor) -> dict[str, Moment]:
+    """The moments of a tensor of the optimizer, and its EMA if there is one."""
+    optimizer = engine.basic_optimizer
+    return moments(optimizer.state.get(tensor, {})) | ema_of(optimizer, tensor)
 
 
 def adam_step(engine: Any) -> int:
@@ -258,16 +266,18 @@ def start_adam(engine: Any, step: int) -> None:
     Values that are then written into the shards reach the optimizer with `finish_adam`.
     """
     adam = engine.basic_optimizer
-    is_torchs = isinstance(adam, torch.optim.Adam)
+    names = MOMENTS[:1] if isinstance(adam, Lion) else MOMENTS
     for group, flat in tensors_of_optimizer(engine):
         if "optim_bits" in group:
             adam.make_states(group, flat, step)
             continue
-        adam.state[flat] = {
-            # DeepSpeed's own Adams count in Python; PyTorch's fused one, beside the states.
-            "step": torch.tensor(float(step), device=flat.device) if is_torchs else step,
-            **{state: torch.zeros_like(flat.data) for state in MOMENTS},
-        }
+        count: int | Tensor = step  # Lion and DeepSpeed's own Adams count in Python
+        if isinstance(adam, torch.optim.Adam):  # PyTorch's fused one, beside the states
+            count = torch.tensor(float(step), device=flat.device)
+        elif isinstance(adam, torch.optim.RAdam):  # on the host
+            count = torch.tensor(float(step))
+        states = {state: torch.zeros_like(flat.data) for state in names}
+        adam.state[flat] = {"step": count, **states}
 
 
 def finish_adam(engine: Any) -> None:

@@ -10,6 +10,7 @@ magnetar convert densify runs/moe --out dense/lm --mean
 magnetar convert shrink runs/lm --out small/lm --layers 0,2,4
 magnetar convert import-torchscale decoder.pt --config decoder.json --out imported/lm
 magnetar convert import-torchscale checkpoint_last-shared.pt --out imported/moe
+magnetar convert from-hf downloaded/Qwen3-0.6B --out imported/qwen3
 magnetar convert fold-admin runs/admin --out folded/admin
 """
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magnetar.data.errors import UserError
-from magnetar.launchers.terminal.command_line import CommandParser, add_option, option_of
+from magnetar.launchers.terminal.command_line import COUNT, CommandParser, add_option, option_of
 from magnetar.launchers.terminal.user_errors import quiet_deepspeed, user_errors
 
 if TYPE_CHECKING:
@@ -71,6 +72,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in inspect.signature(function).parameters
     }
     for line in function(**values):
+        print(line)
+
+
+@user_errors()
+def branch(arguments: Sequence[str] | None = None) -> None:
+    """Write the folder of a run that starts from a step of another run, with a decaying rate.
+
+    magnetar branch runs/lm --at 40000 --decay 5000 --out runs/lm_cooled
+    """
+    parser = CommandParser(prog="magnetar branch", description=inspect.getdoc(branch))
+    about = 'a run\'s folder, with schedule "constant" or "wsd"'
+    add_option(parser, "run", about, Path)
+    add = partial(add_option, parser, kind=int, required=True, rule=COUNT)
+    add("--at STEP", "the step of one of its checkpoints")
+    add("--decay N", "steps in which the rate falls; they end the new run")
+    _add_out(parser, "RUN", shards=False)
+    options = parser.parse_args(arguments)
+    quiet_deepspeed()
+    from magnetar.convert.run_folders import branch as write_branch
+
+    for line in write_branch(options.run, options.out, options.at, options.decay):
         print(line)
 
 
@@ -193,6 +215,7 @@ def _export(command: argparse.ArgumentParser) -> None:
     _add_source(command)
     add = partial(add_option, command)
     add("--checkpoint NAME", "such as step_00000400 (default: the newest)")
+    add("--ema", "the average of the weights (training.ema_decay)")
     what = "the vocabulary or its folder, if it is no longer where the run read it"
     add("--tokenizer PATH", what, Path)
     what = "float32 is what was saved, to the last bit (%(default)s)"
@@ -269,6 +292,17 @@ def _import_torchscale(command: argparse.ArgumentParser) -> None:
     what += "needed if the checkpoint holds only tensors"
     add_option(command, "--config FILE", what, Path)
     add_option(command, "--trust", "let the file run code: only for files of your own")
+
+
+@_command("from-hf", "huggingface.convert.from_hf", "a decoder of the transformers package")
+def _from_hf(command: argparse.ArgumentParser) -> None:
+    """Write a Llama, Qwen3, Qwen3-MoE, OLMoE, Mixtral, GPT-2 or OPT model with the same logits.
+
+    magnetar.models.weights.load_save.load_model and magnetar generate load the folder, and training
+    starts from it (magnetar.training.init_from).
+    """
+    add_option(command, "path", "what save_pretrained has written", Path, metavar="folder")
+    _add_out(command)
 
 
 @_command("fold-admin", "fold_admin.fold_admin", "a trained Admin model as a plain Post-LN one")

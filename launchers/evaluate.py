@@ -171,10 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet_deepspeed()
     from magnetar.engine.checkpoint.open_run import open_run
 
-    run = open_run(options.run, options.checkpoint, options.data)
+    run = open_run(options.run, options.checkpoint, options.data, options.ema)
     _refuse_options_of_the_other_kind(options, run.has_learnt_pairs)
     folder, values, shown = (_translations if run.has_learnt_pairs else _predictions)(options, run)
     about = {"run": str(options.run), "checkpoint": run.name, "step": run.step}
+    about |= {"ema": True} if options.ema else {}
     answer = {**about, "data": str(folder), "split": "valid", **values}
     if options.json:
         print(json.dumps(answer, indent=1))

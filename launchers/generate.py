@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from magnetar.models.decoding.generation import sample
     from magnetar.models.transformer import Transformer
 
-    run = open_run(options.run, options.checkpoint, options.data)
+    run = open_run(options.run, options.checkpoint, options.data, options.ema)
     architecture = run.config.architecture
     if architecture != "decoder":
         raise UserError(

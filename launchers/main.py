@@ -19,6 +19,7 @@ COMMANDS = {
     ),
     "train": ("launch:train", "train a model, or continue a run"),
     "supervise": ("supervise:main", "train, and start again after a crash"),
+    "branch": ("convert:branch", "a run that starts from a step of another, and decays"),
     "evaluate": ("evaluate:main", "perplexity, or BLEU and chrF, of a run or an export"),
     "generate": ("generate:main", "text that a decoder continues"),
     "translate": ("translate:main", "translations, a sentence a line"),

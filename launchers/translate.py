@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from magnetar.engine.translation.translator import Translator
     from magnetar.models.decoding.beam_search import Sampling
 
-    run = open_run(options.run, options.checkpoint, options.data)
+    run = open_run(options.run, options.checkpoint, options.data, options.ema)
     for option, language in (("--from", options.source), ("--to", options.target)):
         try:
             check_language(language, run.codec.languages)

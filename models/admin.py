@@ -167,7 +167,8 @@ def _scale_norm(norm: nn.Module, omega: Tensor) -> None:
     """Multiply the output of a LayerNorm (of each of its pools) by omega."""
     for _, pool in pools(norm, ""):
         pool.weight *= omega  # type: ignore[operator]
-        pool.bias *= omega  # type: ignore[operator]
+        if getattr(pool, "bias", None) is not None:
+            pool.bias *= omega  # type: ignore[operator]
 
 
 def _scale_embedding(
@@ -199,6 +200,11 @@ def _scale_inputs(module: nn.Module, factor: Tensor) -> None:
             weight = getattr(experts, name, None)
             if weight is not None:
                 weight *= factor.unsqueeze(-1)  # (L, D, F)
+        shared = module.shared
+        if shared is not None:
+            for matrix in (shared.w1, shared.w3, shared.weight_proj):
+                if matrix is not None:
+                    matrix.weight *= factor
         return
     for name in ("qkv_proj", "q_proj"):
         if hasattr(module, name):

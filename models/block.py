@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, S keys, D d_model, H num_heads.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -57,6 +57,8 @@ class Block(nn.Module):
         alpha, gain = style.alpha(depths), style.gain(depths)
         drop_path = config.drop_path * index / max(1, depths.own - 1)
 
+        kinds: dict[str, Any] = {"norm_type": config.norm_type, "bias": config.bias}
+
         def residual(sublayer: Sublayer) -> Residual:
             return Residual(
                 style,
@@ -67,18 +69,25 @@ class Block(nn.Module):
                 drop_path=drop_path,
                 norm_eps=config.norm_eps,
                 multiway=config.multiway,
+                **kinds,
             )
 
         heads = (config.d_model, config.num_heads, config.attention_dropout)
+        of_attention = kinds | {
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "qk_norm": config.qk_norm,
+            "qk_norm_over": config.qk_norm_over,
+            "norm_eps": config.norm_eps,
+        }
         self.attention_residual = residual("attention")
         self.attention = SelfAttention(
             *heads,
             "attention" in style.inner,
             gain,
             head_scale=style.head_scale,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
             multiway=config.multiway,
+            **of_attention,
         )
         self.cross_attention: CrossAttention | None = None
         if not depths.is_alone and not depths.in_encoder:
@@ -87,28 +96,30 @@ class Block(nn.Module):
                 *heads,
                 "cross_attention" in style.inner and config.cross_attention_inner_norm,
                 gain,
-                qk_norm=config.qk_norm,
-                norm_eps=config.norm_eps,
+                **of_attention,
             )
         self.ffn_residual = residual("ffn")
-        shape, has_inner_norm = (config.d_model, config.d_ff), "ffn" in style.inner
+        has_inner_norm = "ffn" in style.inner
         options = (gain, config.norm_eps, config.activation_dropout)
         self.ffn: nn.Module
         if config.moe is not None and config.is_moe_layer(index):
             # MoE layers are numbered through the encoder first, then through the decoder.
-            earlier, every = 0 if depths.in_encoder else depths.encoder, config.moe.every
-            moe = config.moe.of_layer(earlier // every + index // every)
+            earlier = 0 if depths.in_encoder else depths.encoder
+            number = sum(map(config.moe_layers_among, (earlier, index)))
             self.ffn = moe_class(
-                *shape,
-                moe,
+                config.d_model,
+                config.moe.expert_d_ff or config.d_ff,
+                config.moe.of_layer(number),
                 config.activation,
                 has_inner_norm,
                 *options,
+                **kinds,
                 time_major=config.moe.time_major and depths.in_encoder,
                 layer=earlier + index,
             )
         else:
-            ffn = FeedForward(*shape, config.activation, has_inner_norm, *options)
+            shape = (config.d_model, config.d_ff, config.activation, has_inner_norm)
+            ffn = FeedForward(*shape, *options, **kinds)
             self.ffn = Multiway(ffn) if config.multiway else ffn
 
     def forward(

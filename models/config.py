@@ -17,6 +17,38 @@ Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 
 
+class RopeScalingConfig(StrictModel):
+    """Slower rotary frequencies, for more positions than a model was first trained with."""
+
+    factor: float = Field(ge=1)
+    """Divisor of the frequencies."""
+    original_max_seq_len: Length | None = None
+    """Positions that the model was first trained with. null: every frequency is divided. Otherwise
+    only those of pairs of numbers that turn seldom within so many positions (Llama 3.1)."""
+    low_freq_factor: Positive = 1.0
+    """Turns up to which a pair's frequency is divided by the whole factor. Only with
+    original_max_seq_len."""
+    high_freq_factor: Positive = 4.0
+    """Turns from which a pair keeps its frequency. Between the two the share that is kept grows
+    linearly. Only with original_max_seq_len."""
+
+    @model_validator(mode="after")
+    def _frequencies_fit(self) -> "RopeScalingConfig":
+        if self.original_max_seq_len is None:
+            for name in ("low_freq_factor", "high_freq_factor"):
+                if getattr(self, name) != RopeScalingConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} belongs to original_max_seq_len, which is "
+                        "null: leave it out, or give original_max_seq_len"
+                    )
+        elif self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must exceed "
+                f"low_freq_factor={self.low_freq_factor}: use {2 * self.low_freq_factor}, say"
+            )
+        return self
+
+
 class ModelKeys(StrictModel):
     """The keys that most models need."""
 
@@ -33,9 +65,14 @@ class ModelKeys(StrictModel):
     d_model: int = Field(ge=2, le=MAX_WIDTH)
     """Width of the residual stream."""
     d_ff: int = Field(ge=1, le=4 * MAX_WIDTH)
-    """Width of a feed-forward network, and of each expert."""
+    """Width of a feed-forward network, and of each expert if moe.expert_d_ff is null."""
     num_heads: Count
-    """Attention heads; must divide d_model."""
+    """Attention heads; must divide d_model if head_dim is null."""
+    num_kv_heads: Count | None = None
+    """Heads of keys and values, each shared by num_heads / num_kv_heads heads of queries
+    (grouped-query attention, arXiv 2305.13245). It must divide num_heads. null: num_heads."""
+    head_dim: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
+    """Width of a head. null: d_model / num_heads."""
     max_seq_len: Length
     """Positions, in tokens; the encoder's positions in an `encoder_decoder`."""
     max_target_len: Length | None = None
@@ -45,11 +82,17 @@ class ModelKeys(StrictModel):
     2210.06423), `deepnorm` (arXiv 2203.00555), `normformer` (arXiv 2110.09456), `pre` (Pre-LN),
     `post` (Post-LN) or `admin` (arXiv 2004.08249). `admin` starts from a profile that magnetar
     profile-admin makes; give it embedding_norm or stable_embedding."""
+    norm_type: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of every norm. `rmsnorm`: x / sqrt(mean(x^2) + norm_eps) * weight, without mean and bias
+    (arXiv 1910.07467)."""
     norm_eps: Positive = 1e-5
-    """Epsilon of the LayerNorms."""
-    activation: Literal["gelu", "relu", "swish", "swiglu"] = "gelu"
-    """Activation of the feed-forward networks. `swiglu`: swish(w1 x) * (w3 x), with a third matrix
-    (arXiv 2002.05202)."""
+    """Epsilon of the norms."""
+    bias: bool = True
+    """Whether the matrices of attention, feed-forward networks and experts, and LayerNorms, have
+    biases."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "swish", "swiglu"] = "gelu"
+    """Activation of the feed-forward networks. `gelu_tanh`: GPT-2's approximation of gelu.
+    `swiglu`: swish(w1 x) * (w3 x), with a third matrix (arXiv 2002.05202)."""
     positions: Literal["learned", "sinusoidal", "sinusoidal_fairseq", "none"] | None = None
     """Positions added to the embedding. null: `none` if attention_positions is set, else `learned`.
     `sinusoidal`: the Transformer paper's. `sinusoidal_fairseq`: fairseq's, for imported weights."""
@@ -61,6 +104,11 @@ class ModelKeys(StrictModel):
     """Buckets of `relative` positions."""
     relative_max_distance: int = Field(default=128, ge=2)
     """Distance, in tokens, from which `relative` positions share the last bucket."""
+    rope_theta: Positive = 10000.0
+    """Base of the frequencies of `rotary` and `xpos`: pair i of a head turns by
+    rope_theta^(-2i / head_dim) from one position to the next."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Slower frequencies of `rotary` and `xpos`. null: those of rope_theta alone."""
     xpos_scale_base: Positive = 512.0
     """Distance, in tokens, over which `xpos` decays."""
     dropout: Share = 0.0
@@ -73,7 +121,10 @@ class ModelKeys(StrictModel):
     """Probability that a sample skips a sublayer of the last layer (stochastic depth). It rises
     linearly from 0 in the first layer."""
     qk_norm: bool = False
-    """Whether a LayerNorm acts on each head's queries and keys (arXiv 2309.14322)."""
+    """Whether a norm acts on queries and keys (arXiv 2309.14322)."""
+    qk_norm_over: Literal["head", "all_heads"] = "head"
+    """Numbers that a norm of qk_norm spans. `head`: those of each head, with one weight for all
+    heads (Qwen3). `all_heads`: those of all heads together (OLMoE)."""
     scale_embedding: bool = False
     """Whether token embeddings are multiplied by sqrt(d_model)."""
     embedding_norm: bool = False
@@ -113,13 +164,19 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
     @model_validator(mode="after")
     def _shapes_fit(self) -> "ModelConfig":
         wrong = []
-        if self.d_model % self.num_heads:
+        if self.head_dim is None and self.d_model % self.num_heads:
             heads = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
             nearest = min(heads, key=lambda n: abs(n - self.num_heads))
             wrong.append(
                 f"d_model={self.d_model} must be a multiple of num_heads={self.num_heads}: "
                 f"use {nearest} heads, or d_model "
-                f"{-(-self.d_model // self.num_heads) * self.num_heads}"
+                f"{-(-self.d_model // self.num_heads) * self.num_heads}, or a head_dim"
+            )
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            fitting = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            wrong.append(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}: use one "
+                f"of {', '.join(map(str, fitting))}"
             )
         deepest = max(self.num_layers, self.decoder_depth)
         if self.moe is not None and self.moe.every > deepest:
@@ -127,6 +184,12 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
             wrong.append(
                 f"moe.every={self.moe.every} exceeds {key}={deepest}, so no layer "
                 f"would be a MoE layer: use at most {deepest}, or moe null"
+            )
+        elif self.moe is not None and self.num_moe_layers == 0:
+            wrong.append(
+                f"moe.first_dense_layers={self.moe.first_dense_layers} leaves no MoE layer among "
+                f"{deepest}, of which moe.every={self.moe.every} chooses: use "
+                f"{deepest // self.moe.every * self.moe.every - 1} or fewer, or moe null"
             )
         wrong += self._contradictions()
         if self.moe is not None and isinstance(self.moe.num_experts, list) and not wrong:
@@ -152,12 +215,23 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
             *strays(self, "architecture", "encoder", ["multiway"]),
             *strays(self, "attention_positions", "relative", of_relative, self.is_relative),
             *strays(self, "attention_positions", "xpos", ["xpos_scale_base"], is_xpos),
+            *strays(self, "attention_positions", "rotary", ["rope_theta"], self.is_rotary),
         ]
         if not self.cross_attention_inner_norm and not (two_stacks and self.norm == "subln"):
             wrong.append(
                 "cross_attention_inner_norm=false belongs to norm 'subln' in architecture "
                 f"'encoder_decoder', not to norm {self.norm!r} in {self.architecture!r}: leave it "
                 "out"
+            )
+        if self.rope_scaling is not None and not self.is_rotary:
+            wrong.append(
+                "rope_scaling belongs to attention_positions 'rotary', but attention_positions is "
+                f"{self.attention_positions!r}: leave it out, or use attention_positions 'rotary'"
+            )
+        if self.qk_norm_over != "head" and not self.qk_norm:
+            wrong.append(
+                f"qk_norm_over={self.qk_norm_over!r} belongs to qk_norm true: leave it out, or use "
+                "qk_norm true"
             )
         if self.multiway and self.moe is not None:
             wrong.append(
@@ -173,12 +247,17 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
 
     def _position_problems(self) -> list[str]:
         wrong = []
-        if self.is_rotary and (self.d_model // self.num_heads) % 2:
+        if self.is_rotary and self.head_dim is not None and self.head_dim % 2:
+            wrong.append(
+                f"attention_positions={self.attention_positions!r} turns pairs of numbers, but "
+                f"head_dim={self.head_dim} is odd: use {self.head_dim + 1}"
+            )
+        elif self.is_rotary and self.head_width % 2:
             fitting = [str(n) for n in range(1, self.d_model) if self.d_model % (2 * n) == 0]
             way_out = f"a num_heads among {', '.join(fitting)}" if fitting else "an even d_model"
             wrong.append(
                 f"attention_positions={self.attention_positions!r} turns pairs of numbers, but a "
-                f"head has d_model / num_heads = {self.d_model // self.num_heads}: use {way_out}"
+                f"head has d_model / num_heads = {self.head_width}: use {way_out}"
             )
         positions = max(self.max_seq_len, self.max_target_len or 0)
         if self.is_rotary and self.attention_positions != "rotary":
@@ -221,6 +300,11 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
         return 0 if self.architecture == "decoder" else self.num_layers
 
     @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
     def absolute_positions(self) -> str:
         """The kind of positions that the embedding adds; null is resolved."""
         return self.positions or ("learned" if self.attention_positions == "none" else "none")
@@ -237,14 +321,17 @@ class ModelConfig(TorchScaleModelKeys, ModelKeys):  # ModelKeys come first in th
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether the layer of this index (from 0) of a stack is a MoE layer."""
-        return self.moe is not None and (index + 1) % self.moe.every == 0
+        moe = self.moe
+        return moe is not None and index >= moe.first_dense_layers and (index + 1) % moe.every == 0
+
+    def moe_layers_among(self, num_layers: int) -> int:
+        """MoE layers among the first ones of a stack."""
+        return sum(map(self.is_moe_layer, range(num_layers)))
 
     @property
     def num_moe_layers(self) -> int:
         """MoE layers of all stacks."""
-        if self.moe is None:
-            return 0
-        return self.encoder_depth // self.moe.every + self.decoder_depth // self.moe.every
+        return sum(map(self.moe_layers_among, (self.encoder_depth, self.decoder_depth)))
 
 
 def on_one_rank(config: ModelConfig) -> ModelConfig:

@@ -60,4 +60,4 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     # cross-attention, 1/2 in causal attention.
     crossed = config.decoder_depth if config.architecture == "encoder_decoder" else 0
     pairs = config.encoder_depth + config.decoder_depth / 2 + crossed
-    return 6.0 * active + 6.0 * 2 * pairs * seq_len * config.d_model
+    return 6.0 * active + 6.0 * 2 * pairs * seq_len * config.num_heads * config.head_width

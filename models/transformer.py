@@ -5,6 +5,7 @@ Letters: B batch, T tokens, S keys, D d_model, H num_heads, V vocab_size.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from magnetar.models.layers.init import RandomSource
 from magnetar.models.layers.multiway import per_modality
 from magnetar.models.layers.norms import NORM_STYLES, Depths, layer_norm
 from magnetar.models.layers.positions import (
+    FrequencyScaling,
     RelativeBias,
     Rotary,
     fairseq_sinusoidal_table,
@@ -118,20 +120,19 @@ class Transformer(nn.Module):
         self._max_len_key = "max_target_len" if has_own_len else "max_seq_len"
         self.max_len: int = getattr(config, self._max_len_key)
         self.checkpoint: Callable[..., Any] | None = None
-        d_model, norm_eps = config.d_model, config.norm_eps
+        d_model = config.d_model
         self.embedding = embedding or Embedding(config.vocab_size, d_model)
         self.owns_embedding = embedding is None
-        self.token_norm = nn.LayerNorm(d_model, norm_eps) if config.stable_embedding else None
+        norm = partial(layer_norm, d_model, config.norm_eps, config.norm_type, config.bias)
+        self.token_norm = norm() if config.stable_embedding else None
         self._build_positions(is_second)
-        self.embedding_norm = (
-            layer_norm(d_model, norm_eps, config.multiway) if config.embedding_norm else None
-        )
+        self.embedding_norm = norm(multiway=config.multiway) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(config, depths, index, moe_class) for index in range(depths.own)
         )
         ends_with_norm = NORM_STYLES[config.norm].before
-        self.final_norm = layer_norm(d_model, norm_eps, config.multiway) if ends_with_norm else None
+        self.final_norm = norm(multiway=config.multiway) if ends_with_norm else None
         self.output: Output | None = None
         if has_output and config.output_projection:
             self.output = Output(d_model, config.vocab_size, bias=False)
@@ -149,7 +150,11 @@ class Transformer(nn.Module):
         self.rotary: Rotary | None = None
         if config.is_rotary:
             base = None if config.attention_positions == "rotary" else config.xpos_scale_base
-            self.rotary = Rotary(config.d_model // config.num_heads, self.max_len, base)
+            given, scaling = config.rope_scaling, None
+            if given is not None:
+                turns = (given.low_freq_factor, given.high_freq_factor)
+                scaling = FrequencyScaling(given.factor, given.original_max_seq_len, *turns)
+            self.rotary = Rotary(config.head_width, self.max_len, base, config.rope_theta, scaling)
         self.relative_bias: RelativeBias | None = None
         self.cross_relative_bias: RelativeBias | None = None
         if config.is_relative:

@@ -6,10 +6,11 @@
         rank_00001.safetensors   ...
 
 Every parameter has its name in the whole model's state dict, every expert its global index. Of each
-there are up to three states: `weight` (the float32 master weights), `exp_avg` and `exp_avg_sq`
-(Adam's). A state is a flat float32 vector cut into pieces `[start, stop)`. A piece lies in one file
-under the key `state/name/start`. `Checkpoint.read` takes a range from the pieces that hold it, so a
-rank of another layout reads its own shard and no more.
+there are up to four states: `weight` (the float32 master weights), `exp_avg` and `exp_avg_sq`
+(Adam's), and `ema` (the average of the weights, with training.ema_decay). A state is a flat float32
+vector cut into pieces `[start, stop)`. A piece lies in one file under the key `state/name/start`.
+`Checkpoint.read` takes a range from the pieces that hold it, so a rank of another layout reads its
+own shard and no more.
 
 The manifest holds `format`, `step`, `layout`, `config`, fingerprints, `trainer`, `optimizer`,
 `files` (name -> bytes and sha256), `tensors` (name -> shape, states, pieces) and `sha256` (of all

@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +25,7 @@ from magnetar.engine.checkpoint.exported_run import RUN_KEY, read_entry
 from magnetar.engine.checkpoint.format import (
     CHECKPOINTS,
     MANIFEST,
+    WEIGHT,
     Checkpoint,
     checkpoint_folders,
     complete_checkpoints,
@@ -38,6 +39,7 @@ from magnetar.engine.checkpoint.run_folder import differing_models
 from magnetar.engine.checkpoint.save_load import require_same_tensors
 from magnetar.engine.checkpoint.vocabulary import require_vocabulary, vocabulary_in
 from magnetar.engine.config.schema import RunConfig, check_config
+from magnetar.engine.optim.ema import EMA
 from magnetar.models.config import ModelConfig
 from magnetar.models.layers.attention import expect_many_shapes
 from magnetar.models.transformer import EncoderDecoder, Transformer
@@ -67,6 +69,7 @@ class SavedModel:
         checkpoint: The checkpoint. None for a folder of weights.
         data: Folder or file that the user has named for the data or the vocabulary. None for the
             run's own.
+        ema: True to take the checkpoint's average of the weights in place of the weights.
     """
 
     named: Path
@@ -75,6 +78,7 @@ class SavedModel:
     about: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     data: Path | None = None
+    ema: bool = False
 
     @property
     def name(self) -> str:
@@ -148,8 +152,14 @@ class SavedModel:
             require_same_tensors(self.checkpoint, self.config)
             shapes = self.checkpoint.shapes
             specs = {name: Spec(torch.float32, shape) for name, shape in shapes.items()}
-            return LazyTensors(specs, self.checkpoint.tensor)
+            return LazyTensors(specs, self._tensor)
         return open_weights(self.path)[1]
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor of the checkpoint; one that did not train is its own average."""
+        assert self.checkpoint is not None
+        is_averaged = self.ema and EMA in self.checkpoint.states(name)
+        return self.checkpoint.tensor(name, EMA if is_averaged else WEIGHT)
 
     def require_whole(self) -> None:
         """Refuse damaged files of a checkpoint, which reads them all, or a contradictory export.
@@ -331,13 +341,16 @@ class SavedModel:
         return Codec(self.tokenizer, languages)
 
 
-def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None) -> SavedModel:
+def open_run(
+    path: Path, checkpoint: str | None = None, data: Path | None = None, ema: bool = False
+) -> SavedModel:
     """A trained model; only its config is read.
 
     Args:
         path: Folder of a run, of a checkpoint, or of weights.
         checkpoint: Name of the run's checkpoint. None for the newest one.
         data: Folder or file of the data or the vocabulary. None for the run's own.
+        ema: True for the average of the weights, which the checkpoint must have.
 
     Raises:
         UserError: if the folder is none of these, a checkpoint is missing or has lost a file, or
@@ -350,7 +363,21 @@ def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None
             f"{path} cannot be read ({error.strerror}): make it readable, or name another folder"
         ) from None
     if not are_weights:
-        return of_checkpoint(choose_checkpoint(path, checkpoint), path, data)
+        saved = of_checkpoint(choose_checkpoint(path, checkpoint), path, data)
+        assert saved.checkpoint is not None
+        if ema and not any(
+            EMA in saved.checkpoint.states(name) for name in saved.checkpoint.shapes
+        ):
+            raise UserError(
+                f"--ema: {saved.path} holds no average of the weights: train with "
+                "magnetar.training.ema_decay (0.999, say), or leave it out"
+            )
+        return replace(saved, ema=ema)
+    if ema:
+        raise UserError(
+            f"--ema: {path} is a folder of weights, which holds one model: leave it out, or name a "
+            "run"
+        )
     if checkpoint is not None:
         raise UserError(
             f"--checkpoint {checkpoint}: {path} is a folder of weights, which holds one model: "

@@ -34,6 +34,7 @@ from magnetar.engine.checkpoint.run_folder import LAYOUT_KEYS, differing, with_d
 from magnetar.engine.config.schema import RunConfig
 from magnetar.engine.deepspeed_engine import DeepSpeedEngine
 from magnetar.engine.optim.adam import EightBitMoment, Moment
+from magnetar.engine.optim.ema import EMA
 from magnetar.engine.zero import (
     Share,
     adam_step,
@@ -339,9 +340,12 @@ def _fill(checkpoint: Checkpoint, share: Share) -> None:
     numel = len(next(iter(share.values.values())))
     for name, place, index, length in share.tensors.stretches(share.start, share.start + numel):
         for state, values in share.values.items():
-            if state in checkpoint.states(name):
+            # An imported run has no EMA, so it starts from the weights.
+            stored = checkpoint.states(name)
+            source = WEIGHT if state == EMA and EMA not in stored else state
+            if source in stored:
                 assert not isinstance(values, EightBitMoment)  # before `finish_adam`
-                saved = checkpoint.read(name, state, place, place + length)
+                saved = checkpoint.read(name, source, place, place + length)
                 at = index - share.start
                 values[at : at + length].copy_(saved)
 

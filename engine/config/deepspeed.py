@@ -18,7 +18,9 @@ from magnetar.models.section import (
     StrictModel,
 )
 
-EIGHT_BIT = "AdamW8bit"  # bitsandbytes' name; DeepSpeed does not know this type
+ADAMS = ("Adam", "AdamW")
+# DeepSpeed does not make these: bitsandbytes' AdamW, PyTorch's RAdam and Magnetar's Lion.
+EIGHT_BIT, RADAM, LION = "AdamW8bit", "RAdam", "Lion"
 
 
 def _whole(value: Any) -> Any:
@@ -37,9 +39,10 @@ class AdamParams(StrictModel):
     lr: Positive
     """Learning rate at the top of `magnetar.training.lr_schedule`."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    """Decay of the running mean and square."""
+    """Decay of the running mean and square. Type `Lion`: share of the momentum in the update, and
+    its decay, for which its paper has [0.9, 0.99]."""
     eps: Positive = 1e-8
-    """Number added to the denominator."""
+    """Number added to the denominator, which type `Lion` lacks."""
     weight_decay: NonNegative = 0.0
     """Weight decay."""
     adam_w_mode: bool = True
@@ -55,11 +58,13 @@ class AdamParams(StrictModel):
 class OptimizerConfig(StrictModel):
     """The optimizer."""
 
-    type: Literal["Adam", "AdamW", "AdamW8bit"]
+    type: Literal["Adam", "AdamW", "AdamW8bit", "RAdam", "Lion"]
     """Optimizer. `Adam` and `AdamW` decouple the weight decay unless `params.adam_w_mode` is false.
     `AdamW8bit` is AdamW of the package bitsandbytes: its moments take 2 bytes a parameter instead
     of 8 (block-wise, arXiv 2110.02861). The embeddings' moments stay in float32. The paper
-    recommends `magnetar.model.stable_embedding` with it."""
+    recommends `magnetar.model.stable_embedding` with it. `RAdam` is PyTorch's, with decoupled
+    weight decay (arXiv 1908.03265). `Lion` (arXiv 2302.06675) has one moment, and its update is a
+    sign: its learning rate is 3 to 10 times smaller than AdamW's."""
     params: AdamParams
     """Numbers of the optimizer."""
 

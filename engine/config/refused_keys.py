@@ -119,7 +119,7 @@ _REASONS: dict[str, dict[str, str]] = {
         "it is for models that are built under DeepSpeed's zero.Init: remove it": (
             "override_module_apply"
         ),
-        "only Adam and AdamW are supported: remove it": "save_muon_momentum_buffer_in_memory",
+        "Muon is not supported: remove it": "save_muon_momentum_buffer_in_memory",
         "Magnetar's layers are collected one module at a time: remove it, and set "
         "`stage3_prefetch_bucket_size` to collect more ahead": (
             "leaf_module stage3_module_granularity_threshold"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from magnetar.engine.config.batch_sizes import BatchSizes, batch_problems, multiples_near
-from magnetar.engine.config.deepspeed import EIGHT_BIT, DataTypesConfig
+from magnetar.engine.config.deepspeed import EIGHT_BIT, LION, RADAM, AdamParams, DataTypesConfig
 from magnetar.engine.config.errors import Problem, problem, shown
 from magnetar.models.config import ModelConfig
 
@@ -77,6 +77,22 @@ CONTRADICTIONS = (
         lambda optimizer: optimizer.type == EIGHT_BIT and optimizer.params.torch_adam,
         f"contradicts optimizer.type={_8BIT}, which is bitsandbytes' own: remove it, or use type "
         '"AdamW"',
+    ),
+    Contradiction(
+        "optimizer.params.torch_adam",
+        lambda optimizer: (
+            optimizer.type in (RADAM, LION) and optimizer.params.torch_adam is not None
+        ),
+        'belongs to types "Adam" and "AdamW", not to "{optimizer.type}", which has one '
+        "implementation: remove it",
+    ),
+    Contradiction(
+        "optimizer.params.eps",
+        lambda optimizer: (
+            optimizer.type == LION
+            and optimizer.params.eps != AdamParams.model_fields["eps"].default
+        ),
+        'says nothing with optimizer.type="Lion", whose update has no denominator: remove it',
     ),
     Contradiction(
         "zero_optimization.offload_optimizer.device",
@@ -220,8 +236,13 @@ def gradients_accumulate_in_a_fitting_type(
 def experts_fit_grouped_matmuls(model: ModelConfig, bf16: Any, fp16: Any) -> Problems:
     """A row of a grouped matrix product is a multiple of 16 bytes."""
     multiple = 8 if _on(bf16) or _on(fp16) else 4
-    for name, width in (("d_model", model.d_model), ("d_ff", model.d_ff)):
-        if model.moe is not None and width % multiple:
+    if model.moe is None:
+        return
+    widths = {"d_model": model.d_model, "d_ff": model.d_ff}
+    if model.moe.expert_d_ff is not None:
+        widths = {"d_model": model.d_model, "moe.expert_d_ff": model.moe.expert_d_ff}
+    for name, width in widths.items():
+        if width % multiple:
             yield problem(
                 f"magnetar.model.{name}",
                 width,

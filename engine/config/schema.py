@@ -49,39 +49,42 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class _KeysOfAKind(StrictModel):
-    """A section with keys that belong to one value of another of its keys.
+    """A section with keys that belong to some values of another of its keys.
 
     Attributes:
-        kind: the other key, that value, and the keys that belong to it.
+        kind: the other key, and the values to which each of the keys belongs.
     """
 
-    kind: ClassVar[tuple[str, str, tuple[str, ...]]]
+    kind: ClassVar[tuple[str, dict[str, tuple[str, ...]]]]
 
     @model_validator(mode="after")
     def _keys_belong_to_the_kind(self) -> Self:
-        name, value, keys = self.kind
+        name, values_of = self.kind
         given = getattr(self, name)
-        lines = [
-            f"{key}={shown(getattr(self, key))} belongs to {name} {value!r}, but {name} is "
-            f"{given!r}: remove it, or use {name} {value!r}"
-            for key in keys
-            if given != value and key in self.model_fields_set
-        ]
+        lines = []
+        for key, values in values_of.items():
+            if given not in values and key in self.model_fields_set:
+                kinds = " or ".join(map(repr, values))
+                lines.append(
+                    f"{key}={shown(getattr(self, key))} belongs to {name} {kinds}, but {name} is "
+                    f"{given!r}: remove it, or use {name} {kinds}"
+                )
         if lines:
             raise ValueError("\n".join(lines))
         return self
 
     @model_serializer(mode="wrap")
     def _only_keys_of_the_kind(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        name, value, keys = self.kind
+        name, values_of = self.kind
         fields = handler(self)
-        return {k: v for k, v in fields.items() if fields[name] == value or k not in keys}
+        given = fields[name]
+        return {k: v for k, v in fields.items() if given in values_of.get(k, (given,))}
 
 
 class MaskingConfig(_KeysOfAKind):
     """What an encoder, or the encoder of an encoder-decoder, is not shown."""
 
-    kind: ClassVar = ("unit", "span", ("mean_span_length",))
+    kind: ClassVar = ("unit", {"mean_span_length": ("span",)})
 
     probability: float = Field(default=0.15, gt=0, lt=1)
     """Share of each sequence's tokens that is masked, rounded; at least one token."""
@@ -134,29 +137,70 @@ class DataConfig(StrictModel):
     none, and with `pairs` nothing is masked."""
 
 
+_ENDING = ("polynomial", "cosine", "wsd")
+
+
 class LRSchedule(_KeysOfAKind):
     """The learning rate over the steps: a linear warm-up to `optimizer.params.lr`, then this."""
 
-    kind: ClassVar = ("type", "polynomial", ("total_steps", "power", "end_lr"))
+    kind: ClassVar = (
+        "type",
+        {
+            "total_steps": _ENDING,
+            "end_lr": _ENDING,
+            "power": ("polynomial",),
+            "decay_steps": ("wsd",),
+            "decay": ("wsd",),
+        },
+    )
 
-    type: Literal["polynomial", "inverse_sqrt", "constant"]
-    """Shape after the warm-up. `polynomial`: falls to end_lr at total_steps. `inverse_sqrt`: lr *
-    sqrt(warmup_steps / step). `constant`: stays."""
+    type: Literal["polynomial", "inverse_sqrt", "constant", "cosine", "wsd"]
+    """Shape after the warm-up. `polynomial`: falls to end_lr at total_steps. `cosine`: the same
+    along half a cosine (arXiv 1608.03983). `wsd`: stays, and falls to end_lr in the decay_steps
+    before total_steps (arXiv 2404.06395). `inverse_sqrt`: lr * sqrt(warmup_steps / step).
+    `constant`: stays."""
     warmup_steps: WholeNumber
-    """Steps of the linear rise from 0."""
+    """Steps of the linear rise from warmup_start_lr."""
+    warmup_start_lr: NonNegative = 0.0
+    """Learning rate from which the warm-up rises; its first step is above it."""
     total_steps: Count | None = None
-    """Step at which end_lr is reached. null: training.num_steps. Only with type `polynomial`."""
+    """Step at which end_lr is reached. null: training.num_steps. Only with types `polynomial`,
+    `cosine` and `wsd`."""
     power: Positive = 1.0
     """Power of the polynomial. 1: a straight line. Only with it."""
     end_lr: NonNegative = 0.0
-    """Last learning rate. Only with type `polynomial`."""
+    """Last learning rate. Only with types `polynomial`, `cosine` and `wsd`."""
+    decay_steps: Count | None = None
+    """Steps of the fall to end_lr. Required by type `wsd`, and only with it."""
+    decay: Literal["linear", "1-sqrt"] = "linear"
+    """Shape of the fall over its share t: 1 - t, or 1 - sqrt(t) (arXiv 2405.18392). Only with type
+    `wsd`."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether total_steps ends it."""
+        return self.type in _ENDING
 
     @model_validator(mode="after")
-    def _inverse_sqrt_has_a_start(self) -> Self:
+    def _warm_up_fits(self) -> Self:
         if self.type == "inverse_sqrt" and self.warmup_steps < 1:
             raise ValueError(
                 "warmup_steps=0 leaves type 'inverse_sqrt' without a starting point: use "
                 "warmup_steps 1 or more, or type 'constant'"
+            )
+        if self.warmup_start_lr and self.warmup_steps < 2:
+            raise ValueError(
+                f"warmup_start_lr={self.warmup_start_lr:g} needs a warm-up of 2 steps or more, and "
+                f"warmup_steps is {self.warmup_steps}: use more, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decay_has_steps(self) -> Self:
+        if self.type == "wsd" and self.decay_steps is None:
+            raise ValueError(
+                "decay_steps is missing: type 'wsd' needs the number of steps in which the rate "
+                "falls, or use type 'constant'"
             )
         return self
 
@@ -182,6 +226,10 @@ class TrainingConfig(StrictModel):
     independent_weight_decay: bool = False
     """Whether weights shrink by weight_decay times the schedule's factor alone, and not times the
     learning rate as well (arXiv 2309.14322). Only with optimizer `AdamW`."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay d of an exponential moving average of the weights, which becomes d * average + (1 - d)
+    * weights after each update. It is in the checkpoints, and the option --ema of commands that
+    read a run uses it. null: none."""
     activation_checkpointing: bool = False
     """Whether the backward pass keeps only the input of each layer and computes the layer again:
     less memory, a third more work, the same numbers. It may change when a run goes on."""
@@ -214,9 +262,9 @@ class TrainingConfig(StrictModel):
     """Tokens of each text shown at the end: a decoder writes, an encoder fills in. 0: none."""
 
     @model_validator(mode="after")
-    def _warm_up_ends(self) -> Self:
+    def _schedule_fits(self) -> Self:
         schedule = self.lr_schedule
-        if schedule.type != "polynomial":
+        if not schedule.ends:
             return self
         total = schedule.total_steps or self.num_steps
         name = "lr_schedule.total_steps" if schedule.total_steps else "num_steps"
@@ -224,6 +272,12 @@ class TrainingConfig(StrictModel):
             raise ValueError(
                 f"lr_schedule.warmup_steps={schedule.warmup_steps} must not exceed {name}={total}: "
                 f"use at most {total}, or more steps"
+            )
+        room = total - schedule.warmup_steps
+        if (schedule.decay_steps or 0) > room:
+            raise ValueError(
+                f"lr_schedule.decay_steps={schedule.decay_steps} must not exceed the {room} steps "
+                f"between the warm-up and {name}={total}: use at most {room}, or more steps"
             )
         return self
 

@@ -14,20 +14,19 @@ from magnetar.data.errors import MachineError, UserError
 from magnetar.data.loader import open_folder
 from magnetar.engine.cluster.hosts import LaunchOptions, address_of
 from magnetar.engine.config.batch_sizes import MICRO
-from magnetar.engine.config.deepspeed import EIGHT_BIT
 from magnetar.engine.config.schema import RunConfig, load_config
 from magnetar.engine.doctor import environment
 from magnetar.engine.doctor.bandwidth import Sizes, launch, slow_links
 from magnetar.engine.doctor.checks import Finding, Wanted, findings
 from magnetar.engine.doctor.ssh_probe import Machine, ask
 from magnetar.engine.memory_planner import parameters_of
-from magnetar.engine.optim.adam import uses_torchs_adam
+from magnetar.engine.optim.adam import uses_deepspeeds_adam
 
 DEFAULT_PORT = 29500
 _SECONDS = 120.0  # time limit of the measurement
 _VOCAB_SIZE = 50_000  # a usual size, if the data is not on this machine
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_STATE_BYTES = 12  # a master weight and two moments
+_STATE_BYTES, _EMA_BYTES = 12, 4  # a master weight and two moments; an average of the weights
 # Real sizes, but no more than is needed for a bandwidth.
 _LARGEST, _LARGEST_ON_CPU = 2**29, 2**24
 _USUAL, _USUAL_ON_CPU = 2**26, 2**22
@@ -145,14 +144,15 @@ def _wanted(config: RunConfig | None, wanted: Wanted) -> tuple[Wanted, int]:
     numel = sum(parameter.numel for parameter in parameters)
     section = config.deepspeed["optimizer"]
     on_host = config.deepspeed["zero_optimization"].get("offload_optimizer") or {}
+    has_ema = config.training.ema_decay is not None
     compiles = ""
-    if section["type"] != EIGHT_BIT and not uses_torchs_adam(section):
+    if uses_deepspeeds_adam(section):
         compiles = "CPUAdam" if on_host.get("device") == "cpu" else "FusedAdam or CPUAdam"
     wanted = replace(
         wanted,
         data=config.data.path,
         run_dir=config.training.run_dir,
-        checkpoint_bytes=_STATE_BYTES * numel,
+        checkpoint_bytes=(_STATE_BYTES + has_ema * _EMA_BYTES) * numel,
         compiles=compiles,
     )
     return wanted, sum(one.numel for one in parameters if not one.is_experts)

@@ -1,4 +1,4 @@
-"""Parameter groups of the optimizer, and AdamW with 8-bit states from bitsandbytes.
+"""The optimizer and its parameter groups, and AdamW with 8-bit states from bitsandbytes.
 
 Each of the two moments of AdamW8bit takes one byte per element (arXiv 2110.02861). Blocks of 256
 elements share a float32 scale, and a byte stands for one of 256 numbers in [-1, 1] (the code book).
@@ -10,6 +10,7 @@ since blocks are cut from a rank's flat partition.
 import logging
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from magnetar.data.errors import UserError, missing_package
-from magnetar.engine.config.deepspeed import EIGHT_BIT
+from magnetar.engine.config.deepspeed import ADAMS, EIGHT_BIT, LION, RADAM
+from magnetar.engine.optim.lion import Lion
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -85,14 +87,14 @@ def groups_by_bits(
     ]
 
 
-def uses_torchs_adam(optimizer: dict[str, Any]) -> bool:
-    """Whether a config's optimizer is PyTorch's Adam."""
-    return optimizer["type"] != EIGHT_BIT and optimizer["params"].get("torch_adam", True)
+def uses_deepspeeds_adam(optimizer: dict[str, Any]) -> bool:
+    """Whether a config's optimizer is DeepSpeed's Adam, which is compiled at its first use."""
+    return optimizer["type"] in ADAMS and not optimizer["params"].get("torch_adam", True)
 
 
 def fuse_torchs_adam(deepspeed: dict[str, Any]) -> None:
     """Make PyTorch's Adam, if DeepSpeed's sections use it, update in one pass over the memory."""
-    if uses_torchs_adam(deepspeed["optimizer"]):
+    if deepspeed["optimizer"]["type"] in ADAMS and not uses_deepspeeds_adam(deepspeed["optimizer"]):
         deepspeed["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
 
 
@@ -102,21 +104,26 @@ def take_client_optimizer(deepspeed: dict[str, Any]) -> Callable[[list[dict]], A
     The optimizer's section is then removed from DeepSpeed's sections.
     """
     section = deepspeed["optimizer"]
-    if section["type"] != EIGHT_BIT:
+    name, params = section["type"], section["params"]
+    if name in ADAMS:
         return None
-    # On import bitsandbytes warns of a missing 4-bit kernel for this CPU, which we do not use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from magnetar.engine.optim.adam_8bit import BlockwiseAdamW
-
     del deepspeed["optimizer"]
-    deepspeed["zero_allow_untested_optimizer"] = True
+    deepspeed |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     # DeepSpeed still warns of an optimizer that it has not tested. Magnetar's tests have.
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "untested optimizer" not in record.getMessage()
     )
-    params = section["params"]
-    numbers = {name: params[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    return lambda param_groups: BlockwiseAdamW(param_groups, **numbers)
+    numbers = {key: params[key] for key in ("lr", "betas", "weight_decay")}
+    if name == LION:
+        return partial(Lion, **numbers)
+    numbers["eps"] = params["eps"]
+    if name == RADAM:
+        return partial(torch.optim.RAdam, decoupled_weight_decay=True, **numbers)
+    # On import bitsandbytes warns of a missing 4-bit kernel for this CPU, which we do not use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from magnetar.engine.optim.adam_8bit import BlockwiseAdamW
+
+    return partial(BlockwiseAdamW, **numbers)
 
 
 def check_lengths(keys: Iterable[Tensor]) -> None:

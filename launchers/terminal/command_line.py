@@ -153,9 +153,10 @@ def take_config(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 
 
 def add_run_options(parser: argparse.ArgumentParser, run: str, data: str) -> None:
-    """A trained run, one of its checkpoints, and a folder that replaces the run's own data."""
+    """A trained run, which of its weights, and a folder that replaces the run's own data."""
     add_option(parser, "run", run, Path)
     add_option(parser, "--checkpoint NAME", "such as step_00000400 (default: the newest)")
+    add_option(parser, "--ema", "the average of the weights (training.ema_decay)")
     add_option(parser, "--data DIR", data, Path)
 
 

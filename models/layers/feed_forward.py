@@ -4,11 +4,13 @@ Letters: D d_model, F d_ff.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnetar.models.layers.init import RandomSource
+from magnetar.models.layers.norms import layer_norm
 
 
 class Linear(nn.Linear):
@@ -24,6 +26,12 @@ class Linear(nn.Linear):
         return F.linear(flat, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
+def zero_bias(linear: nn.Module) -> None:
+    """Set the bias of a linear layer to 0, if it has one."""
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+
+
 class WideLinear(nn.Linear):
     """nn.Linear that multiplies in float32, whatever the dtype of its weight and input."""
 
@@ -34,6 +42,7 @@ class WideLinear(nn.Linear):
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "swish": F.silu,
     "swiglu": F.silu,
@@ -57,6 +66,8 @@ class FeedForward(nn.Module):
         gain: float,
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
+        norm_type: str = "layernorm",
+        bias: bool = True,
     ) -> None:
         """Build the network.
 
@@ -68,15 +79,19 @@ class FeedForward(nn.Module):
             gain: initial gain of all matrices.
             norm_eps: epsilon of the LayerNorm.
             activation_dropout: probability of dropping an activation in training.
+            norm_type: kind of the norm, see `layer_norm`.
+            bias: whether matrices and a LayerNorm have biases.
         """
         super().__init__()
         self.gain = gain
         self.activation = ACTIVATIONS[activation]
-        self.w1 = Linear(d_model, d_ff)
-        self.w3 = Linear(d_model, d_ff) if activation in GATED_ACTIVATIONS else None
+        self.w1 = Linear(d_model, d_ff, bias)
+        self.w3 = Linear(d_model, d_ff, bias) if activation in GATED_ACTIVATIONS else None
         self.dropout = nn.Dropout(activation_dropout)
-        self.inner_norm = nn.LayerNorm(d_ff, norm_eps) if inner_norm else nn.Identity()
-        self.w2 = Linear(d_ff, d_model)
+        self.inner_norm = (
+            layer_norm(d_ff, norm_eps, norm_type, bias) if inner_norm else nn.Identity()
+        )
+        self.w2 = Linear(d_ff, d_model, bias)
 
     def init_weights(self, source: RandomSource) -> None:
         """Xavier-normal with `gain`; biases 0."""
@@ -84,7 +99,7 @@ class FeedForward(nn.Module):
             linear = getattr(self, name)
             if linear is not None:
                 source.xavier_normal_(linear.weight.data, f"{name}.weight", self.gain)
-                nn.init.zeros_(linear.bias)
+                zero_bias(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -48,11 +48,15 @@ more. N is the number of encoder layers and M of decoder layers:
     others                   1                                         1
 
 Matrices start Xavier-normal with that gain, query and key with gain 1.
+
+LN is a LayerNorm, or with norm_type "rmsnorm" an RMSNorm, x / sqrt(mean(x^2) + eps) * weight (arXiv
+1910.07467).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -154,9 +158,17 @@ NORM_STYLES = {
 }
 
 
-def layer_norm(width: int, eps: float, multiway: bool) -> nn.Module:
-    """A LayerNorm; with multiway one for each modality."""
-    norm = nn.LayerNorm(width, eps)
+def layer_norm(
+    width: int,
+    eps: float,
+    norm_type: str = "layernorm",
+    bias: bool = True,
+    *,
+    multiway: bool = False,
+) -> nn.Module:
+    """A LayerNorm, or an RMSNorm, which has no bias; with multiway one for each modality."""
+    is_rms = norm_type == "rmsnorm"
+    norm = nn.RMSNorm(width, eps) if is_rms else nn.LayerNorm(width, eps, bias=bias)
     return Multiway(norm) if multiway else norm
 
 
@@ -178,6 +190,8 @@ class Residual(nn.Module):
         dropout: float,
         drop_path: float,
         norm_eps: float,
+        norm_type: str = "layernorm",
+        bias: bool = True,
         multiway: bool,
     ) -> None:
         """Build the residual of one sublayer.
@@ -190,14 +204,16 @@ class Residual(nn.Module):
             dropout: probability of dropping a number of the sublayer's output in training.
             drop_path: probability of dropping a sample's whole output in training.
             norm_eps: epsilon of the LayerNorms.
+            norm_type: kind of the norms, "layernorm" or "rmsnorm".
+            bias: whether LayerNorms have biases.
             multiway: whether each modality has LayerNorms of its own.
         """
         super().__init__()
         self.starts_with_norm = style.before
         self.alpha = alpha
-        self.norm = layer_norm(d_model, norm_eps, multiway)
-        has_output_norm = sublayer in style.output
-        self.output_norm = layer_norm(d_model, norm_eps, multiway) if has_output_norm else None
+        norm = partial(layer_norm, d_model, norm_eps, norm_type, bias, multiway=multiway)
+        self.norm = norm()
+        self.output_norm = norm() if sublayer in style.output else None
         self.omega = nn.Parameter(torch.ones(d_model)) if style.omega else None
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path

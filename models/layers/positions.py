@@ -5,7 +5,7 @@ Letters: B batch, H num_heads, T tokens, S keys, D d_model, d = D / H width of a
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,35 @@ def fairseq_sinusoidal_table(num_positions: int, d_model: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _angles(positions: Tensor, width: int) -> Tensor:
-    """positions (T,) -> (T, width / 2) float64: p / 10000^(2i / width)."""
+def _angles(positions: Tensor, width: int, theta: float = 10000.0) -> Tensor:
+    """positions (T,) -> (T, width / 2) float64: p / theta^(2i / width)."""
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-    return positions.double().unsqueeze(-1) / 10000.0**exponents
+    return positions.double().unsqueeze(-1) / theta**exponents
+
+
+class FrequencyScaling(NamedTuple):
+    """Slower rotary frequencies, for more positions than a model was first trained with.
+
+    Attributes:
+        factor: divisor of the frequencies of pairs that turn slowly.
+        original_len: positions that the model was first trained with; None: every pair is slow.
+        low: turns over original_len up to which a pair is slow.
+        high: turns over original_len from which a pair keeps its frequency; between the two the
+            divisor changes linearly in the number of turns.
+    """
+
+    factor: float
+    original_len: int | None = None
+    low: float = 1.0
+    high: float = 4.0
+
+    def scaled(self, angles: Tensor) -> Tensor:
+        """Angles (T, d / 2) of consecutive positions from 0 on -> (T, d / 2)."""
+        if self.original_len is None or len(angles) < 2:
+            return angles / self.factor
+        turns = self.original_len * angles[1] / (2 * math.pi)  # (d / 2,)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return angles * (kept + (1 - kept) / self.factor)
 
 
 class Rotary(nn.Module):
@@ -54,11 +79,29 @@ class Rotary(nn.Module):
     the distance; zeta_i = (2i / d + 0.4) / 1.4.
     """
 
-    def __init__(self, d_head: int, max_len: int, scale_base: float | None) -> None:
-        """Build the tables of all positions; scale_base None is plain rotary."""
+    def __init__(
+        self,
+        d_head: int,
+        max_len: int,
+        scale_base: float | None,
+        theta: float = 10000.0,
+        scaling: FrequencyScaling | None = None,
+    ) -> None:
+        """Build the tables of all positions.
+
+        Args:
+            d_head: d, even.
+            max_len: number of positions.
+            scale_base: distance over which xPos decays; None is plain rotary.
+            theta: base of the frequencies; pair i turns by theta^(-2i / d) from one position to
+                the next.
+            scaling: change of the frequencies; None: nothing.
+        """
         super().__init__()
         positions = torch.arange(max_len)
-        angles = _angles(positions, d_head)
+        angles = _angles(positions, d_head, theta)
+        if scaling is not None:
+            angles = scaling.scaled(angles)
         scale = torch.ones_like(angles)
         if scale_base is not None:
             zeta = (torch.arange(0, d_head, 2, dtype=torch.float64) / d_head + 0.4) / 1.4

@@ -12,6 +12,7 @@ from magnetar.models.section import (
     Share,
     StoredModel,
     StrictModel,
+    WholeNumber,
     one_problem,
     strays,
 )
@@ -42,6 +43,17 @@ class MoEKeys(StoredModel):
     every: Count = 2
     """Distance n between MoE layers: layers n, 2n, 3n, ... counted from 1, in the encoder and in
     the decoder."""
+    first_dense_layers: WholeNumber = 0
+    """First layers of the encoder and of the decoder that have no experts, whatever `every` says
+    (DeepSeek)."""
+    expert_d_ff: int | None = Field(default=None, ge=1, le=4 * MAX_WIDTH)
+    """Width of an expert. null: d_ff, which remains that of dense layers."""
+    shared_d_ff: int | None = Field(default=None, ge=1, le=4 * MAX_WIDTH)
+    """Width of a feed-forward network in each MoE layer that every token passes, beside its experts
+    (shared experts, arXiv 2401.06066). null: none."""
+    shared_gate: bool = False
+    """Whether the output of the shared experts is multiplied by the sigmoid of a learned projection
+    of the token (Qwen2-MoE). Only with shared_d_ff."""
     top_k: Count = 2
     """Experts that each token is sent to."""
     ep_size: Count = 1
@@ -60,6 +72,8 @@ class MoEKeys(StoredModel):
     gate: Literal["softmax", "sigmoid"] = "softmax"
     """Function that makes an expert's weight of its score: softmax over all experts, or the sigmoid
     of the chosen expert's own score."""
+    weight_scale: Positive = 1.0
+    """Factor of the weights of a token's experts (DeepSeek-V3: 2.5)."""
     d_router: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
     """Width d_e of the X-MoE router's projection. null: num_experts / 2, at least 8. Only with
     router `xmoe`."""
@@ -101,9 +115,9 @@ class TorchScaleMoEKeys(StrictModel):
     """GShard's policy for the second expert in training, with top_k 2. `all`: the second best,
     always. `sampled`: drawn from the softmax over the others. `random`: the second best, kept with
     probability min(1, 2 * its weight). Outside training `all`."""
-    normalize_weights: Literal["before_dropping", "after_dropping"] = "before_dropping"
-    """Experts whose weights are made to sum 1 for a token, with top_k > 1: its choices, or the
-    choices that were not dropped."""
+    normalize_weights: Literal["before_dropping", "after_dropping", "never"] = "before_dropping"
+    """Experts whose weights are made to sum 1 for a token, with top_k > 1: its choices, the choices
+    that were not dropped, or none, so that the gate's values are the weights (OLMoE)."""
     normalize_tokens: bool = True
     """Whether scores are cosines. false: only the experts' side is normalised, as in TorchScale
     0.3.0. Only with router `xmoe`."""
@@ -166,6 +180,11 @@ class MoEConfig(TorchScaleMoEKeys, MoEKeys):  # MoEKeys come first in the JSON
             )
         of_xmoe = ("d_router", "normalize_tokens", "learned_temperature")
         wrong += strays(self, "router", "xmoe", of_xmoe)
+        if self.shared_gate and self.shared_d_ff is None:
+            wrong.append(
+                "shared_gate=true belongs to shared experts, and shared_d_ff is null: leave it "
+                "out, or give shared_d_ff"
+            )
         if fewest == 1 and self.gate == "sigmoid":
             wrong.append(
                 "gate='sigmoid' would weigh a single expert by its score, and there is nothing to "

@@ -16,6 +16,8 @@ from magnetar.models.layers.feed_forward import ACTIVATIONS, GATED_ACTIVATIONS
 from magnetar.models.layers.init import RandomSource
 from magnetar.models.moe.all_to_all import AllToAll
 
+# Those of moe/kernels/activation.py, which needs Triton.
+_KERNEL_ACTIVATIONS = ("gelu", "relu", "swish")
 PARAMETERS = ("w1", "b1", "w3", "b3", "norm_weight", "norm_bias", "w2", "b2")
 
 
@@ -44,7 +46,8 @@ class Experts(nn.Module):
     A gated activation has a third matrix: w2(LN(activation(w1 x + b1) * (w3 x + b3))) + b2.
 
     Parameters: w1 (L, D, F), b1 (L, F), w2 (L, F, D), b2 (L, D); with a gated activation w3
-    (L, D, F), b3 (L, F); with an inner LayerNorm norm_weight (L, F), norm_bias (L, F).
+    (L, D, F), b3 (L, F); with an inner LayerNorm norm_weight (L, F), norm_bias (L, F). An RMSNorm
+    has no norm_bias. Without `bias` there is none of b1, b2, b3 and norm_bias.
 
     A state dict holds one entry per expert, `deepspeed_experts.<i>.<parameter>`: the names
     under which DeepSpeed writes one file per expert.
@@ -60,6 +63,8 @@ class Experts(nn.Module):
         gain: float,
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
+        norm_type: str = "layernorm",
+        bias: bool = True,
     ) -> None:
         """Build the experts; see `FeedForward` for the arguments."""
         super().__init__()
@@ -72,16 +77,20 @@ class Experts(nn.Module):
         self.gated = activation in GATED_ACTIVATIONS
         self.d_ff = d_ff
         self.inner_norm = inner_norm
-        self.w1 = nn.Parameter(torch.empty(num_local_experts, d_model, d_ff))
-        self.b1 = nn.Parameter(torch.empty(num_local_experts, d_ff))
-        if self.gated:
-            self.w3 = nn.Parameter(torch.empty(num_local_experts, d_model, d_ff))
-            self.b3 = nn.Parameter(torch.empty(num_local_experts, d_ff))
-        if inner_norm:
-            self.norm_weight = nn.Parameter(torch.empty(num_local_experts, d_ff))
-            self.norm_bias = nn.Parameter(torch.empty(num_local_experts, d_ff))
-        self.w2 = nn.Parameter(torch.empty(num_local_experts, d_ff, d_model))
-        self.b2 = nn.Parameter(torch.empty(num_local_experts, d_model))
+        self.is_rms = norm_type == "rmsnorm"
+        has_norm_bias = inner_norm and bias and not self.is_rms
+
+        def stacked(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_local_experts, *shape))
+
+        self.w1 = stacked(d_model, d_ff)
+        self.b1 = stacked(d_ff) if bias else None
+        self.w3 = stacked(d_model, d_ff) if self.gated else None
+        self.b3 = stacked(d_ff) if self.gated and bias else None
+        self.norm_weight = stacked(d_ff) if inner_norm else None
+        self.norm_bias = stacked(d_ff) if has_norm_bias else None
+        self.w2 = stacked(d_ff, d_model)
+        self.b2 = stacked(d_model) if bias else None
         self._register_state_dict_hook(_split_experts)
         self.register_load_state_dict_pre_hook(_stack_experts)
 
@@ -92,17 +101,19 @@ class Experts(nn.Module):
             for name in matrices:
                 weight = getattr(self, name).data[local]
                 source.xavier_normal_(weight, name, self.gain, expert=first_expert + local)
-        for name in matrices:
-            nn.init.zeros_(getattr(self, name.replace("w", "b")))
-        if self.inner_norm:
+        for bias in (self.b1, self.b2, self.b3, self.norm_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        if self.norm_weight is not None:
             nn.init.ones_(self.norm_weight)
-            nn.init.zeros_(self.norm_bias)
 
     def uses_kernels(self, rows: Tensor) -> bool:
         """Whether the kernel path runs for rows of this device and dtype."""
         dropout = self.activation_dropout if self.training else 0.0
         has_kernels = kernels.usable(rows) and self._can_be_grouped(rows)
-        return has_kernels and not self.gated and dropout == 0
+        has_parts = self.b2 is not None and not (self.inner_norm and self.is_rms)
+        is_known = self.activation_name in _KERNEL_ACTIVATIONS
+        return has_kernels and has_parts and is_known and dropout == 0
 
     def _can_be_grouped(self, rows: Tensor) -> bool:
         """Whether torch._grouped_mm takes them: rows of whole 16 bytes, and no float64."""
@@ -147,7 +158,7 @@ class Experts(nn.Module):
         one_by_one = (is_few and not rows.is_cuda) or not self._can_be_grouped(rows)
         sizes = counts.tolist() if one_by_one else None
 
-        def linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        def linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if sizes is None:
                 out = torch._grouped_mm(h, weight, offs=offsets)
             else:
@@ -155,28 +166,39 @@ class Experts(nn.Module):
                 out = torch.cat(
                     [own @ weight[e] for e, own in segments if own.size(0) or not is_few]
                 )
-            return out + _ExpandRows.apply(bias, segment_ids, counts)
+            return out if bias is None else out + _ExpandRows.apply(bias, segment_ids, counts)
 
         h = self.activation(linear(rows, self.w1, self.b1))  # (R, F)
-        if self.gated:
+        if self.w3 is not None:
             h = h * linear(rows, self.w3, self.b3)  # (R, F)
         h = F.dropout(h, self.activation_dropout, self.training)
         w2: Tensor = self.w2
-        b2: Tensor = self.b2
-        if self.inner_norm and self.num_local_experts == 1:
-            # One expert has one norm, so nothing is folded: this is the dense network's LayerNorm.
-            norm = (self.norm_weight[0], self.norm_bias[0])
-            h = F.layer_norm(h, (self.d_ff,), *norm, eps=self.norm_eps)
-        elif self.inner_norm and is_few:
-            weight, bias = self.norm_weight[segment_ids], self.norm_bias[segment_ids]  # (R, F)
-            h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps) * weight + bias
-        elif self.inner_norm:
+        b2: Tensor | None = self.b2
+        weight, shift = self.norm_weight, self.norm_bias
+        if weight is not None and self.num_local_experts == 1:
+            # One expert has one norm, so nothing is folded: this is the dense network's norm.
+            h = self._normalized(h, weight[0], None if shift is None else shift[0])
+        elif weight is not None and is_few:
+            h = self._normalized(h) * weight[segment_ids]  # (R, F)
+            if shift is not None:
+                h = h + shift[segment_ids]  # (R, F)
+        elif weight is not None:
             # (LN(h) * g + c) w2 = LN(h) (g * w2) + c w2. Folding g and c into w2 and b2 touches
             # L*F*D numbers in place of R*F.
-            h = F.layer_norm(h, (self.d_ff,), eps=self.norm_eps)
-            b2 = b2 + torch.bmm(self.norm_bias.unsqueeze(1), w2).squeeze(1)  # (L, D)
-            w2 = self.norm_weight.unsqueeze(-1) * w2  # (L, F, D)
+            h = self._normalized(h)
+            if shift is not None:
+                assert b2 is not None
+                b2 = b2 + torch.bmm(shift.unsqueeze(1), w2).squeeze(1)  # (L, D)
+            w2 = weight.unsqueeze(-1) * w2  # (L, F, D)
         return linear(h, w2, b2)  # (R, D)
+
+    def _normalized(
+        self, h: Tensor, weight: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """(R, F) -> (R, F), the inner norm with one expert's weight (F,) and bias (F,)."""
+        if self.is_rms:
+            return F.rms_norm(h, (self.d_ff,), weight, self.norm_eps)
+        return F.layer_norm(h, (self.d_ff,), weight, shift, self.norm_eps)
 
     def _by_kernels(
         self,
@@ -200,6 +222,7 @@ class Experts(nn.Module):
         out = ExpertFFN.apply(rows, *parameters, None, offsets, *options)  # (R, D)
         if defer_bias:
             # A copy: a sharded parameter itself is taken away when this module is done.
+            assert self.b2 is not None
             return out, self.b2.clone()
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))  # (R,)
         return out + _ExpandRows.apply(self.b2, segment_ids, counts)

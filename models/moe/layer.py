@@ -19,10 +19,11 @@ Two paths compute the same function. `_uses_kernels` chooses between them in eac
     order       choice-major                 token-major
 
 The kernel path runs on an NVIDIA GPU with Triton if nothing is drawn at random (jitter,
-second_expert, capacity_order "random"), no activation is gated or dropped, normalize_weights is
-"before_dropping", and top_k and num_experts are small enough. Rows of d_model and d_ff must be
-whole 16 bytes, and no float64. Otherwise, and always on a CPU, the plain path runs. On a GPU its
-experts still use expert_ffn if they can.
+second_expert, capacity_order "random"), normalize_weights is not "after_dropping", and top_k and
+num_experts are small enough. Its experts have biases, no RMSNorm, and an activation gelu, relu or
+swish that is not dropped. Rows of d_model and d_ff must be whole 16 bytes, and no float64.
+Otherwise, and always on a CPU, the plain path runs. On a GPU its experts still use expert_ffn if
+they can.
 
 Choice-major: assignment k*N + n, all first choices before all second choices. Token-major:
 assignment n*K + k, all choices of a token together. Within an expert's rows the order is that of
@@ -35,12 +36,14 @@ Training uses the subclasses of models.moe.deepspeed; nothing here needs DeepSpe
 import math
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from magnetar.models.kernels import MAX_EXPERTS, MAX_TOP_K
+from magnetar.models.layers.feed_forward import FeedForward, Linear
 from magnetar.models.layers.init import RandomSource
 from magnetar.models.moe.all_to_all import (
     AllToAll,
@@ -169,7 +172,8 @@ class SparseFeedForward(nn.Module):
         else:
             rows = self.experts(rows, counts, all_to_all=all_to_all)  # (A, D)
         positions = (experts, row_of, assignment_of, offsets)
-        return CombineRows.apply(rows, bias, routing.weights, *positions), stats  # (N, D)
+        weights = self._scaled(routing.weights)  # (N, K)
+        return CombineRows.apply(rows, bias, weights, *positions), stats  # (N, D)
 
     def _keys(self, x: Tensor, index: Tensor | None, sample_keys: Tensor | None) -> Tensor | None:
         """(N,) int64, keys of the routed tokens' noise; None if nothing is drawn."""
@@ -248,13 +252,38 @@ class SparseFeedForward(nn.Module):
         if self.moe.normalize_weights == "after_dropping":
             kept = torch.zeros_like(weights).view(-1).index_fill(0, assignments.order, 1.0)
             weights = normalized(weights * kept.view(top_k, num_tokens).t())  # (N, K)
+        weights = self._scaled(weights)
         slots = rows.new_zeros(top_k * num_tokens, rows.size(1))  # (K*N, D), choice-major
         slots = slots.index_copy(0, assignments.order, rows).unflatten(0, (top_k, num_tokens))
         return (slots * weights.t().unsqueeze(-1).to(rows.dtype)).sum(0)  # (K, N, D) -> (N, D)
 
+    def _scaled(self, weights: Tensor) -> Tensor:
+        """(N, K) -> (N, K), times weight_scale."""
+        return weights if self.moe.weight_scale == 1.0 else weights * self.moe.weight_scale
+
     def _timed(self, name: str) -> AbstractContextManager[None]:
         """A subclass measures time_moe, and time_falltoall and time_salltoall within it."""
         return nullcontext()
+
+
+class SharedExperts(FeedForward):
+    """A dense network that every token passes, times sigmoid(v x) with a gate."""
+
+    def __init__(self, d_model: int, d_ff: int, *options: Any, has_gate: bool) -> None:
+        """Build the network; see `FeedForward` for its options."""
+        super().__init__(d_model, d_ff, *options)
+        self.weight_proj = Linear(d_model, 1, bias=False) if has_gate else None
+
+    def init_weights(self, source: RandomSource) -> None:
+        """Xavier-normal, the gate with gain 1; biases 0."""
+        super().init_weights(source)
+        if self.weight_proj is not None:
+            source.xavier_normal_(self.weight_proj.weight.data, "weight_proj.weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        out = super().forward(x)
+        return out if self.weight_proj is None else out * self.weight_proj(x).sigmoid()
 
 
 class MoE(nn.Module):
@@ -265,6 +294,7 @@ class MoE(nn.Module):
         num_local_experts: experts on this rank.
         ep_size: ranks that share one set of experts.
         deepspeed_moe: router and experts. DeepSpeed's name, which every state dict has.
+        shared: network that every token passes as well, or None.
     """
 
     layer_class = SparseFeedForward
@@ -279,6 +309,8 @@ class MoE(nn.Module):
         gain: float,
         norm_eps: float = 1e-5,
         activation_dropout: float = 0.0,
+        norm_type: str = "layernorm",
+        bias: bool = True,
         *,
         time_major: bool = False,
         layer: int = 0,
@@ -294,18 +326,24 @@ class MoE(nn.Module):
             gain: initial gain of the experts' matrices.
             norm_eps: epsilon of the experts' LayerNorms.
             activation_dropout: probability of dropping an expert's activation in training.
+            norm_type: kind of the norms, see `layer_norm`.
+            bias: whether the experts' matrices and LayerNorms have biases.
             time_major: whether capacity is filled position by position, not sequence by sequence.
             layer: index of the layer in the model, which keys its noise.
         """
         nn.Module.__init__(self)  # not super(): a subclass is DeepSpeed's layer as well
         self.num_experts, self.ep_size = moe.num_experts, moe.ep_size
         self.num_local_experts = moe.num_experts // moe.ep_size
-        shape = (d_model, d_ff, activation, inner_norm, gain, norm_eps, activation_dropout)
-        experts = Experts(self.num_local_experts, *shape)
+        options = (activation, inner_norm, gain, norm_eps, activation_dropout, norm_type, bias)
+        experts = Experts(self.num_local_experts, d_model, d_ff, *options)
         gate = build_router(d_model, moe)
         gate.requires_grad_(moe.frozen == "none")
         experts.requires_grad_(moe.frozen != "router_and_experts")
         self.deepspeed_moe = self.layer_class(gate, experts, moe, time_major, layer)
+        self.shared: SharedExperts | None = None
+        if moe.shared_d_ff is not None:
+            shape = (d_model, moe.shared_d_ff)
+            self.shared = SharedExperts(*shape, *options, has_gate=moe.shared_gate)
 
     def init_weights(self, source: RandomSource) -> None:
         """Draw this rank's experts by their global indices."""
@@ -332,6 +370,8 @@ class MoE(nn.Module):
                 torch's generator.
 
         Returns:
-            (B, T, D), 0 at padding that is not routed, and this rank's statistics.
+            (B, T, D), without shared experts 0 at padding that is not routed, and this rank's
+            statistics.
         """
-        return self.deepspeed_moe(x, padding, sample_keys)
+        out, stats = self.deepspeed_moe(x, padding, sample_keys)
+        return out if self.shared is None else out + self.shared(x), stats

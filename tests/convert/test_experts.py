@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = (
         "two stacks": BOTH | {"num_decoder_layers": 2, "share_embeddings": True},
         "two stacks, deepnorm": BOTH | {"norm": "deepnorm", "activation": "swiglu"},
         "square": {"d_ff": 16},
+        "rmsnorm without biases": {"norm_type": "rmsnorm", "bias": False, "num_kv_heads": 2},
         "untied": {"tie_embeddings": False, "attention_positions": "xpos_relative"},
     }
 )
@@ -260,6 +261,10 @@ def test_the_line_for_training_can_be_pasted(
             ]
         ),
         ("densify", {}, ("--mean",), ["is dense already"]),
+        *(
+            ("densify", {"moe": MOE | {f"{key}_d_ff": 8}}, ("--mean",), [f"moe.{key}_d_ff=8"])
+            for key in ("shared", "expert")
+        ),
         *(
             ("densify", {"moe": MOE}, options, [message])
             for options, message in [

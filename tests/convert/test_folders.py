@@ -18,6 +18,7 @@ OPTIONS: dict[str, tuple[object, ...]] = {
     "densify": ("--mean",),
     "shrink": ("--layers", "0,1"),
     "import-torchscale": (),
+    "from-hf": (),
     "fold-admin": (),
 }
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,12 @@ BASE: dict[str, Any] = {
         },
     },
 }
+
+
+# What a checkpoint names of the data.
+UNPREPARED: Any = SimpleNamespace(
+    manifest=SimpleNamespace(tokenizer_fingerprint="a"), fingerprint="b"
+)
 
 
 def with_keys(base: dict, changes: dict[str, Any]) -> dict:
@@ -191,6 +198,64 @@ def clipping_against_every_gradient(cases: list[dict[str, Any]]) -> list[dict[st
     return results
 
 
+def clipped_beside_unclipped(cases: list[dict[str, Any]], num_steps: int) -> list[dict[str, Any]]:
+    """Of each case, how a step and several steps differ from the same ones without clipping.
+
+    Returns:
+        coefficient: that of the first step.
+        moments: state -> the largest error of the state after the first step from the unclipped
+            one times the coefficient (its square for exp_avg_sq), as a share of the largest number.
+        update: the same of the first update.
+        difference: largest difference of a weight after all steps.
+    """
+    results = []
+    for changes in cases:
+        runs = []
+        for threshold in (changes["gradient_clipping"], 1e30):
+            engine, clip, config = start(changes | {"gradient_clipping": threshold})
+            found = [states_of(engine)]
+            coefficients = []
+            for step in range(num_steps):
+                take_step(engine, config, step)
+                coefficients.append(float(clip.coefficient))
+                found.append(states_of(engine))
+            runs.append((coefficients, found))
+            engine.destroy()
+        (coefficients, clipped), (ones, unclipped) = runs
+        assert set(ones) == {1.0}
+        first = coefficients[0]
+        factors = {"exp_avg": first, "exp_avg_sq": first**2, "update": first}
+        errors = {}
+        for state, factor in factors.items():
+            one, other = (
+                run[1]["weight"] - run[0]["weight"] if state == "update" else run[1].get(state)
+                for run in (clipped, unclipped)
+            )
+            if one is not None:
+                errors[state] = float((one - factor * other).abs().max() / one.abs().max())
+        last = clipped[-1]["weight"] - unclipped[-1]["weight"]
+        results.append(
+            {
+                "coefficient": first,
+                "update": errors.pop("update"),
+                "moments": errors,
+                "difference": float(last.abs().max()),
+            }
+        )
+    return results
+
+
+def states_of(engine: Any) -> dict[str, torch.Tensor]:
+    """All that this rank keeps of each state, float64, one parameter behind the other."""
+    from magnetar.engine.zero import shares
+
+    found: dict[str, list[torch.Tensor]] = {}
+    for share in shares(engine):
+        for state, values in share.values.items():
+            found.setdefault(state, []).append(values.double().clone())
+    return {state: torch.cat(values) for state, values in found.items()}
+
+
 def record_raw_gradients(model: torch.nn.Module) -> dict[str, tuple[int, torch.Tensor]]:
     """Filled during backward: name -> (E, 0 if dense; float64 sum of this rank's gradients)."""
     raw: dict[str, tuple[int, torch.Tensor]] = {}
@@ -342,6 +407,7 @@ def kept_tensors(engine: Any) -> dict[str, list[Any]]:
         for name in ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
         if name in states
     ]
+    moments += getattr(engine.basic_optimizer, "ema", {}).values()
     return {"weights": weights, "gradients": gradients, "master": master, "moments": moments}
 
 
@@ -397,6 +463,37 @@ def newest_whole_checkpoints(runs: list[Any]) -> list[tuple[int | None, str]]:
     return answers
 
 
+def saved_at_every_step(layouts: list[dict[str, Any]], run_dir: str, first: int) -> None:
+    """Train a run in one layout after another, three steps in each.
+
+    A checkpoint is saved at every step, that of the first weights included.
+
+    Args:
+        layouts: dotted keys over BASE.
+        run_dir: the run's folder.
+        first: step at which the run goes on; 0: it begins.
+    """
+    from pathlib import Path
+
+    from magnetar.engine.checkpoint.format import newest_checkpoint
+    from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint
+
+    own = {"magnetar.training.run_dir": run_dir, "magnetar.training.keep_checkpoints": 99}
+    for number, layout in enumerate(layouts):
+        engine, _, config = start(layout | own)
+        done = first + 3 * number
+        if done:
+            load_checkpoint(engine, config, newest_checkpoint(Path(run_dir)))
+        saver = Saver(engine, config, UNPREPARED)
+        if not done:
+            saver.save(0, {})
+        for step in range(done, done + 3):
+            take_step(engine, config, step)
+            saver.save(step + 1, {})
+        saver.wait()
+        engine.destroy()
+
+
 def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> list[dict]:
     """Of each case, keys of two configs: the first trains 4 steps, is saved, and 4 more.
 
@@ -407,14 +504,9 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
         elements) of what its optimizer keeps.
     """
     from pathlib import Path
-    from types import SimpleNamespace
 
     from magnetar.engine.checkpoint.format import newest_checkpoint
     from magnetar.engine.checkpoint.save_load import Saver, load_checkpoint
-
-    prepared: Any = SimpleNamespace(
-        manifest=SimpleNamespace(tokenizer_fingerprint="a"), fingerprint="b"
-    )
 
     def losses(engine: Any, config: Any, steps: range) -> list[float]:
         return [float(take_step(engine, config, step).loss) for step in steps]
@@ -424,7 +516,7 @@ def resumed(cases: list[tuple[dict[str, Any], dict[str, Any]]], folder: str) -> 
         own = {"magnetar.training.run_dir": str(Path(folder, str(number)))}
         engine, _, config = start(before | own)
         losses(engine, config, range(4))
-        saver = Saver(engine, config, prepared)
+        saver = Saver(engine, config, UNPREPARED)
         saver.save(4, {})
         saver.wait()
         kept = kept_values(engine)

@@ -13,6 +13,21 @@ ACCUMULATION = "gradient_accumulation_steps"
 CAPACITY = {f"{MOE}.dispatch": "capacity", f"{MOE}.capacity_factor": 0.6}
 WHOLE_BATCH = {f"{MOE}.balance_scope": "batch"}
 Z_LOSSES = {"magnetar.training.z_loss_weight": 1e-3, f"{MOE}.router_z_loss_weight": 1e-2}
+TODAY = {
+    "magnetar.model.norm_type": "rmsnorm",
+    "magnetar.model.bias": False,
+    "magnetar.model.num_kv_heads": 1,
+    "magnetar.model.head_dim": 8,
+    "magnetar.model.qk_norm": True,
+    "magnetar.model.activation": "swiglu",
+    "magnetar.model.attention_positions": "rotary",
+    f"{MOE}.router": "linear",
+    f"{MOE}.expert_d_ff": 12,
+    f"{MOE}.shared_d_ff": 16,
+    f"{MOE}.shared_gate": True,
+    f"{MOE}.normalize_weights": "never",
+    f"{MOE}.weight_scale": 2.0,
+}
 TWO_STACKS = {
     "magnetar.model.architecture": "encoder_decoder",
     "magnetar.model.vocab_size": 98,
@@ -82,6 +97,7 @@ VARIANTS: dict[str, Variant] = {
         [(1, 1, 0, 1), (2, 1, 1, 4)],
         is_padded=True,
     ),
+    "layers and experts of today, any accumulation": Variant(TODAY | WHOLE_BATCH, ANY_STEPS),
     "capacity of each rank": Variant(
         CAPACITY | {f"{MOE}.capacity_scope": "rank"}, [(1, 1, 0, 1), (2, 1, 0, 1)]
     ),

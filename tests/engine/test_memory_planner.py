@@ -102,6 +102,7 @@ MEASURED = [
     *({STAGE: stage, ACCUMULATION: 2, EP: 2, **BF16} for stage in (1, 2, 3)),
     *({STAGE: stage, ACCUMULATION: 1, **BF16, **SUMS} for stage in (1, 2, 3)),
     {STAGE: 1, ACCUMULATION: 1},
+    *({STAGE: stage, ACCUMULATION: 1, "magnetar.training.ema_decay": 0.9} for stage in range(4)),
     *({STAGE: 3, ACCUMULATION: 1, EP: ep, **ALL_DIVIDED} for ep in (1, 2)),
     *({STAGE: stage, ACCUMULATION: 1, **DENSE} for stage in range(4)),
     {STAGE: 0, ACCUMULATION: 1, "magnetar.model.moe.frozen": "router_and_experts"},

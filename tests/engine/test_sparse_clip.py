@@ -88,8 +88,13 @@ EIGHT_BITS = [
     case | {"optimizer.type": "AdamW8bit", "optimizer.params.min_8bit_size": 512}
     for case in FP32 + BF16[:2]
 ]
+OTHERS = [
+    case | {"optimizer.type": optimizer}
+    for optimizer in ("RAdam", "Lion")
+    for case in [*EP_2, BF16[0], OFFLOADED[-3]]
+]
 CASES = FP32 + BF16 + FP16 + ACCUMULATED + VANILLA + UNCLIPPED + UNEVEN + SIZES + OFFLOADED
-CASES += EIGHT_BITS
+CASES += EIGHT_BITS + OTHERS
 
 
 # On GPUs DeepSpeed's fused Adam is compiled when it is first used.
@@ -192,12 +197,59 @@ def test_expert_and_dense_gradients_shrink_alike_before_they_reach_adam(
 @pytest.mark.parametrize("run", [pytest.param(run, marks=MARKS[run]) for run in RUNS])
 def test_every_wrapper_of_deepspeed_was_met(run: str) -> None:
     wrappers = {found["optimizer"] for found in measured(run).values()}
-    assert wrappers - {"AdamW", "FusedAdam", "BlockwiseAdamW"} == {
+    assert wrappers - {"AdamW", "FusedAdam", "BlockwiseAdamW", "RAdam", "Lion"} == {
         "BF16_Optimizer",
         "DeepSpeedZeroOptimizer",
         "DeepSpeedZeroOptimizer_Stage3",
     }
     assert wrappers & {"AdamW", "FusedAdam"}
+
+
+# A threshold of a hundredth of the norm, and no decay, which is no part of the gradient.
+CLIPPED = [
+    {
+        "gradient_clipping": 0.02,
+        "optimizer.type": optimizer,
+        "optimizer.params.weight_decay": 0.0,
+        "optimizer.params.lr": 0.3 if optimizer == "RAdam" else 3e-3,
+        "zero_optimization.stage": stage,
+        "magnetar.model.moe.ep_size": 2,
+    }
+    for optimizer in ("AdamW", "RAdam", "Lion")
+    for stage in (0, 1, 2, 3)
+]
+
+
+@pytest.fixture(scope="module")
+def beside_unclipped() -> list[list[dict[str, Any]]]:
+    """Of each rank, what it finds of CLIPPED."""
+    program = "tests.engine.programs:clipped_beside_unclipped"
+    return run_on_ranks(program, 2, CLIPPED, 4, timeout=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(CLIPPED)), ids=map(case_id, CLIPPED))
+def test_what_is_multiplied_reaches_the_update(
+    beside_unclipped: list[list[dict[str, Any]]], index: int
+) -> None:
+    optimizer = CLIPPED[index]["optimizer.type"]
+    for of_rank in beside_unclipped:
+        found = of_rank[index]
+        assert found["coefficient"] < 0.1
+        assert found["moments"].keys() == {"exp_avg", "exp_avg_sq"} - {
+            "exp_avg_sq" if optimizer == "Lion" else ""
+        }
+        # Gradients times a float32 coefficient, and averaged with 0.
+        assert all(error < 1e-6 for error in found["moments"].values()), found
+        if optimizer == "RAdam":
+            # Its first updates are the momentum itself, so they shrink with it. Weights of 1 round
+            # to 2^-24 = 6e-8 what is 4e-5 at most on one of the ranks: 1.5e-3 of it.
+            assert found["update"] < 1e-2, found
+        else:
+            # A first update without scale: Adam's but for eps, Lion's sign. The later ones weigh
+            # gradients that are clipped differently.
+            assert found["update"] > 0.5, found
+        assert found["difference"] > 1e-4, found
 
 
 def engine_with(basic_name: str, wrapper_name: str | None) -> Any:

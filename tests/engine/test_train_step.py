@@ -1,6 +1,8 @@
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,10 +46,53 @@ def test_the_learning_rate_follows_its_schedule(
     assert {step: factor(step) for step in expected} == pytest.approx(expected, rel=1e-12)
 
 
+WARM_UP = {"warmup_steps": 20, "warmup_start_lr": 2e-4, "total_steps": 120}
+DECAY = {"type": "wsd", "decay_steps": 40, "end_lr": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after_warm_up"),
+    [
+        # Rates in units of the peak of 1e-3, at n = 20, ..., 150 steps done.
+        (
+            {"type": "cosine", "end_lr": 1e-4},
+            lambda n: 0.1 + 0.9 * np.cos(np.pi / 2 * np.minimum(n - 20, 100) / 100) ** 2,
+        ),
+        ({"type": "cosine"}, lambda n: np.cos(np.pi / 200 * np.minimum(n - 20, 100)) ** 2),
+        (DECAY, lambda n: np.interp(n, [80, 120], [1.0, 0.1])),
+        (
+            DECAY | {"decay": "1-sqrt"},
+            lambda n: 1 - 0.9 * np.sqrt(np.clip(n - 80, 0, 40) / 40),
+        ),
+        # Without a stable phase the line is that of the polynomial.
+        ({"type": "wsd", "decay_steps": 100}, lambda n: np.maximum(120 - n, 0) / 100),
+    ],
+)
+def test_the_learning_rate_follows_a_closed_form_at_every_step(
+    schedule: dict[str, Any], after_warm_up: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    factor = lr_factor(LRSchedule(**WARM_UP, **schedule), 1e-3, 7)
+    found = [factor(step) for step in range(150)]
+    done = np.arange(1, 151, dtype=np.float64)
+    line = 0.2 + 0.8 * done[:19] / 20
+    expected = np.concatenate([line, after_warm_up(done[19:])])
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-15)  # float64 against float64
+
+
+def test_the_stable_phase_of_wsd_is_the_constant_rate_to_the_last_bit() -> None:
+    warm_up = {"warmup_steps": 7, "warmup_start_lr": 1e-5}
+    stable = lr_factor(LRSchedule(type="constant", **warm_up), 3e-3, 60)
+    decays = lr_factor(LRSchedule(type="wsd", decay_steps=20, end_lr=1e-4, **warm_up), 3e-3, 60)
+    assert [decays(step) for step in range(40)] == [stable(step) for step in range(40)]
+    assert decays(40) < 1
+
+
 @pytest.mark.parametrize(
     ("schedule", "num_steps", "parts"),
     [
         (POLYNOMIAL, 110, []),
+        ({"type": "cosine", "warmup_steps": 1, "total_steps": 9}, 10, ["after 9 train at a learn"]),
+        (DECAY | {"warmup_steps": 0, "total_steps": 40}, 41, ["train at end_lr=0.0001; use"]),
         (POLYNOMIAL, 111, ["total_steps=110 is less than num_steps=111", "end_lr=0.0001; use"]),
         (SQUARED, 300, ["after 100 train at a learning rate of 0", "use num_steps=100, or begin"]),
         ({"type": "polynomial", "warmup_steps": 1}, 40, []),

@@ -45,14 +45,25 @@ def swish(h: Tensor) -> Tensor:
     return h / (1 + torch.exp(-h))
 
 
-ACTIVATIONS = {"gelu": gelu, "relu": relu, "swish": swish, "swiglu": swish}
+def gelu_tanh(h: Tensor) -> Tensor:
+    """Gelu by the hyperbolic tangent (arXiv 1606.08415, sec. 2)."""
+    return 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
 
 
-def layer_norm(h: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
-    """(h - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
-    centred = h - h.mean(-1, keepdim=True)
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "swish": swish, "swiglu": swish}
+
+
+def layer_norm(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float = LAYER_NORM_EPS,
+    kind: str = "layernorm",
+) -> Tensor:
+    """(h - mean) / sqrt(var + eps) * weight + bias over the last dimension; RMSNorm has no mean."""
+    centred = h if kind == "rmsnorm" else h - h.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    return centred / torch.sqrt(variance + eps) * weight + bias
+    return centred / torch.sqrt(variance + eps) * weight + (0 if bias is None else bias)
 
 
 def softmax(scores: Tensor) -> Tensor:
@@ -142,17 +153,29 @@ class MoEResult(NamedTuple):
 
 
 def feed_forward(
-    p: dict[str, Tensor], h: Tensor, activation: str, expert: int, eps: float = LAYER_NORM_EPS
+    p: dict[str, Tensor],
+    h: Tensor,
+    activation: str,
+    expert: int,
+    eps: float = LAYER_NORM_EPS,
+    norm_type: str = "layernorm",
 ) -> Tensor:
     """(D,) -> (D,) by one expert of stacked parameters."""
-    hidden = ACTIVATIONS[activation](h @ p["experts.w1"][expert] + p["experts.b1"][expert])
+
+    def own(name: str) -> Tensor | None:
+        return p[f"experts.{name}"][expert] if f"experts.{name}" in p else None
+
+    def linear(x: Tensor, number: int) -> Tensor:
+        bias = own(f"b{number}")
+        return x @ p[f"experts.w{number}"][expert] + (0 if bias is None else bias)
+
+    hidden = ACTIVATIONS[activation](linear(h, 1))
     if "experts.w3" in p:
-        hidden = hidden * (h @ p["experts.w3"][expert] + p["experts.b3"][expert])
-    if "experts.norm_weight" in p:
-        hidden = layer_norm(
-            hidden, p["experts.norm_weight"][expert], p["experts.norm_bias"][expert], eps
-        )
-    return hidden @ p["experts.w2"][expert] + p["experts.b2"][expert]
+        hidden = hidden * linear(h, 3)
+    weight = own("norm_weight")
+    if weight is not None:
+        hidden = layer_norm(hidden, weight, own("norm_bias"), eps, norm_type)
+    return linear(hidden, 2)
 
 
 def moe_layer(
@@ -162,6 +185,7 @@ def moe_layer(
     activation: str,
     capacity: int | None,
     eps: float = LAYER_NORM_EPS,
+    norm_type: str = "layernorm",
 ) -> MoEResult:
     """A MoE layer without noise over (N, D) float64, token by token.
 
@@ -193,11 +217,11 @@ def moe_layer(
             if kept[token][choice]:
                 total = total + weights[token][choice]
                 out = out + weights[token][choice] * feed_forward(
-                    p, h[token], activation, expert, eps
+                    p, h[token], activation, expert, eps, norm_type
                 )
-        if moe.top_k > 1 and not before_dropping and any(kept[token]):
+        if moe.top_k > 1 and moe.normalize_weights == "after_dropping" and any(kept[token]):
             out = out / total
-        outputs.append(out)
+        outputs.append(out * moe.weight_scale)
     flat = [expert for chosen in experts for expert in chosen]
     return MoEResult(
         output=torch.stack(outputs),
@@ -282,12 +306,14 @@ def relative_bucket(distance: int, num_buckets: int, max_distance: int, both: bo
     return first + exact + k
 
 
-def rotary_product(q: Tensor, k: Tensor, distance: int, scale_base: float | None) -> Tensor:
+def rotary_product(
+    q: Tensor, k: Tensor, distance: int, scale_base: float | None, theta: float = 10000
+) -> Tensor:
     """q . k after both are turned by their positions, from query position minus key position."""
     a, b = (row.tolist() for row in (q, k))
     width, total = len(a), 0.0
     for i in range(width // 2):
-        angle = distance * 10000 ** (-2 * i / width)
+        angle = distance * theta ** (-2 * i / width)
         real = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]
         imaginary = a[2 * i + 1] * b[2 * i] - a[2 * i] * b[2 * i + 1]
         term = real * math.cos(angle) - imaginary * math.sin(angle)
@@ -319,6 +345,8 @@ class Stack:
         self.num_layers = encoder if stack == "encoder" else decoder
         self.alpha = residual_scale(config.norm, encoder, decoder, stack)
         self.starts_with_norm = config.norm in ("pre", "subln", "normformer")
+        self.width = config.head_dim or config.d_model // config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
 
     def of(self, name: str, position: int) -> dict[str, Tensor]:
         """A module's parameters for the token at a position."""
@@ -330,16 +358,18 @@ class Stack:
     def linear(self, name: str, x: Tensor) -> Tensor:
         """(T, D) -> (T, D')."""
         own = [self.of(name, position) for position in range(len(x))]
-        rows = [m["weight"] @ row + m["bias"] for m, row in zip(own, x, strict=True)]
+        rows = [m["weight"] @ row + m.get("bias", 0) for m, row in zip(own, x, strict=True)]
         return torch.stack(rows)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
         own = [self.of(name, position) for position in range(len(x))]
-        eps = self.config.norm_eps
-        return torch.stack(
-            [layer_norm(row, m["weight"], m["bias"], eps) for m, row in zip(own, x, strict=True)]
-        )
+        return torch.stack([self.normed(row, m) for m, row in zip(own, x, strict=True)])
+
+    def normed(self, row: Tensor, m: dict[str, Tensor]) -> Tensor:
+        """One row after a norm with these parameters."""
+        config = self.config
+        return layer_norm(row, m["weight"], m.get("bias"), config.norm_eps, config.norm_type)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(T,) -> (T, D)."""
@@ -350,8 +380,7 @@ class Stack:
         for position, token in enumerate(tokens.tolist()):
             row = self.p["embedding.weight"][token]
             if config.stable_embedding:
-                weight, bias = self.p["token_norm.weight"], self.p["token_norm.bias"]
-                row = layer_norm(row, weight, bias, config.norm_eps)
+                row = self.normed(row, below(self.p, "token_norm."))
             if config.scale_embedding:
                 row = row * config.d_model**0.5
             if kind == "learned":
@@ -373,13 +402,14 @@ class Stack:
         return self.norm(f"{name}.norm", scale * x + sublayer(x))
 
     def head(self, norm: str, row: Tensor, head: int) -> Tensor:
-        """(D,) -> (d,): one head's part of a query or key, normed where the config says so."""
-        width = self.config.d_model // self.config.num_heads
-        part = row[head * width : (head + 1) * width]
-        if not self.config.qk_norm:
+        """(H * d,) -> (d,): one head's part of a query or key, normed where the config says so."""
+        is_whole = self.config.qk_norm_over == "all_heads"
+        if self.config.qk_norm and is_whole:
+            row = self.normed(row, below(self.p, f"{norm}."))
+        part = row[head * self.width : (head + 1) * self.width]
+        if not self.config.qk_norm or is_whole:
             return part
-        weight, bias = self.p[f"{norm}.weight"], self.p[f"{norm}.bias"]
-        return layer_norm(part, weight, bias, self.config.norm_eps)
+        return self.normed(part, below(self.p, f"{norm}."))
 
     def attend(
         self,
@@ -391,30 +421,32 @@ class Stack:
         bias_name: str,
         both: bool,
     ) -> Tensor:
-        """(T, D), (S, D), (S, D) -> (T, D), before the output projection."""
-        config = self.config
+        """(T, H * d), (S, G * d), (S, G * d) -> (T, H * d), before the output projection."""
+        config, width = self.config, self.width
         is_cross = name.endswith("cross_attention")
-        width = config.d_model // config.num_heads
         scale_base = None if config.attention_positions == "rotary" else config.xpos_scale_base
         turned = config.attention_positions in ("rotary", "xpos", "xpos_relative") and not is_cross
         biased = config.attention_positions in ("relative", "xpos_relative")
         queries, keys = (
             [
-                [self.head(f"{name}.{which}_norm", row, head) for head in range(config.num_heads)]
+                [self.head(f"{name}.{which}_norm", row, head) for head in range(num_heads)]
                 for row in x
             ]
-            for which, x in (("q", q), ("k", k))
+            for which, x, num_heads in (("q", q, config.num_heads), ("k", k, self.num_kv_heads))
         )
         rows = []
         for t in range(len(q)):
             seen = [s for s in range(len(k)) if not hidden(t, s)]
             heads = []
             for head in range(config.num_heads):
-                part = slice(head * width, (head + 1) * width)
+                other = head * self.num_kv_heads // config.num_heads  # of keys and values
+                part = slice(other * width, (other + 1) * width)
                 scores = []
                 for s in seen:
-                    a, b = queries[t][head], keys[s][head]
-                    product = rotary_product(a, b, t - s, scale_base) if turned else a @ b
+                    a, b = queries[t][head], keys[s][other]
+                    product = a @ b
+                    if turned:
+                        product = rotary_product(a, b, t - s, scale_base, config.rope_theta)
                     score = product / math.sqrt(width)
                     if biased:
                         bucket = relative_bucket(
@@ -437,7 +469,9 @@ class Stack:
         """(T, D) -> (T, D): each position sees itself, the past, and in an encoder the future."""
         causal = self.stack == "decoder"
         padding = self.padding or [False] * len(x)
-        q, k, v = self.linear(f"{name}.qkv_proj", x).chunk(3, dim=-1)
+        num_heads = [self.config.num_heads, self.num_kv_heads, self.num_kv_heads]
+        qkv = self.linear(f"{name}.qkv_proj", x)
+        q, k, v = qkv.split([self.width * number for number in num_heads], dim=-1)
         heads = self.attend(
             q,
             k,
@@ -475,13 +509,12 @@ class Stack:
         rows = []
         for position, row in enumerate(x):
             m = self.of(name, position)
-            h = ACTIVATIONS[self.config.activation](m["w1.weight"] @ row + m["w1.bias"])
+            h = ACTIVATIONS[self.config.activation](m["w1.weight"] @ row + m.get("w1.bias", 0))
             if self.config.activation == "swiglu":
-                h = h * (m["w3.weight"] @ row + m["w3.bias"])
+                h = h * (m["w3.weight"] @ row + m.get("w3.bias", 0))
             if self.config.norm in ("subln", "normformer"):
-                weight, bias = m["inner_norm.weight"], m["inner_norm.bias"]
-                h = layer_norm(h, weight, bias, self.config.norm_eps)
-            rows.append(m["w2.weight"] @ h + m["w2.bias"])
+                h = self.normed(h, below(m, "inner_norm."))
+            rows.append(m["w2.weight"] @ h + m.get("w2.bias", 0))
         return torch.stack(rows)
 
     def experts(self, name: str, x: Tensor) -> Tensor:
@@ -492,8 +525,15 @@ class Stack:
         if real:
             p = below(self.p, f"{name}.deepspeed_moe.")
             config = self.config
-            routed = moe_layer(p, x[real], config.moe, config.activation, None, config.norm_eps)
+            norm = (config.norm_eps, config.norm_type)
+            routed = moe_layer(p, x[real], config.moe, config.activation, None, *norm)
             out[real] = routed.output
+        if config.moe.shared_d_ff is not None:
+            shared = self.feed_forward(f"{name}.shared", x)
+            if config.moe.shared_gate:
+                gate = self.p[f"{name}.shared.weight_proj.weight"]
+                shared = shared / (1 + torch.exp(-x @ gate.T))
+            out = out + shared
         return out
 
     def __call__(
@@ -521,6 +561,7 @@ class Stack:
                 )
             moe = self.config.moe
             is_sparse = moe is not None and (index + 1) % moe.every == 0
+            is_sparse = is_sparse and index >= moe.first_dense_layers
             ffn = self.experts if is_sparse else self.feed_forward
             x = self.residual(
                 f"{block}.ffn_residual", x, lambda h, f=ffn, name=f"{block}.ffn": f(name, h)

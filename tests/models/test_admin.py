@@ -35,6 +35,8 @@ OPTIONS = [
     {"attention_positions": "xpos", "activation": "swiglu"},
     {"moe": MOE},
     {"moe": MOE | {"router": "linear"}, "activation": "swiglu"},
+    {"norm_type": "rmsnorm", "bias": False, "embedding_norm": True, "num_kv_heads": 1},
+    {"moe": MOE | {"shared_d_ff": 12, "shared_gate": True}, "norm_type": "rmsnorm"},
     {"architecture": "encoder", "multiway": True},
     {"architecture": "encoder", "moe": MOE},
     {"architecture": "encoder_decoder"},

@@ -50,6 +50,88 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_ways_out(
     ModelConfig.model_validate(DENSE | keys | {"d_model": int(found[2])})
 
 
+@pytest.mark.parametrize(
+    ("keys", "shown", "way_out"),
+    [
+        (
+            {"num_heads": 6, "num_kv_heads": 4},
+            "num_kv_heads=4 must divide num_heads=6: use one of 1, 2, 3, 6",
+            {"num_kv_heads": 3},
+        ),
+        (
+            {"attention_positions": "rotary", "head_dim": 5},
+            "attention_positions='rotary' turns pairs of numbers, but head_dim=5 is odd: use 6",
+            {"head_dim": 6},
+        ),
+        (
+            {"rope_theta": 5e5},
+            "rope_theta=500000.0 belongs to attention_positions 'rotary', but",
+            {"attention_positions": "rotary"},
+        ),
+        (
+            {"rope_scaling": {"factor": 2.0}},
+            "rope_scaling belongs to attention_positions 'rotary', but attention_positions is ",
+            {"attention_positions": "rotary"},
+        ),
+        (
+            {
+                "attention_positions": "rotary",
+                "rope_scaling": {
+                    "factor": 2.0,
+                    "original_max_seq_len": 9,
+                    "low_freq_factor": 5.0,
+                },
+            },
+            "high_freq_factor=4.0 must exceed low_freq_factor=5.0: use 10.0, say",
+            {"rope_scaling": {"factor": 2.0, "original_max_seq_len": 9}},
+        ),
+        (
+            {
+                "attention_positions": "rotary",
+                "rope_scaling": {"factor": 2.0, "low_freq_factor": 0.5},
+            },
+            "low_freq_factor=0.5 belongs to original_max_seq_len, which is null: leave it out",
+            {"rope_scaling": {"factor": 2.0}},
+        ),
+        (
+            {"qk_norm_over": "all_heads"},
+            "qk_norm_over='all_heads' belongs to qk_norm true: leave it out, or use qk_norm true",
+            {"qk_norm": True},
+        ),
+        (
+            {"moe": {"num_experts": 4, "first_dense_layers": 4}},
+            "moe.first_dense_layers=4 leaves no MoE layer among 4, of which moe.every=2 chooses: "
+            "use 3 or fewer, or moe null",
+            {"moe": {"num_experts": 4, "first_dense_layers": 3}},
+        ),
+        (
+            {"moe": {"num_experts": 4, "shared_gate": True}},
+            "shared_gate=true belongs to shared experts, and shared_d_ff is null: leave it out",
+            {"moe": {"num_experts": 4, "shared_gate": True, "shared_d_ff": 3}},
+        ),
+    ],
+)
+def test_keys_of_attention_and_experts_that_do_not_fit_are_refused(
+    keys: dict, shown: str, way_out: dict
+) -> None:
+    assert shown in model_message(**keys)
+    ModelConfig.model_validate(DENSE | keys | way_out)
+
+
+def test_a_width_of_its_own_frees_heads_from_the_models() -> None:
+    found = ModelConfig.model_validate(DENSE | {"num_heads": 5, "head_dim": 4})
+    assert (found.d_model, found.head_width) == (12, 4)
+    assert ModelConfig.model_validate(DENSE).head_width == 4
+
+
+def test_dense_first_layers_have_no_number_of_experts() -> None:
+    moe = {"num_experts": [2, 4], "every": 1, "first_dense_layers": 2}
+    model = empty_model(ModelConfig.model_validate(DENSE | {"vocab_size": 9, "moe": moe}))
+    layers = [block.ffn for block in model.blocks]
+    assert [isinstance(layer, MoE) for layer in layers] == [False, False, True, True]
+    assert [layer.num_experts for layer in layers[2:]] == [2, 4]
+
+
 def test_a_vocabulary_that_no_memory_holds_is_refused() -> None:
     assert "less than or equal to 16777216" in model_message(vocab_size=(1 << 24) + 1)
     ModelConfig.model_validate(DENSE | {"vocab_size": 1 << 24})

@@ -50,7 +50,7 @@ POSITIONS: dict[str, dict[str, object]] = {
         "relative_max_distance": 6,
     },
     "rotary": {"attention_positions": "rotary"},
-    "xpos": {"attention_positions": "xpos", "xpos_scale_base": 7.0},
+    "xpos": {"attention_positions": "xpos", "xpos_scale_base": 7.0, "rope_theta": 50.0},
     "xpos_relative": {
         "attention_positions": "xpos_relative",
         "xpos_scale_base": 5.0,
@@ -129,11 +129,19 @@ def assert_equals_the_formulas(
             torch.testing.assert_close(found, expected[real], rtol=rtol, atol=atol)
 
 
+HEADS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2},
+    "wide": {"num_kv_heads": 1, "head_dim": 6},
+}
 FACTORS: dict[str, tuple] = {
     "architecture": ARCHITECTURES,
     "norm": NORMS,
-    "activation": ("gelu", "relu", "swish", "swiglu"),
+    "activation": ("gelu", "gelu_tanh", "relu", "swish", "swiglu"),
     "kind": tuple(POSITIONS),
+    "norm_type": ("layernorm", "rmsnorm"),
+    "bias": (False, True),
+    "heads": tuple(HEADS),
     "qk_norm": (False, True),
     "scale_embedding": (False, True),
     "embedding_norm": (False, True),
@@ -187,9 +195,11 @@ def special_keys(case: dict) -> tuple[dict, int | None]:
 
 @pytest.mark.parametrize("case", pairwise(), ids=lambda case: "-".join(map(str, case.values())))
 def test_a_dense_model_equals_the_formulas(case: dict) -> None:
-    keys = {k: v for k, v in case.items() if k not in ("kind", "padded", "special")}
+    keys = {k: v for k, v in case.items() if k not in ("kind", "padded", "special", "heads")}
     more, split = special_keys(case)
-    model = random_model(**keys | POSITIONS[case["kind"]] | more).double()
+    if case["qk_norm"] and case["special"] == 2:
+        more["qk_norm_over"] = "all_heads"
+    model = random_model(**keys | POSITIONS[case["kind"]] | HEADS[case["heads"]] | more).double()
     tolerance = 3e-5 if case["kind"] in FLOAT32_POSITIONS else 1e-9
     assert_equals_the_formulas(model, case["padded"], tolerance, tolerance, split)
 
@@ -208,9 +218,40 @@ def test_a_dense_model_equals_the_formulas(case: dict) -> None:
 def test_a_sparse_model_equals_the_formulas(
     architecture: str, norm: str, activation: str, moe: dict, is_padded: bool
 ) -> None:
-    model = random_model(
-        architecture=architecture, norm=norm, activation=activation, moe=moe, norm_eps=1e-3
+    assert_a_sparse_model_equals_the_formulas(
+        is_padded, architecture=architecture, norm=norm, activation=activation, moe=moe
     )
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "moe"),
+    [
+        ("swiglu", {"num_experts": 4, "first_dense_layers": 1, "every": 1}),
+        ("gelu", MOE | {"expert_d_ff": 8, "shared_d_ff": 12, "router": "linear"}),
+        ("swiglu", MOE | {"shared_d_ff": 12, "shared_gate": True, "weight_scale": 2.5}),
+        ("swish", MOE | {"top_k": 3, "normalize_weights": "never", "weight_scale": 0.5}),
+        ("relu", MOE | {"normalize_weights": "after_dropping", "weight_scale": 3.0}),
+    ],
+)
+@pytest.mark.parametrize("norm_type", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_of_today_equal_the_formulas(
+    activation: str, moe: dict, norm_type: str, bias: bool, is_padded: bool
+) -> None:
+    assert_a_sparse_model_equals_the_formulas(
+        is_padded,
+        norm="subln",
+        activation=activation,
+        moe=moe,
+        norm_type=norm_type,
+        bias=bias,
+        num_layers=3 if "first_dense_layers" in moe else 2,
+    )
+
+
+def assert_a_sparse_model_equals_the_formulas(is_padded: bool, **keys: object) -> None:
+    model = random_model(norm_eps=1e-3, **keys)
     # float32 through up to five layers; logits are of size 1 to 5.
     assert_equals_the_formulas(model, is_padded, 1e-3, 3e-4)
 
@@ -552,9 +593,13 @@ def test_num_parameters_equals_a_count(keys: dict) -> None:
 
 @pytest.mark.parametrize("seq_len", [4, 64])
 @pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("heads", [{}, {"head_dim": 6}], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_flops_equal_the_ones_that_torch_counts(architecture: str, tie: bool, seq_len: int) -> None:
-    cfg = config(architecture=architecture, max_seq_len=64, num_layers=3, tie_embeddings=tie)
+def test_flops_equal_the_ones_that_torch_counts(
+    architecture: str, heads: dict, tie: bool, seq_len: int
+) -> None:
+    sizes = {"max_seq_len": 64, "num_layers": 3, "tie_embeddings": tie} | heads
+    cfg = config(architecture=architecture, **sizes)
     model = build_model(cfg, seed=0)
     tokens = token_ids(2, seq_len)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -94,9 +94,19 @@ def test_the_resolved_config_loads_again_as_itself(
     assert load_config(saved, world_size=world_size) == config
 
 
-@pytest.mark.parametrize("kind", ["polynomial", "inverse_sqrt", "constant"])
-def test_every_schedule_round_trips(kind: str) -> None:
-    schedule = {"type": kind, "warmup_steps": 5}
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"type": "polynomial", "power": 2.0},
+        {"type": "inverse_sqrt", "warmup_start_lr": 1e-5},
+        {"type": "constant"},
+        {"type": "cosine", "total_steps": 50, "end_lr": 1e-5},
+        {"type": "wsd", "decay_steps": 20, "decay": "1-sqrt"},
+    ],
+    ids=lambda extra: extra["type"],
+)
+def test_every_schedule_round_trips(extra: dict) -> None:
+    schedule = {"warmup_steps": 5, **extra}
     config, problems = check_config(quickstart(magnetar__training__lr_schedule=schedule), 2)
     assert config is not None, problems
     assert check_config(config.to_dict(), 2)[0] == config
@@ -222,7 +232,7 @@ WRONG = [
     ("magnetar.training.resume", "yes", ['"auto", "never"']),
     ("magnetar.training.lr_schedule.warmup_steps", 401, ["num_steps=400", "use at most 400"]),
     ("magnetar.training.lr_schedule.total_steps", 30, ["warmup_steps=40", "use at most 30"]),
-    ("magnetar.training.lr_schedule.type", "cosine", ['"polynomial", "inverse_sqrt", "constant"']),
+    ("magnetar.training.lr_schedule.type", "linear", ['"inverse_sqrt", "constant", "cosine"']),
     ("magnetar.sparse_clip", True, ["an object"]),
     ("magnetar", 3, ["an object"]),
     ("train_batch_size", "16", ["a whole number, at least 1"]),
@@ -326,7 +336,24 @@ def test_a_missing_key_is_named(path: str) -> None:
     [
         ("constant", {"power": 1.0}, "lr_schedule.power=1.0 belongs to type 'polynomial'"),
         ("constant", {"total_steps": 9}, "lr_schedule.total_steps=9 belongs"),
-        ("inverse_sqrt", {"end_lr": 1e-5}, "lr_schedule.end_lr=1e-05 belongs"),
+        (
+            "inverse_sqrt",
+            {"end_lr": 1e-5},
+            "lr_schedule.end_lr=1e-05 belongs to type 'polynomial' or 'cosine' or 'wsd', but",
+        ),
+        ("cosine", {"decay_steps": 5}, "lr_schedule.decay_steps=5 belongs to type 'wsd', but"),
+        ("wsd", {}, "decay_steps is missing: type 'wsd' needs the number of steps"),
+        (
+            "wsd",
+            {"decay_steps": 396},
+            "lr_schedule.decay_steps=396 must not exceed the 395 steps between the warm-up and "
+            "num_steps=400: use at most 395",
+        ),
+        (
+            "cosine",
+            {"warmup_steps": 1, "warmup_start_lr": 1e-5},
+            "warmup_start_lr=1e-05 needs a warm-up of 2 steps or more, and warmup_steps is 1",
+        ),
         ("inverse_sqrt", {"warmup_steps": 0}, "use warmup_steps 1 or more, or type 'constant'"),
     ],
 )

@@ -91,6 +91,22 @@ def test_every_norm_decodes_token_by_token(architecture: str, norm: str, moe: di
     check(build(architecture, norm=norm, moe=moe), CHUNKS[0])
 
 
+@pytest.mark.parametrize("over", ["head", "all_heads"])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_grouped_heads_decode_token_by_token_with_a_smaller_cache(
+    architecture: str, over: str
+) -> None:
+    keys = {"num_kv_heads": 2, "head_dim": 6, "qk_norm": True, "qk_norm_over": over}
+    model = build(architecture, norm_type="rmsnorm", attention_positions="rotary", **keys)
+    check(model, CHUNKS[1])
+    decoder = getattr(model, "decoder", model)
+    memory = None if decoder is model else model.encoder(token_ids(3, S)).logits
+    cache = Cache(2)
+    decoder(token_ids(3, T), memory=memory, cache=cache)
+    assert cache.layers[1].own is not None
+    assert [tuple(tensor.shape) for tensor in cache.layers[1].own] == 2 * [(3, 2, T, 6)]
+
+
 @pytest.mark.parametrize("is_padded", [True, False])
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
 @pytest.mark.parametrize("kind", POSITIONS)

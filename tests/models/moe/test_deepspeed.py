@@ -28,7 +28,8 @@ STAGES = (0, 3)
 
 
 def layer(stage: int) -> MoE:
-    return moe_class(stage)(8, 16, MoELayerConfig(num_experts=4), "gelu", True, 1.0)
+    moe = MoELayerConfig(num_experts=4, shared_d_ff=8, shared_gate=True)
+    return moe_class(stage)(8, 16, moe, "gelu", True, 1.0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -45,7 +46,7 @@ def test_only_the_experts_carry_deepspeeds_marks(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deepspeeds_classes_change_neither_names_nor_weights(stage: int) -> None:
-    config = ModelConfig.model_validate(CONFIG | {"moe": {"num_experts": 4}})
+    config = ModelConfig.model_validate(CONFIG | {"moe": {"num_experts": 4, "shared_d_ff": 8}})
     plain, trained = build_model(config, 1), build_model(config, 1, moe_class(stage))
     assert isinstance(trained.blocks[1].ffn, moe_class(stage))
     states = plain.state_dict(), trained.state_dict()
