@@ -263,6 +263,6 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
         check_lengths(tensor for _, tensor in tensors_of_optimizer(engine))
     if config.training.compile:
         compile_blocks(model)
-    sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)
+    sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled)
     sparse_clip.install(engine)
     return engine, sparse_clip

@@ -331,7 +331,9 @@ class SavedModel:
         return Codec(self.tokenizer, languages)
 
 
-def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None) -> SavedModel:
+def open_run(
+    path: Path | str, checkpoint: str | None = None, data: Path | None = None
+) -> SavedModel:
     """A trained model; only its config is read.
 
     Args:
@@ -343,6 +345,7 @@ def open_run(path: Path, checkpoint: str | None = None, data: Path | None = None
         UserError: if the folder is none of these, a checkpoint is missing or has lost a file, or
             this version cannot read the model's config.
     """
+    path = Path(path)
     try:
         are_weights = not is_run(path) and has_weights(path)
     except OSError as error:
