@@ -315,19 +315,10 @@ class SparseClip:
         optimizer.step = step
 
     def _install_unpartitioned(self, optimizer: FP16_Optimizer | FP16_UnfusedOptimizer) -> None:
-        """fp16 or bf16 without ZeRO: whole float32 gradients that still carry the loss scale.
+        """bf16 without ZeRO: every rank holds whole gradients, copied to float32 in the step.
 
-        DeepSpeed leaves a step with an overflow out before it comes here.
+        DeepSpeed leaves a step whose gradients are not finite out before it comes here.
         """
-
-        update_scale = optimizer._update_scale
-        scale = float(optimizer.loss_scale_config.cur_scale)
-
-        def remember_and_update_scale(skip: bool) -> None:
-            # DeepSpeed may double the scale before it divides gradients that carry the old one.
-            nonlocal scale
-            scale = float(optimizer.loss_scale_config.cur_scale)
-            update_scale(skip)
 
         def unscale_and_clip_grads(*_: Any) -> None:
             gradient_groups = [
@@ -335,11 +326,10 @@ class SparseClip:
                 for index, parameters in enumerate(optimizer.fp16_groups)
                 for group in _by_kind(_kinds(parameters), _float32_gradients(optimizer, index))
             ]
-            self.measure(gradient_groups, partitioned=False, scale=scale)
-            _scale(gradient_groups, self.coefficient / scale)
+            self.measure(gradient_groups, partitioned=False)
+            _scale(gradient_groups, self.coefficient)
             optimizer._global_grad_norm = self.norm
 
-        optimizer._update_scale = remember_and_update_scale
         optimizer.unscale_and_clip_grads = unscale_and_clip_grads
 
     def _install_fp32(self, engine: DeepSpeedEngine) -> None:
@@ -386,6 +376,11 @@ def _require_known_layout(engine: Any) -> None:
                 f"the engine has {setting}, under which SparseClip does not see every gradient: "
                 "leave it out, or keep DeepSpeed's own clipping"
             )
+    if engine.fp16_enabled() and not engine.zero_optimization():
+        raise UserError(
+            "fp16.enabled=true with zero_optimization.stage=0: DeepSpeed divides gradients by a "
+            "loss scale that it has not multiplied the loss by: use stage 1, or bf16"
+        )
 
 
 def mark_experts(model: nn.Module) -> None:
@@ -464,7 +459,7 @@ def _subgroup_groups(
 
 
 def _float32_gradients(optimizer: Any, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of a parameter and its float32 gradient, of fp16 or bf16 without ZeRO."""
+    """Pairs of a parameter and its float32 gradient, of bf16 without ZeRO."""
     parameters = optimizer.fp16_groups[index]
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         copies = optimizer.fp32_groups[index]

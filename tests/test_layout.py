@@ -42,6 +42,7 @@ KNOW_THE_ZERO_STAGE = {
     "engine/sparse_clip.py",
     "engine/zero.py",
     "models/moe/deepspeed.py",
+    "models/moe/drop_in.py",
 }
 ZERO_STAGE = re.compile(r"zero.?3|zero_stage|\bstage3|ds_id|ds_tensor|is_away", re.IGNORECASE)
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("**/*.py"))

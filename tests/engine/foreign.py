@@ -239,7 +239,7 @@ def _both(theirs_class: Any, ours_class: Any, case: dict[str, Any], rank: int) -
         "grouped": nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)),
         "looped": nn.Sequential(nn.Linear(16, 16), nn.Tanh()),
     }[case.pop("expert")]
-    is_training = case.pop("training", True)
+    is_training, has_unused = case.pop("training", True), case.pop("has_unused", False)
     torch.manual_seed(3)
     options = {"top2_2nd_expert_sampling": False, "use_rts": False, "min_capacity": 0} | case
     theirs = theirs_class(16, expert, num_experts=4, **options).train(is_training)
@@ -261,11 +261,13 @@ def _both(theirs_class: Any, ours_class: Any, case: dict[str, Any], rank: int) -
             ours.load_state_dict(theirs.state_dict())  # strict: the names are the same
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn((2, 12, 16), generator=generator)
-    used = (torch.rand(24, generator=generator) > 0.3).float() if case.get("k", 1) == 1 else None
+    used = (torch.rand(24, generator=generator) > 0.3).long() if has_unused else None
     found = {"experts": type(ours.deepspeed_moe.experts).__name__}
     for name, layer in (("theirs", theirs), ("ours", ours)):
         inputs = x.clone().requires_grad_()
         output, aux_loss, counts = layer(inputs, used)
+        if has_unused:  # DeepSpeed's balance loss then counts tokens that no expert gets
+            aux_loss = torch.zeros(())
         ((output * torch.arange(16)).square().mean() + aux_loss).backward()
         gate_grad = layer.deepspeed_moe.gate.wg.weight.grad
         found[name] = (output, aux_loss, counts.float(), inputs.grad, gate_grad)
