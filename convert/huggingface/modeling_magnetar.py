@@ -450,6 +450,8 @@ def run_stack(
 class Stack(nn.Module):
     """One of the two stacks of an encoder-decoder."""
 
+    main_input_name = "input_ids"  # which generate reads of an encoder
+
     def __init__(self, keys: dict[str, Any], in_encoder: bool) -> None:
         super().__init__()
         build_stack(self, keys, in_encoder, has_output=not in_encoder)
