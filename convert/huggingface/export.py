@@ -86,7 +86,7 @@ def to_hf(
     found = source.find_tokenizer(tokenizer, "--tokenizer")
     if found is None and (tokenizer is not None or source.checkpoint is not None):
         source.require_tokenizer(tokenizer, "--tokenizer")  # which says where it was looked for
-    about = {
+    about: dict[str, Any] = {
         "model_type": "magnetar",
         "architectures": [model_class],
         "auto_map": {
@@ -131,15 +131,15 @@ def require_exportable(config: ModelConfig) -> None:
             value = getattr(section, name)
             if prefix + name not in CARRIED and value != field.default:
                 raise UserError(
-                    f"model.{prefix}{name}={json.dumps(value)} has no counterpart in {MODELING}.py, "
-                    "so transformers would compute another function: use magnetar convert export, "
-                    f"or a model with {json.dumps(field.default)}"
+                    f"model.{prefix}{name}={json.dumps(value)} has no counterpart in "
+                    f"{MODELING}.py, so transformers would compute another function: use magnetar "
+                    f"convert export, or a model with {json.dumps(field.default)}"
                 )
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, bytes]:
     """Name -> content of the files that AutoTokenizer reads."""
-    files = {tokenizer.file_name: tokenizer.file_content}
+    files: dict[str, bytes] = {tokenizer.file_name: tokenizer.file_content}
     settings: dict[str, Any] = {
         "model_max_length": config.max_seq_len,
         "padding_side": "left" if config.architecture == "decoder" else "right",

@@ -35,7 +35,12 @@ NORMS: dict[str, dict[str, Any]] = {
     "normformer": {"before": True, "inner": ("ffn",), "output": ("attention",)},
     "admin": {"before": False},
 }
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu, "swiglu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "swish": F.silu,
+    "swiglu": F.silu,
+}
 MIN_TEMPERATURE = 0.01
 
 
@@ -235,6 +240,11 @@ class FeedForward(nn.Module):
 class Expert(nn.Module):
     """The same network with Magnetar's names of an expert's tensors; matrices are (in, out)."""
 
+    w1: Tensor
+    b1: Tensor
+    w3: Tensor
+    b3: Tensor
+
     def __init__(self, keys: dict[str, Any]) -> None:
         super().__init__()
         width, d_ff = keys["d_model"], keys["d_ff"]
@@ -302,15 +312,15 @@ class MoE(nn.Module):
         counts = keys["moe"]["num_experts"]
         count = counts[number] if isinstance(counts, list) else counts
         experts = nn.ModuleList(Expert(keys) for _ in range(count))
-        parts = {"gate": Router(keys, count)}
-        parts["experts"] = nn.ModuleDict({"deepspeed_experts": experts})
-        self.deepspeed_moe = nn.ModuleDict(parts)
+        inner = nn.ModuleDict({"deepspeed_experts": experts})
+        self.deepspeed_moe = nn.ModuleDict({"gate": Router(keys, count), "experts": inner})
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.flatten(0, 1)  # (N, D)
         chosen, weights = self.deepspeed_moe["gate"](h)
         out = torch.zeros_like(h)
-        for index, expert in enumerate(self.deepspeed_moe["experts"]["deepspeed_experts"]):
+        inner: Any = self.deepspeed_moe["experts"]
+        for index, expert in enumerate(inner.deepspeed_experts):
             token, choice = (chosen == index).nonzero(as_tuple=True)
             if len(token):
                 rows = expert(h[token]) * weights[token, choice].unsqueeze(-1).to(h.dtype)
@@ -451,6 +461,8 @@ class Stack(nn.Module):
     """One of the two stacks of an encoder-decoder."""
 
     main_input_name = "input_ids"  # which generate reads of an encoder
+    embedding: nn.Embedding
+    output: nn.Linear
 
     def __init__(self, keys: dict[str, Any], in_encoder: bool) -> None:
         super().__init__()
@@ -565,6 +577,8 @@ class MagnetarForSeq2SeqLM(MagnetarPreTrainedModel, GenerationMixin):
             encoder_outputs = self.encoder(input_ids, attention_mask)
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        if decoder_input_ids is None:
+            raise ValueError("decoder_input_ids is missing: the target, after the start token")
         memory = encoder_outputs[0]
         x = run_stack(
             self.decoder, decoder_input_ids, decoder_attention_mask, cache, memory, attention_mask

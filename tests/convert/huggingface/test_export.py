@@ -15,6 +15,7 @@ import torch
 from magnetar.convert.huggingface.export import CARRIED, require_exportable, to_hf
 from magnetar.data.errors import UserError
 from magnetar.data.text.tokenizer import load_tokenizer, train_sentencepiece
+from magnetar.launchers.convert import main
 from magnetar.models.config import ModelConfig, NormName
 from magnetar.models.decoding.generation import sample
 from magnetar.models.transformer import EncoderDecoder, Transformer, build_model
@@ -208,6 +209,23 @@ def test_the_folder_is_still_one_of_our_own(found: dict, folder: Path) -> None:
     ours, theirs = load_model(folder / "ours" / name), load_model(folder / name)
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_command_writes_the_folder_and_says_how_to_open_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = drawn(KEYS)
+    save_weights(tmp_path / "lm", model.config, dict(model.state_dict()))
+    words = ["to-hf", str(tmp_path / "lm"), "--out", str(tmp_path / "hf"), "--dtype", "bfloat16"]
+    main([*words, "--shard-size", "5KB"])
+    printed = capsys.readouterr().out
+    assert f"AutoModelForCausalLM.from_pretrained('{tmp_path / 'hf'}'" in printed
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert {"README.md", "config.json", "modeling_magnetar.py"} <= names
+    assert "model.safetensors.index.json" in names
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_magnetar.MagnetarForCausalLM"
+    assert config["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
