@@ -280,6 +280,6 @@ def build_engine(config: RunConfig, device: torch.device) -> tuple[DeepSpeedEngi
         keep_ema(engine.basic_optimizer, tensors, config.training.ema_decay)
     if config.training.compile:
         compile_blocks(model)
-    sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled, device)
+    sparse_clip = SparseClip(config.gradient_clipping, config.sparse_clip.enabled)
     sparse_clip.install(engine)
     return engine, sparse_clip

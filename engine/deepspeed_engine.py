@@ -27,6 +27,7 @@ class DeepSpeedEngine(Protocol):
         micro_steps: micro-batches of these steps.
         skipped_steps: steps that fp16's loss scale left out after an overflow.
         clip_fp32_gradients: clipping before the update, with fp32 and without ZeRO.
+        gradient_clipping: threshold of DeepSpeed's JSON.
         backward: backward pass; the loss is divided by gradient_accumulation_steps.
         step: end of a micro-step; at the last one of a step, clip and update.
         get_lr: learning rate of the next update, by parameter group.
@@ -48,6 +49,8 @@ class DeepSpeedEngine(Protocol):
     micro_steps: int
     skipped_steps: int
     clip_fp32_gradients: Any
+    gradient_clipping: Callable[[], float]
+    _config: Any
     _global_grad_norm: Any  # the norm that DeepSpeed reports
     backward: Callable[[Tensor], Any]
     step: Callable[[], Any]

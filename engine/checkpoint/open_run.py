@@ -342,7 +342,10 @@ class SavedModel:
 
 
 def open_run(
-    path: Path, checkpoint: str | None = None, data: Path | None = None, ema: bool = False
+    path: Path | str,
+    checkpoint: str | None = None,
+    data: Path | None = None,
+    ema: bool = False,
 ) -> SavedModel:
     """A trained model; only its config is read.
 
@@ -356,6 +359,7 @@ def open_run(
         UserError: if the folder is none of these, a checkpoint is missing or has lost a file, or
             this version cannot read the model's config.
     """
+    path = Path(path)
     try:
         are_weights = not is_run(path) and has_weights(path)
     except OSError as error:

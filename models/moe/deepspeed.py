@@ -52,7 +52,8 @@ class GroupedMoE(MoE):
     """A MoE layer whose experts have DeepSpeed's attributes, and E for SparseClip.
 
     Attributes:
-        ep_group_name: DeepSpeed's name for the groups of ranks that share one set of experts.
+        ep_group_name, expert_group_name: DeepSpeed's name for the groups of ranks that share one
+            set of experts, under the names of its two kinds of layers.
     """
 
     layer_class = TimedSparseFeedForward
@@ -60,7 +61,10 @@ class GroupedMoE(MoE):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         """See MoE; DeepSpeed's layers would build experts of their own."""
         super().__init__(*arguments, **keywords)
-        self.ep_group_name = f"ep_size_{self.ep_size}"
+        self._mark_experts()
+
+    def _mark_experts(self) -> None:
+        self.ep_group_name = self.expert_group_name = f"ep_size_{self.ep_size}"
         for parameter in self.deepspeed_moe.experts.parameters():
             vars(parameter).update(
                 allreduce=False, group_name=self.ep_group_name, num_experts=self.num_experts
@@ -71,12 +75,13 @@ class GroupedMoE(MoE):
     ) -> None:
         """Take part in making the groups; DeepSpeed calls it on every rank.
 
-        The argument use_data_before_expert_parallel_ is not read: `moe.placement` says it.
+        Ranks of one set of experts lie apart if DeepSpeed's JSON or `moe.placement` says so.
         """
-        moe = self.deepspeed_moe.moe
+        lie_apart = self.deepspeed_moe.moe.placement == "across_nodes"
         if self.ep_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=moe.placement == "across_nodes"
+                self.ep_size,
+                use_data_before_expert_parallel_=use_data_before_expert_parallel_ or lie_apart,
             )
         self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
         if self.ep_size > 1:
@@ -90,9 +95,8 @@ class ReplicatedMoE(GroupedMoE, DeepSpeedMoE):
 class PartitionedMoE(GroupedMoE, AutoEPMoELayer):
     """The layer under ZeRO 3, which partitions parameters over the ranks."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        """See MoE."""
-        super().__init__(*arguments, **keywords)
+    def _mark_experts(self) -> None:
+        super()._mark_experts()
         for parameter in self.deepspeed_moe.experts.parameters():
             vars(parameter).update(
                 ds_zero_placement_family="autoep_expert",

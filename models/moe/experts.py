@@ -5,6 +5,7 @@ Letters: L local experts, D d_model, F d_ff, R rows (tokens sent to this rank's 
 `Experts.forward` is the plain path; moe/kernels/expert_ffn.py has the kernel path.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -226,6 +227,36 @@ class Experts(nn.Module):
             return out, self.b2.clone()
         segment_ids = torch.repeat_interleave(counts, output_size=rows.size(0))  # (R,)
         return out + _ExpandRows.apply(self.b2, segment_ids, counts)
+
+
+class LoopedExperts(nn.Module):
+    """Copies of any module as experts, called one after another; see drop_in.MoE.
+
+    State dicts have DeepSpeed's names, `deepspeed_experts.<i>.` and the module's own.
+    """
+
+    def __init__(self, expert: nn.Module, num_local_experts: int) -> None:
+        """Copy the module."""
+        super().__init__()
+        self.num_local_experts = num_local_experts
+        copies = (copy.deepcopy(expert) for _ in range(num_local_experts))
+        self.deepspeed_experts = nn.ModuleList(copies)
+
+    def uses_kernels(self, rows: Tensor) -> bool:
+        """Never, since the module may be any."""
+        return False
+
+    def forward(self, rows: Tensor, counts: Tensor, **_: None) -> Tensor:
+        """(R, D), sorted by expert, and (L,) int64 rows of each expert -> (R, D).
+
+        An expert without rows is called, too: every rank must reduce the same gradients.
+        """
+        outputs = []
+        shares = rows.split(counts.tolist())
+        for expert, own in zip(self.deepspeed_experts, shares, strict=True):
+            output = expert(own)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+        return torch.cat(outputs)
 
 
 def _split_experts(module: nn.Module, state: dict, prefix: str, _metadata: object) -> None:

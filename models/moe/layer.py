@@ -64,7 +64,7 @@ from magnetar.models.moe.dispatch import (
     routed_tokens,
     sort_assignments,
 )
-from magnetar.models.moe.experts import Experts
+from magnetar.models.moe.experts import Experts, LoopedExperts
 from magnetar.models.moe.noise import CAPACITY_ORDER, JITTER, drawn_sample_keys, token_keys, uniform
 from magnetar.models.moe.router import Routing, RoutingStats, build_router, normalized
 
@@ -76,6 +76,7 @@ class SparseFeedForward(nn.Module):
         peers: ranks that share one set of experts; with ep_size > 1 it is set before the first
             forward pass.
         traffic: bytes that this rank has dispatched and combined in training.
+        min_capacity: least number of tokens that an expert takes if there is a capacity.
         comm: module whose collective functions are called; a subclass has them logged.
     """
 
@@ -84,7 +85,7 @@ class SparseFeedForward(nn.Module):
     def __init__(
         self,
         gate: nn.Module,
-        experts: Experts,
+        experts: Experts | LoopedExperts,
         moe: MoELayerConfig,
         time_major: bool = False,
         layer: int = 0,
@@ -100,6 +101,7 @@ class SparseFeedForward(nn.Module):
         self.num_local_experts = experts.num_local_experts
         self.peers: Peers | None = None
         self.traffic = Traffic()
+        self.min_capacity = 1
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, sample_keys: Tensor | None = None
@@ -209,15 +211,16 @@ class SparseFeedForward(nn.Module):
             priority = uniform(keys, 1, CAPACITY_ORDER).squeeze(-1)
         choices = Choices(routing.experts.long(), routing.used, priority)
         if not self.training:
-            return kept_choices(choices, moe.num_experts, math.ceil(limit * num_tokens))
+            capacity = max(self.min_capacity, math.ceil(limit * num_tokens))
+            return kept_choices(choices, moe.num_experts, capacity)
         rows, total = None, torch.full((), num_tokens, device=choices.experts.device)
         if moe.capacity_scope == "global" and dist.is_initialized() and dist.get_world_size() > 1:
             # Every rank decides for all tokens alike, then keeps its own rows of the decision.
             choices, rows = gathered_choices(choices, index, shape, self.time_major, self.comm)
             assert choices.used is not None
             total = choices.used[:, 0].sum()
-        capacity = expert_capacity(total, moe.num_experts, top_k, limit)
-        kept = kept_choices(choices, moe.num_experts, capacity)
+        places = expert_capacity(total, moe.num_experts, top_k, limit).clamp(self.min_capacity)
+        kept = kept_choices(choices, moe.num_experts, places)
         return kept if rows is None else kept[rows]
 
     def _sorted(self, experts: Tensor, kept: Tensor | None) -> tuple[Assignments, AllToAll | None]:
@@ -347,7 +350,9 @@ class MoE(nn.Module):
 
     def init_weights(self, source: RandomSource) -> None:
         """Draw this rank's experts by their global indices."""
-        self.deepspeed_moe.experts.init_weights(source, self.first_expert)
+        experts = self.deepspeed_moe.experts
+        assert isinstance(experts, Experts)
+        experts.init_weights(source, self.first_expert)
 
     @property
     def first_expert(self) -> int:
