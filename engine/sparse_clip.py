@@ -36,13 +36,8 @@ from torch import Tensor, nn
 from magnetar.data.errors import UserError
 from magnetar.engine.deepspeed_engine import DeepSpeedEngine
 
-<<<<<<< HEAD
-KNOWN_OPTIMIZERS = {
-    *("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "BlockwiseAdamW", "RAdam", "Lion")
-}
-=======
 # Optimizers whose step reads `.grad` and nothing else, as every one of torch.optim does.
-KNOWN_OPTIMIZERS = {"FusedAdam", "DeepSpeedCPUAdam", "BlockwiseAdamW"}
+KNOWN_OPTIMIZERS = {"FusedAdam", "DeepSpeedCPUAdam", "BlockwiseAdamW", "Lion"}
 
 
 class Kind(NamedTuple):
@@ -55,7 +50,6 @@ class Kind(NamedTuple):
 
     num_experts: int | None = None
     group_name: str | None = None
->>>>>>> library
 
 
 @dataclass(frozen=True)
