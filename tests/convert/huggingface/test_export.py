@@ -35,6 +35,7 @@ OTHERS: list[dict[str, Any]] = [
     {"activation": "swiglu", "qk_norm": True},
     {"activation": "relu", "tie_embeddings": False, "scale_embedding": True},
     {"activation": "swish", "embedding_norm": True},
+    {"activation": "gelu_tanh"},
     {"positions": "sinusoidal", "stable_embedding": True},
     {"positions": "sinusoidal_fairseq", "norm_eps": 1e-3},
     {"positions": "learned", "qk_norm": True, "embedding_norm": True},
@@ -45,6 +46,7 @@ MOES: list[dict[str, Any]] = [
     {"top_k": 3, "gate": "sigmoid", "every": 1, "num_experts": [4, 6]},
     {"gate": "sigmoid", "top_k": 1, "dispatch": "capacity", "capacity_factor": 1.0},
     {"normalize_weights": "after_dropping", "every": 1},
+    {"normalize_weights": "never"},
 ]
 OF_XMOE = [{}, {"d_router": 3}, {"learned_temperature": False}, {"normalize_tokens": False}]
 
