@@ -96,8 +96,9 @@ test: $(INSTALLED)
 	$(PYTEST) --durations=10
 
 # Tests that compare bits or types: every file that compares whole tensors or names a type. Those of
-# whole commands are left out: they take long, and what they start is what the others compare.
-BITS = $(filter-out tests/benchmarks/% tests/faults/% tests/launchers/%, \
+# whole commands are left out: they take long, and what they start is what the others compare. So
+# are those of transformers' models, which are compared with a tolerance alone.
+BITS = $(filter-out tests/benchmarks/% tests/convert/huggingface/% tests/faults/% tests/launchers/%, \
   $(shell grep -rlE --include='test_*.py' \
   'torch\.(equal|bfloat16|float16)|array_equal|assert_close|as_param|(bf|fp)16' tests))
 # Slow ones of them, in which ranks train in each type.
