@@ -146,7 +146,7 @@ def test_a_model_of_transformers_keeps_its_function_until_the_experts_differ() -
         (nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8, bias=False)), "gelu"),
         (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), "relu"),
         (nn.Sequential(nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8)), "swish"),
-        (nn.Sequential(nn.Linear(8, 12), nn.GELU("tanh"), nn.Linear(12, 8)), None),
+        (nn.Sequential(nn.Linear(8, 12), nn.GELU("tanh"), nn.Linear(12, 8)), "gelu_tanh"),
         (nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), None),
         (nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Dropout(0.1), nn.Linear(12, 8)), None),
         (nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.ReLU(), nn.Linear(12, 8)), None),
