@@ -21,15 +21,15 @@ COMPRESSIONS = {".gz": "gzip -dc", ".xz": "xz -dc", ".zst": "zstd -dc", ".zstd":
 BLOCK_BYTES = 1 << 16
 MOST_NULS = 1 / 32  # of the bytes of a text
 HEAD_BYTES = 4096  # looked at for signs of another kind of file
-# What other kinds of file begin with, and what to do with them.
+# What other kinds of file begin with: what they are, and their suffix or what to do with them.
 SIGNATURES = {
-    b"\x1f\x8b": "compressed with gzip: rename it to end in .gz",
-    b"\xfd7zXZ\0": "compressed with xz: rename it to end in .xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: rename it to end in .zst",
-    b"BZh": "compressed with bzip2: decompress it first",
-    b"PK\3\4": "a zip archive: unpack it first",
-    b"PAR1": "a Parquet file: rename it to end in .parquet",
-    b"%PDF": "a PDF: extract its text first",
+    b"\x1f\x8b": ("compressed with gzip", ".gz"),
+    b"\xfd7zXZ\0": ("compressed with xz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", ".zst"),
+    b"BZh": ("compressed with bzip2", "decompress it first"),
+    b"PK\3\4": ("a zip archive", "unpack it first"),
+    b"PAR1": ("a Parquet file", ".parquet"),
+    b"%PDF": ("a PDF", "extract its text first"),
 }
 BYTE_ORDER_MARKS = {  # those of UTF-32 first: one begins like one of UTF-16
     codecs.BOM_UTF32_LE: "utf32",
@@ -214,9 +214,12 @@ def json_objects(
             ) from error
         except UserError:
             raise
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 9,000 brackets
+        except (ValueError, RecursionError) as error:
+            what = "brackets in it are thousands deep"
+            if isinstance(error, ValueError):
+                what = "a number in it has thousands of digits"
             raise UserError(
-                f"{where} is no JSON that can be read: {error}. Mend it or delete it"
+                f"{where} is no JSON that can be read: {what}. Mend it or delete it"
             ) from error
         if not isinstance(row, dict):
             raise UserError(f"{where} must be an object like {example}")
@@ -262,7 +265,7 @@ def require_text(value: Any, key: str, where: str, way_out: str) -> str:
 def _damaged(path: Path, error: EOFError) -> UserError:
     """The error for a file that cannot be decompressed."""
     with path.open("rb") as raw:
-        kind = _other_kind(raw.read(HEAD_BYTES), path.suffix)
+        kind = _other_kind(path, raw.read(HEAD_BYTES), is_decompressed=False)
     if "Dictionary" in str(error):
         kind = "compressed with a dictionary: decompress it with zstd -d -D DICTIONARY"
     return UserError(
@@ -271,10 +274,32 @@ def _damaged(path: Path, error: EOFError) -> UserError:
     )
 
 
-def _other_kind(head: bytes, suffix: str = "") -> str:
-    """The kind of a file that begins like this, and a way out; "" for text and for `suffix`."""
-    kinds = [kind for start, kind in SIGNATURES.items() if head.startswith(start)]
-    return "" if not kinds or (suffix and suffix[:4] in kinds[0]) else kinds[0]
+def _other_kind(path: Path, head: bytes, is_decompressed: bool = True) -> str:
+    """The kind of a file whose content begins like this, and a way out; "" for text.
+
+    Args:
+        path: the file.
+        head: its first bytes.
+        is_decompressed: whether they come from behind the compression that the suffix names. Else
+            "" also stands for that compression.
+    """
+    found = next((found for start, found in SIGNATURES.items() if head.startswith(start)), None)
+    if found is None:
+        return ""
+    kind, suffix = found
+    inner, outer = path.name, ""
+    if path.suffix in COMPRESSIONS:
+        inner, outer = path.stem, path.suffix
+    if not suffix.startswith("."):
+        return f"{kind}: {suffix}"
+    if suffix == ".parquet":
+        name = Path(inner).stem + suffix + (outer if is_decompressed else "")
+    elif outer and is_decompressed:
+        return f"{kind} once more: decompress it once"
+    else:
+        name = inner + suffix
+    is_named = name == path.name.removesuffix("d")  # .zstd is another name of .zst
+    return "" if is_named else f"{kind}: rename it to {name}"
 
 
 def _wide_encoding(head: bytes) -> str:
@@ -312,7 +337,7 @@ def _require_letters(path: Path, stream: io.BufferedReader) -> None:
     head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
     if head.count(0) <= len(head) * MOST_NULS:
         return
-    if kind := _other_kind(head):
+    if kind := _other_kind(path, head):
         raise UserError(f"{path} is not text but {kind}")
     if not head.strip(b"\0"):
         raise UserError(
@@ -350,7 +375,7 @@ def _not_utf8(path: Path) -> UserError:
                 offset += len(line)
         except EOFError as error:  # the letters are wrong because of the damage behind them
             return _damaged(path, error)
-    if kind := _other_kind(head):
+    if kind := _other_kind(path, head):
         return UserError(f"{path} is not text but {kind}")
     if wide := _wide_encoding(head):
         way_out = f"Convert it with {_conversion(path, f'-f {wide} -t utf8')}"

@@ -40,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt TEXT", "what to continue (default: each line of the input)")
     add("--tokens N", "tokens to add (%(default)s)", int, 100, rule=AT_LEAST_1)
     what = "0: always the most probable token; 1: the model's own probabilities (%(default)s)"
-    must = "0 or more: 0 takes the most probable token, 1 follows the model's own probabilities"
+    must = "finite and 0 or more: 0 takes the most probable token, 1 follows the model's own ones"
     add("--temperature T", what, float, 0.8, rule=(lambda value: 0 <= value < math.inf, must))
     what = "draw among the likeliest tokens that make up this probability (%(default)s)"
     add("--top-p P", what, float, 0.95, rule=TOP_P)

@@ -168,14 +168,28 @@ def _checked_places(rank: str, size: str, local_rank: str) -> int:
 def _number(name: str, least: int, most: int = 2**31, than: str = "") -> int:
     """The whole number that a variable holds; `than` is the variable that `most` comes from."""
     if name not in os.environ:
-        raise UserError(f"{name} is not set, and a launcher has set others of its kind: {_WAY_OUT}")
+        there = ", ".join(_set_beside(name))
+        raise UserError(f"{name} is not set beside {there}: {_way_out(name)}")
     text = os.environ[name]
     if not re.fullmatch("[0-9]{1,10}", text) or not least <= int(text) <= most:
         why = f", since {than}={os.environ[than]}" if than else ""
+        shown = text if len(text) < 80 else f"{text[:80]}..."
         raise UserError(
-            f"{name}={text} must be a whole number from {least} to {most}{why}: {_WAY_OUT}"
+            f"{name}={shown} must be a whole number from {least} to {most}{why}: {_way_out(name)}"
         )
     return int(text)
+
+
+def _set_beside(name: str) -> list[str]:
+    """The variables that are set of those that a launcher sets together with one."""
+    kind = next((names for names in _OF_MPI if name in names), _OF_A_RANK)
+    return [each for each in kind if each in os.environ]
+
+
+def _way_out(name: str) -> str:
+    if any(name in names for names in _OF_MPI):
+        return f"unset {', '.join(_set_beside(name))}, or start it with mpirun, which sets all"
+    return _WAY_OUT
 
 
 def _require_same(name: str, other: str) -> None:

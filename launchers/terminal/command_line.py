@@ -14,6 +14,7 @@ from magnetar.data.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _UNKNOWN = "unrecognized arguments: "
+MOST_SHOWN = 400  # characters of a message, which may repeat a word of the command line
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -32,6 +33,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with status 2."""
+        if len(message) > MOST_SHOWN:
+            message = f"{message[:MOST_SHOWN]}... ({len(message):,} characters)"
         if message.startswith(_UNKNOWN):
             word = message.removeprefix(_UNKNOWN).split()[0].partition("=")[0]
             near = nearest(word, self._option_string_actions)

@@ -94,7 +94,7 @@ def _expected(error: Exception) -> tuple[str, int, bool] | None:
         status = _BAD_INPUT if isinstance(error, UserError) else _FAULT_OF_A_MACHINE
         return str(error), status, error.on_every_rank or not _ranks_have_joined()
     if isinstance(error, OSError) and error.errno in _WAYS_OUT:
-        name = error.filename or "a file of this run"
+        name = error.filename or "a file, or what the output goes to"
         return f"{name}: {error.strerror}: {_WAYS_OUT[error.errno]}", _BAD_INPUT, False
     said = str(error)
     is_torchs = isinstance(error, RuntimeError)

@@ -92,8 +92,8 @@ def without(variables: dict[str, str], name: str) -> dict[str, str]:
             (OURS | {"MASTER_ADDR": text}, f"MASTER_ADDR={text} is not known here (")
             for text in ("", "tcp://10.0.0.1", "no one", "a" * 70)
         ),
-        (without(OPEN_MPI, "OMPI_COMM_WORLD_SIZE"), "OMPI_COMM_WORLD_SIZE is not set, and a"),
-        (without(OPEN_MPI, "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK is not set, and a"),
+        (without(OPEN_MPI, "OMPI_COMM_WORLD_SIZE"), "OMPI_COMM_WORLD_SIZE is not set beside O"),
+        (without(OPEN_MPI, "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_RANK is not set beside O"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "4"}, "OMPI_COMM_WORLD_RANK=4 must be a whole number"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE=x must be a whole number"),
         (MPICH | {"MPI_LOCALRANKID": "4"}, "MPI_LOCALRANKID=4 must be a whole number from 0 to 3"),
@@ -120,6 +120,14 @@ def test_what_contradicts_itself_is_refused_by_the_rank_that_has_it(
         launched_world_size()
     assert words in str(raised.value)
     assert "LOCAL_RANK" not in os.environ, "or only the first rank of a machine would print"
+
+
+def test_unsetting_what_is_left_of_mpirun_is_a_way_out(use) -> None:
+    use({"PMI_RANK": "1"})
+    with pytest.raises(UserError, match="PMI_SIZE is not set beside PMI_RANK: unset PMI_RANK, or"):
+        launched_world_size()
+    del os.environ["PMI_RANK"]
+    assert launched_world_size() == 1
 
 
 def test_a_rank_without_a_gpu_is_refused(use) -> None:
