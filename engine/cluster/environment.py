@@ -70,8 +70,8 @@ def _world_size() -> int:
                     f"both: start it with magnetar train, or unset {', '.join(given)}"
                 )
         world_size = _checked_places(*_OF_A_RANK)
-        if world_size > 1 and outer == world_size and mpi is not None:
-            _require_same("RANK", mpi[0])  # or all ranks have the RANK of another run
+        if world_size > 1 and outer == world_size:  # or all ranks may have the RANK of another run
+            _require_same("RANK", mpi[0] if mpi else "SLURM_PROCID")
         _number("MASTER_PORT", int(world_size > 1), _LAST_PORT)
         _check_address(os.environ["MASTER_ADDR"])
         return world_size

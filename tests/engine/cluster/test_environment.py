@@ -52,6 +52,7 @@ def use(monkeypatch: pytest.MonkeyPatch):
         # DeepSpeed's launcher on each of two machines, which srun or mpirun started.
         (OURS | {"PMI_RANK": "0", "PMI_SIZE": "2"}, 4),
         (OURS | SLURM | {"SLURM_NTASKS": "2"}, 4),
+        (OURS | SLURM, 4),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 1),  # a batch script, outside any step
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, 1),
     ],
@@ -104,6 +105,7 @@ def without(variables: dict[str, str], name: str) -> dict[str, str]:
         (SLURM, "srun has started 4 tasks, and RANK is not set: start launchers/slurm.sh"),
         (SLURM | {"SLURM_NTASKS": "four"}, "SLURM_NTASKS=four must be a whole number"),
         (SLURM | OURS | {"RANK": "0", "WORLD_SIZE": "1"}, "unset what is left of another run"),
+        (SLURM | OURS | {"RANK": "0"}, "RANK=0 and SLURM_PROCID=1 say the same, and differ: unset"),
         ({"LOCAL_SIZE": "1.0"}, "LOCAL_SIZE=1.0 must be a whole number from 1 to 1"),
         ({"OMPI_COMM_WORLD_LOCAL_RANK": ""}, "OMPI_COMM_WORLD_LOCAL_RANK= must be a whole number"),
         ({"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "this process is local rank 0: unset it"),
