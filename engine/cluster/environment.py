@@ -141,6 +141,9 @@ def refuse_other_launchers(command: str) -> None:
     Raises:
         UserError: naming the variable.
     """
+    for rank, size, _ in _OF_MPI:
+        if rank in os.environ or size in os.environ:
+            _number(size, 1)
     for name in (*(size for _, size, _ in _OF_MPI), "SLURM_STEP_NUM_TASKS"):
         is_step = name != "SLURM_STEP_NUM_TASKS" or "SLURM_STEP_ID" in os.environ
         if is_step and (count := os.environ.get(name, "1")) != "1":

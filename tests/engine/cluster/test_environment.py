@@ -126,10 +126,14 @@ def test_what_contradicts_itself_is_refused_by_the_rank_that_has_it(
 
 def test_unsetting_what_is_left_of_mpirun_is_a_way_out(use) -> None:
     use({"PMI_RANK": "1"})
-    with pytest.raises(UserError, match="PMI_SIZE is not set beside PMI_RANK: unset PMI_RANK, or"):
+    message = "PMI_SIZE is not set beside PMI_RANK: unset PMI_RANK, or"
+    with pytest.raises(UserError, match=message):
         launched_world_size()
+    with pytest.raises(UserError, match=message):  # by the command itself, too
+        refuse_other_launchers("magnetar train")
     del os.environ["PMI_RANK"]
     assert launched_world_size() == 1
+    refuse_other_launchers("magnetar train")
 
 
 def test_a_rank_without_a_gpu_is_refused(use) -> None:
